@@ -1,0 +1,50 @@
+"""Prune neural networks: one engine, one file per published method.
+
+    import secateur as sc
+    model, tokenizer = sc.load("smollm2-135m")
+    result = sc.prune(model, tokenizer, method="flap", sparsity=0.2)
+    sc.save(result.model, tokenizer, "out/", plan=result.plan)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Heavy libraries load when a name is used, so that `import secateur` costs little more than `import torch`.
+_HOMES = {
+    "load": "secateur.api",
+    "anatomy": "secateur.api",
+    "plan": "secateur.api",
+    "apply": "secateur.api",
+    "prune": "secateur.api",
+    "evaluate": "secateur.api",
+    "save": "secateur.api",
+    "Result": "secateur.api",
+    "list_methods": "secateur.methods",
+    "describe": "secateur.methods",
+    "register": "secateur.methods",
+    "Plan": "secateur.plans",
+    "SecateurError": "secateur.errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from secateur.api import Result, anatomy, apply, evaluate, load, plan, prune, save
+    from secateur.errors import SecateurError
+    from secateur.methods import describe, list_methods, register
+    from secateur.plans import Plan
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,106 @@
+"""Every error that secateur raises on purpose; each message is one sentence that says what to do.
+
+    SecateurError
+    ├── UsageError                the request itself is wrong (exit code 2)
+    │   ├── UnknownMethodError
+    │   ├── OptionError           a method option: unknown, out of range, wrong type
+    │   └── RecipeError           a recipe file
+    ├── ModelError
+    │   ├── ModelLoadError        missing, corrupt or quantised checkpoint
+    │   ├── UnsupportedModelError not a decoder that we know
+    │   └── NonFiniteError        NaN or inf in weights, activations or scores
+    ├── DataError                 calibration or evaluation data
+    ├── PlanError
+    │   ├── PlanMismatchError     the plan was made for another model
+    │   └── BudgetError           the budget can't be met
+    ├── OutputError               the output folder exists, or can't be written
+    └── MissingExtraError         an optional dependency is not installed
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SecateurError(Exception):
+    """Base class: catch it to catch everything that secateur raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(SecateurError):
+    """The request itself is wrong: an argument out of range or an unknown name."""
+
+    exit_code = 2
+
+
+class UnknownMethodError(UsageError):
+    """No method of that name is registered."""
+
+
+class OptionError(UsageError):
+    """A method option is unknown, out of range or of the wrong type."""
+
+
+class RecipeError(UsageError):
+    """A recipe file can't be read, or holds an unknown key or a bad value."""
+
+
+class ModelError(SecateurError):
+    """The model can't be used."""
+
+
+class ModelLoadError(ModelError):
+    """The checkpoint is missing, corrupt or quantised."""
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture is not one that secateur can cut."""
+
+
+class NonFiniteError(ModelError):
+    """Weights, activations or scores hold NaN or inf; the message names the layer."""
+
+
+class DataError(SecateurError):
+    """Calibration or evaluation data is missing, unreadable or too short."""
+
+
+class PlanError(SecateurError):
+    """The plan is malformed."""
+
+
+class PlanMismatchError(PlanError):
+    """The plan was made for a model of other shapes."""
+
+
+class BudgetError(PlanError):
+    """The budget can't be met with the minimum that must be kept."""
+
+
+class OutputError(SecateurError):
+    """The output exists already or can't be written."""
+
+
+class MissingExtraError(SecateurError):
+    """An optional dependency is missing; the message says how to install it."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`` did you mean 'flap'?`` for the closest of ``choices``, or an empty string."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def require_extra(module: str, extra: str, why: str):
+    """Import an optional dependency, or say in one sentence how to get it.
+
+    Raises MissingExtraError when ``module`` is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{why} needs {module.split('.')[0]}, which is not installed: pip install 'secateur[{extra}]'"
+        ) from error

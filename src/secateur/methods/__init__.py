@@ -1,0 +1,33 @@
+"""The methods: one file per published system, and the contract that they fill in.
+
+A method is a frozen dataclass of options plus the words in which it differs from the engine. The registry is
+lazy: a name resolves to a module the first time it is asked for.
+"""
+
+from secateur.methods.base import (
+    Descriptor,
+    LayerMethod,
+    Method,
+    Seen,
+    Target,
+    UnitMethod,
+    WeightMethod,
+    option,
+)
+from secateur.methods.registry import describe, get_method, list_methods, make_method, register
+
+__all__ = [
+    "Descriptor",
+    "LayerMethod",
+    "Method",
+    "Seen",
+    "Target",
+    "UnitMethod",
+    "WeightMethod",
+    "describe",
+    "get_method",
+    "list_methods",
+    "make_method",
+    "option",
+    "register",
+]

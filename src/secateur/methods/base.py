@@ -1,0 +1,221 @@
+"""The contract between the engine and a method.
+
+The engine owns the sentence (observe, score, allocate, plan, cut) and a method supplies the words: which statistics
+it needs, how a target is scored, how a budget is spread. A method never sees a model, a device, a file or a loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
+
+from torch import Tensor
+
+from secateur.errors import OptionError, nearest
+
+if TYPE_CHECKING:
+    from secateur.allocate import Allocator, MaskRule
+    from secateur.observe import Statistic
+
+DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
+    "object": ("weights", "heads_and_neurons", "layers"),
+    "granularity": ("element", "structured_group", "layer"),
+    "when": ("post",),
+    "score": ("magnitude", "activation", "second_order", "similarity", "random"),
+    "allocation": ("uniform", "global"),
+    "recovery": ("none", "bias", "least_squares"),
+    "data": ("none", "unlabelled_calibration"),
+    "supervision": ("none",),
+    "speedup": ("none", "memory_only", "real"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descriptor:
+    """What a method is, in the words of the survey's taxonomy; other code reads this instead of asking for names.
+
+    Raises ValueError when a field has a value outside ``DESCRIPTOR_VALUES``.
+    """
+
+    object: str
+    granularity: str
+    when: str = "post"
+    score: str
+    allocation: str
+    recovery: str = "none"
+    data: str
+    supervision: str = "none"
+    speedup: str
+
+    def __post_init__(self) -> None:
+        for name, allowed in DESCRIPTOR_VALUES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"descriptor.{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A method option: its published default, meaning, unit and range. Feeds CLI, recipes, docs and range checks."""
+    metadata = {"help": help, "unit": unit, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a score looks at: the weight of a matrix, or of the module that reads the units of a group.
+
+    ``weight`` is [outputs, inputs] (whatever the storage layout), float32 on the compute device; ``columns`` is
+    [units, width], the input columns of each unit (None for a matrix); a ``layer`` target has an empty weight.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    weight: Tensor
+    columns: Tensor | None = None
+
+    @property
+    def units(self) -> int:
+        """Number of units that are scored."""
+        return 0 if self.columns is None else self.columns.shape[0]
+
+
+Seen = Mapping[str, Any]
+"""What calibration told about the input of a target: statistic name → Statistic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base class of all methods; the fields of a subclass are its options.
+
+    ``statistics`` maps a name to the Statistic class that observes the input of every target. ``sequential`` asks
+    for block-by-block calibration: later blocks see what the cut ones give. Raises OptionError for bad options.
+    """
+
+    name: ClassVar[str] = ""
+    descriptor: ClassVar[Descriptor]
+    statistics: ClassVar[Mapping[str, type[Statistic]]] = {}
+    sequential: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for spec in dataclasses.fields(self):
+            _check_option(self.name or type(self).__name__, spec, getattr(self, spec.name), hints[spec.name])
+
+    @classmethod
+    def option_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The options by name; metadata holds help, unit and range."""
+        return {f.name: f for f in dataclasses.fields(cls)}
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain values, for provenance."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def needed_statistics(self) -> Mapping[str, type[Statistic]]:
+        """The statistics that these options need; by default all of the class."""
+        return self.statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMethod(Method):
+    """Zeroes single weights. Subclasses give ``score``; the engine masks by ``rule`` and keeps what ranks highest."""
+
+    sparsity: float = option(0.5, "fraction of the weights of every matrix that is removed", ge=0, lt=1)
+    pattern: str = option("", "N:M pattern, N zeros in every M consecutive inputs (2:4); overrides sparsity")
+
+    def score(self, target: Target, seen: Seen) -> Tensor:
+        """Score of every weight, [outputs, inputs], higher = keep."""
+        raise NotImplementedError(f"{type(self).__name__} must define score() or prune()")
+
+    def rule(self) -> MaskRule:
+        """Who competes with whom, and how many stay."""
+        raise NotImplementedError(f"{type(self).__name__} must define rule()")
+
+    def prune(self, target: Target, seen: Seen) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+        """(mask [outputs, inputs] bool with True = kept, new weight or None, notes for the plan)."""
+        return self.rule().keep(self.score(target, seen)), None, ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitMethod(Method):
+    """Removes whole heads and FFN neurons."""
+
+    sparsity: float = option(0.2, "fraction of the budget (by default of the blocks' parameters) removed", ge=0, lt=1)
+    budget: str = option("params", "what the sparsity is a fraction of", choices=("params", "macs", "bytes"))
+    heads: str = option(
+        "kv", "attention unit: a key-value head with its queries, or one query head of each", choices=("kv", "query")
+    )
+    min_keep: int = option(1, "units that every group keeps at least", unit="units", ge=1)
+    round_to: int = option(1, "kept FFN neurons are a multiple of this", unit="neurons", ge=1)
+
+    kinds: ClassVar[tuple[str, ...]] = ("kv_head", "head", "neuron")
+
+    def score(self, target: Target, seen: Seen) -> Tensor:
+        """Score of every unit, [units], higher = keep."""
+        raise NotImplementedError(f"{type(self).__name__} must define score()")
+
+    def allocator(self) -> Allocator:
+        """How the budget is spread over groups."""
+        raise NotImplementedError(f"{type(self).__name__} must define allocator()")
+
+    def compensate(self, target: Target, seen: Seen, removed: Tensor) -> Tensor | None:
+        """Addition to the reader's bias, [outputs] float32, for the removed units; None = no compensation."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMethod(Method):
+    """Removes whole decoder blocks. Statistics see (block input, block output)."""
+
+    sparsity: float = option(0.2, "fraction of the decoder blocks removed, rounded down", ge=0, lt=1)
+    layers: int = option(0, "number of blocks to remove; 0 = by sparsity", unit="blocks", ge=0)
+
+    def score(self, target: Target, seen: Seen) -> float:
+        """Score of one block, higher = keep."""
+        raise NotImplementedError(f"{type(self).__name__} must define score()")
+
+
+def _check_option(method: str, spec: dataclasses.Field[Any], value: Any, hint: Any) -> None:
+    meta, name = spec.metadata, spec.name
+    kinds = get_args(hint) or (hint,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(k.__name__ for k in kinds)
+        raise OptionError(f"{method}: {name} must be of type {wanted}, got {value!r}")
+    if meta.get("choices") and value not in meta["choices"]:
+        choices = ", ".join(meta["choices"])
+        raise OptionError(f"{method}: {name} must be one of {choices}, got {value!r}{nearest(str(value), meta['choices'])}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not _in_range(meta, value):
+        raise OptionError(f"{method}: {name} must lie in {interval(meta)}, got {value!r} ({meta.get('help', '')})")
+
+
+def _in_range(meta: Mapping[str, Any], value: float) -> bool:
+    # written so that NaN is refused wherever there is a bound
+    return (
+        (meta.get("ge") is None or value >= meta["ge"])
+        and (meta.get("gt") is None or value > meta["gt"])
+        and (meta.get("le") is None or value <= meta["le"])
+        and (meta.get("lt") is None or value < meta["lt"])
+    )
+
+
+def interval(meta: Mapping[str, Any]) -> str:
+    """The range of an option as text: ``[0, 1)``; an empty string when it has none."""
+    low, high = (meta.get("ge"), meta.get("gt")), (meta.get("le"), meta.get("lt"))
+    if low == high == (None, None):
+        return ""
+    left = f"[{low[0]:g}" if low[0] is not None else f"({low[1]:g}" if low[1] is not None else "(-inf"
+    right = f"{high[0]:g}]" if high[0] is not None else f"{high[1]:g})" if high[1] is not None else "inf)"
+    return f"{left}, {right}"

@@ -1,0 +1,128 @@
+"""Names → methods: strict, lazy, and the only place that knows which methods exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from secateur.errors import OptionError, UnknownMethodError, nearest
+from secateur.methods.base import Method, interval
+
+_registered: dict[str, type[Method]] = {}
+
+
+def _shipped() -> dict[str, str]:
+    """Method name → module, from the file names: a method's file carries its name."""
+    root = Path(__file__).parent
+    return {
+        module.name: f"secateur.methods.{room.name}.{module.name}"
+        for room in pkgutil.iter_modules([str(root)])
+        if room.ispkg
+        for module in pkgutil.iter_modules([str(root / room.name)])
+        if not module.name.startswith("_")
+    }
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator that adds a method under ``name``. Raises ValueError for a name that is taken."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise TypeError(f"{cls!r} is not a Method")
+        if not isinstance(getattr(cls, "descriptor", None), object) or not hasattr(cls, "descriptor"):
+            raise TypeError(f"method {name!r} has no descriptor")
+        taken = _registered.get(name)
+        shipped = _shipped().get(name)
+        if (taken and taken.__module__ != cls.__module__) or (shipped and shipped != cls.__module__):
+            raise ValueError(f"a method named {name!r} is registered already")
+        cls.name = name
+        _registered[name] = cls
+        return cls
+
+    return add
+
+
+def list_methods(**filters: str) -> list[str]:
+    """Names of all methods, sorted; filter by descriptor fields: ``list_methods(object="weights")``."""
+    names = sorted({*_shipped(), *_registered})
+    return [n for n in names if all(getattr(get_method(n).descriptor, k) == v for k, v in filters.items())]
+
+
+def get_method(name: str) -> type[Method]:
+    """The method class of that name. Raises UnknownMethodError with the nearest name."""
+    if name not in _registered:
+        module = _shipped().get(name)
+        if module is None:
+            choices = {*_shipped(), *_registered}
+            raise UnknownMethodError(
+                f"unknown method '{name}'{nearest(name, choices)} 'secateur methods' shows them all"
+            )
+        importlib.import_module(module)
+    return _registered[name]
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """An instance with these options; text values (from the command line) are converted to the option's type.
+
+    Raises UnknownMethodError and OptionError.
+    """
+    cls = get_method(name)
+    fields, hints = cls.option_fields(), get_type_hints(cls)
+    values = {}
+    for key, value in (options or {}).items():
+        if key not in fields:
+            raise OptionError(
+                f"{name} has no option '{key}'{nearest(key, fields)} 'secateur describe {name}' lists them"
+            )
+        values[key] = _convert(name, key, value, hints[key])
+    return cls(**values)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Everything known of a method: summary, docstring, descriptor and options with default, unit, range, meaning."""
+    cls = get_method(name)
+    module_doc = importlib.import_module(cls.__module__).__doc__ or cls.__doc__ or ""
+    options = {
+        field.name: {
+            "default": field.default,
+            "unit": field.metadata.get("unit", ""),
+            "range": interval(field.metadata),
+            "choices": list(field.metadata.get("choices") or ()),
+            "help": field.metadata.get("help", ""),
+        }
+        for field in cls.option_fields().values()
+    }
+    return {
+        "name": name,
+        "summary": module_doc.strip().split("\n")[0],
+        "doc": module_doc.strip(),
+        "descriptor": dataclasses.asdict(cls.descriptor),
+        "options": options,
+        "sequential": cls.sequential,
+    }
+
+
+def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    kinds = get_args(hint) or (hint,)
+    if str in kinds:
+        return value
+    if bool in kinds:
+        if value.lower() in ("true", "yes", "on", "1"):
+            return True
+        if value.lower() in ("false", "no", "off", "0"):
+            return False
+        raise OptionError(f"{method}: {key} must be true or false, got {value!r}")
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    wanted = " or ".join(k.__name__ for k in kinds)
+    raise OptionError(f"{method}: {key} must be of type {wanted}, got {value!r}")

@@ -1,0 +1,1 @@
+"""Methods that remove heads and FFN neurons; one file each."""

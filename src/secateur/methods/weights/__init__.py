@@ -1,0 +1,1 @@
+"""Methods that prune weights; one file each."""

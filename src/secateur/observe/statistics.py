@@ -1,0 +1,180 @@
+"""What calibration data tells about a tensor, as mergeable accumulators.
+
+Law: for any split of the data into consecutive parts, updating one accumulator per part and merging them in order
+equals one accumulator that saw everything (to rounding). That is what makes a statistic streamable, resumable and
+distributable. Sums are float32 or better. B sequences, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """A mergeable accumulator over the input of a module."""
+
+    def update(self, x_BTC: Tensor) -> None:
+        """Take in one batch, [sequences, tokens, channels]; every sequence lies whole within one batch."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Take in everything that ``other`` has seen; ``other`` saw the data that follows."""
+        ...
+
+
+class SumSquares:
+    """Sum of squares per channel: ``total_C`` float64, ``sequences`` and ``tokens`` seen."""
+
+    def __init__(self) -> None:
+        self.total_C = torch.zeros(1, dtype=torch.float64)
+        self.sequences = 0
+        self.tokens = 0
+
+    def update(self, x_BTC: Tensor) -> None:
+        flat = x_BTC.reshape(-1, x_BTC.shape[-1]).float()
+        # one pass without a squared copy of the activations; float32 within a batch, float64 across batches
+        self.total_C = self.total_C + torch.linalg.vector_norm(flat, dim=0).double().square()
+        self.sequences += x_BTC.shape[0]
+        self.tokens += flat.shape[0]
+
+    def merge(self, other: SumSquares) -> None:
+        self.total_C = self.total_C + other.total_C
+        self.sequences += other.sequences
+        self.tokens += other.tokens
+
+    def mean_per_sequence(self) -> Tensor:
+        """Average over sequences of ||X_j||^2 (Wanda's a_j), [channels] float64."""
+        return self.total_C / max(self.sequences, 1)
+
+
+class Moments:
+    """Mean and variance per channel over all tokens, float64, merged by Chan's formula."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean_C = torch.zeros(1, dtype=torch.float64)
+        self.m2_C = torch.zeros(1, dtype=torch.float64)
+
+    def update(self, x_BTC: Tensor) -> None:
+        flat = x_BTC.reshape(-1, x_BTC.shape[-1]).float()
+        mean = flat.mean(dim=0)
+        # squares are taken around the batch's own mean: no cancellation, so float32 is enough within a batch
+        m2 = torch.linalg.vector_norm(flat - mean, dim=0).double().square()
+        self._add(flat.shape[0], mean.double(), m2)
+
+    def merge(self, other: Moments) -> None:
+        if other.count:
+            self._add(other.count, other.mean_C, other.m2_C)
+
+    def _add(self, count: int, mean: Tensor, m2: Tensor) -> None:
+        total = self.count + count
+        delta = mean - self.mean_C
+        self.m2_C = self.m2_C + m2 + delta.square() * (self.count * count / total)
+        self.mean_C = self.mean_C + delta * (count / total)
+        self.count = total
+
+    def variance(self) -> Tensor:
+        """Sample variance (N - 1), [channels] float64."""
+        return self.m2_C / max(self.count - 1, 1)
+
+
+class SequenceMoments:
+    """Sum and sum of squares of every sequence, kept in order: [sequences, channels] float32 each.
+
+    For recursions that depend on the order of the sequences, such as FLAP's published streaming update.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        self.tokens_per_sequence: list[int] = []
+
+    def update(self, x_BTC: Tensor) -> None:
+        x = x_BTC.double()
+        self._sums.append(x.sum(dim=1))
+        self._squares.append(x.square().sum(dim=1))
+        self.tokens_per_sequence += [x.shape[1]] * x.shape[0]
+
+    def merge(self, other: SequenceMoments) -> None:
+        self._sums += other._sums
+        self._squares += other._squares
+        self.tokens_per_sequence += other.tokens_per_sequence
+
+    @property
+    def sums_NC(self) -> Tensor:
+        """Sum over the tokens of every sequence, [sequences, channels] float64."""
+        return torch.cat(self._sums)
+
+    @property
+    def squares_NC(self) -> Tensor:
+        """Sum of squares over the tokens of every sequence, [sequences, channels] float64."""
+        return torch.cat(self._squares)
+
+
+class Gram:
+    """X^T X over all tokens, ``total_CC`` float32 (float64 for float64 inputs), and the ``sequences`` seen."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self.sequences = 0
+        self.tokens = 0
+
+    def update(self, x_BTC: Tensor) -> None:
+        x = x_BTC.reshape(-1, x_BTC.shape[-1])
+        x = x if x.dtype == torch.float64 else x.float()
+        channels = x.shape[1]
+        if self._total is None:
+            self._total = torch.zeros(channels, channels, dtype=x.dtype, device=x.device)
+        # only blocks on and above the diagonal: the rest follows by symmetry
+        step = max(64, -(-channels // 6))
+        for start in range(0, channels, step):
+            left = x[:, start : start + step]
+            self._total[start : start + step, start:].addmm_(left.T, x[:, start:])
+        self.sequences += x_BTC.shape[0]
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Gram) -> None:
+        if other._total is not None:
+            self._total = other._total.clone() if self._total is None else self._total + other._total
+        self.sequences += other.sequences
+        self.tokens += other.tokens
+
+    @property
+    def total_CC(self) -> Tensor:
+        """The whole symmetric matrix, [channels, channels]."""
+        if self._total is None:
+            raise ValueError("this Gram matrix has seen no data")
+        upper = self._total.triu()
+        return upper + upper.triu(1).T
+
+
+class Similarity:
+    """Sum over tokens of the cosine between a block's input and output, float64 (ShortGPT's Block Influence)."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.tokens = 0
+
+    def update_pair(self, before_BTD: Tensor, after_BTD: Tensor) -> None:
+        """Take in one batch of hidden states before and after the block."""
+        cosine = torch.nn.functional.cosine_similarity(before_BTD.float(), after_BTD.float(), dim=-1)
+        self.total += float(cosine.double().sum())
+        self.tokens += cosine.numel()
+
+    def update(self, x_BTC: Tensor) -> None:
+        """Input and output of the block, concatenated along channels."""
+        before, after = x_BTC.chunk(2, dim=-1)
+        self.update_pair(before, after)
+
+    def merge(self, other: Similarity) -> None:
+        self.total += other.total
+        self.tokens += other.tokens
+
+    @property
+    def mean(self) -> float:
+        """Average cosine, in [-1, 1]."""
+        return self.total / max(self.tokens, 1)

@@ -1,0 +1,342 @@
+"""The Plan: the decision of a pruning method, as data.
+
+A plan says, in coordinates of the dense model, which units of which groups stay (``keep``), which entries of which
+weights stay (``masks``), what the kept entries become (``values``) and what is added to biases (``biases``). It
+is immutable, and it is the only thing that ever cuts a model: see ``secateur.apply``.
+
+Laws: Plan → disk → Plan is the identity; the same plan always gives the same bytes; ``diff(p, p)`` is empty.
+
+On disk a plan is a folder:
+
+    plan.json            format version, provenance, units of every group, shapes of every mask
+    plan.safetensors     keep/<group>    int64 [kept]              kept units, ascending
+                         scores/<group>  float32 [units]           higher = kept first
+                         mask/<tensor>   uint8 [ceil(numel / 8)]   bit i of the row-major weight: 1 = kept, least
+                                                                   significant bit first
+                         value/<tensor>  [number of ones]          kept entries, row-major, in the model's dtype
+                         bias/<tensor>   float32 [outputs]         added to the bias, which is created when absent
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from secateur.errors import PlanError
+
+FORMAT_VERSION = 1
+
+
+class Fingerprint(BaseModel):
+    """Which model a plan was made for: ``shapes`` must match, ``weights`` should."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str
+    shapes: str
+    weights: str
+    num_layers: int
+    name: str = ""
+
+
+class CalibrationInfo(BaseModel):
+    """Which data the statistics were taken from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    samples: int
+    length: int
+    tokens: int
+    seed: int
+    sha256: str
+
+
+class Provenance(BaseModel):
+    """How a plan came to be; enough to make it again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    model: Fingerprint
+    calibration: CalibrationInfo | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    versions: dict[str, str] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What the user should know: damping that had to be raised, rows that tied, layers left alone."""
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int
+    provenance: list[Provenance]
+    groups: dict[str, int]
+    masks: dict[str, tuple[int, ...]]
+
+
+def _frozen(mapping: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return MappingProxyType(dict(mapping))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays of a model, and what is done to what stays.
+
+    ``groups`` holds the dense number of units of every group in ``keep``; ``masks`` are boolean tensors with the
+    stored shape of the weight (True = kept); ``values`` replace the kept entries of a masked weight; ``biases`` are
+    float32 [outputs] additions. ``provenance`` has one entry per method that took part.
+    Raises PlanError when the parts don't fit together.
+    """
+
+    provenance: tuple[Provenance, ...]
+    groups: Mapping[str, int] = field(default_factory=dict)
+    keep: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "masks", "values", "biases", "scores"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+        object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
+        self._validate()
+
+    def _validate(self) -> None:
+        if not self.provenance:
+            raise PlanError("a plan needs a provenance")
+        models = {p.model.shapes for p in self.provenance}
+        if len(models) != 1:
+            raise PlanError("a plan must be made of parts for one model")
+        if set(self.keep) != set(self.groups):
+            raise PlanError("the plan lists groups without kept units, or kept units of no group")
+        for name, kept in self.keep.items():
+            units = self.groups[name]
+            if kept.dtype != torch.int64 or kept.dim() != 1:
+                raise PlanError(f"kept units of {name} must be a list of integers")
+            if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= units or bool((kept.diff() <= 0).any())):
+                raise PlanError(f"kept units of {name} must be ascending and lie in [0, {units})")
+        for name, mask in self.masks.items():
+            if mask.dtype != torch.bool:
+                raise PlanError(f"the mask of {name} must be boolean")
+        for name, value in self.values.items():
+            if name not in self.masks or value.numel() != int(self.masks[name].sum()):
+                raise PlanError(f"values of {name} don't match its mask")
+            if not bool(torch.isfinite(value).all()):
+                raise PlanError(f"values of {name} hold NaN or inf")
+        for name, bias in self.biases.items():
+            if bias.dim() != 1 or not bool(torch.isfinite(bias).all()):
+                raise PlanError(f"the bias of {name} must be a vector of finite numbers")
+
+    @property
+    def model(self) -> Fingerprint:
+        """The model that the plan was made for."""
+        return self.provenance[0].model
+
+    @property
+    def method(self) -> str:
+        """Names of the methods that took part, joined by ``+``."""
+        return "+".join(p.method for p in self.provenance)
+
+    @property
+    def is_identity(self) -> bool:
+        """True when applying the plan changes nothing."""
+        return (
+            all(len(self.keep[g]) == n for g, n in self.groups.items())
+            and all(bool(m.all()) for m in self.masks.values())
+            and not self.values
+            and not any(bool(b.any()) for b in self.biases.values())
+        )
+
+    def removed(self, group: str) -> Tensor:
+        """Units of ``group`` that leave, ascending int64."""
+        gone = torch.ones(self.groups[group], dtype=torch.bool)
+        gone[self.keep[group]] = False
+        return gone.nonzero().flatten()
+
+    def sparsity(self, tensor: str) -> float:
+        """Fraction of the entries of ``tensor`` that are removed by its mask."""
+        mask = self.masks[tensor]
+        return 1.0 - float(mask.sum()) / mask.numel()
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write the plan to ``folder``; the same plan gives the same bytes. Raises OutputError when it exists."""
+        from secateur.files import output_folder
+
+        with output_folder(folder, overwrite=overwrite) as path:
+            self.write(path)
+        return Path(folder)
+
+    def write(self, path: Path) -> None:
+        """Write the two files into an existing folder."""
+        from safetensors.torch import save_file
+
+        document = _Document(
+            format_version=FORMAT_VERSION,
+            provenance=list(self.provenance),
+            groups=dict(sorted(self.groups.items())),
+            masks={n: tuple(m.shape) for n, m in sorted(self.masks.items())},
+        )
+        text = json.dumps(document.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False)
+        (path / "plan.json").write_text(text + "\n", encoding="utf8")
+        tensors = {f"keep/{n}": t for n, t in self.keep.items()}
+        tensors |= {f"scores/{n}": t.float() for n, t in self.scores.items()}
+        tensors |= {f"mask/{n}": pack_bits(t) for n, t in self.masks.items()}
+        tensors |= {f"value/{n}": t for n, t in self.values.items()}
+        tensors |= {f"bias/{n}": t.float() for n, t in self.biases.items()}
+        save_file({n: tensors[n].contiguous() for n in sorted(tensors)}, str(path / "plan.safetensors"))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Plan:
+        """Read a plan and validate it. Raises PlanError, in one sentence, when it is missing or damaged."""
+        folder = Path(folder)
+        document = _read_document(folder)
+        parts = _read_tensors(folder)
+        masks = {}
+        for name, shape in document.masks.items():
+            if name not in parts["mask"]:
+                raise PlanError(f"{folder}: the mask of {name} is missing from plan.safetensors")
+            masks[name] = unpack_bits(parts["mask"][name], shape)
+        return cls(
+            provenance=tuple(document.provenance),
+            groups=document.groups,
+            keep=parts["keep"],
+            masks=masks,
+            values=parts["value"],
+            biases=parts["bias"],
+            scores=parts["scores"],
+        )
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What ``other`` keeps that this plan removes, and the other way round."""
+        return PlanDiff.between(self, other)
+
+    def merge(self, other: Plan) -> Plan:
+        """Both plans at once: they must be for one model and must not decide the same group or weight.
+
+        Raises PlanError when they overlap. Biases add up.
+        """
+        for kind, mine, theirs in (("group", self.keep, other.keep), ("weight", self.masks, other.masks)):
+            both = sorted(set(mine) & set(theirs))
+            if both:
+                raise PlanError(f"both plans decide {kind} {both[0]}; merge takes plans for different parts of a model")
+        biases = dict(self.biases)
+        for name, bias in other.biases.items():
+            biases[name] = biases[name] + bias if name in biases else bias
+        return replace(
+            self,
+            provenance=self.provenance + other.provenance,
+            groups={**self.groups, **other.groups},
+            keep={**self.keep, **other.keep},
+            masks={**self.masks, **other.masks},
+            values={**self.values, **other.values},
+            biases=biases,
+            scores={**self.scores, **other.scores},
+        )
+
+
+@dataclass(frozen=True)
+class PlanDiff:
+    """Differences of two plans: per group or weight, how many units both keep, only the first, only the second.
+
+    ``rows`` maps a name to (kept by both, only by the first, only by the second); names on which the plans agree
+    are left out.
+    """
+
+    rows: Mapping[str, tuple[int, int, int]]
+
+    @classmethod
+    def between(cls, first: Plan, second: Plan) -> PlanDiff:
+        if first.model.shapes != second.model.shapes:
+            raise PlanError("the plans were made for models of different shapes and can't be compared")
+        rows = {}
+        for name in sorted({*first.keep, *second.keep}):
+            kept = [_flags(plan, name) for plan in (first, second)]
+            rows[name] = _overlap(*_fill(kept))
+        for name in sorted({*first.masks, *second.masks}):
+            rows[name] = _overlap(*_fill([plan.masks.get(name) for plan in (first, second)]))
+        return cls({name: row for name, row in rows.items() if row[1] or row[2]})
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+
+def _flags(plan: Plan, group: str) -> Tensor | None:
+    if group not in plan.keep:
+        return None
+    flags = torch.zeros(plan.groups[group], dtype=torch.bool)
+    flags[plan.keep[group]] = True
+    return flags
+
+
+def _fill(pair: list[Tensor | None]) -> list[Tensor]:
+    present = next(t for t in pair if t is not None)
+    return [torch.ones_like(present) if t is None else t for t in pair]
+
+
+def _overlap(first: Tensor, second: Tensor) -> tuple[int, int, int]:
+    return int((first & second).sum()), int((first & ~second).sum()), int((~first & second).sum())
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Boolean tensor → uint8 [ceil(numel / 8)], row-major, least significant bit first."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of ``pack_bits``. Raises PlanError when the length doesn't fit ``shape``."""
+    count = int(np.prod(shape, dtype=np.int64))
+    if packed.dtype != torch.uint8 or packed.numel() != (count + 7) // 8:
+        raise PlanError(f"a bit mask of shape {tuple(shape)} needs {(count + 7) // 8} bytes, got {packed.numel()}")
+    bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits.astype(bool)).reshape(shape)
+
+
+def _read_document(folder: Path) -> _Document:
+    path = folder / "plan.json"
+    if not path.is_file():
+        raise PlanError(f"{folder} holds no plan: there is no plan.json in it")
+    try:
+        raw = json.loads(path.read_text(encoding="utf8"))
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if version != FORMAT_VERSION:
+            raise PlanError(f"{path} has plan format {version!r}; this secateur reads format {FORMAT_VERSION}")
+        return _Document.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PlanError(f"{path} is not a valid plan: {where}: {first['msg'].lower()}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlanError(f"{path} is not valid JSON: {error}") from None
+
+
+def _read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "plan.safetensors"
+    try:
+        tensors = load_file(str(path))
+    except FileNotFoundError:
+        raise PlanError(f"{folder} holds no plan: there is no plan.safetensors in it") from None
+    except (SafetensorError, OSError) as error:
+        raise PlanError(f"{path} is damaged: {error}") from None
+    parts: dict[str, dict[str, Tensor]] = {k: {} for k in ("keep", "scores", "mask", "value", "bias")}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind not in parts:
+            raise PlanError(f"{path} holds an unknown entry {name!r}")
+        parts[kind][rest] = tensor
+    return parts

@@ -1,0 +1,81 @@
+"""The result of a run as data; ``tables`` and ``html`` only draw it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number per model. ``values`` maps the model's name to the value; the first model is the dense baseline.
+
+    ``higher_is_better`` is None for plain facts. ``protocol`` says how it was measured: data set, join, window,
+    token count, batch, repeats.
+    """
+
+    name: str
+    unit: str
+    values: dict[str, float]
+    higher_is_better: bool | None = None
+    protocol: str = ""
+
+    def change(self, model: str) -> float | None:
+        """Relative change against the first model, as a fraction; None when the baseline is 0 or absent."""
+        baseline = next(iter(self.values.values()), None)
+        if not baseline or model not in self.values:
+            return None
+        return self.values[model] / baseline - 1.0
+
+
+@dataclass(frozen=True)
+class LayerCut:
+    """What was cut in one decoder block: units before and after by kind, fraction of its linear weights removed."""
+
+    layer: int
+    units: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """kind (``kv_head``, ``head``, ``neuron``, ``layer``) → (before, after)"""
+    sparsity: float = 0.0
+    matrices: dict[str, float] = field(default_factory=dict)
+    """name of the matrix within the block → fraction of its entries that is zero (weight methods)"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One greedy continuation per model."""
+
+    prompt: str
+    outputs: dict[str, str]
+
+
+@dataclass
+class Report:
+    """What was cut, what it cost and what it gained."""
+
+    model: str
+    method: str
+    options: dict[str, Any]
+    requested: str
+    achieved: float
+    """fraction of the blocks' parameters (or of their entries) that is gone"""
+    layers: list[LayerCut] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    """group name → score of every unit, higher = kept first"""
+    keep: dict[str, list[int]] = field(default_factory=dict)
+    """group name → kept units"""
+    metrics: list[Metric] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """wall time of the stages: calibrate, cut, evaluate, save"""
+    output: str | None = None
+    plain: bool | None = None
+    """True when stock transformers loads the checkpoint without remote code"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as JSON-ready values."""
+        return dataclasses.asdict(self)

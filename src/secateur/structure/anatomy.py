@@ -1,0 +1,133 @@
+"""What can be cut in a model: groups of coupled slices, sparsifiable matrices, and what is frozen and why.
+
+Law: removing unit ``u`` of a group means removing ``slices.index[u]`` from every tensor of ``group.slices``,
+all together or not at all; the units of one group are disjoint, and so are the groups of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What something costs: parameters, multiply-accumulates per token, bytes of weights, KV-cache bytes per token."""
+
+    params: int = 0
+    macs: int = 0
+    bytes: int = 0
+    kv_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(getattr(self, f) * times for f in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The part of one tensor that belongs to the units of a group.
+
+    ``index`` is [units, width] int64: positions along ``dim`` of the stored tensor that leave with each unit.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """``units`` coupled units that can leave the model one by one.
+
+    ``kind`` is ``neuron``, ``kv_head`` (a key-value head with its query heads), ``head`` (single query heads, one
+    out of each key-value group together) or ``layer``. ``reader`` names the linear module whose input columns are
+    the units (o_proj, down_proj); a ``layer`` group has none. ``cost`` is the cost of one unit. ``frozen`` says why
+    the group must not be cut; ``inexact`` says why a masked model differs from a cut one.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    units: int
+    cost: Cost
+    slices: tuple[Slices, ...] = ()
+    reader: str | None = None
+    frozen: str | None = None
+    inexact: str | None = None
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Input columns of the reader that belong to each unit, [units, width] int64."""
+        for part in self.slices:
+            if part.tensor == f"{self.reader}.weight":
+                return part.index
+        raise LookupError(f"{self.name} has no reader")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight whose single entries can be zeroed: ``shape`` is (outputs, inputs).
+
+    ``transposed`` marks weights that are stored [inputs, outputs] (GPT-2's Conv1D).
+    """
+
+    module: str
+    layer: int
+    shape: tuple[int, int]
+    transposed: bool = False
+
+    @property
+    def tensor(self) -> str:
+        return f"{self.module}.weight"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Something that is left alone, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Everything that can be cut in one model. ``blocks`` is the cost of all decoder blocks together."""
+
+    model_type: str
+    num_layers: int
+    groups: tuple[Group, ...]
+    matrices: tuple[Matrix, ...]
+    frozen: tuple[Frozen, ...]
+    blocks: Cost
+    total: Cost
+    _by_name: dict[str, Group] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {g.name: g for g in self.groups})
+
+    def __getitem__(self, name: str) -> Group:
+        return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def of_kind(self, *kinds: str) -> list[Group]:
+        """The groups of these kinds that may be cut, in model order."""
+        return [g for g in self.groups if g.kind in kinds and g.frozen is None]
+
+    def __str__(self) -> str:
+        from secateur.report.tables import anatomy_text
+
+        return anatomy_text(self)
