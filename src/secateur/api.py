@@ -74,7 +74,75 @@ def plan(
     ``progress`` is called with (stage, done, total). The same arguments give the same plan.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
-    raise SystemError("under construction")
+    from secateur.engine import decide
+    from secateur.methods import make_method
+    from secateur.models.fingerprint import fingerprint
+    from secateur.observe.calibration import load_tokens
+    from secateur.observe.precision import compute_dtype
+    from secateur.plans import Plan, Provenance
+    from secateur.versions import library_versions
+
+    chosen = make_method(method, method_options(method, options, sparsity, pattern, budget, seed))
+    tokens = None
+    if chosen.statistics and tokenizer is not None:
+        tokens = load_tokens(
+            calibration, tokenizer, samples=samples, length=length, seed=seed, text_field=text_field, model=model
+        )
+    compute = compute_dtype(dtype, next(model.parameters()).device)
+    decision = decide(
+        chosen, model, tokens, dtype=compute, batch_tokens=batch_tokens, progress=progress or _no_progress
+    )
+    provenance = Provenance(
+        method=method,
+        options=chosen.options(),
+        model=fingerprint(model),
+        calibration=tokens.info if tokens is not None else None,
+        seed=seed,
+        dtype=str(compute).removeprefix("torch."),
+        versions=library_versions(),
+        notes=tuple(decision.notes),
+    )
+    return Plan(
+        provenance=(provenance,),
+        groups=decision.groups,
+        keep=decision.keep,
+        masks=decision.masks,
+        values=decision.values,
+        biases=decision.biases,
+        scores=decision.scores,
+    )
+
+
+def method_options(
+    method: str,
+    options: Mapping[str, Any] | None,
+    sparsity: float | None,
+    pattern: str | None,
+    budget: str | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The options of a method, with the general arguments filled in where the method has such an option.
+
+    Raises OptionError for a general argument that the method doesn't have.
+    """
+    from secateur.errors import OptionError
+    from secateur.methods import get_method
+
+    fields = get_method(method).option_fields()
+    merged = dict(options or {})
+    for name, value in (("sparsity", sparsity), ("pattern", pattern), ("budget", budget)):
+        if value is None:
+            continue
+        if name not in fields:
+            raise OptionError(f"{method} takes no {name}: 'secateur describe {method}' lists its options")
+        merged[name] = value
+    if "seed" in fields:
+        merged.setdefault("seed", seed)
+    return merged
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    return None
 
 
 def apply(plan: Plan, model: PreTrainedModel, *, inplace: bool = False, mask: bool = False) -> PreTrainedModel:
@@ -82,7 +150,7 @@ def apply(plan: Plan, model: PreTrainedModel, *, inplace: bool = False, mask: bo
 
     Raises PlanMismatchError when the plan was made for other shapes.
     """
-    from secateur.structure.surgery import apply_plan
+    from secateur.models.surgery import apply_plan
 
     return apply_plan(plan, model, inplace=inplace, mask=mask)
 
@@ -97,7 +165,17 @@ def prune(
     **arguments: Any,
 ) -> Result:
     """``plan`` and ``apply`` in one call; takes the arguments of ``plan``."""
-    raise SystemError("under construction")
+    import time
+
+    from secateur.report.build import build_report
+
+    start = time.perf_counter()
+    made = plan(model, tokenizer, method=method, sparsity=sparsity, **arguments)
+    planned = time.perf_counter()
+    report = build_report(made, model)
+    cut = apply(made, model, inplace=inplace)
+    report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
+    return Result(model=cut, plan=made, report=report)
 
 
 def evaluate(

@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from torch import Tensor
 
+from secateur.allocate import Allocator, MaskRule
 from secateur.errors import OptionError, nearest
-
-if TYPE_CHECKING:
-    from secateur.allocate import Allocator, MaskRule
-    from secateur.observe import Statistic
+from secateur.observe import Statistic
 
 DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
     "object": ("weights", "heads_and_neurons", "layers"),

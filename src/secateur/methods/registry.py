@@ -11,20 +11,22 @@ from typing import Any, get_args, get_type_hints
 
 from secateur.errors import OptionError, UnknownMethodError, nearest
 from secateur.methods.base import Method, interval
+from secateur.methods.plugins import import_plugin, installed_methods
 
 _registered: dict[str, type[Method]] = {}
 
 
 def _shipped() -> dict[str, str]:
-    """Method name → module, from the file names: a method's file carries its name."""
+    """Method name → module: ours from the file names (a method's file carries its name), others from entry points."""
     root = Path(__file__).parent
-    return {
+    ours = {
         module.name: f"secateur.methods.{room.name}.{module.name}"
         for room in pkgutil.iter_modules([str(root)])
         if room.ispkg
         for module in pkgutil.iter_modules([str(root / room.name)])
         if not module.name.startswith("_")
     }
+    return {**installed_methods(), **ours}
 
 
 def register(name: str) -> Callable[[type[Method]], type[Method]]:
@@ -59,9 +61,12 @@ def get_method(name: str) -> type[Method]:
         if module is None:
             choices = {*_shipped(), *_registered}
             raise UnknownMethodError(
-                f"unknown method '{name}'{nearest(name, choices)} 'secateur methods' shows them all"
+                f"unknown method '{name}'{nearest(name, choices) or ';'} 'secateur methods' shows them all"
             )
-        importlib.import_module(module)
+        # a failing file of ours is a bug and shows its traceback; a failing plugin is named
+        (importlib.import_module if module.startswith("secateur.") else import_plugin)(module)
+        if name not in _registered:
+            raise UnknownMethodError(f"{module} registers no method named '{name}'")
     return _registered[name]
 
 
@@ -76,7 +81,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     for key, value in (options or {}).items():
         if key not in fields:
             raise OptionError(
-                f"{name} has no option '{key}'{nearest(key, fields)} 'secateur describe {name}' lists them"
+                f"{name} has no option '{key}'{nearest(key, fields) or ';'} 'secateur describe {name}' lists them"
             )
         values[key] = _convert(name, key, value, hints[key])
     return cls(**values)

@@ -7,7 +7,8 @@ distributable. Sums are float32 or better. B sequences, T tokens, C channels.
 
 from __future__ import annotations
 
-from typing import Protocol, Self, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Statistic(Protocol):
         """Take in one batch, [sequences, tokens, channels]; every sequence lies whole within one batch."""
         ...
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Any) -> None:
         """Take in everything that ``other`` has seen; ``other`` saw the data that follows."""
         ...
 
@@ -120,10 +121,12 @@ class Gram:
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
+        self._cache: dict[tuple[str, float], Any] = {}
         self.sequences = 0
         self.tokens = 0
 
     def update(self, x_BTC: Tensor) -> None:
+        self._cache.clear()
         x = x_BTC.reshape(-1, x_BTC.shape[-1])
         x = x if x.dtype == torch.float64 else x.float()
         channels = x.shape[1]
@@ -138,10 +141,22 @@ class Gram:
         self.tokens += x.shape[0]
 
     def merge(self, other: Gram) -> None:
+        self._cache.clear()
         if other._total is not None:
             self._total = other._total.clone() if self._total is None else self._total + other._total
         self.sequences += other.sequences
         self.tokens += other.tokens
+
+    def cached(self, key: str, option: float, compute: Callable[[Gram], Any]) -> Any:
+        """``compute(self)``, once per (key, option): matrices that share this input share its factorisation."""
+        if (key, option) not in self._cache:
+            self._cache[key, option] = compute(self)
+        return self._cache[key, option]
+
+    @property
+    def dead(self) -> Tensor:
+        """Inputs that were zero in all of the data, bool [channels]."""
+        return self.total_CC.diagonal() == 0
 
     @property
     def total_CC(self) -> Tensor:

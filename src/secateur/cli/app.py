@@ -1,0 +1,44 @@
+"""The commands put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from secateur.cli import describe, evaluate, inspect, methods, plan, prune
+from secateur.cli.examples import help_text
+from secateur.cli.options import Plugins, load_plugins
+
+app = typer.Typer(
+    name="secateur",
+    help="Prune language models: cut, measure, save, and load the result anywhere.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from secateur import __version__
+
+        typer.echo(f"secateur {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    plugin: Plugins = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    load_plugins(plugin)
+
+
+app.command("prune", help=help_text("prune"))(prune.prune)
+app.add_typer(plan.app, name="plan")
+app.command("evaluate", help=help_text("evaluate"))(evaluate.evaluate)
+app.command("inspect", help=help_text("inspect"))(inspect.inspect)
+app.command("methods", help=help_text("methods"))(methods.methods)
+app.command("describe", help=help_text("describe"))(describe.describe)

@@ -1,0 +1,66 @@
+"""``secateur evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.cli.options import Device, Json, Quiet, TrustRemoteCode
+from secateur.cli.output import print_json, show, working
+from secateur.errors import UsageError
+
+DEFAULT_TASKS = ("perplexity:builtin", "speed", "size")
+
+
+def evaluate(
+    model: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models; the first is the baseline.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="perplexity:builtin|FILE|DATASET, speed, size, lm_eval:NAME; repeatable "
+            f"(default: {', '.join(DEFAULT_TASKS)}).",
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text that perplexity reads.")] = 40,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Dtype that the models are loaded in.")] = "float32",
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    tasks = list(dict.fromkeys(task or DEFAULT_TASKS))
+    names = model_names(model)
+    from secateur import api
+    from secateur.evaluation import make_task
+
+    for name in tasks:
+        make_task(name)
+    with working(quiet) as progress:
+        loaded = [api.load(m, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for m in model]
+        models = {name: pair[0] for name, pair in zip(names, loaded, strict=True)}
+        tokenizer = loaded[0][1]
+        table = api.evaluate(models, tokenizer, tasks, length=length, windows=windows, seed=seed, progress=progress)
+    if json:
+        print_json(table.to_dict())
+        return
+    from secateur.report.tables import metrics_table
+
+    show(metrics_table(table.metrics))
+
+
+def model_names(models: list[str]) -> list[str]:
+    """Short names for the columns: the last part of a path where that tells the models apart.
+
+    Raises UsageError for a model given twice.
+    """
+    twice = next((m for m in models if models.count(m) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is given twice; every model needs a name of its own")
+    short = [Path(model).name or model for model in models]
+    return short if len(set(short)) == len(short) else models

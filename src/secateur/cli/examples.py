@@ -1,0 +1,42 @@
+"""The one sentence and the example that ``--help`` shows for every command.
+
+The examples are a session in one folder: later ones use what earlier ones wrote, and the tests run them in order.
+"""
+
+from __future__ import annotations
+
+HELP: dict[str, tuple[str, str]] = {
+    "methods": ("List the methods and what each of them cuts.", "secateur methods --object weights"),
+    "describe": (
+        "Explain a method: source, equations, options with unit, default and range.",
+        "secateur describe flap",
+    ),
+    "inspect": (
+        "Show what can be cut in a model, what a unit costs, and what is frozen and why.",
+        "secateur inspect smollm2-135m",
+    ),
+    "prune": (
+        "Prune a model, measure it beside the dense one, and save it.",
+        "secateur prune smollm2-135m --method flap --sparsity 0.2 --evaluate perplexity:builtin --out pruned",
+    ),
+    "plan show": ("Show what a plan keeps and where it came from.", "secateur plan show pruned"),
+    "plan apply": (
+        "Cut a model by an existing plan and save it.",
+        "secateur plan apply pruned smollm2-135m --out again",
+    ),
+    "plan diff": ("Show where two plans differ.", "secateur plan diff pruned again"),
+    "plan merge": (
+        "Join two plans for different parts of one model.",
+        "secateur plan merge pruned/plan sparse/plan --out merged",
+    ),
+    "evaluate": (
+        "Measure models side by side; the first is the baseline.",
+        "secateur evaluate smollm2-135m pruned --task perplexity:builtin --task size",
+    ),
+}
+
+
+def help_text(command: str) -> str:
+    """Sentence and example, with the mark that keeps the line breaks of the example."""
+    sentence, example = HELP[command]
+    return f"{sentence}\n\n\b\nExample:\n  {example}"

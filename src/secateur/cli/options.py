@@ -1,0 +1,29 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+Device = Annotated[str, typer.Option("--device", help="Device that torch computes on.", metavar="NAME")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the modelling code that comes with the checkpoint.")
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", metavar="FILE|MODULE", help="Python code that registers methods; repeatable."),
+]
+
+
+def load_plugins(plugins: Sequence[str] | None) -> None:
+    """Import the plugins; the registry loads only when there are some."""
+    if plugins:
+        from secateur.methods.plugins import load_plugin
+
+        for plugin in plugins:
+            load_plugin(plugin)

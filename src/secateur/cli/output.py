@@ -1,0 +1,55 @@
+"""Results on stdout; progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from secateur.progress import Progress
+
+
+@contextmanager
+def working(quiet: bool) -> Iterator[Progress]:
+    """Progress on stderr while work is done; what other libraries print to stdout goes to stderr as well."""
+    from secateur.progress import Progress
+
+    with redirect_stdout(sys.stderr), Progress(quiet=quiet) as progress:
+        yield progress
+
+
+def print_json(document: Any) -> None:
+    """The one document of ``--json``; NaN and infinities, which JSON lacks, become null."""
+    print(json.dumps(_finite(document), indent=1, ensure_ascii=False))
+
+
+def show(*parts: RenderableType) -> None:
+    """Print results for people, as wide as the terminal and 80 columns elsewhere."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str), markup=False)
+
+
+def show_notes(notes: Iterable[str], quiet: bool) -> None:
+    """What the user should know, on stderr."""
+    if not quiet:
+        for note in dict.fromkeys(notes):
+            print(f"note: {note}", file=sys.stderr)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

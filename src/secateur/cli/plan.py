@@ -1,0 +1,147 @@
+"""``secateur plan show | diff | merge | apply``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur.cli.examples import help_text
+from secateur.cli.options import Device, Json, Overwrite, Quiet, TrustRemoteCode
+from secateur.cli.output import print_json, show, show_notes, working
+from secateur.cli.saving import how_to_load, save_checkpoint
+from secateur.errors import PlanError, UsageError
+from secateur.files import check_output
+
+if TYPE_CHECKING:
+    from secateur.plans import Plan
+
+app = typer.Typer(help="Show, compare, join and apply plans.", rich_markup_mode=None)
+
+PlanFolder = Annotated[str, typer.Argument(metavar="PLAN", help="A plan folder, or a checkpoint that holds its plan.")]
+
+
+@app.command("show", help=help_text("plan show"))
+def show_plan(plan: PlanFolder, json: Json = False) -> None:
+    plans = load_plans(plan)
+    if json:
+        print_json({"plans": [plan_document(p) for p in plans.values()]})
+        return
+    show_plans(list(plans.values()))
+
+
+@app.command("diff", help=help_text("plan diff"))
+def diff(first: PlanFolder, second: PlanFolder, json: Json = False) -> None:
+    difference = load_plan(first).diff(load_plan(second))
+    if json:
+        keys = ("both", "only_first", "only_second")
+        print_json({name: dict(zip(keys, row, strict=True)) for name, row in difference.rows.items()})
+        return
+    from secateur.report.tables import diff_table
+
+    show(diff_table(difference))
+
+
+@app.command("merge", help=help_text("plan merge"))
+def merge(
+    first: PlanFolder,
+    second: PlanFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the joined plan.")],
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    check_output(out, overwrite)
+    merged = load_plan(first).merge(load_plan(second))
+    merged.save(out, overwrite=overwrite)
+    if json:
+        print_json({"output": str(out), "plans": [plan_document(merged)]})
+        return
+    show(f"{merged.method} written to {out}")
+
+
+@app.command("apply", help=help_text("plan apply"))
+def apply(
+    plan: PlanFolder,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The model that the plan was made for.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the checkpoint.")],
+    format: Annotated[str, typer.Option(metavar="dense|packed", help="How zeros are stored.")] = "dense",
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    if format not in ("dense", "packed"):
+        raise UsageError(f"--format must be dense or packed, got '{format}'")
+    check_output(out, overwrite)
+    plans = list(load_plans(plan).values())
+    from secateur import api
+
+    with working(quiet):
+        current, tokenizer = api.load(model, device=device, trust_remote_code=trust_remote_code)
+        for step in plans:
+            current = api.apply(step, current, inplace=True)
+        save_checkpoint(current, tokenizer, out, plans=plans, format=format, overwrite=overwrite)
+    show_notes((note for step in plans for p in step.provenance for note in p.notes), quiet)
+    if json:
+        print_json({"output": str(out), "plans": [plan_document(step) for step in plans]})
+        return
+    show(how_to_load(out))
+
+
+def find_plans(folder: str | Path) -> list[Path]:
+    """The plan folders in ``folder``, in the order of their steps: itself, ``plan`` or ``plan/step-1``, ``-2``, ...
+
+    Raises PlanError when there is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PlanError(f"{folder} is not a folder; give a plan, or a checkpoint that holds one")
+    for place in (folder, folder / "plan"):
+        if (place / "plan.json").is_file():
+            return [place]
+        steps = [step for step in place.glob("step-*") if step.name[5:].isdigit()]
+        if steps:
+            return sorted(steps, key=lambda step: int(step.name[5:]))
+    raise PlanError(f"{folder} holds no plan: there is no plan.json in it, nor in a folder 'plan'")
+
+
+def load_plans(folder: str | Path) -> dict[Path, Plan]:
+    """The plans of all steps by folder. Raises PlanError."""
+    from secateur.plans import Plan
+
+    return {path: Plan.load(path) for path in find_plans(folder)}
+
+
+def load_plan(folder: str) -> Plan:
+    """A single plan. Raises UsageError when there are several steps to choose from, PlanError when there is none."""
+    plans = load_plans(folder)
+    if len(plans) > 1:
+        raise UsageError(f"{folder} holds the plans of {len(plans)} steps; name one of them, as in {next(iter(plans))}")
+    return next(iter(plans.values()))
+
+
+def show_plans(plans: list[Plan]) -> None:
+    """Print the table of every plan, under the number of its step when there are several."""
+    from secateur.report.tables import plan_table
+
+    for number, plan in enumerate(plans, start=1):
+        show(*([f"step {number}"] if len(plans) > 1 else []), plan_table(plan))
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON-ready values: units kept and removed per group, sparsity per weight, provenance."""
+    return {
+        "method": plan.method,
+        "provenance": [p.model_dump(mode="json") for p in plan.provenance],
+        "groups": {
+            name: {"units": units, "kept": len(plan.keep[name]), "removed": plan.removed(name).tolist()}
+            for name, units in plan.groups.items()
+        },
+        "masks": {
+            name: {"shape": list(mask.shape), "sparsity": plan.sparsity(name)} for name, mask in plan.masks.items()
+        },
+        "values": sorted(plan.values),
+        "biases": sorted(plan.biases),
+    }

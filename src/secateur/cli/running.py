@@ -1,0 +1,91 @@
+"""Running a command: exit codes, one-line errors, interrupts, closed pipes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from secateur.errors import SecateurError
+
+INTERRUPTED = 130
+# Typer takes its parser from click, or carries a copy of it; this is the base of its usage errors either way.
+_ParserError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code: 0 done, 1 failed, 2 misuse, 130 interrupted.
+
+    Only errors that nobody foresaw leave as exceptions, with their traceback.
+    """
+    _quieten_libraries()
+    try:
+        with _terminate_as_interrupt():
+            _invoke(list(arguments) or ["--help"])
+            sys.stdout.flush()
+        return 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except SecateurError as error:
+        return _fail(str(error), error.exit_code)
+    except _ParserError as error:
+        return _fail(_parser_message(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # what reads our output has gone: nobody to tell, and nothing left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _invoke(arguments: list[str]) -> None:
+    from secateur.cli.app import app
+
+    # not through typer's own main(), which turns an interrupt into a plain exit before we see it
+    command = typer.main.get_command(app)
+    with command.make_context("secateur", arguments) as context:
+        command.invoke(context)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _parser_message(error: Exception) -> str:
+    message = str(error.format_message()).rstrip(".")  # pyright: ignore[reportAttributeAccessIssue]
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "secateur"
+    return f"{message[:1].lower()}{message[1:]}; '{path} --help' shows what is possible"
+
+
+def _quieten_libraries() -> None:
+    """Keep loading bars and advice of other libraries off our streams; what the user has set stays."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM unwinds the stack like Ctrl-C, so that half-written output is removed."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,69 @@
+"""The contract of an evaluation, and what all evaluations share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from secateur.report import Metric
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all evaluations of one call have in common.
+
+    ``length`` is the window in tokens and ``windows`` their number; ``folders`` maps a model's name to the checkpoint
+    folder that it was loaded from, where there is one; ``progress`` is called with (stage, done, total).
+    """
+
+    length: int = 512
+    windows: int = 40
+    seed: int = 0
+    text_field: str | None = None
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    progress: Progress = silent
+
+
+@runtime_checkable
+class Evaluation(Protocol):
+    """Something that is measured on several models at once, the dense baseline first.
+
+    Law: measuring leaves the models, their mode and the global random state as they were.
+    """
+
+    @property
+    def name(self) -> str:
+        """The task as the user wrote it."""
+        ...
+
+    def measure(
+        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, settings: Settings
+    ) -> list[Metric]:
+        """One or several metrics, each with a value for every model."""
+        ...
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tied tensor appears once, under its first name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    seen = {id(t) for t in tensors.values()}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
+            transient = name.rpartition(".")[2] in module._non_persistent_buffers_set
+            if not transient and id(buffer) not in seen:
+                seen.add(id(buffer))
+                tensors[name] = buffer
+    return tensors

@@ -1,0 +1,166 @@
+"""Any task of the Language Model Evaluation Harness, run on the models in memory.
+
+    lm_eval:hellaswag                     a task, group or tag that lm-eval ships
+    lm_eval:hellaswag?limit=100&fewshot=5 the first 100 items only, 5 examples in the prompt
+    lm_eval:tasks/mine.yaml               a local task file; works offline when its data are local
+
+Source: EleutherAI/lm-evaluation-harness (MIT), the PyPI package ``lm-eval``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from secateur.errors import DataError, SecateurError, UsageError, nearest, require_extra
+from secateur.evaluation.base import Settings
+from secateur.observe.calibration import evaluating
+from secateur.report import Metric
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+QUERY = ("limit", "fewshot", "batch")
+
+
+@dataclass(frozen=True)
+class LmEval:
+    """``lm_eval:TASK?limit=ITEMS&fewshot=EXAMPLES&batch=SEQUENCES``; without ``limit`` all items are run."""
+
+    task: str
+    limit: int | None = None
+    fewshot: int | None = None
+    batch: int = 1
+
+    @classmethod
+    def parse(cls, argument: str) -> LmEval:
+        """From the text after ``lm_eval:``.
+
+        Raises UsageError for a missing task or bad setting and MissingExtraError when lm-eval is not installed.
+        """
+        task, _, query = argument.partition("?")
+        if not task:
+            raise UsageError("lm_eval needs a task: lm_eval:hellaswag, or lm_eval:FILE.yaml for a local one")
+        require_extra("lm_eval", "eval", f"task lm_eval:{task}")
+        made = cls(task, **dict(_setting(part) for part in query.split("&") if part))
+        if made.is_file and not Path(task).is_file():
+            raise UsageError(f"lm_eval task file {task} does not exist")
+        return made
+
+    @property
+    def is_file(self) -> bool:
+        """True when the task is a local YAML file."""
+        return self.task.endswith((".yaml", ".yml"))
+
+    @property
+    def name(self) -> str:
+        """``lm_eval:`` and the task; a file goes by its name."""
+        return f"lm_eval:{Path(self.task).name if self.is_file else self.task}"
+
+    def measure(
+        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, settings: Settings
+    ) -> list[Metric]:
+        """One metric per task and score, such as ``hellaswag acc``. Raises UsageError and DataError."""
+        manager = self._manager()
+        results = {}
+        for done, (name, model) in enumerate(models.items(), start=1):
+            results[name] = self._run(model, tokenizer, manager, settings)
+            settings.progress(self.name, done, len(models))
+        return _metrics(results, self.limit)
+
+    def _manager(self) -> Any:
+        tasks = require_extra("lm_eval.tasks", "eval", self.name)
+        if self.is_file:
+            return tasks.TaskManager(include_path=str(Path(self.task).parent), include_defaults=False)
+        manager = tasks.TaskManager()
+        if self.task not in manager.all_tasks:
+            raise UsageError(
+                f"lm-eval has no task '{self.task}'{nearest(self.task, manager.all_tasks)} (lm-eval ls tasks)"
+            )
+        return manager
+
+    def _run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manager: Any, settings: Settings
+    ) -> dict[str, Any]:
+        harness = require_extra("lm_eval.evaluator", "eval", self.name)
+        wrapper = require_extra("lm_eval.models.huggingface", "eval", self.name)
+        seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"), settings.seed)
+        # what lm-eval prints must not mix with results on stdout
+        with _random_state_kept(), evaluating(model), contextlib.redirect_stdout(sys.stderr), self._one_sentence():
+            return harness.simple_evaluate(
+                wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch),
+                tasks=[self.task],
+                num_fewshot=self.fewshot,
+                limit=self.limit,
+                task_manager=manager,
+                log_samples=False,
+                fewshot_random_seed=settings.seed,
+                bootstrap_iters=0,
+                **seeds,
+            )
+
+    @contextlib.contextmanager
+    def _one_sentence(self) -> Iterator[None]:
+        try:
+            yield
+        except SecateurError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            # loading a task reaches through yaml, datasets and the hub; all of them complain about this task
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DataError(f"{self.name} can't be run: {reason}") from error
+
+
+def _setting(part: str) -> tuple[str, int]:
+    key, _, value = part.partition("=")
+    if key not in QUERY:
+        raise UsageError(f"lm_eval has no setting '{key}'{nearest(key, QUERY)} (it has {', '.join(QUERY)})")
+    if not value.isdecimal() or (key != "fewshot" and int(value) < 1):
+        raise UsageError(f"lm_eval: {key} must be a whole number, got {value!r}")
+    return key, int(value)
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _metrics(results: Mapping[str, dict[str, Any]], limit: int | None) -> list[Metric]:
+    first = next(iter(results.values()))
+    metrics = []
+    for task, scores in first["results"].items():
+        for key, value in scores.items():
+            if isinstance(value, (int, float)) and "," in key and not key.partition(",")[0].endswith("_stderr"):
+                values = {name: float(result["results"][task][key]) for name, result in results.items()}
+                metrics.append(_metric(first, task, key, values, limit))
+    return metrics
+
+
+def _metric(first: dict[str, Any], task: str, key: str, values: dict[str, float], limit: int | None) -> Metric:
+    score, _, kind = key.partition(",")
+    label = f"{task} {score}" if kind == "none" else f"{task} {score} ({kind})"
+    better = first.get("higher_is_better", {}).get(task, {}).get(score)
+    return Metric(label, "", values, better, _protocol(first, task, limit))
+
+
+def _protocol(first: dict[str, Any], task: str, limit: int | None) -> str:
+    from importlib.metadata import version
+
+    counts = first.get("n-samples", {}).get(task)
+    items = f"{counts['effective']} of {counts['original']} items" if counts else f"limit {limit or 'none'}"
+    shots = first.get("n-shot", {}).get(task, 0)
+    return f"lm-eval {version('lm-eval')}, task version {first.get('versions', {}).get(task)}, {shots}-shot, {items}"

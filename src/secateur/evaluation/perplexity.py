@@ -1,0 +1,139 @@
+"""Perplexity on consecutive windows of a text.
+
+    perplexity = exp( mean over windows of mean over predictions of -log p(token | tokens before it in the window) )
+
+A window of L tokens gives L - 1 predictions. The codes of SparseGPT, Wanda and FLAP scale every window's mean loss
+by L and divide by the total number of tokens, which is the same number for windows of equal length. The loss is
+float32 whatever the dtype of the model.
+
+Source: E. Frantar and D. Alistarh, "SparseGPT", ICML 2023, arXiv:2301.00774, whose evaluation the others follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from secateur.errors import NonFiniteError
+from secateur.evaluation.base import Settings
+from secateur.observe.calibration import Tokens, check_length, evaluating, load_tokens, source_name
+from secateur.report import Metric
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens of one forward: enough to keep matrix multiplication busy, few enough to keep activations small.
+BATCH_TOKENS = 2048
+# Logits of one forward; only vocabularies beyond 64 k entries (in float32) make this the smaller limit.
+BATCH_LOGIT_BYTES = 2**29
+# Rows whose logits are copied to float32 at a time.
+LOSS_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """``perplexity:SOURCE``, where SOURCE is whatever calibration takes; its evaluation split is read."""
+
+    source: str = "builtin"
+
+    @classmethod
+    def parse(cls, argument: str) -> Perplexity:
+        """From the text after ``perplexity:``; nothing means ``builtin``."""
+        return cls(argument or "builtin")
+
+    @property
+    def name(self) -> str:
+        """``perplexity:`` and the source; a file goes by its name."""
+        return f"perplexity:{source_name(self.source)}"
+
+    def measure(
+        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, settings: Settings
+    ) -> list[Metric]:
+        """One metric. Raises DataError for unusable text and NonFiniteError when a loss is NaN or inf."""
+        for model in models.values():
+            check_length(model, settings.length)
+        tokens = load_tokens(
+            self.source,
+            tokenizer,
+            samples=settings.windows,
+            length=settings.length,
+            seed=settings.seed,
+            split="evaluation",
+            text_field=settings.text_field,
+            model=next(iter(models.values())),
+            allow_fewer=True,
+        )
+        values = {name: self._value(name, model, tokens, settings) for name, model in models.items()}
+        return [Metric(self.name, "", values, higher_is_better=False, protocol=_protocol(tokens, settings))]
+
+    def _value(self, name: str, model: PreTrainedModel, tokens: Tokens, settings: Settings) -> float:
+        def step(done: int) -> None:
+            settings.progress(f"{self.name} {name}", done, len(tokens.ids))
+
+        losses = window_losses(model, tokens.ids, step)
+        broken = (~torch.isfinite(losses)).nonzero().flatten()
+        if broken.numel():
+            raise NonFiniteError(
+                f"the loss of model {name} is NaN or inf in window {int(broken[0]) + 1} of {tokens.info.source}; "
+                "try float32, or remove less"
+            )
+        return _exp(float(losses.mean()), name)
+
+
+@torch.inference_mode()
+def window_losses(
+    model: PreTrainedModel, ids_NT: Tensor, progress: Callable[[int], None] = lambda done: None
+) -> Tensor:
+    """Mean negative log-likelihood in nats of every window, [windows] float64 on the CPU.
+
+    ``ids_NT`` is [windows, tokens] int64. The model runs in evaluation mode, whatever its mode is.
+    """
+    losses = []
+    with evaluating(model):
+        for batch_BT in ids_NT.split(_windows_per_batch(model, ids_NT.shape[1])):
+            batch_BT = batch_BT.to(model.device)
+            logits_BTV = model(input_ids=batch_BT, use_cache=False).logits[:, :-1]
+            losses += [_loss(logits_TV, ids_T[1:]) for logits_TV, ids_T in zip(logits_BTV, batch_BT, strict=True)]
+            progress(len(losses))
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def _windows_per_batch(model: PreTrainedModel, length: int) -> int:
+    row_bytes = model.config.get_text_config().vocab_size * model.dtype.itemsize
+    tokens = min(BATCH_TOKENS, BATCH_LOGIT_BYTES // row_bytes)
+    return max(1, tokens // length)
+
+
+def _loss(logits_TV: Tensor, target_T: Tensor) -> float:
+    total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
+    for rows_TV, aim_T in zip(logits_TV.split(LOSS_ROWS), target_T.split(LOSS_ROWS), strict=True):
+        total += torch.nn.functional.cross_entropy(rows_TV.float(), aim_T, reduction="none").double().sum()
+    return float(total) / len(target_T)
+
+
+def _exp(loss: float, name: str) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise NonFiniteError(
+            f"the perplexity of model {name} is beyond 1e308 (mean loss {loss:.0f} nats); the model is broken"
+        ) from None
+
+
+def _protocol(tokens: Tokens, settings: Settings) -> str:
+    info = tokens.info
+    asked = f" of {settings.windows} asked" if info.samples < settings.windows else ""
+    parts = [
+        info.source,
+        tokens.join,
+        f"{info.samples}{asked} consecutive windows of {info.length} tokens (stride {info.length}"
+        + (", bos at every start)" if tokens.bos else ")"),
+        f"{info.tokens} tokens",
+        f"{info.length - 1} predictions a window",
+    ]
+    return "; ".join(parts)

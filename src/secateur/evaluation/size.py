@@ -1,0 +1,197 @@
+"""How large a model is: parameters, bytes in memory and on disk, and the peak memory of a forward.
+
+Peak memory is the largest number of bytes of tensors that are alive at one time while the model reads one prompt: its
+weights and buffers, the activations and the KV cache. On a CPU the tensors are counted one by one as operators make
+them. The resident size of the process would also count what the allocator keeps, the libraries and the other
+models in the process, and differs from run to run; the count is exact, the same in every run, and comparable between
+models that share a process. It leaves out workspaces inside kernels. On a GPU it is the allocator's own peak during the forward,
+less what was allocated before, plus the model's weights.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from secateur.errors import UsageError
+from secateur.evaluation.base import Settings, stored_tensors
+from secateur.observe.calibration import cached_forward, check_length, evaluating
+from secateur.report import Metric
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Size:
+    """``size``: what the model weighs."""
+
+    @classmethod
+    def parse(cls, argument: str) -> Size:
+        """From the text after ``size:``, which must be empty. Raises UsageError."""
+        if argument:
+            raise UsageError(f"size has no settings, got '{argument}'; write size")
+        return cls()
+
+    @property
+    def name(self) -> str:
+        """``size``"""
+        return "size"
+
+    def measure(
+        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, settings: Settings
+    ) -> list[Metric]:
+        """Five metrics: parameters, non-zero parameters, bytes, bytes on disk, peak memory."""
+        for model in models.values():
+            check_length(model, settings.length)
+
+        def of_all(count: Callable[[PreTrainedModel], int]) -> dict[str, float]:
+            return {name: count(model) for name, model in models.items()}
+
+        disk: dict[str, float] = {n: _disk_bytes(m, settings.folders.get(n)) for n, m in models.items()}
+        where = "weight files of the folder" if settings.folders else "as a safetensors checkpoint"
+        peaks: dict[str, float] = {}
+        for done, (name, model) in enumerate(models.items(), start=1):
+            peaks[name] = peak_bytes(model, settings.length)
+            settings.progress("size", done, len(models))
+        memory = f"live tensors while reading 1 x {settings.length} tokens: weights, activations, KV cache"
+        return [
+            Metric("parameters", "", of_all(count_parameters), False, "tied parameters counted once"),
+            Metric("non-zero parameters", "", of_all(count_nonzero), False, "tied parameters counted once"),
+            Metric("bytes", "bytes", of_all(count_bytes), False, "weights and buffers in memory"),
+            Metric("bytes on disk", "bytes", disk, False, where),
+            Metric("peak memory", "bytes", peaks, False, memory),
+        ]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters; a tied one counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_nonzero(model: nn.Module) -> int:
+    """Number of parameters that are not zero; a tied one counts once."""
+    return sum(int(torch.count_nonzero(p.detach())) for p in model.parameters())
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and of the buffers that a checkpoint keeps, each in its own dtype."""
+    return sum(t.numel() * t.element_size() for t in stored_tensors(model).values())
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of the model as one safetensors file, header included, without writing it."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # safetensors orders by alignment, then name, and pads the header to 8 bytes
+    tensors = sorted(stored_tensors(model).items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, tensor in tensors:
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    header = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-header // 8) * 8 + offset
+
+
+def peak_bytes(model: PreTrainedModel, length: int) -> int:
+    """Peak bytes of live tensors while the model reads one prompt of ``length`` tokens (see the module's docstring)."""
+    ids_BT = torch.arange(length)[None] % model.config.get_text_config().vocab_size
+    weights = sum(s.nbytes() for s in _storages(model).values())
+    # not inference_mode: composite operators would then hide their intermediate tensors
+    with evaluating(model), torch.no_grad():
+        if model.device.type == "cuda":
+            return weights + _cuda_increase(model, ids_BT)
+        with LiveBytes(_storages(model)) as live:
+            cached_forward(model, ids_BT.to(model.device))
+    return weights + live.peak
+
+
+@dataclass
+class _Count:
+    live: int = 0
+    peak: int = 0
+    known: set[int] = field(default_factory=set)
+
+    def add(self, key: int, size: int) -> None:
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make while the mode is on, until they are freed.
+
+    ``given`` are storages that exist already and are not counted; ``peak`` is the largest count so far.
+    """
+
+    def __init__(self, given: Mapping[int, torch.UntypedStorage]) -> None:
+        super().__init__()
+        self._given = set(given)
+        self._count = _Count()
+
+    @property
+    def peak(self) -> int:
+        """Largest number of bytes that were alive at one time."""
+        return self._count.peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size, count = storage._cdata, storage.nbytes(), self._count
+        if key in self._given or key in count.known:
+            return
+        count.add(key, size)
+        weakref.finalize(storage, count.drop, key, size).atexit = False
+
+
+def _storages(model: nn.Module) -> dict[int, torch.UntypedStorage]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+
+
+def _cuda_increase(model: PreTrainedModel, ids_BT: Tensor) -> int:
+    torch.cuda.synchronize(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    cached_forward(model, ids_BT.to(model.device))
+    torch.cuda.synchronize(model.device)
+    return torch.cuda.max_memory_allocated(model.device) - before
+
+
+def _disk_bytes(model: nn.Module, folder: Path | None) -> int:
+    files = [f for pattern in WEIGHT_FILES for f in folder.glob(pattern)] if folder and folder.is_dir() else []
+    return sum(f.stat().st_size for f in files) if files else checkpoint_bytes(model)
+
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}

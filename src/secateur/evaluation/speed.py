@@ -1,0 +1,157 @@
+"""Tokens per second: reading the prompt, and writing with the KV cache, beside what memory bandwidth allows.
+
+Repeats are interleaved over the models (dense, pruned, dense, pruned, ...), so that a machine that slows down or
+warms up meets all of them alike; the median is reported. Writing one token reads every weight once, so
+
+    decode bound = batch * memory bandwidth / bytes of weights read per step
+
+with the bandwidth measured on the spot by copying a block of memory (bytes read + bytes written per second). It
+leaves out the KV cache and the activations. A model that fits the processor's cache can beat it; a mixture of experts
+that reads few of its experts does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from secateur.errors import UsageError, nearest
+from secateur.evaluation.base import Settings, stored_tensors
+from secateur.observe.calibration import cached_forward, check_length, evaluating
+from secateur.report import Metric
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Far beyond any processor cache.
+BANDWIDTH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Speed:
+    """``speed`` or ``speed:batch=1,prompt=256,new=32,repeats=5``: sequences, prompt tokens, new tokens, repeats."""
+
+    batch: int = 1
+    prompt: int = 256
+    new: int = 32
+    repeats: int = 5
+
+    @classmethod
+    def parse(cls, argument: str) -> Speed:
+        """From the text after ``speed:``. Raises UsageError for an unknown key or a bad number."""
+        return cls(**dict(cls._setting(part) for part in argument.split(",") if part))
+
+    @classmethod
+    def _setting(cls, part: str) -> tuple[str, int]:
+        key, _, value = part.partition("=")
+        known = [f.name for f in dataclasses.fields(cls)]
+        if key not in known:
+            raise UsageError(f"speed has no setting '{key}'{nearest(key, known)} (it has {', '.join(known)})")
+        if not value.isdecimal() or int(value) < 1:
+            raise UsageError(f"speed: {key} must be a whole number of at least 1, got {value!r}")
+        return key, int(value)
+
+    @property
+    def name(self) -> str:
+        """The task with its settings."""
+        return f"speed:batch={self.batch},prompt={self.prompt},new={self.new},repeats={self.repeats}"
+
+    def measure(
+        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, settings: Settings
+    ) -> list[Metric]:
+        """Three metrics: ``prefill``, ``decode`` and ``decode bound``, all in tokens per second."""
+        for model in models.values():
+            check_length(model, self.prompt + self.new)
+        times = self._repeat(models, settings)
+        prefill = {n: self.batch * self.prompt / median(t[0] for t in runs) for n, runs in times.items()}
+        decode = {n: self.batch * self.new / median(t[1] for t in runs) for n, runs in times.items()}
+        how = f"batch {self.batch}, median of {self.repeats} interleaved repeats, {_machine(models)}"
+        return [
+            Metric("prefill", "tokens/s", prefill, True, f"{self.prompt} prompt tokens, {how}"),
+            Metric("decode", "tokens/s", decode, True, f"{self.new} new tokens after {self.prompt}, KV cache, {how}"),
+            self._bound(models),
+        ]
+
+    def _repeat(
+        self, models: Mapping[str, PreTrainedModel], settings: Settings
+    ) -> dict[str, list[tuple[float, float]]]:
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        for repeat in range(-1, self.repeats):  # the first round warms up
+            for name, model in models.items():
+                seconds = self._time(model, settings.seed)
+                if repeat >= 0:
+                    times[name].append(seconds)
+            settings.progress("speed", repeat + 2, self.repeats + 1)
+        return times
+
+    @torch.inference_mode()
+    def _time(self, model: PreTrainedModel, seed: int) -> tuple[float, float]:
+        """Seconds of the prompt and of the new tokens."""
+        device = model.device
+        vocabulary = model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(seed)
+        prompt_BT = torch.randint(vocabulary, (self.batch, self.prompt), generator=generator).to(device)
+        with evaluating(model):
+            start = _now(device)
+            logits_BV, cache = cached_forward(model, prompt_BT)
+            middle = _now(device)
+            for _ in range(self.new):
+                logits_BV, cache = cached_forward(model, logits_BV.argmax(dim=-1, keepdim=True), cache)
+            return middle - start, _now(device) - middle
+
+    def _bound(self, models: Mapping[str, PreTrainedModel]) -> Metric:
+        rates = {device: memory_bandwidth(device) for device in {model.device for model in models.values()}}
+        values = {
+            name: self.batch * rates[model.device] / weight_bytes_per_step(model) for name, model in models.items()
+        }
+        measured = ", ".join(f"{rate / 1e9:.1f} GB/s" for rate in rates.values())
+        how = f"batch {self.batch} * measured copy bandwidth ({measured}) / bytes of weights read per step"
+        return Metric("decode bound", "tokens/s", values, True, how)
+
+
+def weight_bytes_per_step(model: PreTrainedModel) -> int:
+    """Bytes of weights that a decoding step reads: all but an input embedding that nothing else uses."""
+    tensors = stored_tensors(model)
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    table = _untied_embedding(model)
+    return total if table is None else total - table.numel() * table.element_size()
+
+
+def memory_bandwidth(device: torch.device, size_bytes: int = BANDWIDTH_BYTES, repeats: int = 5) -> float:
+    """Bytes per second, read and written together, of copying a block of memory; median of ``repeats``."""
+    source = torch.ones(size_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)  # the pages of the target must exist before time is taken
+    return 2 * size_bytes / median(_seconds(lambda: target.copy_(source), device) for _ in range(repeats))
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = _now(device)
+    work()
+    return _now(device) - start
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _untied_embedding(model: PreTrainedModel) -> Tensor | None:
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    return None if table is head else table
+
+
+def _machine(models: Mapping[str, PreTrainedModel]) -> str:
+    kinds = sorted({model.device.type for model in models.values()})
+    dtypes = sorted({str(model.dtype).removeprefix("torch.") for model in models.values()})
+    threads = f", {torch.get_num_threads()} threads" if "cpu" in kinds else ""
+    return f"{'+'.join(kinds)} {'+'.join(dtypes)}{threads}"

@@ -1,0 +1,88 @@
+"""From the text of a task to its evaluation, and the loop over tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from secateur.errors import UsageError, nearest
+from secateur.evaluation.base import Evaluation, Progress, Settings, silent
+from secateur.evaluation.lm_eval_task import LmEval
+from secateur.evaluation.perplexity import Perplexity
+from secateur.evaluation.size import Size
+from secateur.evaluation.speed import Speed
+from secateur.evaluation.tables import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Kind of task → (how it is written, what makes it out of the text after the colon).
+KINDS: dict[str, tuple[str, Callable[[str], Evaluation]]] = {
+    "perplexity": ("perplexity:SOURCE", Perplexity.parse),
+    "speed": ("speed", Speed.parse),
+    "size": ("size", Size.parse),
+    "lm_eval": ("lm_eval:TASK", LmEval.parse),
+}
+
+
+def make_task(text: str) -> Evaluation:
+    """The evaluation that ``text`` names: ``perplexity:builtin``, ``speed:batch=4``, ``size``, ``lm_eval:hellaswag``.
+
+    Raises UsageError, with the nearest kind, when there is none.
+    """
+    kind, _, argument = text.partition(":")
+    if kind not in KINDS:
+        written = ", ".join(form for form, _ in KINDS.values())
+        raise UsageError(f"unknown task '{text}'{nearest(kind, KINDS)} (tasks are {written})")
+    return KINDS[kind][1](argument)
+
+
+def evaluate_models(
+    models: PreTrainedModel | Sequence[PreTrainedModel] | Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = ("perplexity:builtin", "speed", "size"),
+    *,
+    length: int = 512,
+    windows: int = 40,
+    seed: int = 0,
+    progress: Progress | None = None,
+    text_field: str | None = None,
+    folders: Mapping[str, str | Path] | None = None,
+) -> Table:
+    """Measure models side by side; the first is the dense baseline.
+
+    A sequence of models is named ``dense``, ``pruned`` (or ``pruned-1``, ``pruned-2``, ...); a mapping gives the
+    names. ``length`` is the window in tokens and ``windows`` their number. ``folders`` maps names to the checkpoint
+    folders whose size on disk is shown. All tasks are checked before the first is measured.
+    Raises UsageError for an unknown task, DataError for unusable data, NonFiniteError for a broken model.
+    """
+    named = name_models(models)
+    settings = Settings(
+        length=length,
+        windows=windows,
+        seed=seed,
+        text_field=text_field,
+        folders={name: Path(folder) for name, folder in (folders or {}).items()},
+        progress=progress or silent,
+    )
+    evaluations = [make_task(task) for task in ([tasks] if isinstance(tasks, str) else tasks)]
+    metrics = [metric for task in evaluations for metric in task.measure(named, tokenizer, settings)]
+    return Table(metrics, list(named))
+
+
+def name_models(
+    models: PreTrainedModel | Sequence[PreTrainedModel] | Mapping[str, PreTrainedModel],
+) -> dict[str, PreTrainedModel]:
+    """Models by name, the baseline first. Raises UsageError when there are none."""
+    if isinstance(models, Mapping):
+        named = dict(models)
+    elif isinstance(models, Sequence):
+        several = len(models) > 2
+        pruned = [f"pruned-{i}" if several else "pruned" for i in range(1, len(models))]
+        named = dict(zip(["dense", *pruned], models, strict=False))
+    else:
+        named = {"dense": models}
+    if not named:
+        raise UsageError("there is no model to evaluate; give at least one")
+    return named

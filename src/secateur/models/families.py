@@ -1,0 +1,142 @@
+"""The decoder families: one table entry each, no class per family.
+
+An entry says where the parts of a decoder block live and how its fused projections are laid out; everything else
+(groups, costs, surgery, config) follows from it in ``decoders`` and ``surgery``. Paths are relative to a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the parts of a decoder are.
+
+    ``qkv`` holds three modules or one fused one; ``qkv_layout`` says how the rows of a fused one lie:
+    ``concatenated`` [all q | all k | all v] or ``grouped`` (per key-value head: its queries, its key, its value).
+    ``up`` holds the modules that write the FFN neurons; ``halves`` is how many equal parts a fused one has.
+    ``wide_norms`` are norms that run over all heads at once, which makes a masked and a cut model differ.
+    ``sizes`` names module attributes that must follow a cut, as an attribute path → ``heads``, ``kv_heads``,
+    ``width`` (heads × head_dim) or ``groups`` (heads per kv head). ``*_key`` are the names in the config;
+    ``plain_heads`` says whether the stock class accepts fewer heads than hidden_size / head_dim.
+    """
+
+    model_type: str
+    blocks: str = "layers"
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    qkv_layout: str = "separate"
+    out: str = "o_proj"
+    mlp: str = "mlp"
+    up: tuple[str, ...] = ("gate_proj", "up_proj")
+    halves: int = 1
+    down: str = "down_proj"
+    wide_norms: tuple[str, ...] = ()
+    sizes: tuple[tuple[str, str], ...] = (("self_attn.num_key_value_groups", "groups"),)
+    layer_config: tuple[str, ...] = ()
+    """modules whose forward reads sizes from their ``config``"""
+    heads_key: str = "num_attention_heads"
+    kv_heads_key: str | None = "num_key_value_heads"
+    ffn_key: str = "intermediate_size"
+    attention_bias_key: str | None = None
+    """config flag that gives every attention projection a bias"""
+    mlp_bias_key: str | None = None
+    plain_heads: bool = True
+
+
+_LLAMA = Family(model_type="llama", attention_bias_key="attention_bias", mlp_bias_key="mlp_bias")
+# one flag gives all four projections a bias in these, and none exists for the MLP
+_QWEN3 = Family(model_type="qwen3", attention_bias_key="attention_bias")
+
+_TABLE = (
+    _LLAMA,
+    replace(_LLAMA, model_type="granite"),
+    replace(_LLAMA, model_type="smollm3"),
+    _QWEN3,
+    replace(_QWEN3, model_type="gemma2"),
+    replace(_QWEN3, model_type="gemma3_text"),
+    replace(_QWEN3, model_type="olmo2", wide_norms=("q_norm", "k_norm")),
+    Family(model_type="mistral"),
+    Family(model_type="qwen2"),
+    Family(
+        model_type="phi3",
+        qkv=("qkv_proj",),
+        qkv_layout="concatenated",
+        up=("gate_up_proj",),
+        halves=2,
+        sizes=(("self_attn.num_key_value_groups", "groups"), ("self_attn.num_key_value_heads", "kv_heads")),
+        layer_config=("self_attn",),
+    ),
+    Family(
+        model_type="gpt2",
+        blocks="h",
+        attention="attn",
+        qkv=("c_attn",),
+        qkv_layout="concatenated",
+        out="c_proj",
+        up=("c_fc",),
+        down="c_proj",
+        sizes=(("attn.num_heads", "heads"), ("attn.split_size", "width")),
+        kv_heads_key=None,
+        ffn_key="n_inner",
+        plain_heads=False,
+    ),
+    Family(
+        model_type="gpt_neox",
+        attention="attention",
+        qkv=("query_key_value",),
+        qkv_layout="grouped",
+        out="dense",
+        up=("dense_h_to_4h",),
+        down="dense_4h_to_h",
+        sizes=(),
+        kv_heads_key=None,
+        plain_heads=False,
+    ),
+    Family(
+        model_type="opt",
+        blocks="decoder.layers",
+        out="out_proj",
+        mlp="",
+        up=("fc1",),
+        down="fc2",
+        sizes=(("self_attn.num_heads", "heads"),),
+        kv_heads_key=None,
+        ffn_key="ffn_dim",
+        plain_heads=False,
+    ),
+    Family(
+        model_type="falcon",
+        blocks="h",
+        attention="self_attention",
+        qkv=("query_key_value",),
+        qkv_layout="grouped",
+        out="dense",
+        up=("dense_h_to_4h",),
+        down="dense_4h_to_h",
+        sizes=(("self_attention.num_heads", "heads"), ("self_attention.num_kv_heads", "kv_heads")),
+        kv_heads_key="num_kv_heads",
+        ffn_key="ffn_hidden_size",
+        plain_heads=False,
+    ),
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _TABLE}
+
+
+def frozen_heads(config: Any) -> str | None:
+    """Why heads must stay in a model of this config, or None."""
+    if getattr(config, "alibi", False):
+        return "ALiBi gives every head a slope by its position, so heads can't leave"
+    if config.model_type == "gpt2" and getattr(config, "add_cross_attention", False):
+        return "cross-attention shares the heads"
+    return None
+
+
+def frozen_layers(config: Any) -> str | None:
+    """Why whole blocks must stay in a model of this config, or None."""
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        return "attention is scaled by the index of the layer, which removal would shift"
+    return None

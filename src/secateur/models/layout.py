@@ -1,0 +1,106 @@
+"""What a cut model differs in from the stock class of its config, as data for config.json."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from secateur.models.modeling_secateur import dense_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+LAYOUT_VERSION = 1
+
+
+def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class of transformers that ``model`` was cut from."""
+    return getattr(type(model), "stock_class", type(model))
+
+
+def layout_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The differences between ``model`` and the stock model that its config describes.
+
+    ``modules``: linear modules of another ``shape`` (as stored) or ``bias``. ``parameters``: sizes of norm weights.
+    ``attributes``: integers, or lists of them, that modules hold. Names are relative to ``model.base_model``; all
+    three are empty for a model that the stock class can load. ``base`` is the name of the stock class.
+    """
+    with torch.device("meta"):
+        stock = stock_class(model)(dense_config(model.config)).base_model
+    layout = {"modules": {}, "parameters": {}, "attributes": {}}
+    theirs = dict(stock.named_modules())
+    for name, module in model.base_model.named_modules():
+        if name in theirs:
+            _compare(name, module, theirs[name], layout)
+    return {"version": LAYOUT_VERSION, "base": stock_class(model).__name__, **layout}
+
+
+def is_stock(layout: dict[str, Any]) -> bool:
+    """True when nothing differs."""
+    return not (layout["modules"] or layout["parameters"] or layout["attributes"])
+
+
+def plain(model: PreTrainedModel) -> bool:
+    """True when stock transformers loads the saved model without remote code."""
+    return is_stock(layout_of(model)) and stock_accepts(model.config)
+
+
+def stock_accepts(config: PreTrainedConfig) -> bool:
+    """False when the config class refuses its own values on loading.
+
+    Llama, for one, wants the hidden size to be a multiple of the number of heads even where head_dim is given.
+    """
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception:
+        return False
+    return True
+
+
+def native_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a loaded checkpoint as a freshly cut model has it: only sizes that differ stand per layer."""
+    native = dense_config(config)
+    attributes = getattr(config, "per_layer_attributes", None) or set()
+    for name in ("secateur", "auto_map", "allow_global_per_layer_attribute_access"):
+        native.__dict__.pop(name, None)
+    sizes = {
+        layer: {name: value for name in attributes if (value := getattr(view, name)) != getattr(native, name, None)}
+        for layer, view in enumerate(config.per_layer_config if attributes else ())
+    }
+    if any(sizes.values()):
+        native.per_layer_config = {layer: values for layer, values in sizes.items() if values}
+    return native
+
+
+def _compare(name: str, ours: nn.Module, theirs: nn.Module, layout: dict[str, Any]) -> None:
+    linear = isinstance(ours, nn.Linear) or type(ours).__name__ == "Conv1D"
+    if linear:
+        if _linear(ours) != _linear(theirs):
+            layout["modules"][name] = _linear(ours)
+        return
+    their_sizes = {leaf: p.shape for leaf, p in theirs.named_parameters(recurse=False)}
+    for leaf, parameter in ours.named_parameters(recurse=False):
+        if parameter.dim() == 1 and their_sizes.get(leaf) != parameter.shape:
+            layout["parameters"][f"{name}.{leaf}"] = parameter.numel()
+    values = {key: value for key, value in _integers(ours).items() if _integers(theirs).get(key) != value}
+    if values:
+        layout["attributes"][name] = values
+
+
+def _linear(module: nn.Module) -> dict[str, Any]:
+    return {"shape": list(module.weight.shape), "bias": module.bias is not None}  # type: ignore[arg-type]
+
+
+def _integers(module: nn.Module) -> dict[str, Any]:
+    """Public integer attributes of the module itself; tuples of integers as lists, as JSON has them."""
+    found = {}
+    for key, value in vars(module).items():
+        if key.startswith("_") or isinstance(value, bool):
+            continue
+        if isinstance(value, int):
+            found[key] = value
+        elif isinstance(value, tuple) and value and all(type(v) is int for v in value):
+            found[key] = list(value)
+    return found

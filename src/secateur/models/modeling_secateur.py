@@ -1,0 +1,183 @@
+"""Transformers classes for checkpoints that secateur has cut; this file travels with the checkpoint.
+
+A cut model is a stock model some of whose modules are smaller, or have a bias that the stock class lacks. What
+differs stands in config.json under ``secateur``; the classes here build the stock model, change those modules and
+let transformers load the weights. ``Pruned<Name>`` exists for every model class ``<Name>`` of transformers, for
+example ``PrunedLlamaForCausalLM``. Nothing but torch, transformers and safetensors is needed.
+"""
+
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false (_Pruned is mixed into model classes)
+
+import copy
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class LayerConfig:
+    """The model's config as one layer sees it: that layer's sizes first, then whatever the model's config says now.
+
+    It is a view, so a later change of the model's config, such as another attention kernel, reaches the layer.
+    """
+
+    def __init__(self, config, layer):
+        attributes = getattr(config, "per_layer_attributes", None) or ()
+        view = config.per_layer_config[layer] if attributes else None
+        self.__dict__.update(_config=config, _sizes={name: getattr(view, name) for name in attributes})
+
+    def __getattr__(self, name):
+        # copy and pickle ask before the view is filled
+        if "_config" not in self.__dict__ or name.startswith("__"):
+            raise AttributeError(name)
+        return self._sizes[name] if name in self._sizes else getattr(self._config, name)
+
+    def __setattr__(self, name, value):
+        setattr(self._config, name, value)
+
+
+def dense_config(config):
+    """A copy of ``config`` with which the stock class can be built; sizes are then changed by ``resize``."""
+    dense = copy.copy(config)
+    dense.__dict__.pop("_heterogeneity_spec", None)
+    dense.__dict__.pop("per_layer_config", None)  # transformers without per-layer configs keeps it as it is
+    for name, value in (getattr(config, "secateur", None) or {}).get("config", {}).items():
+        setattr(dense, name, value)
+    return dense
+
+
+def resize(base_model, layout):
+    """Change the modules of a stock ``base_model``, in place, to the sizes in ``layout``; weights are new."""
+    for name, sizes in layout.get("modules", {}).items():
+        _resize_linear(base_model.get_submodule(name), sizes["shape"], sizes["bias"])
+    for name, size in layout.get("parameters", {}).items():
+        path, _, leaf = name.rpartition(".")
+        module = base_model.get_submodule(path)
+        setattr(module, leaf, nn.Parameter(torch.ones_like(getattr(module, leaf)[:1]).repeat(size)))
+    for name, values in layout.get("attributes", {}).items():
+        module = base_model.get_submodule(name)
+        for key, value in values.items():
+            setattr(module, key, tuple(value) if isinstance(value, list) else value)
+
+
+def _resize_linear(module, shape, bias):
+    old, linear = module.weight, isinstance(module, nn.Linear)
+    module.weight = nn.Parameter(nn.init.normal_(old.new_empty(shape), std=0.02))
+    outputs, inputs = shape if linear else reversed(shape)  # GPT-2's Conv1D stores [inputs, outputs]
+    module.bias = nn.Parameter(old.new_zeros(outputs)) if bias else None
+    for name, value in {"out_features": outputs, "in_features": inputs, "nf": outputs, "nx": inputs}.items():
+        if hasattr(module, name):
+            setattr(module, name, value)
+
+
+def adopt(model, config):
+    """Make ``config`` the config of ``model``; modules inside a layer get that layer's view of it."""
+    stock = model.config
+    for path, module in model.named_modules():
+        held = getattr(module, "config", None)
+        layer = next((int(part) for part in path.split(".") if part.isdigit()), None)
+        if isinstance(module, PreTrainedModel):
+            module.config = config
+        elif layer is not None and (held is stock or isinstance(held, LayerConfig)):
+            module.config = LayerConfig(config, layer) if getattr(config, "per_layer_attributes", None) else config
+
+
+def unpack_tensor(name, bitmap, values, shape):
+    """The dense tensor of ``shape``: bit i (least significant first) of ``bitmap`` says whether entry i is stored."""
+    count = 1
+    for size in shape:
+        count *= size
+    if bitmap.dtype != torch.uint8 or bitmap.shape != ((count + 7) // 8,):
+        raise ValueError(f"the bitmap of {name} must hold {(count + 7) // 8} bytes, got {list(bitmap.shape)}")
+    bits = (bitmap[:, None] >> torch.arange(8, dtype=torch.uint8, device=bitmap.device)) & 1
+    kept = bits.flatten()[:count].bool()
+    if values.shape != (int(kept.sum()),):
+        raise ValueError(f"{name} has {values.numel()} values for {int(kept.sum())} ones in its bitmap")
+    dense = torch.zeros(count, dtype=values.dtype, device=values.device)
+    dense[kept] = values
+    return dense.reshape(shape)
+
+
+def unpack(tensors, shapes):
+    """Packed state dict → dense state dict; ``shapes`` maps the packed tensors to their dense shapes."""
+    parts = {f"{name}.{part}" for name in shapes for part in ("bitmap", "values")}
+    missing = sorted(parts - set(tensors))
+    if missing:
+        raise ValueError(f"{missing[0]} is missing from the packed weights")
+    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    for name, shape in shapes.items():
+        dense[name] = unpack_tensor(name, tensors[f"{name}.bitmap"], tensors[f"{name}.values"], shape)
+    return dense
+
+
+def _read_tensors(folder, hub):
+    index = cached_file(folder, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **hub)
+    names = ["model.safetensors"]
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf8"))["weight_map"].values()))
+    tensors = {}
+    for name in names:
+        with safe_open(cached_file(folder, name, **hub), framework="pt") as file:
+            tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a dict)
+    return tensors
+
+
+class _Pruned:
+    def __init__(self, config, *args, **kwargs):
+        dense = dense_config(config)
+        super().__init__(dense, *args, **kwargs)
+        for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            if name in dense.__dict__:  # settled while the stock model was built
+                setattr(config, name, getattr(dense, name))
+        resize(self.base_model, config.secateur)
+        adopt(self, config)
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, **kwargs):
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+        if not isinstance(kwargs.get("config"), PreTrainedConfig):
+            kwargs["config"] = AutoConfig.from_pretrained(kwargs.get("config") or folder, **hub)
+        config = kwargs["config"]
+        if "packed" not in config.secateur:
+            return super().from_pretrained(folder, *args, **kwargs)
+        kwargs["state_dict"] = unpack(_read_tensors(folder, hub), config.secateur["packed"]["tensors"])
+        # what is in memory is dense, and is saved as such
+        kwargs["config"] = copy.deepcopy(config)
+        kwargs["config"].secateur = {k: v for k, v in config.secateur.items() if k != "packed"}
+        loaded = super().from_pretrained(None, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = str(folder)
+        if model.can_generate() and cached_file(
+            folder, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub
+        ):
+            model.generation_config = GenerationConfig.from_pretrained(folder, **hub)
+        return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        super().save_pretrained(save_directory, *args, **kwargs)
+        target = Path(save_directory) / "modeling_secateur.py"
+        if not (target.exists() and target.samefile(__file__)):
+            shutil.copyfile(__file__, target)
+
+
+@functools.cache
+def pruned(stock):
+    """The subclass of a stock model class that loads cut checkpoints of it."""
+    return type(f"Pruned{stock.__name__}", (_Pruned, stock), {"__module__": __name__, "stock_class": stock})
+
+
+def __getattr__(name):
+    # auto_map names classes of this file, and there is one for every class of transformers
+    stock = getattr(transformers, name[6:], None) if name.startswith("Pruned") else None
+    if stock is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pruned(stock)

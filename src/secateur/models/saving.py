@@ -1,0 +1,148 @@
+"""Writing a checkpoint that other tools load: plain where the stock class can hold it, self-describing otherwise."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from secateur.errors import OutputError, UsageError, nearest
+from secateur.files import output_folder
+from secateur.models import modeling_secateur
+from secateur.models.card import model_card
+from secateur.models.families import FAMILIES
+from secateur.models.layout import is_stock, layout_of, native_config, plain, stock_accepts
+from secateur.models.loading import check_finite, quiet
+from secateur.models.packed import PACKED_VERSION, pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from secateur.plans import Plan
+    from secateur.report import Report
+
+__all__ = ["FORMATS", "plain", "save_model"]
+
+FORMATS = ("dense", "packed")
+_MODELLING_FILE = "modeling_secateur.py"
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    plan: Plan | None = None,
+    report: Report | None = None,
+    format: str = "dense",
+    overwrite: bool = False,
+    base_name: str | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write model, tokenizer, plan, report and model card to ``folder``, all or nothing; returns the folder.
+
+    ``format`` is ``dense`` (zeros stay) or ``packed`` (bitmap and values). A model that the stock class can't hold,
+    and a packed one, carries its modelling file for ``trust_remote_code``. The model in memory stays as it is.
+    Raises UsageError for an unknown format, NonFiniteError for NaN or inf in the weights, and OutputError when the
+    folder exists or the disk is full.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {format!r}{nearest(format, FORMATS)}")
+    with output_folder(folder, overwrite=overwrite) as path:
+        check_finite(model)
+        remote = _write_model(model, path, format, max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(path))
+        if plan is not None:
+            (path / "plan").mkdir()
+            plan.write(path / "plan")
+        if report is not None:
+            text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False)
+            (path / "report.json").write_text(text + "\n", encoding="utf8")
+        name = base_name or (plan.model.name if plan else "") or model.config.name_or_path or ""
+        card = model_card(Path(folder).name, base_name=name, plan=plan, report=report, format=format, remote=remote)
+        (path / "README.md").write_text(card, encoding="utf8")
+    return Path(folder)
+
+
+def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size: str) -> bool:
+    """Weights, config and generation config; True when the folder needs its modelling file."""
+    from safetensors import SafetensorError
+
+    layout = layout_of(model)
+    state_dict, shapes = _unique(model.state_dict()), {}
+    if format == "packed":
+        state_dict, shapes = pack(state_dict)
+        layout["packed"] = {"version": PACKED_VERSION, "tensors": shapes}
+    native = native_config(model.config)
+    remote = bool(shapes) or not is_stock(layout) or not stock_accepts(native)
+    config = _remote_config(native, layout, type(model.base_model).__name__) if remote else native
+    with quiet(), _lent_config(model, config):
+        try:
+            model.save_pretrained(str(path), state_dict=state_dict, max_shard_size=max_shard_size)
+        except SafetensorError as error:
+            raise OutputError(f"can't write the weights: {error}; nothing was left behind") from None
+        config.architectures = [f"Pruned{layout['base']}" if remote else layout["base"]]
+        config.save_pretrained(str(path))
+    if remote:
+        shutil.copyfile(modeling_secateur.__file__, path / _MODELLING_FILE)
+    else:
+        (path / _MODELLING_FILE).unlink(missing_ok=True)  # a class loaded as remote code brings its own
+    return remote
+
+
+def _unique(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the later names of tied weights, which are tied again on loading."""
+    seen: dict[tuple[int, Any], str] = {}
+    for name, tensor in state_dict.items():
+        seen.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), name)
+    return {name: state_dict[name] for name in seen.values()}
+
+
+@contextmanager
+def _lent_config(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
+    own = model.config
+    model.config = config
+    try:
+        yield
+    finally:
+        model.config = own
+
+
+def _remote_config(config: PreTrainedConfig, layout: dict[str, Any], base_model: str) -> PreTrainedConfig:
+    """The config of a checkpoint that only its modelling file may load.
+
+    Stock transformers ignores remote code where it knows the model type. So that it fails rather than drop biases or
+    fill packed weights with random numbers, the FFN width is given per layer only, and -1 for the whole model.
+    """
+    data = config.to_dict()
+    sizes = {int(layer): values for layer, values in (data.pop("per_layer_config", None) or {}).items()}
+    layers = {layer: dict(sizes.get(layer, {})) for layer in range(config.num_hidden_layers)}
+    stock: dict[str, Any] = {}
+
+    def spread(key: str, outer: int) -> None:
+        stock[key] = data[key]
+        for values in layers.values():
+            values.setdefault(key, data[key])
+        data[key] = outer
+
+    family = FAMILIES.get(config.model_type)
+    ffn_key = family.ffn_key if family else "intermediate_size"
+    if ffn_key in data:
+        spread(ffn_key, -1)
+    if not stock_accepts(config):
+        # the config class checks the number of heads of the whole model against the hidden size
+        if not any("num_attention_heads" in values for values in layers.values()):
+            spread("num_attention_heads", math.gcd(data["hidden_size"], data["num_attention_heads"]))
+        data["allow_global_per_layer_attribute_access"] = True
+    names = {"AutoModelForCausalLM": layout["base"], "AutoModel": base_model}
+    data["auto_map"] = {auto: f"modeling_secateur.Pruned{name}" for auto, name in names.items()}
+    data["secateur"] = {**layout, "config": stock}
+    data["per_layer_config"] = {layer: values for layer, values in layers.items() if values}
+    return type(config).from_dict(data)

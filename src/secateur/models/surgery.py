@@ -1,0 +1,229 @@
+"""Applying a plan to a decoder: masks, new values and biases, then physical removal; the config follows."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import PlanMismatchError
+from secateur.models.decoders import (
+    DecoderBlock,
+    decoder_anatomy,
+    decoder_blocks,
+    family_of,
+    is_linear,
+    is_transposed,
+    typed_blocks,
+)
+from secateur.models.fingerprint import fingerprint
+from secateur.plans import Plan
+from secateur.structure import Anatomy
+from secateur.structure.surgery import cut_tensors, removed_positions, set_parameter, zero_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# config entries that hold one value per decoder block
+_PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "attention_layers", "mlp_layer_types")
+
+
+def apply_plan(plan: Plan, model: PreTrainedModel, *, inplace: bool = False, mask: bool = False) -> PreTrainedModel:
+    """See ``secateur.apply``. Masks and values come first, in dense coordinates, then groups are cut."""
+    check_fits(plan, model)
+    model = model if inplace else copy.deepcopy(model)
+    anatomy = decoder_anatomy(model, heads=_head_unit(plan, model))
+    _check_groups(plan, anatomy)
+    with torch.no_grad():
+        _apply_masks(plan, model)
+        _add_biases(plan, model)
+    removed = {name: plan.removed(name) for name in plan.keep}
+    positions = removed_positions(anatomy, removed)
+    gone_layers = removed.get("layers")
+    if mask:
+        zero_positions(model, positions)
+        if gone_layers is not None:
+            _silence_blocks(model, gone_layers)
+        return model
+    cut_tensors(model, positions)
+    if gone_layers is not None and len(gone_layers):
+        _drop_blocks(model, gone_layers)
+    if positions:
+        _follow_sizes(model)
+    return model
+
+
+def check_fits(plan: Plan, model: PreTrainedModel) -> None:
+    """Refuse a plan for other shapes; warn when the shapes fit and the weights are others."""
+    mine = fingerprint(model)
+    if mine.shapes != plan.model.shapes:
+        raise PlanMismatchError(
+            f"the plan was made for {plan.model.name} ({plan.model.architecture}, {plan.model.num_layers} layers) and"
+            f" doesn't fit {mine.name} ({mine.architecture}, {mine.num_layers} layers): their tensors have other shapes"
+        )
+    if mine.weights != plan.model.weights:
+        warnings.warn(f"the plan was made for other weights of the same shapes than those of {mine.name}", stacklevel=3)
+
+
+def _head_unit(plan: Plan, model: PreTrainedModel) -> str:
+    """Query heads or kv heads: told by the number of units that the plan counts."""
+    if family_of(model) is None:
+        return "kv"
+    for block in typed_blocks(model):
+        units = plan.groups.get(f"layers.{block.layer}.attention")
+        if units is not None and units != block.kv_heads:
+            return "query"
+    return "kv"
+
+
+def _check_groups(plan: Plan, anatomy: Anatomy) -> None:
+    for name, units in plan.groups.items():
+        if name not in anatomy or anatomy[name].units != units:
+            raise PlanMismatchError(f"the plan cuts {name} with {units} units, which this model doesn't have")
+        if anatomy[name].frozen and len(plan.keep[name]) != units:
+            raise PlanMismatchError(f"the plan cuts {name}, which must stay: {anatomy[name].frozen}")
+
+
+def _apply_masks(plan: Plan, model: PreTrainedModel) -> None:
+    for name, mask in plan.masks.items():
+        weight = model.get_parameter(name)
+        if name in plan.values:
+            weight.masked_scatter_(mask.to(weight.device), plan.values[name].to(weight.device, weight.dtype))
+        weight.masked_fill_(~mask.to(weight.device), 0)
+
+
+def _add_biases(plan: Plan, model: PreTrainedModel) -> None:
+    for name, bias in plan.biases.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        old = module.bias.detach().float() if module.bias is not None else 0.0  # type: ignore[union-attr]
+        set_parameter(model, name, (bias.to(weight.device) + old).to(weight.dtype))
+
+
+def _silence_blocks(model: PreTrainedModel, layers: Tensor) -> None:
+    """Zero what the blocks add to the residual stream."""
+    blocks = typed_blocks(model)
+    with torch.no_grad():
+        for layer in layers.tolist():
+            for name in (blocks[layer].out, blocks[layer].down):
+                for parameter in model.get_submodule(name).parameters():
+                    parameter.zero_()
+
+
+def _drop_blocks(model: PreTrainedModel, layers: Tensor) -> None:
+    name, blocks = decoder_blocks(model)
+    gone = set(layers.tolist())
+    kept = [i for i in range(len(blocks)) if i not in gone]
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.ModuleList(blocks[i] for i in kept))
+    for new, old in enumerate(kept):
+        for module in blocks[old].modules():
+            if getattr(module, "layer_idx", None) == old:
+                module.layer_idx = new  # type: ignore[assignment]
+    _shorten_config(model.config, kept)
+
+
+def _shorten_config(config: Any, kept: list[int]) -> None:
+    overrides = layer_overrides(config)
+    for key in _PER_LAYER_LISTS:
+        values = getattr(config, key, None)
+        if isinstance(values, list) and len(values) == config.num_hidden_layers:
+            setattr(config, key, [values[i] for i in kept])
+    config.per_layer_config = None
+    config.num_hidden_layers = len(kept)
+    if overrides:
+        config.per_layer_config = {new: overrides[old] for new, old in enumerate(kept) if old in overrides}
+
+
+def layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """The per-layer config entries that are set, by layer; empty for a uniform model."""
+    stored = config.to_dict().get("per_layer_config") or {}
+    return {int(layer): dict(entries) for layer, entries in stored.items()}
+
+
+def _follow_sizes(model: PreTrainedModel) -> None:
+    """Bring module attributes and the config in line with the shapes of the cut weights."""
+    blocks = typed_blocks(model)
+    family, config = blocks[0].family, model.config
+    sizes = [_layer_sizes(block) for block in blocks]
+    for block in blocks:
+        _set_attributes(block)
+    if family.plain_heads:
+        config.head_dim = blocks[0].head_dim
+    config.per_layer_config = None
+    for key in sizes[0]:
+        values = {entry[key] for entry in sizes}
+        if len(values) == 1 and (family.plain_heads or key == family.ffn_key):
+            setattr(config, key, values.pop())
+    overrides = {i: {k: v for k, v in e.items() if getattr(config, k) != v} for i, e in enumerate(sizes)}
+    overrides = {i: e for i, e in overrides.items() if e}
+    if overrides:
+        config.per_layer_config = overrides
+    for block, entry in zip(blocks, sizes, strict=True):
+        for part in family.layer_config:
+            block.get(part).config = LayerConfig(config, entry)  # type: ignore[assignment]
+    _declare_biases(model, blocks)
+
+
+def _layer_sizes(block: DecoderBlock) -> dict[str, int]:
+    family = block.family
+    entries = {family.heads_key: block.heads, family.ffn_key: block.neurons}
+    if family.kv_heads_key is not None:
+        entries[family.kv_heads_key] = block.kv_heads
+    return entries
+
+
+def _set_attributes(block: DecoderBlock) -> None:
+    values = {
+        "heads": block.heads,
+        "kv_heads": block.kv_heads,
+        "groups": block.heads // block.kv_heads,
+        "width": block.heads * block.head_dim,
+    }
+    for path, what in block.family.sizes:
+        parent, _, leaf = path.rpartition(".")
+        setattr(block.get(parent), leaf, values[what])
+
+
+class LayerConfig:
+    """The config as one decoder block sees it: the model's, with this layer's sizes in front."""
+
+    def __init__(self, config: Any, sizes: dict[str, int]) -> None:
+        self.__dict__.update(_config=config, **sizes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_config"], name)
+
+
+def _declare_biases(model: PreTrainedModel, blocks: list[DecoderBlock]) -> None:
+    """Where the family has a flag for biases and every layer got one, give the siblings zeros and set the flag.
+
+    The checkpoint then stays one that the stock class loads.
+    """
+    family, config = blocks[0].family, model.config
+    if layer_overrides(config):
+        return
+    parts = (
+        (family.attention_bias_key, family.attention, (*family.qkv, family.out)),
+        (family.mlp_bias_key, family.mlp, (*family.up, family.down)),
+    )
+    for key, path, names in parts:
+        if key is None or getattr(config, key, True):
+            continue
+        modules = [[block.get(path, name) for name in names] for block in blocks]
+        if all(row[-1].bias is not None for row in modules):
+            for block in blocks:
+                _zero_biases(model, block, path, names)
+            setattr(config, key, True)
+
+
+def _zero_biases(model: PreTrainedModel, block: DecoderBlock, path: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        module = block.get(path, name)
+        if is_linear(module) and module.bias is None:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            outputs = weight.shape[1 if is_transposed(module) else 0]
+            set_parameter(model, f"{block.path(path, name)}.bias", weight.new_zeros(outputs))

@@ -1,0 +1,194 @@
+"""Walking a decoder block by block: hidden states in, statistics and hidden states out.
+
+Only the blocks are run, each on a working copy in the compute dtype, so the user's model is never changed and
+never converted as a whole. B sequences, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import NonFiniteError
+from secateur.observe.statistics import Statistic
+
+StatisticTypes = Mapping[str, type[Statistic]]
+
+
+@dataclass
+class _Call:
+    """The arguments with which the model calls one block, hidden states left out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockWalk:
+    """Hidden states on their way through ``blocks``; ``base`` is the decoder without its head.
+
+    ``ids`` is [windows, length] int64. Blocks are copied to ``dtype`` one at a time. Raises NonFiniteError as soon
+    as a block gives NaN or inf.
+    """
+
+    def __init__(
+        self, base: nn.Module, blocks: nn.ModuleList, ids: Tensor, *, dtype: torch.dtype, batch_tokens: int = 2048
+    ) -> None:
+        self._blocks, self._dtype = blocks, dtype
+        device = next(blocks.parameters()).device
+        self._batches = list(ids.to(device).split(max(1, batch_tokens // ids.shape[1])))
+        self._hidden: list[Tensor] = []
+        self._calls: dict[int, list[_Call]] = {}
+        self._enter(base)
+
+    def open(self, layer: int) -> nn.Module:
+        """A working copy of one block in the compute dtype; what is done to it shows in ``advance``."""
+        return copy.deepcopy(self._blocks[layer]).to(self._dtype).eval()
+
+    @torch.inference_mode()
+    def observe(
+        self, block: nn.Module, layer: int, modules: Iterable[str], statistics: StatisticTypes, *, advance: bool
+    ) -> dict[str, dict[str, Statistic]]:
+        """Statistics of the input of every named module of ``block``; modules that read one tensor share them.
+
+        With ``advance`` the outputs become the inputs of the next block.
+        """
+        watch = _InputWatch(block, modules, statistics)
+        with watch:
+            for i, hidden in enumerate(self._hidden):
+                output = self._run(block, layer, i, hidden)
+                watch.end_of_batch()
+                if advance:
+                    self._hidden[i] = output
+        return watch.seen
+
+    @torch.inference_mode()
+    def observe_block(self, block: nn.Module, layer: int, statistics: StatisticTypes) -> dict[str, Statistic]:
+        """Statistics of (input, output) of the block, concatenated along the hidden dimension; advances."""
+        seen = {name: kind() for name, kind in statistics.items()}
+        for i, hidden in enumerate(self._hidden):
+            output = self._run(block, layer, i, hidden)
+            for statistic in seen.values():
+                statistic.update(torch.cat([hidden, output], dim=-1))
+            self._hidden[i] = output
+        return seen
+
+    @torch.inference_mode()
+    def advance(self, block: nn.Module, layer: int) -> None:
+        """Run the block and make its outputs the inputs of the next one."""
+        for i, hidden in enumerate(self._hidden):
+            self._hidden[i] = self._run(block, layer, i, hidden)
+
+    def _run(self, block: nn.Module, layer: int, batch: int, hidden: Tensor) -> Tensor:
+        call = self._calls[hidden.shape[0]][layer]
+        output = _first(block(hidden, *call.args, **call.kwargs))
+        if not bool(torch.isfinite(output).all()):
+            raise NonFiniteError(
+                f"layer {layer} gives NaN or inf in calibration batch {batch}: try --dtype float32 or check the weights"
+            )
+        return output
+
+    @torch.inference_mode()
+    def _enter(self, base: nn.Module) -> None:
+        """Run the model around its blocks: record how every block is called, and what enters the first one."""
+        for ids in self._batches:
+            with _recording(self._blocks) as (hidden, calls):
+                base(input_ids=ids, use_cache=False)
+            self._hidden.append(_cast(hidden[0], self._dtype))
+            if ids.shape[0] not in self._calls:
+                cast = [_Call(_cast(c.args, self._dtype), _cast(c.kwargs, self._dtype)) for c in calls]
+                self._calls[ids.shape[0]] = cast
+
+
+@contextmanager
+def _recording(blocks: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[_Call]]]:
+    """Blocks that only note their arguments and pass the hidden states on."""
+    hidden: list[Tensor] = []
+    calls: list[_Call] = []
+    as_tuple: list[bool] = []
+
+    def recorder(original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else kwargs.pop("hidden_states")
+            if not as_tuple:
+                # only a real call tells whether blocks of this model return a tuple; one short sequence is enough
+                as_tuple.append(isinstance(original(x, *args[1:], **kwargs), tuple))
+            hidden.append(x)
+            calls.append(_Call(args[1:], kwargs))
+            return (x, None) if as_tuple[0] else x
+
+        return forward
+
+    try:
+        for block in blocks:
+            block.forward = recorder(block.forward)
+        yield hidden, calls
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+class _InputWatch:
+    """Hooks that feed the inputs of modules to statistics; modules which read the same tensor share one set."""
+
+    def __init__(self, block: nn.Module, modules: Iterable[str], statistics: StatisticTypes) -> None:
+        self._modules = {name: block.get_submodule(name) for name in modules}
+        self._statistics = statistics
+        self._owner: dict[tuple[Any, ...], str] = {}
+        self._owned: set[str] = set()
+        self._held: list[Tensor] = []
+        self._first_batch = True
+        self._handles: list[Any] = []
+        self.seen: dict[str, dict[str, Statistic]] = {}
+
+    def __enter__(self) -> None:
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def end_of_batch(self) -> None:
+        self._first_batch = False
+        self._held.clear()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0]
+            if self._first_batch:
+                # held until the batch ends, so that an address can't be handed to a second tensor meanwhile
+                self._held.append(x)
+                owner = self._owner.setdefault((x.data_ptr(), x.shape, x.stride()), name)
+                if owner != name:
+                    self.seen[name] = self.seen[owner]
+                    return
+                self.seen[name] = {key: kind() for key, kind in self._statistics.items()}
+                self._owned.add(name)
+            elif name not in self._owned:
+                return
+            x_BTC = x if x.dim() == 3 else x.unsqueeze(0)
+            for statistic in self.seen[name].values():
+                statistic.update(x_BTC)
+
+        return hook
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors anywhere inside ``value`` in the compute dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_cast(v, dtype) for v in value)
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    return value

@@ -1,0 +1,320 @@
+"""Recipes: a pruning run as a YAML file, with one or several steps.
+
+    model: smollm2-135m
+    calibration: {source: builtin, samples: 64, length: 512, seed: 0}
+    steps:
+      - method: flap
+        sparsity: 0.2
+      - method: wanda
+        pattern: 2:4
+        options: {use_variant: false}
+    evaluate: [perplexity:builtin, size]
+    out: pruned/
+    format: dense
+
+Steps run one after the other; each plans on the result of the step before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from secateur.errors import RecipeError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from secateur.plans import Plan
+    from secateur.report import LayerCut, Report
+
+Progress = Callable[[str, int, int], None]
+
+
+class CalibrationSpec(BaseModel):
+    """Which data the statistics are taken from: ``samples`` windows of ``length`` tokens."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str = "builtin"
+    samples: int = Field(64, ge=1)
+    length: int = Field(512, ge=1)
+    seed: int = Field(0, ge=0)
+    text_field: str | None = None
+
+
+class Step(BaseModel):
+    """One method and how much it removes; ``options`` are the method's own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    sparsity: float | None = None
+    pattern: str | None = None
+    budget: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Step:
+        for key in ("sparsity", "pattern", "budget"):
+            if getattr(self, key) is not None and key in self.options:
+                raise ValueError(f"{key} is given twice, once among the options")
+        found = re.fullmatch(r"(\d+):([1-9]\d*)", self.pattern or "")
+        if found and self.sparsity is not None:
+            removed = int(found[1]) / int(found[2])
+            if abs(removed - self.sparsity) > 1e-9:
+                raise ValueError(
+                    f"sparsity {self.sparsity:g} contradicts pattern {self.pattern} ({removed:g} is removed)"
+                )
+        return self
+
+    def all_options(self) -> dict[str, Any]:
+        """The method's options with ``sparsity``, ``pattern`` and ``budget`` among them where they are given."""
+        given = {key: getattr(self, key) for key in ("sparsity", "pattern", "budget")}
+        return {**self.options, **{key: value for key, value in given.items() if value is not None}}
+
+
+class Recipe(BaseModel):
+    """A whole run: model, calibration data, steps, what to measure and where to write."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
+    steps: list[Step] = Field(min_length=1)
+    evaluate: list[str] = Field(default_factory=list)
+    windows: int = Field(40, ge=1)
+    out: str | None = None
+    format: Literal["dense", "packed"] = "dense"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "cpu"
+
+    def check_methods(self) -> None:
+        """Look every method and option up, before anything is loaded. Raises UsageError."""
+        from secateur.methods import make_method
+
+        for number, step in enumerate(self.steps, start=1):
+            try:
+                make_method(step.method, step.all_options())
+            except UsageError as error:
+                if len(self.steps) == 1:
+                    raise
+                raise type(error)(f"step {number}: {error}") from None
+
+    def plan_arguments(self, step: Step) -> dict[str, Any]:
+        """What ``secateur.plan`` takes for one step."""
+        return {
+            "method": step.method,
+            "sparsity": step.sparsity,
+            "pattern": step.pattern,
+            "budget": step.budget,
+            "options": step.options,
+            "calibration": self.calibration.source,
+            "samples": self.calibration.samples,
+            "length": self.calibration.length,
+            "seed": self.calibration.seed,
+            "text_field": self.calibration.text_field,
+            "dtype": self.dtype,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The model that all steps gave, one plan per step, and one report of the whole."""
+
+    model: PreTrainedModel
+    plans: list[Plan]
+    report: Report
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and validate a recipe. Raises RecipeError with the file, the place and the nearest valid key."""
+    return make_recipe(read_recipe(path), str(path))
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The mapping that a recipe file holds, not validated yet. Raises RecipeError."""
+    try:
+        text = Path(path).read_text(encoding="utf8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"recipe {path} is not a text file") from None
+    except OSError as error:
+        raise RecipeError(f"can't read recipe {path}: {error.strerror or error}") from None
+    try:
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {_yaml_problem(error)}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path} must be a mapping with the key 'steps', not {_kind(data)}")
+    return data
+
+
+def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+    """A validated recipe from plain values; ``where`` names their origin in errors. Raises RecipeError."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error.errors()[0])}") from None
+
+
+def plan_steps(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: Progress | None = None,
+) -> list[Plan]:
+    """The plan of every step; ``model`` is left as it is. Raises what ``secateur.plan`` raises."""
+    from secateur import api
+
+    plans: list[Plan] = []
+    current = model
+    for step in recipe.steps:
+        if plans:
+            current = api.apply(plans[-1], current, inplace=current is not model)
+        plans.append(api.plan(current, tokenizer, progress=progress, **recipe.plan_arguments(step)))
+    return plans
+
+
+def run_steps(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Run every step on the result of the one before; ``model`` is left as it is.
+
+    Raises what ``secateur.prune`` raises.
+    """
+    from secateur import api
+
+    plans: list[Plan] = []
+    reports: list[Report] = []
+    current = model
+    for step in recipe.steps:
+        inplace = current is not model
+        result = api.prune(current, tokenizer, inplace=inplace, progress=progress, **recipe.plan_arguments(step))
+        current = result.model
+        plans.append(result.plan)
+        reports.append(result.report)
+    return Outcome(current, plans, merge_reports(reports))
+
+
+def merge_reports(reports: Sequence[Report]) -> Report:
+    """One report of steps that followed each other; layers are numbered as in the dense model.
+
+    The fraction removed is that of the whole: 20 % and then half of the rest is 60 %.
+    """
+    whole = reports[0]
+    for report in reports[1:]:
+        whole = _followed_by(whole, report)
+    return whole
+
+
+def _followed_by(first: Report, second: Report) -> Report:
+    gone = [cut.layer for cut in first.layers if cut.units.get("layer") == (1, 0)]
+    left = [cut.layer for cut in first.layers if cut.layer not in gone]
+    # a step after a removal of layers counts the layers that are left
+    renumbered = {cut.layer: left[cut.layer] if cut.layer < len(left) else cut.layer for cut in second.layers}
+    later = {renumbered[cut.layer]: cut for cut in second.layers}
+    return replace(
+        second,
+        method=f"{first.method}+{second.method}",
+        options={first.method: first.options, second.method: second.options},
+        requested=f"{first.requested}, then {second.requested}",
+        achieved=_compose(first.achieved, second.achieved),
+        layers=[_cut_again(cut, later.get(cut.layer)) for cut in first.layers] or second.layers,
+        scores={**first.scores, **second.scores},
+        keep={**first.keep, **second.keep},
+        notes=[*first.notes, *second.notes],
+        seconds={
+            stage: first.seconds.get(stage, 0.0) + second.seconds.get(stage, 0.0)
+            for stage in {**first.seconds, **second.seconds}
+        },
+        calibration=second.calibration or first.calibration,
+    )
+
+
+def _cut_again(first: LayerCut, second: LayerCut | None) -> LayerCut:
+    if second is None:
+        return first
+    units = dict(first.units)
+    for kind, (before, after) in second.units.items():
+        units[kind] = (first.units.get(kind, (before, before))[0], after)
+    sparsity = _compose(first.sparsity, second.sparsity)
+    return replace(first, units=units, sparsity=sparsity, matrices={**first.matrices, **second.matrices})
+
+
+def _compose(first: float, second: float) -> float:
+    return 1.0 - (1.0 - first) * (1.0 - second)
+
+
+_MODELS: dict[str, type[BaseModel]] = {"": Recipe, "calibration": CalibrationSpec, "steps": Step}
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    place, key = problem["loc"][:-1], str(problem["loc"][-1]) if problem["loc"] else ""
+    inside = f" in {_place(place)}" if place else ""
+    if problem["type"] == "extra_forbidden":
+        known = _MODELS[str(place[0]) if place else ""].model_fields
+        return f"unknown key '{key}'{inside}{nearest(key, known) or '; valid are ' + ', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"'{key}' is missing{inside}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if problem["type"] == "value_error":
+        return f"{_place(problem['loc'])}: {message}" if problem["loc"] else message
+    return f"{_place(problem['loc'])}: {message}, got {problem['input']!r}"
+
+
+def _place(location: Sequence[str | int]) -> str:
+    parts = list(location)
+    if len(parts) >= 2 and parts[0] == "steps":
+        parts[:2] = [f"step {int(parts[1]) + 1}"]
+    return ".".join(str(part) for part in parts)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"
+    return " ".join(str(error).split())
+
+
+def _kind(value: Any) -> str:
+    return "an empty file" if value is None else f"a {'list' if isinstance(value, list) else 'single value'}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that refuses a key given twice and reads 2:4 as text and 1e-3 as a number.
+
+    (YAML 1.1 takes 2:4 for a number to the base 60, and 1e-3 for text.)
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if isinstance(key_node, yaml.ScalarNode) and key in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{key}' is given twice", problem_mark=key_node.start_mark)
+            seen.add(key if isinstance(key_node, yaml.ScalarNode) else id(key_node))
+        return super().construct_mapping(node, deep=deep)
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_NUMBERS[0], re.compile(r"[-+]?(?:0|[1-9]\d*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _NUMBERS[1],
+    re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|[-+]?\.inf$|\.nan$"),
+    list("-+.0123456789"),
+)

@@ -1,0 +1,91 @@
+"""From a plan and the dense model to a Report."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from secateur.models.decoders import decoder_anatomy
+from secateur.models.fingerprint import display_name
+from secateur.plans import Plan
+from secateur.report.report import LayerCut, Report
+from secateur.versions import library_versions, machine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from secateur.structure import Anatomy
+
+
+def build_report(plan: Plan, model: PreTrainedModel) -> Report:
+    """What ``plan`` removes from the dense ``model``; metrics and samples are added by whoever measures them."""
+    provenance = plan.provenance[-1]
+    queries = any("heads" in p.options and p.options["heads"] == "query" for p in plan.provenance)
+    anatomy = decoder_anatomy(model, heads="query" if queries else "kv")
+    layers = [_layer_cut(layer, plan, anatomy) for layer in range(anatomy.num_layers)]
+    return Report(
+        model=display_name(model),
+        method=plan.method,
+        options=dict(provenance.options),
+        requested=_requested(plan),
+        achieved=removed_fraction(plan, anatomy),
+        layers=layers,
+        scores={name: scores.tolist() for name, scores in plan.scores.items()},
+        keep={name: kept.tolist() for name, kept in plan.keep.items()},
+        calibration=provenance.calibration.model_dump() if provenance.calibration else None,
+        notes=[note for p in plan.provenance for note in p.notes],
+        versions=library_versions(),
+        machine=machine(),
+    )
+
+
+def removed_fraction(plan: Plan, anatomy: Anatomy) -> float:
+    """Fraction of the linear weights of all blocks that is gone (cut, or zero)."""
+    return sum(_removed_in(layer, plan, anatomy) for layer in range(anatomy.num_layers)) / max(anatomy.blocks.params, 1)
+
+
+def _requested(plan: Plan) -> str:
+    parts = []
+    for p in plan.provenance:
+        options = p.options
+        if options.get("pattern"):
+            parts.append(f"{options['pattern']} of the weights")
+        elif options.get("layers"):
+            parts.append(f"{options['layers']} blocks")
+        else:
+            parts.append(f"{options.get('sparsity', 0):.1%} of the {options.get('budget', 'weights')}")
+    return ", then ".join(parts)
+
+
+def _layer_cut(layer: int, plan: Plan, anatomy: Anatomy) -> LayerCut:
+    units = {}
+    for group in anatomy.groups:
+        if group.layer == layer and group.name in plan.keep:
+            units[group.kind] = (group.units, len(plan.keep[group.name]))
+    if "layers" in plan.keep:
+        units["layer"] = (1, int(layer in set(plan.keep["layers"].tolist())))
+    matrices = {
+        m.module.rpartition(f".{layer}.")[2]: plan.sparsity(m.tensor)
+        for m in anatomy.matrices
+        if m.layer == layer and m.tensor in plan.masks
+    }
+    total = sum(m.shape[0] * m.shape[1] for m in anatomy.matrices if m.layer == layer)
+    return LayerCut(layer, units, _removed_in(layer, plan, anatomy) / max(total, 1), matrices)
+
+
+def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
+    """Linear weights of one block that are gone; a mask and a cut of one plan are counted as independent."""
+    sizes: dict[str, int] = defaultdict(int)
+    for matrix in anatomy.matrices:
+        if matrix.layer == layer:
+            sizes[matrix.tensor] = matrix.shape[0] * matrix.shape[1]
+    total = sum(sizes.values())
+    if "layers" in plan.keep and layer not in set(plan.keep["layers"].tolist()):
+        return total
+    cut = sum(
+        (group.units - len(plan.keep[group.name])) * group.cost.macs
+        for group in anatomy.groups
+        if group.layer == layer and group.name in plan.keep
+    )
+    masked = sum(plan.sparsity(tensor) * size for tensor, size in sizes.items() if tensor in plan.masks)
+    return cut + masked * (1 - cut / total) if total else 0.0

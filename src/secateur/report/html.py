@@ -1,0 +1,318 @@
+"""The HTML report: one file that holds everything it shows, and asks the network for nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import require_extra
+from secateur.report.charts import KIND_WORDS, Chart, score_charts, sparsity_chart, units_chart
+from secateur.report.numbers import (
+    MISSING,
+    footnotes,
+    format_bytes,
+    format_change,
+    metric_value,
+    model_names,
+    percent,
+    ranges,
+    verdict,
+)
+from secateur.report.report import Metric, Report
+from secateur.report.template import PAGE, POLICY, SCRIPT, STYLE
+
+_NOTICEABLE = 0.1
+"""a change of speed below this fraction is within what repeated measurements scatter"""
+
+
+def write_report(report: Report, path: str | Path) -> Path:
+    """Write the page to ``path``, whole or not at all; returns the path.
+
+    Raises OutputError when it can't be written, MissingExtraError without plotly.
+    """
+    from secateur.files import write_text
+
+    write_text(path, render(report))
+    return Path(path)
+
+
+def render(report: Report) -> str:
+    """The report as one HTML document, scripts and styles inlined. Raises MissingExtraError without plotly."""
+    plotly = require_extra("plotly.offline", "report", "the HTML report")
+    charts: dict[str, Any] = {}
+    sections = (
+        _headline(report),
+        _cuts(report, charts),
+        _scores(report, charts),
+        _comparison(report),
+        _samples(report),
+        _loading(report),
+        _provenance(report),
+    )
+    return PAGE.format(
+        policy=POLICY,
+        title=escape(f"{report.model} pruned with {report.method}"),
+        style=STYLE,
+        body="\n".join(section for section in sections if section),
+        charts=_script_json(charts),
+        plotly=plotly.get_plotlyjs(),
+        script=SCRIPT,
+    )
+
+
+def _script_json(value: Any) -> str:
+    # "<" would let text inside the JSON close the script element
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _headline(report: Report) -> str:
+    numbers = "".join(_big_number(metric) for metric in _headline_metrics(report.metrics))
+    masked = any(cut.matrices for cut in report.layers)
+    deed, what = ("zeroed", "weights") if masked else ("removed", "parameters")
+    return (
+        '<header><p class="kicker">Pruning report</p>'
+        f"<h1>{escape(report.model)}</h1>"
+        f'<p class="lede"><strong>{escape(report.method)}</strong> {deed} {percent(report.achieved)}'
+        f" of the {what} of the decoder blocks; asked for: {escape(report.requested)}.</p>"
+        + (f'<dl class="headline">{numbers}</dl>' if numbers else "")
+        + "</header>"
+    )
+
+
+def _headline_metrics(metrics: Sequence[Metric]) -> list[Metric]:
+    wanted = (
+        lambda m: "perplexity" in m.name.lower(),
+        _is_disk,
+        lambda m: m.unit.lower() in ("parameters", "params") or m.name.lower() == "parameters",
+        lambda m: _is_speed(m) and "decode" in m.name.lower(),
+    )
+    found = (next((m for m in metrics if len(m.values) > 1 and test(m)), None) for test in wanted)
+    return [metric for metric in found if metric is not None]
+
+
+def _is_disk(metric: Metric) -> bool:
+    return metric.unit.lower() in ("bytes", "b") and "memory" not in metric.name.lower()
+
+
+def _is_speed(metric: Metric) -> bool:
+    return metric.unit.lower() in ("tok/s", "tokens/s") and metric.higher_is_better is True
+
+
+def _big_number(metric: Metric) -> str:
+    before, after = list(metric.values)[0], list(metric.values)[-1]
+    change = _change(metric, after)
+    # the data set is told in the table, and one line keeps the numbers level
+    name = re.split(r"[(:]", metric.name)[0].strip()
+    return (
+        f'<div><dt>{escape(name)}</dt><dd class="now">{escape(metric_value(metric, after))}</dd>'
+        f'<dd class="was">from {escape(metric_value(metric, before))}, {change}</dd></div>'
+    )
+
+
+def _change(metric: Metric, model: str) -> str:
+    return f'<span class="{verdict(metric, model) or "same"}">{format_change(metric.change(model))}</span>'
+
+
+def _cuts(report: Report, charts: dict[str, Any]) -> str:
+    kinds = list(dict.fromkeys(kind for cut in report.layers for kind in cut.units))
+    parts = [_blocks(report)] if "layer" in kinds else []
+    parts += [_figure(units_chart(report.layers, kind), charts) for kind in kinds if kind != "layer"]
+    if any(cut.matrices for cut in report.layers):
+        parts.append(_figure(sparsity_chart(report.layers), charts))
+    if not parts:
+        return ""
+    return "\n".join(["<section><h2>What was cut</h2>", *parts, _cuts_table(report, kinds), "</section>"])
+
+
+def _blocks(report: Report) -> str:
+    gone = [cut.layer for cut in report.layers if cut.units.get("layer", (1, 1))[1] == 0]
+    cells = (
+        f'<li class="gone" title="removed">{cut.layer}</li>' if cut.layer in gone else f"<li>{cut.layer}</li>"
+        for cut in report.layers
+    )
+    sentence = f"Layers {ranges(gone)} were removed" if gone else "No layer was removed"
+    left = len(report.layers) - len(gone)
+    return f'<p>{sentence}; {left} of {len(report.layers)} stay.</p><ol class="blocks">{"".join(cells)}</ol>'
+
+
+def _figure(chart: Chart, charts: dict[str, Any]) -> str:
+    name = f"chart-{len(charts) + 1}"
+    charts[name] = chart.figure
+    key = '<li><i class="keep"></i>kept</li><li><i class="removed"></i>removed</li>'
+    return (
+        f"<h3>{escape(chart.title)}</h3><figure>"
+        f"<figcaption>{escape(chart.description)}</figcaption>"
+        + (f'<ul class="key">{key}</ul>' if chart.has_key else "")
+        + f'<div class="chart" id="{name}" role="img" style="min-height:{chart.figure["layout"]["height"]}px"'
+        f' aria-label="{escape(f"{chart.title}, chart. {chart.description}")}"></div></figure>'
+    )
+
+
+def _cuts_table(report: Report, kinds: Sequence[str]) -> str:
+    names = list(dict.fromkeys(name for cut in report.layers for name in cut.matrices))
+    header = ["layer", *(KIND_WORDS.get(kind, kind) for kind in kinds), *names, "sparsity"]
+    rows = [
+        [
+            str(cut.layer),
+            *(f"{cut.units[k][1]:,} of {cut.units[k][0]:,}" if k in cut.units else MISSING for k in kinds),
+            *(percent(cut.matrices[n]) if n in cut.matrices else MISSING for n in names),
+            percent(cut.sparsity),
+        ]
+        for cut in report.layers
+    ]
+    return f"<details><summary>The same in numbers</summary>{_table(header, rows)}</details>"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    return _scrolling(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def _scrolling(table: str) -> str:
+    # focusable, so that the keyboard can scroll it too
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
+
+
+def _scores(report: Report, charts: dict[str, Any]) -> str:
+    figures = [_figure(chart, charts) for chart in score_charts(report)]
+    return "\n".join(["<section><h2>Scores</h2>", *figures, "</section>"]) if figures else ""
+
+
+def _comparison(report: Report) -> str:
+    if not report.metrics:
+        return ""
+    notes = footnotes(report.metrics)
+    items = "".join(f'<li id="note-{number}">{escape(protocol)}</li>' for protocol, number in notes.items())
+    protocols = f'<h3>How it was measured</h3><ol class="notes">{items}</ol>' if items else ""
+    table = _metrics_table(report.metrics, notes)
+    return f"<section><h2>Before and after</h2>{table}{_speed_note(report)}{protocols}</section>"
+
+
+def _metrics_table(metrics: Sequence[Metric], notes: Mapping[str, int]) -> str:
+    models = model_names(metrics)
+    columns = "".join(
+        f'<th scope="col">{escape(model)}{"" if i or "dense" in model.lower() else " (dense)"}</th>'
+        + ('<th scope="col">change</th>' if i else "")
+        for i, model in enumerate(models)
+    )
+    rows = "".join(_metric_row(metric, models, notes.get(metric.protocol)) for metric in metrics)
+    head = f'<thead><tr><th scope="col">metric</th>{columns}</tr></thead>'
+    return _scrolling(f"<table>{head}<tbody>{rows}</tbody></table>")
+
+
+def _metric_row(metric: Metric, models: Sequence[str], note: int | None) -> str:
+    mark = f'<sup><a href="#note-{note}" aria-label="measurement note {note}">{note}</a></sup>' if note else ""
+    cells = "".join(
+        f"<td>{escape(metric_value(metric, model))}</td>" + (f"<td>{_change(metric, model)}</td>" if i else "")
+        for i, model in enumerate(models)
+    )
+    return f'<tr><th scope="row">{escape(metric.name)}{mark}</th>{cells}</tr>'
+
+
+def _speed_note(report: Report) -> str:
+    masked = any(cut.matrices for cut in report.layers)
+    sentences = [s for s in (_bytes_sentence(report.metrics, masked), _speed_sentence(report.metrics, masked)) if s]
+    if not sentences:
+        return ""
+    warns = masked and not _is_faster(report.metrics)
+    css = "box warning" if warns else "box"
+    return f'<div class="{css}" role="note">{"".join(f"<p>{escape(s)}</p>" for s in sentences)}</div>'
+
+
+def _is_faster(metrics: Sequence[Metric]) -> bool:
+    return any((m.change(list(m.values)[-1]) or 0) >= _NOTICEABLE for m in metrics if _is_speed(m) and m.values)
+
+
+def _speed_sentence(metrics: Sequence[Metric], masked: bool) -> str:
+    speeds = [m for m in metrics if _is_speed(m) and len(m.values) > 1]
+    changes = ", ".join(f"{m.name} {format_change(m.change(list(m.values)[-1]))}" for m in speeds)
+    if masked and not _is_faster(metrics):
+        measured = f" (measured: {changes})" if changes else ""
+        return (
+            f"The zeros made nothing faster{measured}: ordinary kernels multiply a zero like any other number. "
+            "Time is saved where the runtime has sparse kernels, or by removing whole heads, neurons or layers."
+        )
+    return f"Speed: {changes}." if changes else ""
+
+
+def _bytes_sentence(metrics: Sequence[Metric], masked: bool) -> str:
+    disk = next((m for m in metrics if _is_disk(m) and len(m.values) > 1), None)
+    if disk is None:
+        return ""
+    before, after = list(disk.values.values())[0], list(disk.values.values())[-1]
+    if after < before * 0.995:
+        return f"{format_bytes(before - after)} of {format_bytes(before)} are gone."
+    remedy = " The packed format (one bit per weight and the kept values) is the smaller one." if masked else ""
+    return f"The checkpoint takes as many bytes as before.{remedy}"
+
+
+def _samples(report: Report) -> str:
+    if not report.samples:
+        return ""
+    parts = []
+    for sample in report.samples:
+        columns = "".join(
+            f"<div><h3>{escape(model)}</h3><p>{escape(text.strip())}</p></div>" for model, text in sample.outputs.items()
+        )
+        parts.append(f'<blockquote>{escape(sample.prompt)}</blockquote><div class="samples">{columns}</div>')
+    return f"<section><h2>What they write</h2><p class='muted'>Greedy continuations.</p>{''.join(parts)}</section>"
+
+
+def _loading(report: Report) -> str:
+    if report.output is None:
+        return ""
+    folder = json.dumps(report.output, ensure_ascii=False)
+    if report.plain:
+        why = "A plain checkpoint: stock transformers and what builds on it load it as it is."
+        argument = ""
+    else:
+        why = (
+            "The layers differ in shape or the weights are packed, so the folder ships its own modelling file; "
+            "without secateur installed it needs trust_remote_code=True, with it import secateur is enough."
+        )
+        argument = ", trust_remote_code=True"
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder}{argument})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder})\n"
+    )
+    return f"<section><h2>Load it</h2><p>{why}</p><pre tabindex='0'><code>{escape(code)}</code></pre></section>"
+
+
+def _provenance(report: Report) -> str:
+    seconds = {stage: f"{value:,.1f} s" for stage, value in report.seconds.items()}
+    blocks = (
+        ("Options", report.options),
+        ("Calibration", report.calibration or {}),
+        ("Time", seconds),
+        ("Machine", report.machine),
+        ("Versions", report.versions),
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    parts = [f"<h3>{title}</h3>{_facts(facts)}" for title, facts in blocks if facts]
+    head = f'<h3>To know</h3><ul class="notes">{notes}</ul>' if notes else ""
+    return f"<section><h2>How it was made</h2>{head}{''.join(parts)}</section><footer class='muted'>secateur</footer>"
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(key).replace("_", " "))}</th><td>{escape(_fact(value))}</td></tr>'
+        for key, value in facts.items()
+    )
+    return f'<table class="facts"><tbody>{rows}</tbody></table>'
+
+
+def _fact(value: Any) -> str:
+    if value is None or value == "":
+        return MISSING
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(v) for v in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)

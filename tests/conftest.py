@@ -1,0 +1,71 @@
+"""What many tests share: a tiny random Llama and a tiny tokenizer, both made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from secateur.observe.calibration import builtin_text
+
+torch.set_num_threads(1)
+
+
+def build_tokenizer(vocab_size: int = 512, **arguments: object) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on part of the built-in text; ``<s>`` is token 0 and ``</s>`` token 1."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([builtin_text("calibration")[:60_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **arguments)
+
+
+def build_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    """A random Llama: 2 layers, hidden 32, 4 query heads on 2 key-value heads, 64 FFN neurons, 512 tokens."""
+    settings = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Shared by all tests: don't change it."""
+    return build_tokenizer()
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """A fresh model for every test, always with the same weights."""
+    return build_llama()
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """``build_tokenizer``, for tests that change what they get."""
+    return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., LlamaForCausalLM]:
+    """``build_llama``, for tests that need several models or other sizes."""
+    return build_llama

@@ -1,0 +1,91 @@
+"""Speed: what is run, in which order, and the arithmetic; never how fast the machine is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from secateur.errors import UsageError
+from secateur.evaluation import evaluate_models, make_task, speed
+from secateur.evaluation.speed import Speed, memory_bandwidth, weight_bytes_per_step
+
+CPU = torch.device("cpu")
+
+
+def test_settings_are_read(tiny_llama: Any) -> None:
+    assert make_task("speed") == Speed(batch=1, prompt=256, new=32, repeats=5)
+    assert make_task("speed:batch=2,new=3") == Speed(batch=2, prompt=256, new=3, repeats=5)
+    assert make_task("speed:new=3").name == "speed:batch=1,prompt=256,new=3,repeats=5"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("speed:batc=2", "speed has no setting 'batc'; did you mean 'batch'"),
+        ("speed:batch=0", "batch must be a whole number of at least 1, got '0'"),
+        ("speed:new=many", "new must be a whole number of at least 1, got 'many'"),
+    ],
+)
+def test_bad_settings_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_task(text)
+
+
+def test_prompt_and_new_tokens_must_fit_the_model(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match="length 288 is beyond the 256 positions"):
+        evaluate_models(tiny_llama, tiny_tokenizer, ["speed"])
+
+
+def test_models_take_turns_and_the_median_of_the_repeats_counts(
+    make_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {"a": make_llama(), "b": make_llama(seed=1)}
+    order: list[str] = []
+    # prefill seconds of a: 9 (warm-up), 1, 2, 5 → median 2; decode seconds are ten times as long
+    seconds = {"a": iter([9.0, 1.0, 2.0, 5.0]), "b": iter([9.0, 4.0, 4.0, 1.0])}
+
+    def fake(self: Speed, model: Any, seed: int) -> tuple[float, float]:
+        name = next(n for n, m in models.items() if m is model)
+        order.append(name)
+        spent = next(seconds[name])
+        return spent, 10 * spent
+
+    monkeypatch.setattr(Speed, "_time", fake)
+    monkeypatch.setattr(speed, "memory_bandwidth", lambda device: 1e6)
+    table = evaluate_models(models, tiny_tokenizer, ["speed:batch=2,prompt=30,new=10,repeats=3"])
+    assert order == ["a", "b"] * 4
+    assert table["prefill"].values == {"a": 2 * 30 / 2, "b": 2 * 30 / 4}
+    assert table["decode"].values == {"a": 2 * 10 / 20, "b": 2 * 10 / 40}
+    assert table["decode bound"].values["a"] == 2 * 1e6 / weight_bytes_per_step(models["a"])
+    assert "batch 2, median of 3 interleaved repeats, cpu float32" in table["decode"].protocol
+
+
+def test_the_real_loop_reads_the_prompt_once_and_then_single_tokens(
+    tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    hook = tiny_llama.model.embed_tokens.register_forward_hook(lambda m, args, out: shapes.append(args[0].shape))
+    monkeypatch.setattr(speed, "memory_bandwidth", lambda device: 1e9)
+    state = torch.random.get_rng_state()
+    table = evaluate_models(tiny_llama, tiny_tokenizer, ["speed:batch=2,prompt=12,new=3,repeats=1"])
+    hook.remove()
+    assert shapes == [(2, 12), (2, 1), (2, 1), (2, 1)] * 2
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(metric.values["dense"] > 0 for metric in table)
+
+
+def test_an_input_embedding_is_not_read_unless_it_is_tied(make_llama: Any) -> None:
+    table = 512 * 32 * 4
+    untied, tied = make_llama(), make_llama(tie_word_embeddings=True)
+    size = sum(p.numel() * 4 for p in untied.parameters())
+    assert weight_bytes_per_step(untied) == size - table
+    assert weight_bytes_per_step(tied) == size - table  # the table is there once, and the head reads it
+    assert weight_bytes_per_step(untied.bfloat16()) == (size - table) // 2
+
+
+def test_bandwidth_counts_bytes_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(speed, "_now", lambda device: float(next(clock)))
+    assert memory_bandwidth(CPU, size_bytes=1000, repeats=3) == 2000.0

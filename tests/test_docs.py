@@ -1,0 +1,265 @@
+"""What the docs say is true: commands and code run, generated pages are fresh, links lead somewhere.
+
+Blocks of a page run in order, in one empty folder, so that a later line can use what an earlier one has written:
+
+- ``secateur …`` and ``python …`` lines of bash blocks are run, and must exit with 0;
+- Python blocks are executed, and those of one page share their names;
+- a block under ``<!-- file: NAME -->`` is written to that file instead;
+- a block under ``<!-- no-test: reason -->`` is left out, and counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import secateur
+from secateur.cli import main
+from secateur.methods import describe, list_methods, registry
+from secateur.methods.plugins import load_plugin
+from secateur.models import loading
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if "results" not in p.parts)
+MODEL = "smollm2-135m"
+# Shown in the docs but run elsewhere: by CI itself, or by the reader's package manager.
+NOT_OURS = ("make ", "pip ", "pre-commit ")
+BLOCK = re.compile(
+    r"(?:<!-- (?P<mark>no-test|file): (?P<value>.+?) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page; ``line`` is where it starts."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    mark: str | None
+    value: str | None
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf8")
+    return [
+        Block(page, text[: m.start("language")].count("\n") + 1, m["language"], m["text"], m["mark"], m["value"])
+        for m in BLOCK.finditer(text)
+    ]
+
+
+def command_lines(block: Block) -> list[str]:
+    """The commands of a shell block: prompts and comments taken off, continued lines joined."""
+    joined = block.text.replace("\\\n", " ")
+    lines = [line.removeprefix("$ ").strip() for line in joined.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def is_shell(block: Block) -> bool:
+    return block.language in ("bash", "sh", "console")
+
+
+def all_commands() -> list[str]:
+    return [line for page in PAGES for block in blocks(page) if is_shell(block) for line in command_lines(block)]
+
+
+@pytest.fixture(scope="session")
+def built_in() -> Callable[..., tuple]:
+    """The loader, with the built-in model read once: dequantising it takes longer than most examples."""
+    real = loading.load_model
+    loaded: list[tuple] = []
+
+    def load(name: str | Path, *, dtype: str = "float32", **arguments: object) -> tuple:
+        if str(name) != MODEL:
+            return real(name, dtype=dtype, **arguments)
+        if not loaded:
+            loaded.append(real(name))
+        model, tokenizer = loaded[0]
+        return copy.deepcopy(model).to(getattr(torch, dtype, torch.float32)), tokenizer
+
+    return load
+
+
+@pytest.fixture
+def clean_registry() -> Iterator[None]:
+    """Plugins of one page don't reach the next."""
+    before, modules = dict(registry._registered), set(sys.modules)
+    yield
+    registry._registered.clear()
+    registry._registered.update(before)
+    for name in set(sys.modules) - modules:
+        if name.startswith("secateur_plugin_"):
+            del sys.modules[name]
+
+
+def run_command(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if ">" in words or words[0] == "python":
+        words[0] = sys.executable if words[0] == "python" else words[0]
+        subprocess.run(shlex.join(words).replace("'>'", ">"), shell=True, check=True)
+        return
+    assert words[0] == "secateur", f"what is this command? {line}"
+    try:
+        main(words[1:])
+    except SystemExit as stop:
+        assert not stop.code, f"exit code {stop.code}: {line}"
+
+
+def run_block(block: Block, names: dict[str, object]) -> None:
+    if block.mark == "no-test":
+        return
+    if block.mark == "file":
+        Path(str(block.value)).write_text(block.text, encoding="utf8")
+    elif is_shell(block):
+        for line in command_lines(block):
+            if not line.startswith(NOT_OURS):
+                run_command(line)
+    elif block.language == "python":
+        # blank lines in front make a traceback point at the line of the page
+        exec(compile("\n" * block.line + block.text, str(block.page), "exec"), names)
+
+
+def relative(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=relative)
+def test_examples_run(
+    page: Path,
+    built_in: Callable[..., tuple],
+    clean_registry: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "load_model", built_in)
+    names: dict[str, object] = {"__name__": "docs"}
+    for block in blocks(page):
+        run_block(block, names)
+
+
+def test_only_what_needs_a_network_is_left_out() -> None:
+    reasons = [b.value for page in PAGES for b in blocks(page) if b.mark == "no-test"]
+    assert reasons == ["fetches a model from the hub"]
+
+
+def test_every_make_target_in_the_docs_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf8"), re.M))
+    named = {line.split()[1] for line in all_commands() if line.startswith("make ")}
+    assert named and named <= targets
+
+
+def test_every_command_of_the_cli_is_shown() -> None:
+    shown = {tuple(line.split()[1:3]) for line in all_commands() if line.startswith("secateur ")}
+    for command in ("prune", "inspect", "evaluate", "methods", "describe"):
+        assert any(words[0] == command for words in shown), command
+    for command in ("show", "diff", "apply"):
+        assert ("plan", command) in shown, command
+
+
+def links(page: Path) -> list[str]:
+    return re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert [link for link in links(page) if not (page.parent / link).exists()] == []
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_fresh(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("generate_docs").main(["--check"]) == 0, f"run `make docs`:\n{capsys.readouterr().out}"
+
+
+def test_a_stale_page_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = script("generate_docs")
+    for path, text in generate.wanted(ROOT).items():
+        copied = tmp_path / path.relative_to(ROOT)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_text(text, encoding="utf8")
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    page = tmp_path / "docs" / "methods" / "wanda.md"
+    assert generate.main(["--check"]) == 0
+    page.write_text("old", encoding="utf8")
+    (page.parent / "gone.md").write_text("a method that was removed", encoding="utf8")
+    assert generate.main(["--check"]) == 1
+    assert generate.main([]) == 0
+    assert page.read_text(encoding="utf8").startswith("<!-- generated") and not (page.parent / "gone.md").exists()
+    assert generate.main(["--check"]) == 0
+
+
+def test_every_method_has_a_page_and_a_line_in_the_tables() -> None:
+    generate = script("generate_docs")
+    methods = set(generate.shipped_methods())
+    assert methods == {p.stem for p in (ROOT / "docs" / "methods").glob("*.md")} - {"index"}
+    for page in (ROOT / "README.md", ROOT / "docs" / "methods" / "index.md"):
+        table = page.read_text(encoding="utf8").split(generate.BEGIN)[1].split(generate.END)[0]
+        assert set(re.findall(r"^\| \[`(\w+)`\]", table, re.M)) == methods, page
+
+
+def test_every_option_is_on_its_page() -> None:
+    for name in script("generate_docs").shipped_methods():
+        page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf8")
+        shown = re.findall(r"^\| `(\w+)` \|", page.split("## Options")[1], re.M)
+        assert shown == list(describe(name)["options"])
+
+
+def test_the_example_method_is_short_and_shown_as_it_is() -> None:
+    example = (ROOT / "docs" / "examples" / "quiet.py").read_text(encoding="utf8")
+    assert len(example.splitlines()) <= 40
+    guide = blocks(ROOT / "docs" / "guides" / "add-a-method.md")
+    assert [b.text for b in guide if b.value == "quiet.py"] == [example]
+
+
+def test_the_example_method_appears_in_the_list_and_the_docs_table(clean_registry: None) -> None:
+    load_plugin(str(ROOT / "docs" / "examples" / "quiet.py"))
+    assert "quiet" in list_methods(object="heads_and_neurons")
+    generate = script("generate_docs")
+    assert "| [`quiet`](quiet.md) |" in generate.methods_table([describe("quiet")], "")
+    assert "| `power` | `2.0` |" in generate.method_page(describe("quiet"))
+    # but no page of ours is written for somebody else's method
+    assert "quiet" not in generate.shipped_methods()
+
+
+def test_the_changelog_starts_with_this_version() -> None:
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf8"), re.M)
+    assert versions[0] == secateur.__version__
+
+
+def test_public_names_are_in_the_architecture_or_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf8") + (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+    functions = [n for n in secateur.__all__ if n[0].islower()]
+    assert [n for n in functions if n not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("```bash\n$ secateur methods\n# why\n```\n", ["secateur methods"]),
+        ("```bash\nsecateur prune a \\\n  --dry-run\n```\n", ["secateur prune a    --dry-run"]),
+    ],
+)
+def test_the_reader_finds_commands(text: str, expected: list[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text, encoding="utf8")
+    assert command_lines(blocks(page)[0]) == expected
