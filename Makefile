@@ -35,7 +35,9 @@ $(VENV)/.full: pyproject.toml | $(BIN)/python
 install: $(VENV)/.full  ## the environment with every extra that the tests use
 
 demo: $(VENV)/.core  ## prune SmolLM2-135M by 20 %, measure it, write the checkpoint and report.html
-	$(BIN)/python scripts/demo.py $(MODEL) $(DEMO)
+	$(BIN)/secateur prune $(MODEL) --method flap --sparsity 0.2 \
+		--evaluate perplexity:builtin --evaluate speed --evaluate size --out $(DEMO) --overwrite
+	@echo "report: $(DEMO)/report.html"
 
 test: $(VENV)/.full  ## all tests with branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=term

@@ -84,12 +84,14 @@ def test_the_core_imports_no_extra_at_the_top() -> None:
     assert third_party_imports(at_top=True) <= {name_of(r) for r in project()["dependencies"]}
 
 
-def test_extras_named_in_messages_exist() -> None:
-    extras = set(project()["optional-dependencies"])
-    for path in sources():
-        text = path.read_text(encoding="utf8")
-        named = re.findall(r"secateur\[(\w+)\]", text) + re.findall(r'require_extra\(\s*"[\w.]+",\s*"(\w+)"', text)
-        assert set(named) <= extras, path
+def test_messages_name_the_extra_that_brings_the_module() -> None:
+    extras = {name: {name_of(r) for r in needed} for name, needed in project()["optional-dependencies"].items()}
+    text = "\n".join(path.read_text(encoding="utf8") for path in sources())
+    calls = re.findall(r'require_extra\(\s*"(\w+)[\w.]*",\s*"(\w+)"', text)
+    assert calls
+    for module, extra in calls:
+        assert DISTRIBUTION.get(module, module) in extras[extra], (module, extra)
+    assert set(re.findall(r"secateur\[([a-z]+)\]", text)) <= set(extras)
 
 
 def test_all_holds_every_user_extra() -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from secateur.errors import OutputError
@@ -56,7 +56,8 @@ def write_text(path: str | Path, text: str) -> None:
     except OSError as error:
         raise OutputError(f"can't write {path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _replace(temporary: Path, folder: Path) -> None:

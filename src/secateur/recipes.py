@@ -43,9 +43,9 @@ class CalibrationSpec(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     source: str = "builtin"
-    samples: int = Field(64, ge=1)
-    length: int = Field(512, ge=1)
-    seed: int = Field(0, ge=0)
+    samples: int = Field(default=64, ge=1)
+    length: int = Field(default=512, ge=1)
+    seed: int = Field(default=0, ge=0)
     text_field: str | None = None
 
 
@@ -74,11 +74,6 @@ class Step(BaseModel):
                 )
         return self
 
-    def all_options(self) -> dict[str, Any]:
-        """The method's options with ``sparsity``, ``pattern`` and ``budget`` among them where they are given."""
-        given = {key: getattr(self, key) for key in ("sparsity", "pattern", "budget")}
-        return {**self.options, **{key: value for key, value in given.items() if value is not None}}
-
 
 class Recipe(BaseModel):
     """A whole run: model, calibration data, steps, what to measure and where to write."""
@@ -86,10 +81,10 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
+    calibration: CalibrationSpec = Field(default_factory=lambda: CalibrationSpec())
     steps: list[Step] = Field(min_length=1)
     evaluate: list[str] = Field(default_factory=list)
-    windows: int = Field(40, ge=1)
+    windows: int = Field(default=40, ge=1)
     out: str | None = None
     format: Literal["dense", "packed"] = "dense"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -97,11 +92,17 @@ class Recipe(BaseModel):
 
     def check_methods(self) -> None:
         """Look every method and option up, before anything is loaded. Raises UsageError."""
+        from secateur import api
+        from secateur.allocate import parse_pattern
         from secateur.methods import make_method
 
         for number, step in enumerate(self.steps, start=1):
             try:
-                make_method(step.method, step.all_options())
+                wanted = (step.sparsity, step.pattern, step.budget)
+                options = api.method_options(step.method, step.options, *wanted, self.calibration.seed)
+                method = make_method(step.method, options)
+                if pattern := getattr(method, "pattern", ""):
+                    parse_pattern(pattern)
             except UsageError as error:
                 if len(self.steps) == 1:
                     raise

@@ -160,15 +160,32 @@ class UniformAllocator:
         least = {g.name: _minimum(g, ordered[g.name], limits) for g in groups}
         keep = {n: max(least[n], len(b) - int(len(b) * self.sparsity)) for n, b in ordered.items()}
         if self.fill and self.sparsity > 0:
-            finest = min(groups, key=lambda g: limits.cost(g.cost)).name
-            others = sum(b.cost for n in keep if n != finest for b in ordered[n][keep[n] :])
-            costs = [b.cost for b in ordered[finest]]
-            wanted = sum(costs) - (self.sparsity * share - others)
-            keep[finest] = _nearest(0, costs, wanted)
-            if keep[finest] < least[finest]:
-                removable = others + sum(costs[least[finest] :])
-                raise _refuse(self.sparsity, removable, int(share), limits)
+            self._meet(groups, ordered, least, keep, share, limits)
         return [b for n, many in ordered.items() for b in many[: keep[n]]]
+
+    def _meet(
+        self,
+        groups: Sequence[Group],
+        ordered: Mapping[str, list[Bundle]],
+        least: Mapping[str, int],
+        keep: dict[str, int],
+        share: float,
+        limits: Limits,
+    ) -> None:
+        """Bring one layer to its share by neurons; where those don't suffice a coarse group gives one unit more."""
+        finest = min(groups, key=lambda g: limits.cost(g.cost)).name
+        coarse = [n for n in keep if n != finest]
+        costs = [b.cost for b in ordered[finest]]
+        while True:
+            others = sum(b.cost for n in coarse for b in ordered[n][keep[n] :])
+            wanted = self.sparsity * share - others
+            keep[finest] = _nearest(0, costs, sum(costs) - wanted)
+            if keep[finest] >= least[finest]:
+                return
+            spare = [n for n in coarse if keep[n] > least[n]]
+            if not spare:
+                raise _refuse(self.sparsity, others + sum(costs[least[finest] :]), int(share), limits)
+            keep[max(spare, key=lambda n: keep[n] - least[n])] -= 1
 
 
 @dataclass(frozen=True)

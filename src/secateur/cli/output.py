@@ -25,8 +25,13 @@ def working(quiet: bool) -> Iterator[Progress]:
 
 
 def print_json(document: Any) -> None:
-    """The one document of ``--json``; NaN and infinities, which JSON lacks, become null."""
-    print(json.dumps(_finite(document), indent=1, ensure_ascii=False))
+    """The one document of ``--json``."""
+    print(json_text(document))
+
+
+def json_text(document: Any) -> str:
+    """JSON on several lines; NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(_finite(document), indent=1, ensure_ascii=False)
 
 
 def show(*parts: RenderableType) -> None:

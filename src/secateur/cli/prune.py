@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.options import Device, Json, Overwrite, Plugins, Quiet, TrustRemoteCode, load_plugins
+from secateur.cli.options import Json, Overwrite, Plugins, Quiet, TrustRemoteCode, load_plugins
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.errors import MissingExtraError, UsageError
 from secateur.files import check_output
@@ -206,15 +206,15 @@ def _run(job: Recipe, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         seed=job.calibration.seed,
         progress=progress,
     )
-    outcome.report.metrics = list(table.metrics)
+    outcome.report.metrics = list(table)
     outcome.report.seconds["evaluate"] = time.perf_counter() - started
     return outcome
 
 
 def _add_samples(
-    outcome: Outcome, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str | None
+    outcome: Outcome, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, prompt: str | None
 ) -> None:
-    if prompt is None:
+    if prompt is None or tokenizer is None:
         return
     from secateur.report import Sample
 
@@ -228,8 +228,9 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     import torch
 
     ids_BT = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    generate: Any = model.generate
     with torch.inference_mode():
-        output_BT = model.generate(
+        output_BT = generate(
             input_ids=ids_BT,
             attention_mask=torch.ones_like(ids_BT),
             max_new_tokens=PROMPT_TOKENS,
@@ -243,7 +244,9 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     return str(tokenizer.decode(output_BT[0, ids_BT.shape[1] :], skip_special_tokens=True))
 
 
-def _save(job: Recipe, outcome: Outcome, tokenizer: PreTrainedTokenizerBase, *, html: bool, overwrite: bool) -> None:
+def _save(
+    job: Recipe, outcome: Outcome, tokenizer: PreTrainedTokenizerBase | None, *, html: bool, overwrite: bool
+) -> None:
     from secateur.cli.saving import save_checkpoint
 
     assert job.out is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -16,7 +17,7 @@ from secateur.errors import SecateurError
 
 INTERRUPTED = 130
 # Typer takes its parser from click, or carries a copy of it; this is the base of its usage errors either way.
-_ParserError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_ParserError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -71,6 +72,7 @@ def _quieten_libraries() -> None:
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_VERBOSITY": "error",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
@@ -80,6 +82,10 @@ def _quieten_libraries() -> None:
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
     """SIGTERM unwinds the stack like Ctrl-C, so that half-written output is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        # only the main thread may handle signals
+        yield
+        return
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield

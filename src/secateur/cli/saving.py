@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from secateur.cli.output import json_text
 from secateur.files import output_folder
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 def save_checkpoint(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     out: Path,
     *,
     plans: Sequence[Plan],
@@ -30,13 +33,22 @@ def save_checkpoint(
     """Save model, plans and report; the folder takes its name when all of it is written. Raises OutputError."""
     from secateur import api
 
-    plan = plans[0] if len(plans) == 1 else list(plans)
     with output_folder(out, overwrite) as folder:
-        api.save(model, tokenizer, folder, plan=plan, report=report, format=format, overwrite=True)
+        # the model card names the folder, so it is written under its own name and moved up
+        stage = folder / ".stage" / out.resolve().name
+        started = time.perf_counter()
+        single = plans[0] if len(plans) == 1 else None
+        api.save(model, tokenizer, stage, plan=single, report=report, format=format)
+        if single is None:
+            _write_steps(plans, stage / "plan")
         if report is not None:
             report.output = str(out)
-            report.plain = is_plain(folder)
-            _write_report(report, folder, html)
+            report.plain = is_plain(stage)
+            report.seconds["save"] = time.perf_counter() - started
+            _write_report(report, stage, html)
+        for entry in sorted(stage.iterdir()):
+            entry.rename(folder / entry.name)
+        shutil.rmtree(stage.parent)
 
 
 def is_plain(folder: Path) -> bool:
@@ -55,10 +67,14 @@ def how_to_load(folder: Path) -> str:
     )
 
 
+def _write_steps(plans: Sequence[Plan], folder: Path) -> None:
+    for number, plan in enumerate(plans, start=1):
+        plan.save(folder / f"step-{number}")
+
+
 def _write_report(report: Report, folder: Path, html: bool) -> None:
     from secateur.report.html import write_report
 
-    document = json.dumps(report.to_dict(), indent=1, ensure_ascii=False)
-    (folder / "report.json").write_text(document + "\n", encoding="utf8")
+    (folder / "report.json").write_text(json_text(report.to_dict()) + "\n", encoding="utf8")
     if html:
         write_report(report, folder / "report.html")

@@ -4,8 +4,8 @@ Peak memory is the largest number of bytes of tensors that are alive at one time
 weights and buffers, the activations and the KV cache. On a CPU the tensors are counted one by one as operators make
 them. The resident size of the process would also count what the allocator keeps, the libraries and the other
 models in the process, and differs from run to run; the count is exact, the same in every run, and comparable between
-models that share a process. It leaves out workspaces inside kernels. On a GPU it is the allocator's own peak during the forward,
-less what was allocated before, plus the model's weights.
+models that share a process. It leaves out workspaces inside kernels. On a GPU it is the allocator's own peak during
+the forward, less what was allocated before, plus the model's weights.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 LAYOUT_VERSION = 1
 
+# some MLP classes note their width and never look at it; the shapes of their weights are what counts
+_NOTES = {"intermediate_size"}
+
 
 def stock_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class of transformers that ``model`` was cut from."""
@@ -97,7 +100,7 @@ def _integers(module: nn.Module) -> dict[str, Any]:
     """Public integer attributes of the module itself; tuples of integers as lists, as JSON has them."""
     found = {}
     for key, value in vars(module).items():
-        if key.startswith("_") or isinstance(value, bool):
+        if key.startswith("_") or key in _NOTES or isinstance(value, bool):
             continue
         if isinstance(value, int):
             found[key] = value

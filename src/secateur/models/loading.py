@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,6 +148,8 @@ def _in_one_sentence(name: str | Path) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] = f"{lines[0]} {lines[1]}"
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
@@ -294,7 +295,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:
     """Refuse weights that transformers would otherwise fill with random numbers."""
-    mismatched = sorted(info.get("mismatched_keys") or ())
+    mismatched: list[Any] = sorted(info.get("mismatched_keys") or ())
     if mismatched:
         tensor, found, wanted = mismatched[0]
         raise ModelLoadError(f"{name}: {tensor} has shape {list(found)}, but config.json asks for {list(wanted)}")
@@ -346,7 +347,7 @@ def _fast_gguf() -> Iterator[None]:
     It opens the file three times and builds its table of tensor names once per module of the model.
     """
     gguf: Any = importlib.import_module("gguf")
-    importer: Any = sys.modules.get("transformers.modeling_gguf_pytorch_utils")
+    importer: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
 
     class Reader(gguf.GGUFReader):
         def _set(self, data: Any) -> None:

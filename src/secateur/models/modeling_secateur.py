@@ -6,7 +6,8 @@ let transformers load the weights. ``Pruned<Name>`` exists for every model class
 example ``PrunedLlamaForCausalLM``. Nothing but torch, transformers and safetensors is needed.
 """
 
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false (_Pruned is mixed into model classes)
+# _Pruned is mixed into model classes, which a type checker can't know:
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
 
 import copy
 import functools
@@ -103,8 +104,7 @@ def unpack_tensor(name, bitmap, values, shape):
     if values.shape != (int(kept.sum()),):
         raise ValueError(f"{name} has {values.numel()} values for {int(kept.sum())} ones in its bitmap")
     dense = torch.zeros(count, dtype=values.dtype, device=values.device)
-    dense[kept] = values
-    return dense.reshape(shape)
+    return dense.masked_scatter_(kept, values).reshape(shape)
 
 
 def unpack(tensors, shapes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -83,11 +84,13 @@ def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size
     native = native_config(model.config)
     remote = bool(shapes) or not is_stock(layout) or not stock_accepts(native)
     config = _remote_config(native, layout, type(model.base_model).__name__) if remote else native
-    with quiet(), _lent_config(model, config):
+    # transformers writes into the config that it saves; what counts is written after it
+    with quiet(), _lent_config(model, copy.deepcopy(config)):
         try:
             model.save_pretrained(str(path), state_dict=state_dict, max_shard_size=max_shard_size)
         except SafetensorError as error:
             raise OutputError(f"can't write the weights: {error}; nothing was left behind") from None
+        config.dtype = str(model.dtype).removeprefix("torch.")
         config.architectures = [f"Pruned{layout['base']}" if remote else layout["base"]]
         config.save_pretrained(str(path))
     if remote:

@@ -47,7 +47,7 @@ def units_chart(layers: Sequence[LayerCut], kind: str) -> Chart:
         _bars(x, gone, "removed", REMOVED, "layer %{x}: %{y} removed<extra></extra>"),
     ]
     y = _axis("", range=[0, max(before, default=1) * 1.02]) | _few_ticks(max(before, default=1))
-    layout = _layout(180, _axis("layer"), y) | {"barmode": "stack", "bargap": 0.25}
+    layout = _layout(180, _layer_axis(x), y) | {"barmode": "stack", "bargap": 0.25}
     total, left = sum(before), sum(after)
     description = f"Of {total:,} {word} {left:,} stay and {total - left:,} leave; per layer {_span(after)} are kept."
     return Chart(word[0].upper() + word[1:], description, {"data": data, "layout": layout})
@@ -77,7 +77,7 @@ def sparsity_chart(layers: Sequence[LayerCut]) -> Chart:
         }
     ]
     y = _axis("", autorange="reversed", showgrid=False, ticklabelstandoff=4)
-    layout = _layout(100 + 24 * len(names), _axis("layer", showgrid=False), y)
+    layout = _layout(100 + 24 * len(names), _layer_axis([cut.layer for cut in layers]), y)
     description = (
         f"Every matrix of every layer has {_percent(statistics.fmean(values))} zeros."
         if flat
@@ -117,7 +117,7 @@ def _scores_chart(kind: str, layers: Mapping[int, tuple[list[float], list[float]
     logarithmic = min(everything) > 0 and max(everything) / min(everything) > _WIDE_RANGE
     y = _axis("score", zeroline=False)
     y |= {"type": "log", "dtick": 1, "tickformat": "~g"} if logarithmic else {"nticks": 6}
-    x = _axis("layer", range=[min(layers) - 0.7, max(layers) + 0.7])
+    x = _layer_axis(list(layers)) | {"range": [min(layers) - 0.7, max(layers) + 0.7]}
     layout = _layout(260, x, y) | {"boxmode": "overlay"}
     how = "every unit is a dot" if few else "boxes hold the middle half, whiskers 5 % to 95 %"
     scale = ", logarithmic scale" if logarithmic else ""
@@ -163,9 +163,8 @@ def _boxes(values: Mapping[int, Sequence[float]], name: str, colour: str) -> dic
         "name": name,
         "width": 0.7,
         "line": {"width": 1.2, "color": colour},
-        "fillcolor": colour,
+        "fillcolor": colour.replace(")", "soft)"),
         "whiskerwidth": 0,
-        "opacity": 0.9,
     }
 
 
@@ -221,6 +220,12 @@ def _axis(title: str, **more: Any) -> dict[str, Any]:
     }
 
 
+def _layer_axis(layers: Sequence[int]) -> dict[str, Any]:
+    # left alone, plotly marks halves between a few layers
+    ticks = {"dtick": 1} if len(layers) <= 10 else {}
+    return _axis("layer", showgrid=False, zeroline=False, tickformat="d", **ticks)
+
+
 def _layout(height: int, xaxis: dict[str, Any], yaxis: dict[str, Any]) -> dict[str, Any]:
     return {
         "height": height,
@@ -231,6 +236,6 @@ def _layout(height: int, xaxis: dict[str, Any], yaxis: dict[str, Any]) -> dict[s
         "hoverlabel": {"bgcolor": RAISED, "bordercolor": RULE, "font": {"color": INK}},
         "showlegend": False,
         "dragmode": False,
-        "xaxis": {**xaxis, "showgrid": False, "zeroline": False, "tickformat": "d"},
+        "xaxis": xaxis,
         "yaxis": yaxis,
     }

@@ -13,6 +13,7 @@ from secateur.errors import require_extra
 from secateur.report.charts import KIND_WORDS, Chart, score_charts, sparsity_chart, units_chart
 from secateur.report.numbers import (
     MISSING,
+    change_from,
     footnotes,
     format_bytes,
     format_change,
@@ -95,16 +96,17 @@ def _headline_metrics(metrics: Sequence[Metric]) -> list[Metric]:
 
 
 def _is_disk(metric: Metric) -> bool:
-    return metric.unit.lower() in ("bytes", "b") and "memory" not in metric.name.lower()
+    return metric.unit.lower() in ("bytes", "b") and "disk" in metric.name.lower()
 
 
 def _is_speed(metric: Metric) -> bool:
-    return metric.unit.lower() in ("tok/s", "tokens/s") and metric.higher_is_better is True
+    # a bound is worked out from bytes, so it must not pass for a measurement
+    return metric.unit.lower() in ("tok/s", "tokens/s") and "bound" not in metric.name.lower()
 
 
 def _big_number(metric: Metric) -> str:
-    before, after = list(metric.values)[0], list(metric.values)[-1]
-    change = _change(metric, after)
+    before, *_, after = metric.values
+    change = _change(metric, before, after)
     # the data set is told in the table, and one line keeps the numbers level
     name = re.split(r"[(:]", metric.name)[0].strip()
     return (
@@ -113,8 +115,9 @@ def _big_number(metric: Metric) -> str:
     )
 
 
-def _change(metric: Metric, model: str) -> str:
-    return f'<span class="{verdict(metric, model) or "same"}">{format_change(metric.change(model))}</span>'
+def _change(metric: Metric, dense: str, model: str) -> str:
+    change = change_from(metric, dense, model)
+    return f'<span class="{verdict(change, metric.higher_is_better) or "same"}">{format_change(change)}</span>'
 
 
 def _cuts(report: Report, charts: dict[str, Any]) -> str:
@@ -211,7 +214,8 @@ def _metrics_table(metrics: Sequence[Metric], notes: Mapping[str, int]) -> str:
 def _metric_row(metric: Metric, models: Sequence[str], note: int | None) -> str:
     mark = f'<sup><a href="#note-{note}" aria-label="measurement note {note}">{note}</a></sup>' if note else ""
     cells = "".join(
-        f"<td>{escape(metric_value(metric, model))}</td>" + (f"<td>{_change(metric, model)}</td>" if i else "")
+        f"<td>{escape(metric_value(metric, model))}</td>"
+        + (f"<td>{_change(metric, models[0], model)}</td>" if i else "")
         for i, model in enumerate(models)
     )
     return f'<tr><th scope="row">{escape(metric.name)}{mark}</th>{cells}</tr>'
@@ -247,7 +251,7 @@ def _bytes_sentence(metrics: Sequence[Metric], masked: bool) -> str:
     disk = next((m for m in metrics if _is_disk(m) and len(m.values) > 1), None)
     if disk is None:
         return ""
-    before, after = list(disk.values.values())[0], list(disk.values.values())[-1]
+    before, *_, after = disk.values.values()
     if after < before * 0.995:
         return f"{format_bytes(before - after)} of {format_bytes(before)} are gone."
     remedy = " The packed format (one bit per weight and the kept values) is the smaller one." if masked else ""
@@ -260,7 +264,8 @@ def _samples(report: Report) -> str:
     parts = []
     for sample in report.samples:
         columns = "".join(
-            f"<div><h3>{escape(model)}</h3><p>{escape(text.strip())}</p></div>" for model, text in sample.outputs.items()
+            f"<div><h3>{escape(model)}</h3><p>{escape(text.strip())}</p></div>"
+            for model, text in sample.outputs.items()
         )
         parts.append(f'<blockquote>{escape(sample.prompt)}</blockquote><div class="samples">{columns}</div>')
     return f"<section><h2>What they write</h2><p class='muted'>Greedy continuations.</p>{''.join(parts)}</section>"

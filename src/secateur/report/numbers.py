@@ -67,12 +67,16 @@ def metric_value(metric: Metric, model: str) -> str:
     return format_value(metric.values[model], "" if said else metric.unit)
 
 
-def verdict(metric: Metric, model: str) -> str:
-    """``better``, ``worse`` or an empty string, against the first model."""
-    change = metric.change(model)
-    if metric.higher_is_better is None or change is None or not abs(change) >= 0.0005:
+def change_from(metric: Metric, dense: str, model: str) -> float | None:
+    """Relative change of ``model`` against ``dense``; None when the dense model was not measured."""
+    return metric.change(model) if next(iter(metric.values), None) == dense else None
+
+
+def verdict(change: float | None, higher_is_better: bool | None) -> str:
+    """``better``, ``worse``, or an empty string where a change is neither or too small to show."""
+    if higher_is_better is None or change is None or not abs(change) >= 0.0005:
         return ""
-    return "better" if (change > 0) == metric.higher_is_better else "worse"
+    return "better" if (change > 0) == higher_is_better else "worse"
 
 
 def model_names(metrics: Iterable[Metric]) -> list[str]:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from secateur.report.numbers import (
     MISSING,
+    change_from,
     footnotes,
     format_bytes,
     format_change,
@@ -62,9 +63,10 @@ def anatomy_table(anatomy: Anatomy) -> Table:
     table = _table(caption=_anatomy_caption(anatomy))
     for name in ("layers", "group", "units", "parameters", "bytes", "KV bytes", "share"):
         table.add_column(name, justify="left" if name in ("layers", "group") else "right")
-    block = anatomy.blocks.params / max(anatomy.num_layers, 1)
+    # biases and norms, which are no multiplications, would make a block more than the whole of its matrices
+    block = anatomy.blocks.macs / max(anatomy.num_layers, 1)
     for group, layers in _folded_groups(anatomy):
-        share = group.cost.params * (1 if group.kind == "layer" else group.units) / block if block else 0.0
+        share = group.cost.macs * (1 if group.kind == "layer" else group.units) / block if block else 0.0
         table.add_row(
             "all" if group.kind == "layer" else ranges(layers),
             _plain(_group_label(group)),
@@ -85,7 +87,7 @@ def anatomy_text(anatomy: Anatomy) -> str:
         f"{anatomy.model_type}, {anatomy.num_layers} layers, {format_count(total.params)} parameters "
         f"({format_count(blocks.params)} in the matrices of the blocks), {format_bytes(total.bytes)}"
     )
-    return plain_text(Group(Text(head), anatomy_table(anatomy)))
+    return plain_text(Group(Text(head), Text(), anatomy_table(anatomy)))
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -94,7 +96,7 @@ def plan_table(plan: Plan) -> RenderableType:
     units = {name: f"{len(kept):,}/{plan.groups[name]:,}" for name, kept in plan.keep.items() if _LAYER.search(name)}
     sparsity = {name.removesuffix(".weight"): plan.sparsity(name) for name in plan.masks}
     if units or sparsity:
-        parts.append(_layer_table(_by_layer(units), _by_layer(sparsity), "kept"))
+        parts += [Text(), _layer_table(_by_layer(units), _by_layer(sparsity), "kept"), Text()]
     for name in sorted(set(plan.keep) - set(units)):
         gone = ranges(plan.removed(name).tolist()) or "none"
         parts.append(Text(f"{name}: {len(plan.keep[name])}/{plan.groups[name]} kept, removed: {gone}"))
@@ -148,6 +150,7 @@ def method_text(method: Mapping[str, Any]) -> RenderableType:
         Text(method["doc"]),
         Text(),
         about,
+        Text(),
         _options_table(method["options"]),
     )
 
@@ -203,18 +206,19 @@ def _after_name(method: Mapping[str, Any]) -> str:
 
 
 def _metric_cells(metric: Metric, models: Sequence[str]) -> list[Text]:
-    dense, *others = models or [""]
-    cells = [Text(metric_value(metric, dense))] if models else []
+    cells = [Text(metric_value(metric, model)) for model in models]
+    changes = [_change_text(metric, models[0], model) for model in models[1:]]
     if len(models) == 2:
-        style = _STYLES[verdict(metric, others[0])]
-        return [*cells, Text(metric_value(metric, others[0])), Text(format_change(metric.change(others[0])), style)]
-    for model in others:
-        change = format_change(metric.change(model))
-        cell = Text(metric_value(metric, model))
-        if change != MISSING:
-            cell.append(f"\n{change}", _STYLES[verdict(metric, model)])
-        cells.append(cell)
+        return [*cells, *changes]
+    for cell, change in zip(cells[1:], changes, strict=True):
+        if change.plain != MISSING:
+            cell.append("\n").append_text(change)
     return cells
+
+
+def _change_text(metric: Metric, dense: str, model: str) -> Text:
+    change = change_from(metric, dense, model)
+    return Text(format_change(change), _STYLES[verdict(change, metric.higher_is_better)])
 
 
 def _group_label(group: UnitGroup) -> str:
@@ -233,7 +237,7 @@ def _folded_groups(anatomy: Anatomy) -> list[tuple[UnitGroup, list[int]]]:
 
 
 def _anatomy_caption(anatomy: Anatomy) -> str:
-    lines = ["costs are of one unit; KV bytes per token; share of the parameters of one block"]
+    lines = ["costs are of one unit; KV bytes per token; share of the matrices of one block"]
     if anatomy.matrices:
         lines.append(_matrices_line(anatomy))
     frozen: dict[str, list[str]] = {}

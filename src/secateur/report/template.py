@@ -29,13 +29,15 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #fcfcfa; --raised: #f3f4f0; --ink: #1c2326; --muted: #566265; --rule: #dcdfda;
-  --keep: #2f6f6a; --removed: #d98a45; --better: #1f6b43; --worse: #a63d1d;
+  --keep: #2f6f6a; --removed: #d98a45; --keepsoft: #2f6f6a59; --removedsoft: #d98a4559;
+  --better: #1f6b43; --worse: #a63d1d;
   --warn: #fbf0dd; --warnrule: #d98a45;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14191b; --raised: #1d2426; --ink: #e5e9e7; --muted: #9eaaa8; --rule: #313a3c;
-    --keep: #58a89d; --removed: #e2a466; --better: #7fcf9f; --worse: #f0977a;
+    --keep: #58a89d; --removed: #e2a466; --keepsoft: #58a89d59; --removedsoft: #e2a46659;
+    --better: #7fcf9f; --worse: #f0977a;
     --warn: #2b2419; --warnrule: #b97a3c;
   }
 }
@@ -62,6 +64,7 @@ a { color: inherit; }
 .headline dd { margin: 0; font-variant-numeric: tabular-nums; }
 .headline .now { font-size: 1.7rem; line-height: 1.25; font-weight: 600; letter-spacing: -.01em; white-space: nowrap; }
 .headline .was { color: var(--muted); font-size: .875rem; }
+.better, .worse, .same { white-space: nowrap; }
 .better { color: var(--better); }
 .worse { color: var(--worse); }
 figure { margin: 1.2rem 0 1.8rem; }
@@ -89,7 +92,8 @@ th:last-child, td:last-child { padding-right: 0; }
 .box p { margin: .2rem 0; }
 .blocks { display: flex; flex-wrap: wrap; gap: 4px; margin: 1rem 0 .4rem; padding: 0; list-style: none;
   font-variant-numeric: tabular-nums; font-size: .8rem; }
-.blocks li { width: 2.2rem; line-height: 2.2rem; text-align: center; border-radius: 3px; border: 1px solid var(--keep); }
+.blocks li { width: 2.2rem; line-height: 2.2rem; text-align: center; border-radius: 3px;
+  border: 1px solid var(--keep); }
 .blocks li.gone { border: 1px dashed var(--removed); color: var(--muted); text-decoration: line-through; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr)); gap: 1rem 2rem;
   margin: .6rem 0 2rem; }

@@ -1,0 +1,38 @@
+import json
+
+import pytest
+
+from secateur.cli.evaluate import model_names
+from secateur.errors import UsageError
+
+
+def test_models_stand_side_by_side(cli, tiny_checkpoint, tmp_path, make_llama, tiny_tokenizer):
+    other = tmp_path / "other"
+    make_llama(seed=1).save_pretrained(other)
+    tiny_tokenizer.save_pretrained(other)
+    task = ("--task", "perplexity:builtin", "--windows", 2, "--length", 32)
+    run = cli("evaluate", tiny_checkpoint, other, *task, "--json")
+    assert run.code == 0, run.err
+    table = json.loads(run.out)
+    assert table["models"] == ["tiny", "other"]
+    assert [metric["name"] for metric in table["metrics"]] == ["perplexity:builtin"]
+    shown = cli("evaluate", tiny_checkpoint, other, *task)
+    assert "tiny" in shown.out and "perplexity:builtin" in shown.out
+
+
+def test_unknown_task_is_refused_before_loading(cli):
+    run = cli("evaluate", "missing", "--task", "perplxity")
+    assert (run.code, run.out) == (2, "") and "did you mean 'perplexity'?" in run.err
+
+
+def test_missing_model(cli, tmp_path):
+    run = cli("evaluate", tmp_path / "missing", "--task", "size", "--json")
+    assert (run.code, run.out) == (1, "")
+    assert "missing" in run.err and run.err.count("\n") == 1
+
+
+def test_names_are_short_where_they_differ():
+    assert model_names(["a/x", "b/y/"]) == ["x", "y"]
+    assert model_names(["a/x", "b/x"]) == ["a/x", "b/x"]
+    with pytest.raises(UsageError, match="a/x is given twice"):
+        model_names(["a/x", "a/x"])

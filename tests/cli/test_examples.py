@@ -1,0 +1,34 @@
+"""Every ``--help`` shows one sentence and an example, and the examples run."""
+
+import shlex
+
+import pytest
+
+from secateur.cli.examples import HELP
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_shows_sentence_and_example(cli, command):
+    run = cli(*command.split(), "--help")
+    sentence, example = HELP[command]
+    assert run.code == 0
+    assert sentence in " ".join(run.out.split()) and sentence.count(".") == 1
+    assert f"Example:\n    {example}\n" in run.out
+    assert example.startswith(f"secateur {command} ")
+
+
+def test_examples_are_one_session(cli, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").symlink_to(tiny_checkpoint)
+    # a folder that stands for the built-in model; merging needs a second plan, for other parts
+    sparse = cli(
+        "prune", "./smollm2-135m", "--method", "magnitude", "--sparsity", 0.5, "--out", "sparse", "--no-report"
+    )
+    assert sparse.code == 0, sparse.err
+    for _, example in HELP.values():
+        words = ["./smollm2-135m" if word == "smollm2-135m" else word for word in shlex.split(example)[1:]]
+        run = cli(*words)
+        assert run.code == 0, f"{example}: {run.err}"
+        assert run.out
+    assert (tmp_path / "pruned" / "report.html").is_file()
+    assert (tmp_path / "merged" / "plan.json").is_file()

@@ -1,0 +1,171 @@
+"""What only a real process shows: imports, signals, closed pipes, tracebacks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import secateur
+from secateur import api
+from secateur.cli import main
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def python(code: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["--help"], ("torch", "transformers")),
+        (["--version"], ("torch", "transformers")),
+        (["prune", "--help"], ("torch", "transformers")),
+        (["methods"], ("transformers",)),
+        (["describe", "flap"], ("transformers",)),
+        (["prune", "m", "--method", "flpa", "--out", "x"], ("transformers",)),
+    ],
+)
+def test_light_commands_import_nothing_heavy(arguments, heavy):
+    code = f"""
+import sys, atexit
+from secateur.cli import main
+atexit.register(lambda: print([n for n in {heavy} if n in sys.modules], file=sys.stderr))
+main({arguments})
+"""
+    assert python(code).stderr.splitlines()[-1] == "[]"
+
+
+def test_module_runs_as_a_command():
+    run = subprocess.run(
+        [sys.executable, "-m", "secateur", "--version"], capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+    )
+    assert (run.returncode, run.stdout) == (0, f"secateur {secateur.__version__}\n")
+
+
+SLOW_SAVE = """
+import sys, time
+from secateur import api
+from secateur.cli import main
+from secateur.report import Report
+
+def save(model, tokenizer, folder, **options):
+    folder.mkdir(parents=True)
+    (folder / "half").write_text("x")
+    print("saving", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+api.load = lambda name, **options: (None, None)
+api.prune = lambda *a, **k: api.Result(None, None, Report("m", "magnitude", {}, "", 0.0))
+api.evaluate = lambda *a, **k: ()
+api.save = save
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(number, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["prune", "m", "--method", "magnitude", "--out", str(out), "--no-report", "--quiet"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_SAVE, *arguments], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "saving\n"
+        assert list(tmp_path.iterdir()) != []
+        process.send_signal(number)
+        rest = process.stderr.read()
+        process.wait(60)
+    assert process.returncode == 130
+    assert rest == "interrupted; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = """
+import sys, time
+from secateur.cli import main
+time.sleep(1)
+main(["methods", "--json"])
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+def test_a_bug_shows_its_traceback():
+    code = """
+from secateur import api
+from secateur.cli import main
+
+def load(*arguments, **options):
+    raise ZeroDivisionError("a bug")
+
+api.load = load
+main(["inspect", "m"])
+"""
+    run = python(code)
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr and "ZeroDivisionError: a bug" in run.stderr
+
+
+def test_streams_of_a_real_run(tiny_checkpoint, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "secateur", "prune", str(tiny_checkpoint), "--method", "wanda", "--sparsity", "0.5",
+         "--samples", "2", "--length", "32", "--out", str(tmp_path / "out"), "--json"],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["method"] == "wanda"
+    assert "2/2" in run.stderr
+
+
+def test_bare_command_shows_help(cli):
+    run = cli()
+    assert run.code == 0 and "Commands:" in run.out
+
+
+def test_unknown_command_suggests_the_nearest(cli):
+    run = cli("prnue")
+    assert run.code == 2 and "prune" in run.err and run.err.count("\n") == 1
+
+
+def test_signal_handler_is_put_back(cli):
+    before = signal.getsignal(signal.SIGTERM)
+    cli("--version")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_json_has_no_nan(cli, monkeypatch, tiny_checkpoint):
+    from secateur.evaluation import Table
+    from secateur.report import Metric
+
+    monkeypatch.setattr(api, "evaluate", lambda *a, **k: Table([Metric("m", "", {"tiny": float("nan")})], ["tiny"]))
+    document = json.loads(cli("evaluate", tiny_checkpoint, "--json").out, parse_constant=pytest.fail)
+    assert document["metrics"][0]["values"] == {"tiny": None}
+
+
+def test_works_outside_the_main_thread():
+    import threading
+
+    codes = []
+
+    def work():
+        try:
+            main(["--version"])
+        except SystemExit as stop:
+            codes.append(stop.code)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert codes == [0]

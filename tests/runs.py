@@ -1,0 +1,38 @@
+"""Plans for tiny models, without tokenizers or text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from secateur.engine import decide
+from secateur.methods import make_method
+from secateur.models.fingerprint import fingerprint
+from secateur.observe.calibration import Tokens
+from secateur.plans import CalibrationInfo, Plan, Provenance
+
+
+def tokens_of(ids: torch.Tensor) -> Tokens:
+    """Calibration windows from ids, [windows, length] int64."""
+    info = CalibrationInfo(
+        source="ids", samples=ids.shape[0], length=ids.shape[1], tokens=ids.numel(), seed=0, sha256="0" * 64
+    )
+    return Tokens(ids=ids, info=info)
+
+
+def plan_for(method: str, model: Any, ids: torch.Tensor, *, dtype: torch.dtype = torch.float32, **options: Any) -> Plan:
+    """The plan of ``method`` with these options, calibrated on ``ids``."""
+    chosen = make_method(method, options)
+    steps: list[tuple[str, int, int]] = []
+    decision = decide(
+        chosen,
+        model,
+        tokens_of(ids),
+        dtype=dtype,
+        batch_tokens=2 * ids.shape[1],
+        progress=lambda *step: steps.append(step),
+    )
+    provenance = Provenance(method=method, options=chosen.options(), model=fingerprint(model))
+    parts = {k: getattr(decision, k) for k in ("groups", "keep", "masks", "values", "biases", "scores")}
+    return Plan(provenance=(provenance,), **parts)
