@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -33,8 +34,9 @@ from secateur.models import loading
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if "results" not in p.parts)
 MODEL = "smollm2-135m"
-# Shown in the docs but run elsewhere: by CI itself, or by the reader's package manager.
-NOT_OURS = ("make ", "pip ", "pre-commit ")
+# Shown in the docs but run elsewhere: by a test of its own, by CI, or by the reader's package manager.
+CONFORMANCE = "PYTHONPATH=docs/examples pytest -p quiet tests/conformance -k quiet"
+NOT_OURS = ("make ", "pip ", "pre-commit ", CONFORMANCE)
 BLOCK = re.compile(
     r"(?:<!-- (?P<mark>no-test|file): (?P<value>.+?) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -239,6 +241,17 @@ def test_the_example_method_appears_in_the_list_and_the_docs_table(clean_registr
     assert "| `power` | `2.0` |" in generate.method_page(describe("quiet"))
     # but no page of ours is written for somebody else's method
     assert "quiet" not in generate.shipped_methods()
+
+
+def test_the_example_method_passes_the_conformance_tests(tmp_path: Path) -> None:
+    assert CONFORMANCE in all_commands()
+    # absolute: the package under test need not be the one of this tree, and the working folder is another
+    path = os.pathsep.join([str(ROOT / "docs" / "examples"), str(Path(secateur.__file__).parents[1])])
+    options = ["-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+    command = [sys.executable, "-m", "pytest", "-p", "quiet", *options, ROOT / "tests" / "conformance", "-k", "quiet"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) >= 10
 
 
 def test_the_changelog_starts_with_this_version() -> None:

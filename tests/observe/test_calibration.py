@@ -295,10 +295,10 @@ def test_self_is_sampled_with_the_seed_and_leaves_the_global_state(tiny_tokenize
     state = torch.random.get_rng_state()
 
     def draw(**arguments: Any) -> Any:
-        return load_tokens("self", tiny_tokenizer, samples=18, length=12, model=tiny_llama, **arguments)
+        return load_tokens("self", tiny_tokenizer, samples=40, length=12, model=tiny_llama, **arguments)
 
     one = draw(seed=1)
-    assert one.ids.shape == (18, 12)
+    assert one.ids.shape == (40, 12)
     assert (one.ids[:, 0] == 0).all()
     assert one.info.source == "self"
     assert torch.equal(one.ids, draw(seed=1).ids)

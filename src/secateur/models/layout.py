@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from secateur.models.modeling_secateur import dense_config
+from secateur.models.modeling_secateur import dense_config, layer_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -65,12 +65,11 @@ def stock_accepts(config: PreTrainedConfig) -> bool:
 def native_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of a loaded checkpoint as a freshly cut model has it: only sizes that differ stand per layer."""
     native = dense_config(config)
-    attributes = getattr(config, "per_layer_attributes", None) or set()
     for name in ("secateur", "auto_map", "allow_global_per_layer_attribute_access"):
         native.__dict__.pop(name, None)
     sizes = {
-        layer: {name: value for name in attributes if (value := getattr(view, name)) != getattr(native, name, None)}
-        for layer, view in enumerate(config.per_layer_config if attributes else ())
+        layer: {k: v for k, v in layer_sizes(config, layer).items() if v != getattr(native, k, None)}
+        for layer in range(config.num_hidden_layers)
     }
     if any(sizes.values()):
         native.per_layer_config = {layer: values for layer, values in sizes.items() if values}

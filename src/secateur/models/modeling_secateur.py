@@ -3,7 +3,7 @@
 A cut model is a stock model some of whose modules are smaller, or have a bias that the stock class lacks. What
 differs stands in config.json under ``secateur``; the classes here build the stock model, change those modules and
 let transformers load the weights. ``Pruned<Name>`` exists for every model class ``<Name>`` of transformers, for
-example ``PrunedLlamaForCausalLM``. Nothing but torch, transformers and safetensors is needed.
+example ``PrunedLlamaForCausalLM``. Nothing but transformers and what it brings is needed.
 """
 
 # _Pruned is mixed into model classes, which a type checker can't know:
@@ -15,6 +15,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
@@ -25,6 +26,14 @@ from transformers.utils.hub import cached_file
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+def layer_sizes(config, layer):
+    """The config entries of one layer that differ from layer to layer; empty for a uniform model."""
+    stored = getattr(config, "per_layer_config", None)
+    if isinstance(stored, dict):  # transformers that knows no per-layer configs keeps what config.json says
+        return next((sizes for key, sizes in stored.items() if int(key) == layer), {})
+    return {name: getattr(stored[layer], name) for name in getattr(config, "per_layer_attributes", None) or ()}
+
+
 class LayerConfig:
     """The model's config as one layer sees it: that layer's sizes first, then whatever the model's config says now.
 
@@ -32,9 +41,7 @@ class LayerConfig:
     """
 
     def __init__(self, config, layer):
-        attributes = getattr(config, "per_layer_attributes", None) or ()
-        view = config.per_layer_config[layer] if attributes else None
-        self.__dict__.update(_config=config, _sizes={name: getattr(view, name) for name in attributes})
+        self.__dict__.update(_config=config, _sizes=layer_sizes(config, layer))
 
     def __getattr__(self, name):
         # copy and pickle ask before the view is filled
@@ -50,7 +57,7 @@ def dense_config(config):
     """A copy of ``config`` with which the stock class can be built; sizes are then changed by ``resize``."""
     dense = copy.copy(config)
     dense.__dict__.pop("_heterogeneity_spec", None)
-    dense.__dict__.pop("per_layer_config", None)  # transformers without per-layer configs keeps it as it is
+    dense.__dict__.pop("per_layer_config", None)
     for name, value in (getattr(config, "secateur", None) or {}).get("config", {}).items():
         setattr(dense, name, value)
     return dense
@@ -89,7 +96,7 @@ def adopt(model, config):
         if isinstance(module, PreTrainedModel):
             module.config = config
         elif layer is not None and (held is stock or isinstance(held, LayerConfig)):
-            module.config = LayerConfig(config, layer) if getattr(config, "per_layer_attributes", None) else config
+            module.config = LayerConfig(config, layer) if layer_sizes(config, layer) else config
 
 
 def unpack_tensor(name, bitmap, values, shape):
@@ -99,12 +106,12 @@ def unpack_tensor(name, bitmap, values, shape):
         count *= size
     if bitmap.dtype != torch.uint8 or bitmap.shape != ((count + 7) // 8,):
         raise ValueError(f"the bitmap of {name} must hold {(count + 7) // 8} bytes, got {list(bitmap.shape)}")
-    bits = (bitmap[:, None] >> torch.arange(8, dtype=torch.uint8, device=bitmap.device)) & 1
-    kept = bits.flatten()[:count].bool()
-    if values.shape != (int(kept.sum()),):
-        raise ValueError(f"{name} has {values.numel()} values for {int(kept.sum())} ones in its bitmap")
-    dense = torch.zeros(count, dtype=values.dtype, device=values.device)
-    return dense.masked_scatter_(kept, values).reshape(shape)
+    kept = np.unpackbits(bitmap.numpy(), count=count, bitorder="little").view(bool)
+    ones = int(np.count_nonzero(kept))
+    if values.shape != (ones,):
+        raise ValueError(f"{name} has {values.numel()} values for {ones} ones in its bitmap")
+    dense = torch.zeros(count, dtype=values.dtype)
+    return dense.masked_scatter_(torch.from_numpy(kept), values).reshape(shape)
 
 
 def unpack(tensors, shapes):

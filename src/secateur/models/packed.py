@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,13 +30,12 @@ def pack(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     packed: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, tensor in state_dict.items():
-        stored = _stored(tensor)
-        if stored is None or _packed_bytes(stored, tensor) >= tensor.numel() * tensor.element_size():
+        parts = _pack_tensor(tensor) if tensor.dim() == 2 and tensor.is_floating_point() else None
+        if parts is None:
             packed[name] = tensor
-            continue
-        packed[f"{name}.bitmap"] = pack_bits(stored)
-        packed[f"{name}.values"] = tensor.detach()[stored]
-        shapes[name] = list(tensor.shape)
+        else:
+            packed[f"{name}.bitmap"], packed[f"{name}.values"] = parts
+            shapes[name] = list(tensor.shape)
     return packed, shapes
 
 
@@ -47,12 +47,12 @@ def unpack(packed: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> dict[str,
         raise ModelLoadError(str(error)) from None
 
 
-def _stored(tensor: Tensor) -> Tensor | None:
-    """Which entries of a float matrix are not +0.0, by their bits; None for other tensors."""
-    if tensor.dim() != 2 or not tensor.is_floating_point():
+def _pack_tensor(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(bitmap, values), or None when they take as many bytes as the tensor."""
+    # compared and selected as integers of the same width: numpy has no bfloat16, and -0.0 must count
+    integers = tensor.detach().cpu().contiguous().view(_INTEGERS[tensor.element_size()]).numpy()
+    stored = integers != 0
+    packed_bytes = (tensor.numel() + 7) // 8 + int(np.count_nonzero(stored)) * tensor.element_size()
+    if packed_bytes >= tensor.numel() * tensor.element_size():
         return None
-    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]) != 0
-
-
-def _packed_bytes(stored: Tensor, tensor: Tensor) -> int:
-    return (tensor.numel() + 7) // 8 + int(stored.sum()) * tensor.element_size()
+    return pack_bits(torch.from_numpy(stored)), torch.from_numpy(integers[stored]).view(tensor.dtype)

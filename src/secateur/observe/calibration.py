@@ -178,7 +178,7 @@ def sample_from_model(
     samples: int,
     length: int,
     seed: int,
-    batch: int = 16,
+    batch: int = 32,
 ) -> Tensor:
     """Text that the model writes by itself: [samples, length] int64, the first token of every row being bos (or eos).
 

@@ -1,0 +1,218 @@
+"""What every registered method must do, on every decoder family. A new method is tested before its author writes a line."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from families import FAMILY_CONFIGS, make_tiny, tiny_ids
+from runs import plan_for
+
+import secateur as sc
+from secateur.errors import OptionError
+from secateur.methods import LayerMethod, UnitMethod, WeightMethod, get_method, list_methods, make_method
+from secateur.methods.base import DESCRIPTOR_VALUES
+from secateur.models.decoders import decoder_anatomy
+from secateur.plans import Plan
+from secateur.report.build import removed_fraction
+
+METHODS = list_methods()
+WEIGHTS = [m for m in METHODS if issubclass(get_method(m), WeightMethod)]
+UNITS = [m for m in METHODS if issubclass(get_method(m), UnitMethod)]
+LAYERS = [m for m in METHODS if issubclass(get_method(m), LayerMethod)]
+STRUCTURED = UNITS + LAYERS
+IDS = tiny_ids()
+
+
+@pytest.fixture(scope="module", params=FAMILY_CONFIGS)
+def family(request):
+    return request.param
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def same_plan_bytes(first: Plan, second: Plan, folder):
+    first.save(folder / "a")
+    second.save(folder / "b")
+    return all(
+        (folder / "a" / name).read_bytes() == (folder / "b" / name).read_bytes()
+        for name in ("plan.json", "plan.safetensors")
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_default_constructible_with_a_complete_descriptor(method):
+    made = make_method(method)
+    assert made.name == method
+    for field, allowed in DESCRIPTOR_VALUES.items():
+        assert getattr(made.descriptor, field) in allowed
+    assert bool(made.statistics) == (made.descriptor.data != "none")
+    assert all(f.metadata["help"] for f in type(made).option_fields().values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_bounded_option_refuses_what_lies_outside(method):
+    for name, field in get_method(method).option_fields().items():
+        meta = field.metadata
+        bad = [float("nan")] if any(meta[b] is not None for b in ("ge", "gt", "le", "lt")) else []
+        bad += [meta["ge"] - 1] if meta["ge"] is not None else []
+        bad += [meta["gt"]] if meta["gt"] is not None else []
+        bad += [meta["le"] + 1] if meta["le"] is not None else []
+        bad += [meta["lt"]] if meta["lt"] is not None else []
+        bad += ["no such choice"] if meta["choices"] else []
+        for value in bad:
+            with pytest.raises(OptionError, match=name):
+                make_method(method, {name: value})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparsity_zero_is_the_identity(method):
+    model = make_tiny("llama")
+    plan = plan_for(method, model, IDS, sparsity=0.0)
+    assert plan.is_identity
+    assert torch.equal(logits(sc.apply(plan, model)), logits(model))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_arguments_give_the_same_bytes_and_leave_the_model_alone(method, tmp_path):
+    model = make_tiny("llama")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    config = model.config.to_dict()
+    plans = [plan_for(method, model, IDS, sparsity=0.4) for _ in range(2)]
+    assert same_plan_bytes(*plans, tmp_path)
+    sc.apply(plans[0], model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plan_survives_the_disk_unchanged(method, tmp_path):
+    plan = plan_for(method, make_tiny("llama"), IDS, sparsity=0.4)
+    loaded = Plan.load(plan.save(tmp_path / "plan"))
+    assert loaded.provenance == plan.provenance and not plan.diff(loaded)
+    for part in ("keep", "masks", "values", "biases"):
+        mine, theirs = getattr(plan, part), getattr(loaded, part)
+        assert set(mine) == set(theirs) and all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+@pytest.mark.parametrize("method", STRUCTURED)
+def test_masked_model_equals_cut_model_on_every_family(method, family):
+    model = make_tiny(family)
+    plan = plan_for(method, model, IDS, sparsity=0.4)
+    assert any(len(plan.removed(name)) for name in plan.keep)
+    masked, cut = sc.apply(plan, model, mask=True), sc.apply(plan, model)
+    difference = float((logits(masked) - logits(cut)).abs().max())
+    inexact = [g for g in decoder_anatomy(model) if g.inexact and g.name in plan.keep and len(plan.removed(g.name))]
+    if inexact:
+        # strict: a group that declares itself inexact must really differ, or the declaration is wrong
+        assert difference > 1e-3, inexact[0].inexact
+    else:
+        assert difference < 1e-4
+    assert float((logits(cut) - logits(model)).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("method", UNITS)
+def test_query_heads_leave_every_key_value_group_alike(method, family):
+    model = make_tiny(family)
+    plan = plan_for(method, model, IDS, sparsity=0.25, heads="query", round_to=2)
+    masked, cut = sc.apply(plan, model, mask=True), sc.apply(plan, model)
+    anatomy = decoder_anatomy(model, heads="query")
+    for group in anatomy.of_kind("head"):
+        per_kv = torch.bincount(plan.keep[group.name] // (group.units // group.balance), minlength=group.balance)
+        assert len(set(per_kv.tolist())) == 1
+    if not any(g.inexact and len(plan.removed(g.name)) for g in anatomy.of_kind("head")):
+        assert float((logits(masked) - logits(cut)).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+@pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+def test_weight_methods_reach_their_sparsity_in_every_matrix(method, options, family):
+    model = make_tiny(family)
+    plan = plan_for(method, model, IDS, **options)
+    assert len(plan.masks) == len(decoder_anatomy(model).matrices)
+    pruned = sc.apply(plan, model)
+    for matrix in decoder_anatomy(model).matrices:
+        weight = pruned.get_parameter(matrix.tensor)
+        weight = weight.T if matrix.transposed else weight
+        zeros = weight == 0
+        assert abs(float(zeros.float().mean()) - 0.5) <= 1.0 / matrix.shape[1] + 1e-9, matrix.module
+        if "pattern" in options:
+            assert (zeros.reshape(matrix.shape[0], -1, 4).sum(dim=2) == 2).all(), matrix.module
+    assert torch.isfinite(logits(pruned)).all()
+
+
+@pytest.mark.parametrize("method", UNITS)
+@pytest.mark.parametrize("budget", ["params", "macs", "bytes"])
+def test_unit_methods_meet_their_budget_within_one_bundle(method, budget):
+    model = make_tiny("qwen3")
+    anatomy = decoder_anatomy(model)
+    coarsest = max(getattr(g.cost, budget) for g in anatomy.of_kind("kv_head", "neuron"))
+    for sparsity in (0.1, 0.3, 0.5):
+        plan = plan_for(method, model, IDS, sparsity=sparsity, budget=budget)
+        gone = sum(getattr(anatomy[n].cost, budget) * len(plan.removed(n)) for n in plan.keep)
+        total = getattr(anatomy.blocks, budget)
+        assert abs(gone - sparsity * total) <= coarsest / 2 + 1
+        if budget == "params":
+            assert removed_fraction(plan, anatomy) == pytest.approx(gone / total, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", UNITS)
+def test_rounding_and_minimum_are_respected(method):
+    model = make_tiny("llama")
+    plan = plan_for(method, model, IDS, sparsity=0.3, round_to=8, min_keep=2)
+    for name, kept in plan.keep.items():
+        assert len(kept) >= 2
+        if name.endswith("mlp"):
+            assert len(kept) % 8 == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cut_models_generate_with_the_cache_as_without(method, family):
+    model = make_tiny(family)
+    cut = sc.apply(plan_for(method, model, IDS, sparsity=0.4), model)
+    prompt = IDS[:2, :8]
+    with torch.no_grad():
+        written = cut.generate(prompt, max_new_tokens=10, min_new_tokens=10, do_sample=False)
+        steps = cut(written).logits[:, 7:-1]
+        # min_new_tokens bans the end token
+        steps[..., 2] = float("-inf")
+        assert torch.equal(written[:, 8:], steps.argmax(-1))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if get_method(m).sequential])
+def test_sequential_methods_calibrate_later_blocks_on_the_pruned_ones(method):
+    """Pruning the first block beforehand, alike, must leave the decisions about the second one as they are."""
+    model = make_tiny("llama")
+    plan = plan_for(method, model, IDS, sparsity=0.4)
+    first = sc.apply(_only_first_layer(plan), model, mask=True)
+    names = [n for n in (*plan.masks, *plan.keep) if ".1." in n]
+    assert names
+    dense_statistics = plan_for(method, _with_dense_calibration(model, plan), IDS, sparsity=0.4)
+    again = plan_for(method, first, IDS, sparsity=0.4)
+    for name in names:
+        assert torch.equal(_decided(plan, name), _decided(again, name)), name
+    assert any(not torch.equal(_decided(plan, n), _decided(dense_statistics, n)) for n in names)
+
+
+def _decided(plan: Plan, name: str) -> torch.Tensor:
+    return plan.masks[name] if name in plan.masks else plan.keep[name]
+
+
+def _with_dense_calibration(model, plan: Plan):
+    """The model with another first block, so that the second one sees other inputs."""
+    other = make_tiny("llama", seed=5)
+    other.load_state_dict({**model.state_dict(), **{k: v for k, v in other.state_dict().items() if ".layers.0." in k}})
+    return other
+
+
+def _only_first_layer(plan: Plan) -> Plan:
+    """The part of a plan that decides the first block."""
+    parts = {
+        part: {n: v for n, v in getattr(plan, part).items() if ".0." in n}
+        for part in ("groups", "keep", "masks", "values", "biases")
+    }
+    return dataclasses.replace(plan, **parts, scores={})
