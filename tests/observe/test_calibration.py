@@ -101,7 +101,7 @@ def test_a_prefix_grows_when_its_tokens_are_few(make_tokenizer: Any) -> None:
     assert len(word) > 10
     text = word * 1000 + TEXT
     part = tokenize(text, tokenizer, needed=700)
-    assert 700 <= len(part)
+    assert len(part) >= 700
     assert torch.equal(part, ids_of(text, tokenizer)[: len(part)])
 
 

@@ -1,0 +1,112 @@
+"""The law of every statistic: any split of the data, merged in order, equals the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur.observe import Gram, Moments, SequenceMoments, Similarity, Statistic, SumSquares
+
+KINDS = [SumSquares, Moments, SequenceMoments, Gram, Similarity]
+
+
+def values(statistic) -> dict[str, torch.Tensor]:
+    """Every result that a statistic offers, as float64."""
+    if isinstance(statistic, SumSquares):
+        return {"total": statistic.total_C, "a": statistic.mean_per_sequence()}
+    if isinstance(statistic, Moments):
+        return {"mean": statistic.mean_C, "variance": statistic.variance()}
+    if isinstance(statistic, SequenceMoments):
+        return {"sums": statistic.sums_NC, "squares": statistic.squares_NC}
+    if isinstance(statistic, Gram):
+        return {"gram": statistic.total_CC.double(), "count": torch.tensor([statistic.sequences, statistic.tokens])}
+    return {"mean": torch.tensor(statistic.mean, dtype=torch.float64)}
+
+
+@st.composite
+def split_data(draw):
+    sequences = draw(st.integers(2, 7))
+    tokens = draw(st.integers(2, 5))
+    channels = 2 * draw(st.integers(1, 5))
+    seed = draw(st.integers(0, 2**20))
+    scale = draw(st.sampled_from([1e-3, 1.0, 1e3]))
+    offset = draw(st.sampled_from([0.0, 10.0]))
+    x = torch.randn(sequences, tokens, channels, generator=torch.Generator().manual_seed(seed)) * scale + offset * scale
+    cuts = sorted(draw(st.sets(st.integers(1, sequences - 1))))
+    return x, cuts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(case=split_data())
+@settings(max_examples=40, deadline=None)
+def test_any_split_merged_equals_the_whole(kind, case):
+    x, cuts = case
+    whole = kind()
+    whole.update(x)
+    parts = []
+    for part in torch.tensor_split(x, cuts):
+        statistic = kind()
+        statistic.update(part)
+        parts.append(statistic)
+    merged = parts[0]
+    for part in parts[1:]:
+        merged.merge(part)
+    stepwise = kind()
+    for part in torch.tensor_split(x, cuts):
+        stepwise.update(part)
+    for name, expected in values(whole).items():
+        size = float(expected.abs().max()) + 1e-30
+        for other in (merged, stepwise):
+            torch.testing.assert_close(values(other)[name], expected, rtol=1e-5, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_an_empty_one_changes_nothing(kind):
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    statistic, empty = kind(), kind()
+    statistic.update(x)
+    before = {n: v.clone() for n, v in values(statistic).items()}
+    statistic.merge(empty)
+    for name, expected in before.items():
+        torch.testing.assert_close(values(statistic)[name], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keeps_to_the_protocol(kind):
+    assert isinstance(kind(), Statistic)
+
+
+def test_moments_equal_two_passes_far_from_zero():
+    x = torch.randn(64, 8, 3, generator=torch.Generator().manual_seed(0)) * 0.01 + 100
+    statistic = Moments()
+    for part in x.split(7):
+        statistic.update(part)
+    flat = x.reshape(-1, 3).double()
+    torch.testing.assert_close(statistic.mean_C, flat.mean(dim=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(statistic.variance(), flat.var(dim=0), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 5, 64, 130])
+def test_gram_equals_the_plain_product(channels):
+    x = torch.randn(3, 11, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = Gram()
+    gram.update(x)
+    flat = x.reshape(-1, channels)
+    torch.testing.assert_close(gram.total_CC, flat.T @ flat)
+
+
+def test_gram_says_when_it_has_seen_nothing():
+    with pytest.raises(ValueError, match="no data"):
+        _ = Gram().total_CC
+
+
+def test_gram_caches_a_factorisation_until_more_data_comes():
+    gram, calls = Gram(), []
+    gram.update(torch.ones(1, 2, 3))
+    for _ in range(2):
+        gram.cached("factor", 0.1, lambda g: calls.append(1))
+    gram.update(torch.ones(1, 2, 3))
+    gram.cached("factor", 0.1, lambda g: calls.append(1))
+    assert len(calls) == 2
