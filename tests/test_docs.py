@@ -97,13 +97,12 @@ def built_in() -> Callable[..., tuple]:
 @pytest.fixture
 def clean_registry() -> Iterator[None]:
     """Plugins of one page don't reach the next."""
-    before, modules = dict(registry._registered), set(sys.modules)
     yield
-    registry._registered.clear()
-    registry._registered.update(before)
-    for name in set(sys.modules) - modules:
-        if name.startswith("secateur_plugin_"):
-            del sys.modules[name]
+    # what the package ships stays: its modules are loaded and would not register a second time
+    for name, method in list(registry._registered.items()):
+        if method.__module__.startswith("secateur_plugin_"):
+            del registry._registered[name]
+            sys.modules.pop(method.__module__)
 
 
 def run_command(line: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from secateur.cli import main
+from secateur.methods import plugins, registry
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_llama, tiny_t
     make_llama(max_position_embeddings=1024).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def forget_plugins() -> Iterator[None]:
+    """What a test registers and imports from outside is forgotten; methods of ours that it was first to load stay."""
+    modules = set(sys.modules)
+    plugins.installed_methods.cache_clear()
+    yield
+    plugins.installed_methods.cache_clear()
+    for name, method in list(registry._registered.items()):
+        if not method.__module__.startswith("secateur."):
+            del registry._registered[name]
+    for name in set(sys.modules) - modules:
+        if name.startswith(("secateur_plugin_", "outsider_")):
+            del sys.modules[name]

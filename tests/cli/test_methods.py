@@ -32,14 +32,6 @@ class Coin(WeightMethod):
 '''
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """What a test registers is forgotten afterwards."""
-    from secateur.methods import registry
-
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-
-
 def test_methods_are_those_of_the_registry(cli):
     listed = json.loads(cli("methods", "--json").out)
     assert [method["name"] for method in listed] == list_methods()
@@ -66,7 +58,7 @@ def test_describe_of_an_unknown_method(cli):
 
 
 @pytest.mark.parametrize("placed", ["before", "after"])
-def test_a_plugin_file_appears(cli, tmp_path, registry, placed):
+def test_a_plugin_file_appears(cli, tmp_path, forget_plugins, placed):
     name = f"coin_{placed}"
     plugin = tmp_path / f"{name}.py"
     plugin.write_text(PLUGIN.replace("{name}", name))
@@ -77,7 +69,7 @@ def test_a_plugin_file_appears(cli, tmp_path, registry, placed):
     assert name in cli("methods").out
 
 
-def test_a_plugin_prunes(cli, tmp_path, registry, tiny_checkpoint):
+def test_a_plugin_prunes(cli, tmp_path, forget_plugins, tiny_checkpoint):
     plugin = tmp_path / "coin_prune.py"
     plugin.write_text(PLUGIN.replace("{name}", "coin_prune"))
     run = cli("prune", tiny_checkpoint, "--method", "coin_prune", "--plugin", plugin, "--dry-run", "--json")

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from secateur.errors import UsageError
-from secateur.methods import list_methods, plugins, registry
+from secateur.methods import list_methods, registry
 from secateur.methods.plugins import load_plugin
 
 METHOD = """
@@ -19,14 +19,7 @@ class Outsider(WeightMethod):
 """
 
 
-@pytest.fixture(autouse=True)
-def forget(monkeypatch):
-    """What a test registers or imports is forgotten afterwards."""
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    monkeypatch.setattr(sys, "modules", sys.modules.copy())
-    plugins.installed_methods.cache_clear()
-    yield
-    plugins.installed_methods.cache_clear()
+pytestmark = pytest.mark.usefixtures("forget_plugins")
 
 
 def write(path, text):

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from hand_cut import cut_llama, ragged, slice_linear, tiny
 from secateur.models.layout import is_stock, layout_of, native_config, plain
 from secateur.models.loading import load_model, quiet
+from secateur.models.modeling_secateur import adopt, dense_config
 from secateur.models.saving import save_model
 
 TOKENS = torch.tensor([[3, 1, 4, 15, 9, 26, 5, 35]])
@@ -69,7 +70,20 @@ def five_heads() -> PreTrainedModel:
     return model
 
 
+def renamed() -> PreTrainedModel:
+    """GPT-NeoX, whose head has another name in published checkpoints; its first layer loses neurons."""
+    model = tiny("gpt_neox")
+    mlp = model.gpt_neox.layers[0].mlp
+    slice_linear(mlp.dense_h_to_4h, rows=slice(24))
+    slice_linear(mlp.dense_4h_to_h, columns=slice(24))
+    config = dense_config(model.config)
+    config.per_layer_config = {0: {"intermediate_size": 24}}
+    adopt(model, config)
+    return model
+
+
 MODELS = {
+    "gpt-neox": renamed,
     "llama": lambda: ragged("llama"),
     "phi3": lambda: ragged("phi3"),
     "gpt2": lambda: ragged("gpt2"),

@@ -28,7 +28,7 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 
 def layer_sizes(config, layer):
     """The config entries of one layer that differ from layer to layer; empty for a uniform model."""
-    stored = getattr(config, "per_layer_config", None)
+    stored = getattr(config, "per_layer_config", None) or {}
     if isinstance(stored, dict):  # transformers that knows no per-layer configs keeps what config.json says
         return next((sizes for key, sizes in stored.items() if int(key) == layer), {})
     return {name: getattr(stored[layer], name) for name in getattr(config, "per_layer_attributes", None) or ()}

@@ -87,7 +87,13 @@ def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size
     # transformers writes into the config that it saves; what counts is written after it
     with quiet(), _lent_config(model, copy.deepcopy(config)):
         try:
-            model.save_pretrained(str(path), state_dict=state_dict, max_shard_size=max_shard_size)
+            model.save_pretrained(
+                str(path),
+                state_dict=state_dict,
+                max_shard_size=max_shard_size,
+                # transformers maps the published names of some families to its own, though not for remote code
+                save_original_format=not remote,
+            )
         except SafetensorError as error:
             raise OutputError(f"can't write the weights: {error}; nothing was left behind") from None
         config.dtype = str(model.dtype).removeprefix("torch.")
