@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from families import make_tiny, tiny_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import plan_for
 
 import secateur as sc
+from families import make_tiny, tiny_ids
+from runs import plan_for
 from secateur.errors import OutputError, PlanError, PlanMismatchError
 from secateur.plans import Fingerprint, Plan, Provenance, pack_bits, unpack_bits
 
@@ -170,7 +170,7 @@ def test_biases_add_up_when_merging():
 
 def test_a_plan_for_other_shapes_is_refused():
     plan = plan_for("flap", make_tiny("llama"), IDS, sparsity=0.3)
-    with pytest.raises(PlanMismatchError, match="doesn't fit .* other shapes") as caught:
+    with pytest.raises(PlanMismatchError, match=r"doesn't fit .* other shapes") as caught:
         sc.apply(plan, make_tiny("llama", intermediate_size=48))
     assert "\n" not in str(caught.value)
 

@@ -1,9 +1,9 @@
 """Prune neural networks: one engine, one file per published method.
 
-    import secateur as sc
-    model, tokenizer = sc.load("smollm2-135m")
-    result = sc.prune(model, tokenizer, method="flap", sparsity=0.2)
-    sc.save(result.model, tokenizer, "out/", plan=result.plan)
+import secateur as sc
+model, tokenizer = sc.load("smollm2-135m")
+result = sc.prune(model, tokenizer, method="flap", sparsity=0.2)
+sc.save(result.model, tokenizer, "out/", plan=result.plan)
 """
 
 from __future__ import annotations

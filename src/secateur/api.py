@@ -186,17 +186,30 @@ def evaluate(
     length: int = 512,
     windows: int = 40,
     seed: int = 0,
+    text_field: str | None = None,
+    folders: Mapping[str, str | Path] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Table:
     """Measure models side by side; the first is the dense baseline.
 
     Tasks: ``perplexity:builtin``, ``perplexity:FILE``, ``perplexity:DATASET``, ``speed``, ``size``,
     ``lm_eval:TASK``. ``length`` is the window in tokens and ``windows`` their number.
-    Raises UsageError for an unknown task.
+    ``text_field`` is the field of a jsonl or parquet file. ``folders`` maps the names of models to their checkpoint
+    folders, whose size on disk is then the one shown. Raises UsageError for an unknown task.
     """
     from secateur.evaluation import evaluate_models
 
-    return evaluate_models(models, tokenizer, tasks, length=length, windows=windows, seed=seed, progress=progress)
+    return evaluate_models(
+        models,
+        tokenizer,
+        tasks,
+        length=length,
+        windows=windows,
+        seed=seed,
+        text_field=text_field,
+        folders=folders,
+        progress=progress,
+    )
 
 
 def save(
@@ -204,16 +217,18 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     *,
-    plan: Plan | None = None,
+    plan: Plan | Sequence[Plan] | None = None,
     report: Report | None = None,
+    html: bool = False,
     format: str = "dense",
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint that other tools load; returns the folder.
 
+    ``plan`` may be a sequence, one per step. ``html`` draws the report as ``report.html`` beside ``report.json``.
     ``format``: ``dense`` (zeros stay) or ``packed`` (bitmap and values). Uniform models become a plain checkpoint;
     others carry ``per_layer_config`` and a modelling file. Raises OutputError when the folder exists.
     """
     from secateur.models.saving import save_model
 
-    return save_model(model, tokenizer, folder, plan=plan, report=report, format=format, overwrite=overwrite)
+    return save_model(model, tokenizer, folder, plan=plan, report=report, html=html, format=format, overwrite=overwrite)

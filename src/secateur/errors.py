@@ -1,20 +1,20 @@
 """Every error that secateur raises on purpose; each message is one sentence that says what to do.
 
-    SecateurError
-    ├── UsageError                the request itself is wrong (exit code 2)
-    │   ├── UnknownMethodError
-    │   ├── OptionError           a method option: unknown, out of range, wrong type
-    │   └── RecipeError           a recipe file
-    ├── ModelError
-    │   ├── ModelLoadError        missing, corrupt or quantised checkpoint
-    │   ├── UnsupportedModelError not a decoder that we know
-    │   └── NonFiniteError        NaN or inf in weights, activations or scores
-    ├── DataError                 calibration or evaluation data
-    ├── PlanError
-    │   ├── PlanMismatchError     the plan was made for another model
-    │   └── BudgetError           the budget can't be met
-    ├── OutputError               the output folder exists, or can't be written
-    └── MissingExtraError         an optional dependency is not installed
+SecateurError
+├── UsageError                the request itself is wrong (exit code 2)
+│   ├── UnknownMethodError
+│   ├── OptionError           a method option: unknown, out of range, wrong type
+│   └── RecipeError           a recipe file
+├── ModelError
+│   ├── ModelLoadError        missing, corrupt or quantised checkpoint
+│   ├── UnsupportedModelError not a decoder that we know
+│   └── NonFiniteError        NaN or inf in weights, activations or scores
+├── DataError                 calibration or evaluation data
+├── PlanError
+│   ├── PlanMismatchError     the plan was made for another model
+│   └── BudgetError           the budget can't be met
+├── OutputError               the output folder exists, or can't be written
+└── MissingExtraError         an optional dependency is not installed
 """
 
 import difflib

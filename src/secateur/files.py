@@ -37,7 +37,7 @@ def output_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
         raise OutputError(f"can't write to {folder}: {error.strerror or error}") from None
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        _open_to_others(temporary)
         _replace(temporary, folder)
     except OSError as error:
         raise OutputError(f"can't write {folder}: {error.strerror or error}; nothing was left behind") from error
@@ -69,6 +69,13 @@ def _replace(temporary: Path, folder: Path) -> None:
     os.replace(folder, old)
     os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give everything the usual permissions; temporary folders and safetensors files are made private."""
+    mask = _umask()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _umask() -> int:

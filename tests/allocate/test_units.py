@@ -46,7 +46,9 @@ def test_budget_is_met_within_one_bundle(allocator, sparsity, seed):
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
-@given(pair=st.tuples(st.floats(0, 0.7), st.floats(0, 0.7)), seed=st.integers(0, 1000), round_to=st.sampled_from([1, 4]))
+@given(
+    pair=st.tuples(st.floats(0, 0.7), st.floats(0, 0.7)), seed=st.integers(0, 1000), round_to=st.sampled_from([1, 4])
+)
 @settings(max_examples=60, deadline=None)
 def test_a_larger_budget_costs_no_less(allocator, pair, seed, round_to):
     groups, limits = model(), Limits(round_to=round_to)

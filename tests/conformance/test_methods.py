@@ -1,4 +1,4 @@
-"""What every registered method must do, on every decoder family. A new method is tested before its author writes a line."""
+"""What every registered method must do, on every decoder family: a new one is tested before its author begins."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from families import FAMILY_CONFIGS, make_tiny, tiny_ids
-from runs import plan_for
 
 import secateur as sc
+from families import FAMILY_CONFIGS, make_tiny, tiny_ids
+from runs import plan_for
 from secateur.errors import OptionError
 from secateur.methods import LayerMethod, UnitMethod, WeightMethod, get_method, list_methods, make_method
 from secateur.methods.base import DESCRIPTOR_VALUES

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILY_CONFIGS, make_tiny, tiny_ids
 
+from families import FAMILY_CONFIGS, make_tiny, tiny_ids
 from secateur.errors import NonFiniteError, UsageError
-from secateur.models.decoders import decoder_blocks
+from secateur.models.decoders import decoder_blocks, is_linear
 from secateur.observe import Gram, SumSquares
 from secateur.observe.driver import BlockWalk
 from secateur.observe.precision import bfloat16_speedup, compute_dtype
@@ -27,7 +27,7 @@ def test_inputs_of_every_block_equal_those_in_a_whole_forward(family):
     _, blocks = decoder_blocks(model)
     for i, block in enumerate(blocks):
         # outputs of a linear inside the block stand for everything that happens before it
-        name, linear = next((n, m) for n, m in reversed(list(block.named_modules())) if hasattr(m, "weight") and m.weight.dim() == 2)
+        name, linear = [(n, m) for n, m in block.named_modules() if is_linear(m)][-1]
         linear.register_forward_pre_hook(lambda m, a, key=(i, name): expected.__setitem__(key, a[0].detach().clone()))
     with torch.no_grad():
         model(IDS, use_cache=False)

@@ -73,9 +73,7 @@ def test_any_other_constant_is_worse_by_its_distance():
     removed = [1, 4]
     bias = make_method("flap").compensate(target, observed(x), torch.tensor(removed))
     other = bias + torch.linspace(-0.5, 0.5, len(bias), dtype=torch.float64)
-    best, worse = (
-        (outputs(w, x, removed, b) - outputs(w, x, [], 0)).square().sum(dim=1).mean() for b in (bias, other)
-    )
+    best, worse = ((outputs(w, x, removed, b) - outputs(w, x, [], 0)).square().sum(dim=1).mean() for b in (bias, other))
     torch.testing.assert_close(worse - best, (other - bias).square().sum(), rtol=1e-4, atol=1e-6)
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from families import make_tiny, tiny_ids
-from runs import plan_for
 
 import secateur as sc
+from families import make_tiny, tiny_ids
+from runs import plan_for
 from secateur.methods import Target, list_methods, make_method
 from secateur.observe import Similarity, SumSquares
 

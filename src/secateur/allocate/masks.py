@@ -105,8 +105,7 @@ def _lowest(scores_RC: Tensor, count: int) -> Tensor:
     """True for the ``count`` lowest entries of every row; among equals the first ones."""
     if count == 0:
         return torch.zeros_like(scores_RC, dtype=torch.bool)
-    rows, columns = scores_RC.shape
-    if columns <= 16:
+    if scores_RC.shape[1] <= 16:
         return _lowest_of_few(scores_RC, count)
     threshold = _row_threshold(scores_RC, count)
     below = scores_RC < threshold

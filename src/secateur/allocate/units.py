@@ -211,7 +211,9 @@ class ManualAllocator:
         neuron_cost = min(limits.cost(g.cost) for g in groups if g.kind == "neuron")
         neurons = int((self.sparsity * total / parts - heads * head_cost) / neuron_cost)
         if neurons < 0:
-            raise BudgetError(f"removing {self.remove_heads} heads takes more than {self.sparsity:.1%}: lower remove_heads")
+            raise BudgetError(
+                f"removing {self.remove_heads} heads takes more than {self.sparsity:.1%}: lower remove_heads"
+            )
         counts = {"head": heads, "neuron": neurons}
         chosen: list[Bundle] = []
         for (kind, _), members in pools.items():
@@ -230,5 +232,7 @@ class ManualAllocator:
         while left > 0 and free:
             left -= len(free.pop().units)
         if left > 0:
-            raise BudgetError(f"can't remove {remove} {groups[0].kind} units with {limits.min_keep} kept in every group")
+            raise BudgetError(
+                f"can't remove {remove} {groups[0].kind} units with {limits.min_keep} kept in every group"
+            )
         return forced + free

@@ -28,6 +28,9 @@ def evaluate(
     windows: Annotated[int, typer.Option(min=1, help="Windows of text that perplexity reads.")] = 40,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
+    text_field: Annotated[
+        str | None, typer.Option("--text-field", metavar="NAME", help="Field of a jsonl or parquet file with the text.")
+    ] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="Dtype that the models are loaded in.")] = "float32",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -45,7 +48,18 @@ def evaluate(
         loaded = [api.load(m, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for m in model]
         models = {name: pair[0] for name, pair in zip(names, loaded, strict=True)}
         tokenizer = loaded[0][1]
-        table = api.evaluate(models, tokenizer, tasks, length=length, windows=windows, seed=seed, progress=progress)
+        folders = {name: path for name, path in zip(names, model, strict=True) if Path(path).is_dir()}
+        table = api.evaluate(
+            models,
+            tokenizer,
+            tasks,
+            length=length,
+            windows=windows,
+            seed=seed,
+            text_field=text_field,
+            folders=folders,
+            progress=progress,
+        )
     if json:
         print_json(table.to_dict())
         return

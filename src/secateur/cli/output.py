@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
+
+from secateur.report.numbers import json_ready
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,7 +32,7 @@ def print_json(document: Any) -> None:
 
 def json_text(document: Any) -> str:
     """JSON on several lines; NaN and infinities, which JSON lacks, become null."""
-    return json.dumps(_finite(document), indent=1, ensure_ascii=False)
+    return json.dumps(json_ready(document), indent=1, ensure_ascii=False)
 
 
 def show(*parts: RenderableType) -> None:
@@ -48,13 +49,3 @@ def show_notes(notes: Iterable[str], quiet: bool) -> None:
     if not quiet:
         for note in dict.fromkeys(notes):
             print(f"note: {note}", file=sys.stderr)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

@@ -10,7 +10,7 @@ import typer
 from secateur.cli.examples import help_text
 from secateur.cli.options import Device, Json, Overwrite, Quiet, TrustRemoteCode
 from secateur.cli.output import print_json, show, show_notes, working
-from secateur.cli.saving import how_to_load, save_checkpoint
+from secateur.cli.saving import how_to_load
 from secateur.errors import PlanError, UsageError
 from secateur.files import check_output
 
@@ -82,7 +82,7 @@ def apply(
         current, tokenizer = api.load(model, device=device, trust_remote_code=trust_remote_code)
         for step in plans:
             current = api.apply(step, current, inplace=True)
-        save_checkpoint(current, tokenizer, out, plans=plans, format=format, overwrite=overwrite)
+        api.save(current, tokenizer, out, plan=plans, format=format, overwrite=overwrite)
     show_notes((note for step in plans for p in step.provenance for note in p.notes), quiet)
     if json:
         print_json({"output": str(out), "plans": [plan_document(step) for step in plans]})

@@ -204,6 +204,7 @@ def _run(job: Recipe, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         length=job.calibration.length,
         windows=job.windows,
         seed=job.calibration.seed,
+        text_field=job.calibration.text_field,
         progress=progress,
     )
     outcome.report.metrics = list(table)
@@ -247,14 +248,14 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
 def _save(
     job: Recipe, outcome: Outcome, tokenizer: PreTrainedTokenizerBase | None, *, html: bool, overwrite: bool
 ) -> None:
-    from secateur.cli.saving import save_checkpoint
+    from secateur import api
 
     assert job.out is not None
-    save_checkpoint(
+    api.save(
         outcome.model,
         tokenizer,
-        Path(job.out),
-        plans=outcome.plans,
+        job.out,
+        plan=outcome.plans,
         report=outcome.report,
         html=html,
         format=job.format,

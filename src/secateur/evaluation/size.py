@@ -26,6 +26,7 @@ from secateur.errors import UsageError
 from secateur.evaluation.base import Settings, stored_tensors
 from secateur.observe.calibration import cached_forward, check_length, evaluating
 from secateur.report import Metric
+from secateur.report.report import BYTES_ON_DISK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ class Size:
             Metric("parameters", "", of_all(count_parameters), False, "tied parameters counted once"),
             Metric("non-zero parameters", "", of_all(count_nonzero), False, "tied parameters counted once"),
             Metric("bytes", "bytes", of_all(count_bytes), False, "weights and buffers in memory"),
-            Metric("bytes on disk", "bytes", disk, False, where),
+            Metric(BYTES_ON_DISK, "bytes", disk, False, where),
             Metric("peak memory", "bytes", peaks, False, memory),
         ]
 

@@ -194,7 +194,9 @@ def _check_option(method: str, spec: dataclasses.Field[Any], value: Any, hint: A
         raise OptionError(f"{method}: {name} must be of type {wanted}, got {value!r}")
     if meta.get("choices") and value not in meta["choices"]:
         choices = ", ".join(meta["choices"])
-        raise OptionError(f"{method}: {name} must be one of {choices}, got {value!r}{nearest(str(value), meta['choices'])}")
+        raise OptionError(
+            f"{method}: {name} must be one of {choices}, got {value!r}{nearest(str(value), meta['choices'])}"
+        )
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not _in_range(meta, value):
         raise OptionError(f"{method}: {name} must lie in {interval(meta)}, got {value!r} ({meta.get('help', '')})")
 

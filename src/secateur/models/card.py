@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def model_card(
     name: str,
     *,
     base_name: str = "",
-    plan: Plan | None = None,
+    plans: Sequence[Plan] = (),
     report: Report | None = None,
     format: str = "dense",
     remote: bool = False,
@@ -26,36 +27,36 @@ def model_card(
 
     ``remote`` says that the checkpoint needs its modelling file.
     """
-    parts = [_front_matter(base_name, plan), f"# {name}\n", _summary(base_name, plan, report)]
+    parts = [_front_matter(base_name, plans), f"# {name}\n", _summary(base_name, plans, report)]
     if report is not None and report.metrics:
         parts.append(_metrics(report))
     parts.append(_loading(name, format, remote))
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(base_name: str, plan: Plan | None) -> str:
+def _front_matter(base_name: str, plans: Sequence[Plan]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if _HUB_ID.fullmatch(base_name):
         lines.append(f"base_model: {base_name}")
     lines += ["tags:", "- secateur", "- pruned"]
-    if plan is not None:
-        lines += [f"- {provenance.method}" for provenance in plan.provenance]
+    lines += [f"- {provenance.method}" for plan in plans for provenance in plan.provenance]
     return "\n".join([*lines, "---", ""])
 
 
-def _summary(base_name: str, plan: Plan | None, report: Report | None) -> str:
+def _summary(base_name: str, plans: Sequence[Plan], report: Report | None) -> str:
     source = f"`{base_name}`" if base_name else "a language model"
     rows = [("Base model", source)]
-    if plan is not None:
-        rows.append(("Method", f"`{plan.method}`"))
-        rows += [("Options", _options(p.options)) for p in plan.provenance if p.options]
-        rows += [("Calibration", _calibration(p.calibration)) for p in plan.provenance if p.calibration]
-        rows.append(("Seed", str(plan.provenance[0].seed)))
+    if plans:
+        steps = [provenance for plan in plans for provenance in plan.provenance]
+        rows.append(("Method", f"`{'+'.join(p.method for p in steps)}`"))
+        rows += [("Options", _options(p.options)) for p in steps if p.options]
+        rows += [("Calibration", _calibration(p.calibration)) for p in steps if p.calibration]
+        rows.append(("Seed", str(steps[0].seed)))
     elif report is not None:
         rows += [("Method", f"`{report.method}`"), ("Options", _options(report.options))]
     if report is not None:
         rows.append(("Removed", f"{report.achieved:.1%} (asked for: {report.requested})"))
-    lines = [f"Pruned from {source} with [secateur](https://pypi.org/project/secateur/).", "", "| | |", "| --- | --- |"]
+    lines = [f"Pruned from {source} with secateur.", "", "| | |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows if value), ""])
 
 

@@ -35,8 +35,6 @@ class Family:
     down: str = "down_proj"
     wide_norms: tuple[str, ...] = ()
     sizes: tuple[tuple[str, str], ...] = (("self_attn.num_key_value_groups", "groups"),)
-    layer_config: tuple[str, ...] = ()
-    """modules whose forward reads sizes from their ``config``"""
     heads_key: str = "num_attention_heads"
     kv_heads_key: str | None = "num_key_value_heads"
     ffn_key: str = "intermediate_size"
@@ -67,7 +65,6 @@ _TABLE = (
         up=("gate_up_proj",),
         halves=2,
         sizes=(("self_attn.num_key_value_groups", "groups"), ("self_attn.num_key_value_heads", "kv_heads")),
-        layer_config=("self_attn",),
     ),
     Family(
         model_type="gpt2",

@@ -6,7 +6,8 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,13 @@ from secateur.models.families import FAMILIES
 from secateur.models.layout import is_stock, layout_of, native_config, plain, stock_accepts
 from secateur.models.loading import check_finite, quiet
 from secateur.models.packed import PACKED_VERSION, pack
+from secateur.plans import Plan
+from secateur.report.numbers import json_ready
+from secateur.report.report import BYTES_ON_DISK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from secateur.plans import Plan
     from secateur.report import Report
 
 __all__ = ["FORMATS", "plain", "save_model"]
@@ -39,8 +42,9 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     *,
-    plan: Plan | None = None,
+    plan: Plan | Sequence[Plan] | None = None,
     report: Report | None = None,
+    html: bool = False,
     format: str = "dense",
     overwrite: bool = False,
     base_name: str | None = None,
@@ -48,6 +52,8 @@ def save_model(
 ) -> Path:
     """Write model, tokenizer, plan, report and model card to ``folder``, all or nothing; returns the folder.
 
+    ``plan`` may be a sequence, one plan per step: they go to ``plan/step-1``, ``plan/step-2``, … With ``html`` the
+    report is drawn too. What the report can only know now is filled in: output, plainness, bytes on disk, seconds.
     ``format`` is ``dense`` (zeros stay) or ``packed`` (bitmap and values). A model that the stock class can't hold,
     and a packed one, carries its modelling file for ``trust_remote_code``. The model in memory stays as it is.
     Raises UsageError for an unknown format, NonFiniteError for NaN or inf in the weights, and OutputError when the
@@ -55,21 +61,47 @@ def save_model(
     """
     if format not in FORMATS:
         raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {format!r}{nearest(format, FORMATS)}")
+    plans = [] if plan is None else [plan] if isinstance(plan, Plan) else list(plan)
     with output_folder(folder, overwrite=overwrite) as path:
+        started = time.perf_counter()
         check_finite(model)
         remote = _write_model(model, path, format, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(path))
-        if plan is not None:
-            (path / "plan").mkdir()
-            plan.write(path / "plan")
+        _write_plans(plans, path / "plan")
         if report is not None:
-            text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False)
-            (path / "report.json").write_text(text + "\n", encoding="utf8")
-        name = base_name or (plan.model.name if plan else "") or model.config.name_or_path or ""
-        card = model_card(Path(folder).name, base_name=name, plan=plan, report=report, format=format, remote=remote)
+            _complete(report, path, str(folder), plain=not remote, seconds=time.perf_counter() - started)
+            _write_report(report, path, html)
+        name = base_name or (plans[0].model.name if plans else "") or model.config.name_or_path or ""
+        card = model_card(Path(folder).name, base_name=name, plans=plans, report=report, format=format, remote=remote)
         (path / "README.md").write_text(card, encoding="utf8")
     return Path(folder)
+
+
+def _write_plans(plans: Sequence[Plan], path: Path) -> None:
+    for number, plan in enumerate(plans, start=1):
+        step = path if len(plans) == 1 else path / f"step-{number}"
+        step.mkdir(parents=True)
+        plan.write(step)
+
+
+def _complete(report: Report, path: Path, output: str, *, plain: bool, seconds: float) -> None:
+    report.output, report.plain = output, plain
+    report.seconds["save"] = seconds
+    written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    for metric in report.metrics:
+        if metric.name == BYTES_ON_DISK and len(metric.values) > 1:
+            # measured before anything was written; now the format is known
+            metric.values[list(metric.values)[-1]] = float(written)
+
+
+def _write_report(report: Report, path: Path, html: bool) -> None:
+    text = json.dumps(json_ready(report.to_dict()), indent=1, ensure_ascii=False)
+    (path / "report.json").write_text(text + "\n", encoding="utf8")
+    if html:
+        from secateur.report.html import write_report
+
+        write_report(report, path / "report.html")
 
 
 def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size: str) -> bool:

@@ -20,6 +20,7 @@ from secateur.models.decoders import (
     typed_blocks,
 )
 from secateur.models.fingerprint import fingerprint
+from secateur.models.modeling_secateur import adopt
 from secateur.plans import Plan
 from secateur.structure import Anatomy
 from secateur.structure.surgery import cut_tensors, removed_positions, set_parameter, zero_positions
@@ -162,9 +163,7 @@ def _follow_sizes(model: PreTrainedModel) -> None:
     overrides = {i: e for i, e in overrides.items() if e}
     if overrides:
         config.per_layer_config = overrides
-    for block, entry in zip(blocks, sizes, strict=True):
-        for part in family.layer_config:
-            block.get(part).config = LayerConfig(config, entry)  # type: ignore[assignment]
+    adopt(model, config)
     _declare_biases(model, blocks)
 
 
@@ -186,16 +185,6 @@ def _set_attributes(block: DecoderBlock) -> None:
     for path, what in block.family.sizes:
         parent, _, leaf = path.rpartition(".")
         setattr(block.get(parent), leaf, values[what])
-
-
-class LayerConfig:
-    """The config as one decoder block sees it: the model's, with this layer's sizes in front."""
-
-    def __init__(self, config: Any, sizes: dict[str, int]) -> None:
-        self.__dict__.update(_config=config, **sizes)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_config"], name)
 
 
 def _declare_biases(model: PreTrainedModel, blocks: list[DecoderBlock]) -> None:

@@ -53,7 +53,10 @@ def _requested(plan: Plan) -> str:
         elif options.get("layers"):
             parts.append(f"{options['layers']} blocks")
         else:
-            parts.append(f"{options.get('sparsity', 0):.1%} of the {options.get('budget', 'weights')}")
+            what = {"params": "parameters", "macs": "MACs"}.get(
+                options.get("budget", ""), options.get("budget", "weights")
+            )
+            parts.append(f"{100 * options.get('sparsity', 0):.1f} % of the {what}")
     return ", then ".join(parts)
 
 

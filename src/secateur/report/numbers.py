@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from secateur.report.report import Metric
 
@@ -138,3 +139,14 @@ def _plain(value: float) -> str:
     else:
         text = f"{value:.3g}"
     return text.replace("-", "−") if "e" not in text else text
+
+
+def json_ready(value: Any) -> Any:
+    """``value`` as JSON can hold it: NaN and infinities become null, keys become text, tuples lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    return value

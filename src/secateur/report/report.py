@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+BYTES_ON_DISK = "bytes on disk"
+
 
 @dataclass(frozen=True)
 class Metric:

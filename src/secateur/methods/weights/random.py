@@ -23,7 +23,12 @@ class Random(WeightMethod):
     seed: int = option(0, "seed of the lot", ge=0)
 
     descriptor: ClassVar = Descriptor(
-        object="weights", granularity="element", score="random", allocation="uniform", data="none", speedup="memory_only"
+        object="weights",
+        granularity="element",
+        score="random",
+        allocation="uniform",
+        data="none",
+        speedup="memory_only",
     )
 
     def score(self, target: Target, seen: Seen) -> Tensor:
