@@ -1,14 +1,17 @@
-"""What many tests share: a tiny random Llama and a tiny tokenizer, both made on the spot."""
+"""What many tests share: a tiny random Llama, a tiny tokenizer, their checkpoint, and a shell's view of a command."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from secateur.cli import main
 from secateur.observe.calibration import builtin_text
 
 torch.set_num_threads(1)
@@ -69,3 +72,36 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 def make_llama() -> Callable[..., LlamaForCausalLM]:
     """``build_llama``, for tests that need several models or other sizes."""
     return build_llama
+
+
+@dataclass(frozen=True)
+class Run:
+    """Exit code and the two streams of one command."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Run one command line in this process: ``cli("prune", folder, "--dry-run")``."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Run:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        streams = capsys.readouterr()
+        return Run(int(stop.value.code or 0), streams.out, streams.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, make_llama, tiny_tokenizer) -> Path:
+    """The folder of a tiny random Llama with its tokenizer: read it, don't write to it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    make_llama(max_position_embeddings=1024).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

@@ -27,9 +27,10 @@ class Result:
 
 def load(
     name: str | Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model and its tokenizer: hub id, folder, ``.gguf`` file or built-in name (``smollm2-135m``).
 
+    ``dtype`` is that of the weights, ``auto`` the checkpoint's own. A folder without a tokenizer gives None.
     Raises ModelLoadError or UnsupportedModelError.
     """
     from secateur.models.loading import load_model
@@ -84,7 +85,7 @@ def plan(
 
     chosen = make_method(method, method_options(method, options, sparsity, pattern, budget, seed))
     tokens = None
-    if chosen.statistics and tokenizer is not None:
+    if chosen.statistics:
         tokens = load_tokens(
             calibration, tokenizer, samples=samples, length=length, seed=seed, text_field=text_field, model=model
         )
@@ -172,7 +173,7 @@ def prune(
     start = time.perf_counter()
     made = plan(model, tokenizer, method=method, sparsity=sparsity, **arguments)
     planned = time.perf_counter()
-    report = build_report(made, model)
+    report = build_report(made, anatomy(model, heads=made.head_unit))
     cut = apply(made, model, inplace=inplace)
     report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
     return Result(model=cut, plan=made, report=report)
@@ -180,7 +181,7 @@ def prune(
 
 def evaluate(
     models: PreTrainedModel | Sequence[PreTrainedModel] | Mapping[str, PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     tasks: Sequence[str] = ("perplexity:builtin", "speed", "size"),
     *,
     length: int = 512,

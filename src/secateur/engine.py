@@ -268,7 +268,7 @@ class _Run:
         weight = weight if isinstance(linear, nn.Linear) else weight.T
         # float64 models are kept as they are: their users want the exact answer
         weight = weight if weight.dtype == torch.float64 else weight.float()
-        return Target(name, kind, layer, weight, columns)
+        return Target(name, kind, layer, weight) if columns is None else Target(name, kind, layer, weight, columns)
 
     def _check_weights(self) -> None:
         for layer, block in enumerate(self.blocks):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,27 +23,29 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def output_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def output_folder(folder: str | Path, overwrite: bool = False) -> Generator[Path, None, None]:
     """A temporary sibling of ``folder`` that takes its name when the block ends well, and vanishes otherwise.
 
-    An existing folder is replaced only at the very end and only with ``overwrite``.
-    Raises OutputError when the output exists or the disk is full.
+    An existing folder is replaced only at the very end and only with ``overwrite``; parents are made as needed, and
+    removed again when the block fails. Raises OutputError when the output exists or the disk is full.
     """
     folder = Path(folder)
     check_output(folder, overwrite)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    except OSError as error:
-        raise OutputError(f"can't write to {folder}: {error.strerror or error}") from None
-    try:
-        yield temporary
-        _open_to_others(temporary)
-        _replace(temporary, folder)
-    except OSError as error:
-        raise OutputError(f"can't write {folder}: {error.strerror or error}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _parents(folder):
+        try:
+            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+        except OSError as error:
+            raise OutputError(f"can't write to {folder}: {error.strerror or error}") from None
+        try:
+            yield temporary
+            _open_to_others(temporary)
+            _replace(temporary, folder)
+        except Exception as error:
+            if reason := _disk_error(error):
+                raise OutputError(f"can't write {folder}: {reason}; nothing was left behind") from error
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -54,10 +57,39 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf8")
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(f"can't write {path}: {error.strerror or error}") from None
+        raise OutputError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def _parents(folder: Path) -> Generator[None, None, None]:
+    """The folders above ``folder`` exist within the block; those that were missing vanish again when it fails."""
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"can't write to {folder}: {error.strerror or error}") from None
+        yield
+    except BaseException:
+        for parent in missing:
+            # somebody else may have put something there meanwhile
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _disk_error(error: Exception) -> str:
+    """What the operating system said, or an empty string for an error of another kind."""
+    # of a file within the output, only the reason counts: its temporary name tells the user nothing
+    cause = error.__cause__ if isinstance(error, OutputError) else error
+    if isinstance(cause, OSError):
+        return cause.strerror or str(cause)
+    # safetensors and tokenizers, written in Rust, raise exceptions of their own with this ending
+    found = re.search(r"([^:]+) \(os error \d+\)$", str(cause))
+    return found[1].strip() if found else ""
 
 
 def _replace(temporary: Path, folder: Path) -> None:
@@ -67,7 +99,11 @@ def _replace(temporary: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.replace(folder, old)
-    os.replace(temporary, folder)
+    try:
+        os.replace(temporary, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

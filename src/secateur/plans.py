@@ -151,6 +151,11 @@ class Plan:
         return "+".join(p.method for p in self.provenance)
 
     @property
+    def head_unit(self) -> str:
+        """``query`` when attention is cut by single query heads, ``kv`` when by whole key-value heads."""
+        return "query" if any(p.options.get("heads") == "query" for p in self.provenance) else "kv"
+
+    @property
     def is_identity(self) -> bool:
         """True when applying the plan changes nothing."""
         return (

@@ -167,7 +167,7 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
 def plan_steps(
     recipe: Recipe,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     progress: Progress | None = None,
 ) -> list[Plan]:
@@ -186,7 +186,7 @@ def plan_steps(
 def run_steps(
     recipe: Recipe,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     progress: Progress | None = None,
 ) -> Outcome:

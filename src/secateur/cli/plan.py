@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,11 +80,14 @@ def apply(
     from secateur import api
 
     with working(quiet):
-        current, tokenizer = api.load(model, device=device, trust_remote_code=trust_remote_code)
-        for step in plans:
-            current = api.apply(step, current, inplace=True)
+        current, tokenizer = api.load(model, dtype="auto", device=device, trust_remote_code=trust_remote_code)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            for step in plans:
+                current = api.apply(step, current, inplace=True)
         api.save(current, tokenizer, out, plan=plans, format=format, overwrite=overwrite)
-    show_notes((note for step in plans for p in step.provenance for note in p.notes), quiet)
+    notes = [note for step in plans for p in step.provenance for note in p.notes]
+    show_notes([*(str(warning.message) for warning in caught), *notes], quiet)
     if json:
         print_json({"output": str(out), "plans": [plan_document(step) for step in plans]})
         return

@@ -184,14 +184,15 @@ def _check(job: Recipe, *, dry_run: bool, overwrite: bool, report: bool | None) 
     return drawable if report is None else report
 
 
-def _load(job: Recipe, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(job: Recipe, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     from secateur import api
 
     assert job.model is not None
-    return api.load(job.model, device=job.device, trust_remote_code=trust_remote_code)
+    # the checkpoint's own dtype, which is then that of the result
+    return api.load(job.model, dtype="auto", device=job.device, trust_remote_code=trust_remote_code)
 
 
-def _run(job: Recipe, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Any) -> Outcome:
+def _run(job: Recipe, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Any) -> Outcome:
     from secateur import api
     from secateur.recipes import run_steps
 

@@ -50,7 +50,7 @@ class Evaluation(Protocol):
         ...
 
     def measure(
-        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, settings: Settings
+        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
         """One or several metrics, each with a value for every model."""
         ...

@@ -66,7 +66,7 @@ class LmEval:
         return f"lm_eval:{Path(self.task).name if self.is_file else self.task}"
 
     def measure(
-        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, settings: Settings
+        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
         """One metric per task and score, such as ``hellaswag acc``. Raises UsageError and DataError."""
         manager = self._manager()
@@ -88,7 +88,7 @@ class LmEval:
         return manager
 
     def _run(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manager: Any, settings: Settings
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, manager: Any, settings: Settings
     ) -> dict[str, Any]:
         harness = require_extra("lm_eval.evaluator", "eval", self.name)
         wrapper = require_extra("lm_eval.models.huggingface", "eval", self.name)

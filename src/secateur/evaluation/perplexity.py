@@ -52,7 +52,7 @@ class Perplexity:
         return f"perplexity:{source_name(self.source)}"
 
     def measure(
-        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, settings: Settings
+        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
         """One metric. Raises DataError for unusable text and NonFiniteError when a loss is NaN or inf."""
         for model in models.values():

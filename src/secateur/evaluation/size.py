@@ -51,7 +51,7 @@ class Size:
         return "size"
 
     def measure(
-        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, settings: Settings
+        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
         """Five metrics: parameters, non-zero parameters, bytes, bytes on disk, peak memory."""
         for model in models.values():

@@ -64,7 +64,7 @@ class Speed:
         return f"speed:batch={self.batch},prompt={self.prompt},new={self.new},repeats={self.repeats}"
 
     def measure(
-        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, settings: Settings
+        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
         """Three metrics: ``prefill``, ``decode`` and ``decode bound``, all in tokens per second."""
         for model in models.values():

@@ -40,7 +40,7 @@ def make_task(text: str) -> Evaluation:
 
 def evaluate_models(
     models: PreTrainedModel | Sequence[PreTrainedModel] | Mapping[str, PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     tasks: Sequence[str] = ("perplexity:builtin", "speed", "size"),
     *,
     length: int = 512,

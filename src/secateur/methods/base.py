@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 
 from secateur.allocate import Allocator, MaskRule
@@ -74,19 +75,19 @@ class Target:
     """What a score looks at: the weight of a matrix, or of the module that reads the units of a group.
 
     ``weight`` is [outputs, inputs] (whatever the storage layout), float32 on the compute device; ``columns`` is
-    [units, width], the input columns of each unit (None for a matrix); a ``layer`` target has an empty weight.
+    [units, width], the input columns of each unit (empty for a matrix); a ``layer`` target has an empty weight.
     """
 
     name: str
     kind: str
     layer: int
     weight: Tensor
-    columns: Tensor | None = None
+    columns: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     @property
     def units(self) -> int:
         """Number of units that are scored."""
-        return 0 if self.columns is None else self.columns.shape[0]
+        return self.columns.shape[0]
 
 
 Seen = Mapping[str, Any]

@@ -272,11 +272,11 @@ def _linear_cost(blocks: nn.ModuleList) -> Cost:
 
 def _total_cost(model: PreTrainedModel) -> Cost:
     params = list(model.parameters())
-    embedding = model.get_input_embeddings().weight.numel()
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     head = model.get_output_embeddings()
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    tied = head is not None and head.weight is embedding
     count = sum(p.numel() for p in params)
-    return Cost(count, count if tied else count - embedding, sum(p.numel() * p.element_size() for p in params))
+    return Cost(count, count if tied else count - embedding.numel(), sum(p.numel() * p.element_size() for p in params))
 
 
 def _outside(model: PreTrainedModel, blocks: str) -> list[Frozen]:

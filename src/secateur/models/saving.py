@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from secateur.errors import OutputError, UsageError, nearest
+from secateur.errors import UsageError, nearest
 from secateur.files import output_folder
 from secateur.models import modeling_secateur
 from secateur.models.card import model_card
@@ -106,8 +106,6 @@ def _write_report(report: Report, path: Path, html: bool) -> None:
 
 def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size: str) -> bool:
     """Weights, config and generation config; True when the folder needs its modelling file."""
-    from safetensors import SafetensorError
-
     layout = layout_of(model)
     state_dict, shapes = _unique(model.state_dict()), {}
     if format == "packed":
@@ -118,16 +116,13 @@ def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size
     config = _remote_config(native, layout, type(model.base_model).__name__) if remote else native
     # transformers writes into the config that it saves; what counts is written after it
     with quiet(), _lent_config(model, copy.deepcopy(config)):
-        try:
-            model.save_pretrained(
-                str(path),
-                state_dict=state_dict,
-                max_shard_size=max_shard_size,
-                # transformers maps the published names of some families to its own, though not for remote code
-                save_original_format=not remote,
-            )
-        except SafetensorError as error:
-            raise OutputError(f"can't write the weights: {error}; nothing was left behind") from None
+        model.save_pretrained(
+            str(path),
+            state_dict=state_dict,
+            max_shard_size=max_shard_size,
+            # transformers maps the published names of some families to its own, though not for remote code
+            save_original_format=not remote,
+        )
         config.dtype = str(model.dtype).removeprefix("torch.")
         config.architectures = [f"Pruned{layout['base']}" if remote else layout["base"]]
         config.save_pretrained(str(path))

@@ -14,7 +14,6 @@ from secateur.models.decoders import (
     DecoderBlock,
     decoder_anatomy,
     decoder_blocks,
-    family_of,
     is_linear,
     is_transposed,
     typed_blocks,
@@ -36,7 +35,7 @@ def apply_plan(plan: Plan, model: PreTrainedModel, *, inplace: bool = False, mas
     """See ``secateur.apply``. Masks and values come first, in dense coordinates, then groups are cut."""
     check_fits(plan, model)
     model = model if inplace else copy.deepcopy(model)
-    anatomy = decoder_anatomy(model, heads=_head_unit(plan, model))
+    anatomy = decoder_anatomy(model, heads=plan.head_unit)
     _check_groups(plan, anatomy)
     with torch.no_grad():
         _apply_masks(plan, model)
@@ -67,17 +66,6 @@ def check_fits(plan: Plan, model: PreTrainedModel) -> None:
         )
     if mine.weights != plan.model.weights:
         warnings.warn(f"the plan was made for other weights of the same shapes than those of {mine.name}", stacklevel=3)
-
-
-def _head_unit(plan: Plan, model: PreTrainedModel) -> str:
-    """Query heads or kv heads: told by the number of units that the plan counts."""
-    if family_of(model) is None:
-        return "kv"
-    for block in typed_blocks(model):
-        units = plan.groups.get(f"layers.{block.layer}.attention")
-        if units is not None and units != block.kv_heads:
-            return "query"
-    return "kv"
 
 
 def _check_groups(plan: Plan, anatomy: Anatomy) -> None:
@@ -159,10 +147,10 @@ def _follow_sizes(model: PreTrainedModel) -> None:
         values = {entry[key] for entry in sizes}
         if len(values) == 1 and (family.plain_heads or key == family.ffn_key):
             setattr(config, key, values.pop())
-    overrides = {i: {k: v for k, v in e.items() if getattr(config, k) != v} for i, e in enumerate(sizes)}
-    overrides = {i: e for i, e in overrides.items() if e}
-    if overrides:
-        config.per_layer_config = overrides
+    overrides: dict[int | str, dict[str, Any]] = {}
+    for layer, entry in enumerate(sizes):
+        overrides[layer] = {key: size for key, size in entry.items() if getattr(config, key) != size}
+    config.per_layer_config = {i: e for i, e in overrides.items() if e} or None
     adopt(model, config)
     _declare_biases(model, blocks)
 

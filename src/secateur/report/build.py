@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
-from secateur.models.decoders import decoder_anatomy
-from secateur.models.fingerprint import display_name
 from secateur.plans import Plan
 from secateur.report.report import LayerCut, Report
+from secateur.structure import Anatomy
 from secateur.versions import library_versions, machine
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-    from secateur.structure import Anatomy
-
-
-def build_report(plan: Plan, model: PreTrainedModel) -> Report:
-    """What ``plan`` removes from the dense ``model``; metrics and samples are added by whoever measures them."""
+def build_report(plan: Plan, anatomy: Anatomy) -> Report:
+    """What ``plan`` removes from the dense model of this ``anatomy``; whoever measures adds metrics and samples."""
     provenance = plan.provenance[-1]
-    queries = any("heads" in p.options and p.options["heads"] == "query" for p in plan.provenance)
-    anatomy = decoder_anatomy(model, heads="query" if queries else "kv")
     layers = [_layer_cut(layer, plan, anatomy) for layer in range(anatomy.num_layers)]
     return Report(
-        model=display_name(model),
+        model=plan.model.name,
         method=plan.method,
         options=dict(provenance.options),
         requested=_requested(plan),

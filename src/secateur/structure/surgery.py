@@ -58,4 +58,4 @@ def _state_sizes(module: nn.Module, weight: Tensor) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = rows, columns
     elif hasattr(module, "nf"):  # Conv1D stores [inputs, outputs]
-        module.nx, module.nf = rows, columns
+        module.nx, module.nf = rows, columns  # type: ignore[assignment]

@@ -1,0 +1,38 @@
+"""What the studies share: results as files that say how they were made."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from secateur.versions import library_versions, machine
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def write_result(name: str, title: str, setting: dict[str, Any], rows: list[dict[str, Any]], text: str) -> None:
+    """``docs/results/<name>.json`` and ``.md``; ``text`` says what the table shows, in Markdown."""
+    about = {"date": datetime.date.today().isoformat(), **setting, "machine": machine(), "versions": library_versions()}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf8")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [f"# {title}", "", text.strip(), "", *_table(columns, rows), "", "How it was made:", ""]
+    lines += [f"- {key}: {_flat(value)}" for key, value in about.items()]
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf8")
+
+
+def _table(columns: list[str], rows: list[dict[str, Any]]) -> list[str]:
+    head = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return head + ["| " + " | ".join(_cell(row.get(c, "")) for c in columns) + " |" for row in rows]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
+
+
+def _flat(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
