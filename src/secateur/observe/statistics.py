@@ -37,8 +37,8 @@ class SumSquares:
 
     def update(self, x_BTC: Tensor) -> None:
         flat = x_BTC.reshape(-1, x_BTC.shape[-1]).float()
-        # one pass without a squared copy of the activations; float32 within a batch, float64 across batches
-        self.total_C = self.total_C + torch.linalg.vector_norm(flat, dim=0).double().square()
+        # float32 within a batch, float64 across batches
+        self.total_C = self.total_C + _column_sums(flat.square()).double()
         self.sequences += x_BTC.shape[0]
         self.tokens += flat.shape[0]
 
@@ -62,9 +62,9 @@ class Moments:
 
     def update(self, x_BTC: Tensor) -> None:
         flat = x_BTC.reshape(-1, x_BTC.shape[-1]).float()
-        mean = flat.mean(dim=0)
+        mean = _column_sums(flat) / flat.shape[0]
         # squares are taken around the batch's own mean: no cancellation, so float32 is enough within a batch
-        m2 = torch.linalg.vector_norm(flat - mean, dim=0).double().square()
+        m2 = _column_sums((flat - mean).square_()).double()
         self._add(flat.shape[0], mean.double(), m2)
 
     def merge(self, other: Moments) -> None:
@@ -193,3 +193,8 @@ class Similarity:
     def mean(self) -> float:
         """Average cosine, in [-1, 1]."""
         return self.total / max(self.tokens, 1)
+
+
+def _column_sums(x_NC: Tensor) -> Tensor:
+    """Sum over the rows, as a product with ones: several times faster than torch's reduction over the first axis."""
+    return x_NC.new_ones(x_NC.shape[0]) @ x_NC
