@@ -36,7 +36,7 @@ install: $(VENV)/.full  ## the environment with every extra that the tests use
 
 demo: $(VENV)/.core  ## prune SmolLM2-135M by 20 %, measure it, write the checkpoint and report.html
 	$(BIN)/secateur prune $(MODEL) --method flap --sparsity 0.2 \
-		--evaluate perplexity:builtin --evaluate speed --evaluate size --out $(DEMO) --overwrite
+		--evaluate perplexity:builtin --windows 20 --evaluate speed --evaluate size --out $(DEMO) --overwrite
 	@echo "report: $(DEMO)/report.html"
 
 test: $(VENV)/.full  ## all tests with branch coverage

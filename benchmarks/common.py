@@ -12,6 +12,12 @@ from secateur.versions import library_versions, machine
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
+def finished_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of an earlier, interrupted run of the same study; empty when there was none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf8"))["rows"] if path.exists() else []
+
+
 def write_result(name: str, title: str, setting: dict[str, Any], rows: list[dict[str, Any]], text: str) -> None:
     """``docs/results/<name>.json`` and ``.md``; ``text`` says what the table shows, in Markdown."""
     about = {"date": datetime.date.today().isoformat(), **setting, "machine": machine(), "versions": library_versions()}

@@ -1,6 +1,6 @@
 """Bytes of the packed format against dense ones, bit-for-bit round trip included.
 
-    python benchmarks/packed.py
+python benchmarks/packed.py
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main() -> None:
             tensors = {name: pruned.get_parameter(name).detach() for name in plan.masks}
             packed, shapes = pack(tensors)
             back = unpack(packed, shapes)
-            dense_bytes, packed_bytes = (sum(t.numel() * t.element_size() for t in d.values()) for d in (tensors, packed))
+            dense_bytes, packed_bytes = (
+                sum(t.numel() * t.element_size() for t in d.values()) for d in (tensors, packed)
+            )
             view = torch.int16 if dtype == torch.bfloat16 else torch.int32
             rows.append(
                 {

@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --calibration VALID.txt --evaluation TEST.txt
 
+The result is written after every row; a second call goes on where the first stopped.
 Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 windows of 512 tokens. The reference
 column holds what a plain second implementation gave with the same windows.
 """
@@ -12,7 +13,7 @@ import argparse
 import time
 from typing import Any
 
-from common import write_result
+from common import finished_rows, write_result
 
 import secateur as sc
 from secateur.report.build import removed_fraction
@@ -30,12 +31,13 @@ RUNS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("wanda_sp", {"sparsity": 0.2}, "39.0"),
     ("magnitude_sp", {"sparsity": 0.2}, ""),
     ("random_sp", {"sparsity": 0.2}, ""),
+    ("shortgpt", {"layers": 6}, "57.0"),
     ("flap", {"sparsity": 0.5}, ""),
     ("flap", {"sparsity": 0.5, "bias": False}, ""),
     ("wanda_sp", {"sparsity": 0.5}, ""),
-    ("shortgpt", {"layers": 6}, "57.0"),
 )
 
+NAME = "quality-smollm2-135m"
 TEXT = """
 Perplexity of SmolLM2-135M-Instruct (dequantised from Q4_1) after pruning, no training afterwards. Unstructured and
 N:M rows: fraction of every matrix of the blocks. Structured rows: fraction of the blocks' linear weights.
@@ -62,8 +64,18 @@ def main() -> None:
         table = sc.evaluate({"model": one}, tokenizer, [f"perplexity:{arguments.evaluation}"], length=512, windows=40)
         return table["perplexity"].values["model"]
 
-    rows: list[dict[str, Any]] = [{"method": "dense", "perplexity": perplexity(model), "reference": "25.6"}]
+    setting = {
+        "model": arguments.model,
+        "calibration": "WikiText-2 validation, file as it is, 64 consecutive windows of 512 tokens",
+        "evaluation": "WikiText-2 test, file as it is, first 40 consecutive windows of 512 tokens",
+        "seed": 0,
+        "dtype": "float32",
+    }
+    rows = finished_rows(NAME) or [{"method": "dense", "perplexity": perplexity(model), "reference": "25.6"}]
     for method, options, reference in RUNS:
+        shown = ", ".join(f"{k}={v}" for k, v in options.items())
+        if any(row["method"] == method and row.get("options") == shown for row in rows):
+            continue
         start = time.perf_counter()
         plan = sc.plan(
             model,
@@ -80,7 +92,7 @@ def main() -> None:
         rows.append(
             {
                 "method": method,
-                "options": ", ".join(f"{k}={v}" for k, v in options.items()),
+                "options": shown,
                 "removed": f"{removed:.4f}",
                 "spread": f"{_spread(plan, options, removed):.5f}",
                 "perplexity": perplexity(sc.apply(plan, model)),
@@ -90,14 +102,7 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    setting = {
-        "model": arguments.model,
-        "calibration": "WikiText-2 validation, file as it is, 64 consecutive windows of 512 tokens",
-        "evaluation": "WikiText-2 test, file as it is, first 40 consecutive windows of 512 tokens",
-        "seed": 0,
-        "dtype": "float32",
-    }
-    write_result("quality-smollm2-135m", "What every method costs in quality", setting, rows, TEXT)
+        write_result(NAME, "What every method costs in quality", setting, rows, TEXT)
 
 
 def _spread(plan: sc.Plan, options: dict[str, Any], removed: float) -> float:

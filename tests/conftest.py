@@ -8,11 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from secateur.cli import main
 from secateur.observe.calibration import builtin_text
+
+# the same examples every time, and no verdict on the speed of a shared machine
+settings.register_profile(
+    "secateur",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("secateur")
 
 torch.set_num_threads(1)
 
