@@ -54,5 +54,9 @@ def main() -> None:
     write_result("packed-smollm2-135m", "Bytes of the packed format", setting, rows, TEXT)
 
 
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
 if __name__ == "__main__":
     main()

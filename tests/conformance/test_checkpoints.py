@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILY_CONFIGS, make_tiny, tiny_ids
-from runs import plan_for
 
 import secateur as sc
+from families import FAMILY_CONFIGS, make_tiny, tiny_ids
+from runs import plan_for
 from secateur.models.saving import plain
 
 IDS = tiny_ids()
