@@ -13,7 +13,7 @@ from secateur.errors import OptionError, UsageError
 
 @st.composite
 def scores(draw, columns=None):
-    rows, cols = draw(st.integers(1, 6)), draw(columns or st.integers(2, 40))
+    rows, cols = draw(st.integers(1, 6)), draw(st.integers(2, 40) if columns is None else columns)
     levels = draw(st.integers(1, 60))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     # few levels make many ties

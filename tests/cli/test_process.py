@@ -50,7 +50,9 @@ def test_module_runs_as_a_command():
 
 
 SLOW_SAVE = """
-import sys, time
+import signal, sys, time
+# a shell that starts a test run in the background lets its children ignore SIGINT
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from secateur import api
 from secateur.cli import main
 from secateur.models import saving
