@@ -40,9 +40,10 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: both")
     arguments = parser.parse_args()
     model, tokenizer = sc.load(arguments.model)
-    rows = [row for dtype in DTYPES for row in _measure(dtype, model, tokenizer, arguments)]
+    rows = [row for dtype in arguments.dtype or DTYPES for row in _measure(dtype, model, tokenizer, arguments)]
     device = torch.device("cpu")
     setting = {
         "model": arguments.model,
