@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate import GlobalRule, parse_pattern
-from secateur.allocate.masks import kth_smallest
+from secateur.allocate import PerMatrix, parse_pattern
 from secateur.allocate.units import Limits
 from secateur.errors import BudgetError, DataError, NonFiniteError, UnsupportedModelError, UsageError
 from secateur.methods import LayerMethod, Method, Target, UnitMethod, WeightMethod
@@ -137,11 +136,11 @@ class _Run:
                 target = self._target(matrix.module, "weight", layer, name=matrix.module)
                 scores[matrix] = method.score(target, seen.get(matrix.module, {}))
             self.progress("score", layer + 1, len(self.blocks))
-        flat = torch.cat([s.flatten().cpu() for s in scores.values()])
-        count = int(flat.numel() * method.sparsity)
-        rule = GlobalRule(kth_smallest(flat, count - 1)) if count else GlobalRule(float("-inf"))
-        for matrix, score in scores.items():
-            keep = rule.keep(score).cpu()
+        # one long matrix: the number removed is exact, ties included
+        flat = torch.cat([score.flatten().cpu() for score in scores.values()])
+        kept = PerMatrix(method.sparsity).keep(flat[None])[0].split([score.numel() for score in scores.values()])
+        for matrix, part in zip(scores, kept, strict=True):
+            keep = part.reshape(matrix.shape)
             self.decision.masks[matrix.tensor] = keep.T.contiguous() if matrix.transposed else keep
         return self.decision
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.allocate import GlobalRule, NofM, PerMatrix, PerRow, mask_rule, parse_pattern
+from secateur.allocate import NofM, PerMatrix, PerRow, mask_rule, parse_pattern
 from secateur.errors import OptionError, UsageError
 
 
@@ -76,4 +76,3 @@ def test_the_rule_for_the_options():
     assert mask_rule("4:8", 0.1, "row") == NofM(4, 8)
     assert mask_rule("", 0.1, "row") == PerRow(0.1)
     assert mask_rule("", 0.1, "layer", inclusive=True) == PerMatrix(0.1, inclusive=True)
-    assert GlobalRule(0.5).keep(torch.tensor([[0.4, 0.5, 0.6]])).tolist() == [[False, False, True]]

@@ -145,6 +145,31 @@ def test_weight_methods_reach_their_sparsity_in_every_matrix(method, options, fa
     assert torch.isfinite(logits(pruned)).all()
 
 
+def _offers_global(method: str) -> bool:
+    scope = get_method(method).option_fields().get("scope")
+    return scope is not None and "global" in scope.metadata["choices"]
+
+
+GLOBAL = [m for m in WEIGHTS if _offers_global(m)]
+
+
+@pytest.mark.parametrize("method", GLOBAL)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_global_scope_removes_exactly_the_share_of_all_matrices_together(method, family):
+    model = make_tiny(family)
+    with torch.no_grad():
+        for matrix in decoder_anatomy(model).matrices:
+            # a coarse grid, so that the threshold falls among many equal weights
+            weight = model.get_parameter(matrix.tensor)
+            weight.copy_((weight * 10).round() / 10)
+    plan = plan_for(method, model, IDS, sparsity=0.45, scope="global")
+    total = sum(mask.numel() for mask in plan.masks.values())
+    assert sum(int((~mask).sum()) for mask in plan.masks.values()) == int(total * 0.45)
+    assert len({round(plan.sparsity(name), 3) for name in plan.masks}) > 1
+    pruned = sc.apply(plan, model)
+    assert all(not pruned.get_parameter(name)[~mask].any() for name, mask in plan.masks.items())
+
+
 @pytest.mark.parametrize("method", UNITS)
 @pytest.mark.parametrize("budget", ["params", "macs", "bytes"])
 def test_unit_methods_meet_their_budget_within_one_bundle(method, budget):
@@ -216,3 +241,11 @@ def _only_first_layer(plan: Plan) -> Plan:
         for part in ("groups", "keep", "masks", "values", "biases")
     }
     return dataclasses.replace(plan, **parts, scores={})
+
+
+def test_a_method_without_a_descriptor_is_refused():
+    from secateur.methods import Method, register
+
+    with pytest.raises(TypeError, match="no descriptor"):
+        register("undescribed")(type("Undescribed", (Method,), {}))
+    assert "undescribed" not in list_methods()

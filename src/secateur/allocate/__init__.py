@@ -1,12 +1,11 @@
 """Where the sparsity goes: mask rules for single weights, allocators for units."""
 
-from secateur.allocate.masks import GlobalRule, MaskRule, NofM, PerMatrix, PerRow, mask_rule, parse_pattern
+from secateur.allocate.masks import MaskRule, NofM, PerMatrix, PerRow, mask_rule, parse_pattern
 from secateur.allocate.units import Allocator, GlobalAllocator, ManualAllocator, UniformAllocator
 
 __all__ = [
     "Allocator",
     "GlobalAllocator",
-    "GlobalRule",
     "ManualAllocator",
     "MaskRule",
     "NofM",

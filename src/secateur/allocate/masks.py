@@ -53,16 +53,6 @@ class PerMatrix:
 
 
 @dataclass(frozen=True)
-class GlobalRule:
-    """All matrices compete; ``threshold`` is the score at or below which entries leave."""
-
-    threshold: float
-
-    def keep(self, scores_OI: Tensor) -> Tensor:
-        return scores_OI > self.threshold
-
-
-@dataclass(frozen=True)
 class NofM:
     """In every row, every run of ``m`` consecutive inputs loses its ``n`` lowest entries.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from secateur.errors import OptionError, UnknownMethodError, nearest
-from secateur.methods.base import Method, interval
+from secateur.methods.base import Descriptor, Method, interval
 from secateur.methods.plugins import import_plugin, installed_methods
 
 _registered: dict[str, type[Method]] = {}
@@ -35,7 +35,7 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
     def add(cls: type[Method]) -> type[Method]:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise TypeError(f"{cls!r} is not a Method")
-        if not isinstance(getattr(cls, "descriptor", None), object) or not hasattr(cls, "descriptor"):
+        if not isinstance(getattr(cls, "descriptor", None), Descriptor):
             raise TypeError(f"method {name!r} has no descriptor")
         taken = _registered.get(name)
         shipped = _shipped().get(name)

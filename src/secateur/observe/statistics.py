@@ -156,7 +156,9 @@ class Gram:
     @property
     def dead(self) -> Tensor:
         """Inputs that were zero in all of the data, bool [channels]."""
-        return self.total_CC.diagonal() == 0
+        if self._total is None:
+            raise ValueError("this Gram matrix has seen no data")
+        return self._total.diagonal() == 0
 
     @property
     def total_CC(self) -> Tensor:
