@@ -13,6 +13,7 @@ SecateurError
 ├── PlanError
 │   ├── PlanMismatchError     the plan was made for another model
 │   └── BudgetError           the budget can't be met
+├── CorruptFileError          a safetensors file that is damaged, cut short or made to mislead
 ├── OutputError               the output folder exists, or can't be written
 └── MissingExtraError         an optional dependency is not installed
 """
@@ -75,6 +76,10 @@ class PlanMismatchError(PlanError):
 
 class BudgetError(PlanError):
     """The budget can't be met with the minimum that must be kept."""
+
+
+class CorruptFileError(SecateurError):
+    """A safetensors file is damaged, cut short, or says things about itself that can't be."""
 
 
 class OutputError(SecateurError):
