@@ -22,6 +22,7 @@ _HOMES = {
     "prune": "secateur.api",
     "evaluate": "secateur.api",
     "save": "secateur.api",
+    "run": "secateur.runs.run",
     "Result": "secateur.api",
     "list_methods": "secateur.methods",
     "describe": "secateur.methods",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan
+    from secateur.runs.run import run
 
 
 def __getattr__(name: str) -> Any:

@@ -82,11 +82,11 @@ def plan(
     """
     from secateur.engine import decide
     from secateur.methods import make_method
-    from secateur.models.sources import Source
-    from secateur.observe.store import statistics_folder
     from secateur.models.fingerprint import fingerprint
+    from secateur.models.sources import Source
     from secateur.observe.calibration import load_tokens
     from secateur.observe.precision import compute_dtype
+    from secateur.observe.store import statistics_folder
     from secateur.plans import Plan, Provenance
     from secateur.versions import library_versions
 

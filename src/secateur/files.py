@@ -38,14 +38,20 @@ def output_folder(folder: str | Path, overwrite: bool = False) -> Generator[Path
             raise OutputError(f"can't write to {folder}: {error.strerror or error}") from None
         try:
             yield temporary
-            _open_to_others(temporary)
-            _replace(temporary, folder)
+            finish_folder(temporary, folder)
         except Exception as error:
-            if reason := _disk_error(error):
+            if reason := disk_error(error):
                 raise OutputError(f"can't write {folder}: {reason}; nothing was left behind") from error
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def finish_folder(temporary: Path, folder: Path) -> None:
+    """Let a complete folder take its name, with the usual permissions; what has that name already is replaced."""
+    _open_to_others(temporary)
+    _replace(temporary, folder)
+    sync_folder(folder.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -94,7 +100,7 @@ def _parents(folder: Path) -> Generator[None, None, None]:
         raise
 
 
-def _disk_error(error: Exception) -> str:
+def disk_error(error: Exception) -> str:
     """What the operating system said, or an empty string for an error of another kind."""
     # of a file within the output, only the reason counts: its temporary name tells the user nothing
     cause = error.__cause__ if isinstance(error, OutputError) else error

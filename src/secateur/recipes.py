@@ -89,18 +89,24 @@ class Recipe(BaseModel):
     format: Literal["dense", "packed"] = "dense"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "cpu"
+    max_shard_size: str = "5GB"
+    activation_memory: str | None = None
+
+    def method_options(self, step: Step) -> dict[str, Any]:
+        """The options of a step's method, the general arguments among them."""
+        from secateur import api
+
+        wanted = (step.sparsity, step.pattern, step.budget)
+        return api.method_options(step.method, step.options, *wanted, self.calibration.seed)
 
     def check_methods(self) -> None:
         """Look every method and option up, before anything is loaded. Raises UsageError."""
-        from secateur import api
         from secateur.allocate import parse_pattern
         from secateur.methods import make_method
 
         for number, step in enumerate(self.steps, start=1):
             try:
-                wanted = (step.sparsity, step.pattern, step.budget)
-                options = api.method_options(step.method, step.options, *wanted, self.calibration.seed)
-                method = make_method(step.method, options)
+                method = make_method(step.method, self.method_options(step))
                 if pattern := getattr(method, "pattern", ""):
                     parse_pattern(pattern)
             except UsageError as error:

@@ -28,10 +28,13 @@ def inspect(
     if heads not in ("kv", "query"):
         raise UsageError(f"--heads must be kv or query, got '{heads}'")
     from secateur import api
+    from secateur.models.loading import open_source
 
     with working(quiet):
-        loaded, _ = api.load(model, trust_remote_code=trust_remote_code)
-        anatomy = api.anatomy(loaded, heads=heads)
+        # shapes are enough: no weight is read
+        source, _ = open_source(model, trust_remote_code=trust_remote_code)
+        source.close()
+        anatomy = api.anatomy(source.model, heads=heads)
     if json:
         print_json({"model": model, **anatomy_document(anatomy)})
         return

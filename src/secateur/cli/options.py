@@ -14,6 +14,11 @@ Device = Annotated[str, typer.Option("--device", help="Device that torch compute
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the modelling code that comes with the checkpoint.")
 ]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option("--max-shard-size", metavar="SIZE", help="Weight files are at most this large (default 5GB)."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")]
 Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="FILE|MODULE", help="Python code that registers methods; repeatable."),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from secateur.cli.examples import help_text
-from secateur.cli.options import Device, Json, Overwrite, Quiet, TrustRemoteCode
+from secateur.cli.options import Device, Json, MaxShardSize, Overwrite, Quiet, Resume, TrustRemoteCode
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.saving import how_to_load
 from secateur.errors import PlanError, UsageError
@@ -69,6 +68,8 @@ def apply(
     format: Annotated[str, typer.Option(metavar="dense|packed", help="How zeros are stored.")] = "dense",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
+    max_shard_size: MaxShardSize = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -77,17 +78,23 @@ def apply(
         raise UsageError(f"--format must be dense or packed, got '{format}'")
     check_output(out, overwrite)
     plans = list(load_plans(plan).values())
-    from secateur import api
+    from secateur.runs.run import apply_plans
 
-    with working(quiet):
-        current, tokenizer = api.load(model, dtype="auto", device=device, trust_remote_code=trust_remote_code)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            for step in plans:
-                current = api.apply(step, current, inplace=True)
-        api.save(current, tokenizer, out, plan=plans, format=format, overwrite=overwrite)
+    with working(quiet) as progress:
+        warned = apply_plans(
+            plans,
+            model,
+            out,
+            format=format,
+            max_shard_size=max_shard_size or "5GB",
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     notes = [note for step in plans for p in step.provenance for note in p.notes]
-    show_notes([*(str(warning.message) for warning in caught), *notes], quiet)
+    show_notes([*warned, *notes], quiet)
     if json:
         print_json({"output": str(out), "plans": [plan_document(step) for step in plans]})
         return

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.options import Json, Overwrite, Plugins, Quiet, TrustRemoteCode, load_plugins
+from secateur.cli.measuring import Measurement
+from secateur.cli.options import Json, MaxShardSize, Overwrite, Plugins, Quiet, Resume, TrustRemoteCode, load_plugins
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.errors import MissingExtraError, UsageError
 from secateur.files import check_output
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from secateur.recipes import Outcome, Recipe
-
-DEFAULT_PROMPT = "The most important thing about gardening is"
-PROMPT_TOKENS = 40
+    from secateur.recipes import Recipe
+    from secateur.report import Report
 
 
 def prune(
@@ -74,6 +70,20 @@ def prune(
     report: Annotated[
         bool | None, typer.Option("--report/--no-report", help="Write report.html beside the checkpoint (default).")
     ] = None,
+    measure: Annotated[
+        bool | None,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Load both models to measure them (default: when --evaluate or --prompt asks, or below 2 GB).",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Resume = False,
+    max_shard_size: MaxShardSize = None,
+    activation_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Hidden states larger than this go to a file (default: never)."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; write nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -92,24 +102,31 @@ def prune(
         "evaluate": evaluate or None,
         "windows": windows,
         "format": format,
+        "max_shard_size": max_shard_size,
+        "activation_memory": activation_memory,
     }
     job = build_recipe(recipe, _given(top), _given(data), _given(step), parse_options(options or []))
     html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
     with working(quiet) as progress:
-        dense, tokenizer = _load(job, trust_remote_code)
         if dry_run:
-            from secateur.recipes import plan_steps
-
-            plans = plan_steps(job, dense, tokenizer, progress=progress)
+            plans = _dry_run(job, trust_remote_code, progress)
         else:
-            outcome = _run(job, dense, tokenizer, progress)
-            _add_samples(outcome, dense, tokenizer, prompt or (DEFAULT_PROMPT if html else None))
-            _save(job, outcome, tokenizer, html=html, overwrite=overwrite)
+            from secateur.runs.run import Options, run_recipe
+
+            options = Options(
+                resume=resume,
+                overwrite=overwrite,
+                html=html,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+                measure=Measurement(job, progress, measure=measure, prompt=prompt, sample=html),
+            )
+            done = run_recipe(job, options)
     if dry_run:
         _show_dry_run(plans, json)
     else:
-        show_notes(outcome.report.notes, quiet)
-        _show_outcome(job, outcome, json)
+        show_notes(done.notes, quiet)
+        _show_outcome(job, done, json)
 
 
 def build_recipe(
@@ -184,84 +201,13 @@ def _check(job: Recipe, *, dry_run: bool, overwrite: bool, report: bool | None) 
     return drawable if report is None else report
 
 
-def _load(job: Recipe, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def _dry_run(job: Recipe, trust_remote_code: bool, progress: Any) -> list[Any]:
     from secateur import api
+    from secateur.recipes import plan_steps
 
     assert job.model is not None
-    # the checkpoint's own dtype, which is then that of the result
-    return api.load(job.model, dtype="auto", device=job.device, trust_remote_code=trust_remote_code)
-
-
-def _run(job: Recipe, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Any) -> Outcome:
-    from secateur import api
-    from secateur.recipes import run_steps
-
-    outcome = run_steps(job, dense, tokenizer, progress=progress)
-    started = time.perf_counter()
-    table = api.evaluate(
-        {"dense": dense, "pruned": outcome.model},
-        tokenizer,
-        list(dict.fromkeys([*job.evaluate, "size"])),
-        length=job.calibration.length,
-        windows=job.windows,
-        seed=job.calibration.seed,
-        text_field=job.calibration.text_field,
-        progress=progress,
-    )
-    outcome.report.metrics = list(table)
-    outcome.report.seconds["evaluate"] = time.perf_counter() - started
-    return outcome
-
-
-def _add_samples(
-    outcome: Outcome, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, prompt: str | None
-) -> None:
-    if prompt is None or tokenizer is None:
-        return
-    from secateur.report import Sample
-
-    models = {"dense": dense, "pruned": outcome.model}
-    outputs = {name: continuation(model, tokenizer, prompt) for name, model in models.items()}
-    outcome.report.samples = [*outcome.report.samples, Sample(prompt, outputs)]
-
-
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """What a model makes of a prompt: at most 40 tokens, greedily."""
-    import torch
-
-    ids_BT = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    generate: Any = model.generate
-    with torch.inference_mode():
-        output_BT = generate(
-            input_ids=ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
-            max_new_tokens=PROMPT_TOKENS,
-            do_sample=False,
-            # sampling parameters of the checkpoint's generation config don't go with greedy decoding
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-    return str(tokenizer.decode(output_BT[0, ids_BT.shape[1] :], skip_special_tokens=True))
-
-
-def _save(
-    job: Recipe, outcome: Outcome, tokenizer: PreTrainedTokenizerBase | None, *, html: bool, overwrite: bool
-) -> None:
-    from secateur import api
-
-    assert job.out is not None
-    api.save(
-        outcome.model,
-        tokenizer,
-        job.out,
-        plan=outcome.plans,
-        report=outcome.report,
-        html=html,
-        format=job.format,
-        overwrite=overwrite,
-    )
+    dense, tokenizer = api.load(job.model, dtype="auto", device=job.device, trust_remote_code=trust_remote_code)
+    return plan_steps(job, dense, tokenizer, progress=progress)
 
 
 def _show_dry_run(plans: list[Any], json: bool) -> None:
@@ -273,15 +219,15 @@ def _show_dry_run(plans: list[Any], json: bool) -> None:
         show_plans(plans)
 
 
-def _show_outcome(job: Recipe, outcome: Outcome, json: bool) -> None:
+def _show_outcome(job: Recipe, report: Report, json: bool) -> None:
     from secateur.cli.saving import how_to_load
     from secateur.report.tables import metrics_table
 
     if json:
-        print_json(outcome.report.to_dict())
+        print_json(report.to_dict())
         return
-    show(metrics_table(outcome.report.metrics))
-    for sample in outcome.report.samples:
+    show(metrics_table(report.metrics))
+    for sample in report.samples:
         show(*(f"{name}: {sample.prompt}{text}\n" for name, text in sample.outputs.items()))
     assert job.out is not None
     show(how_to_load(Path(job.out)))

@@ -37,8 +37,9 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except _ParserError as error:
         return _fail(_parser_message(error), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; nothing was written", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        # a run that keeps what is done says how to go on
+        print(str(stop) or "interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # what reads our output has gone: nobody to tell, and nothing left to flush at exit

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.errors import UsageError
 from secateur.evaluation.base import Settings, stored_tensors
+from secateur.models.sources import Source, stored_names
 from secateur.observe.calibration import cached_forward, check_length, evaluating
 from secateur.report import Metric
 from secateur.report.report import BYTES_ON_DISK
@@ -74,6 +75,25 @@ class Size:
             Metric(BYTES_ON_DISK, "bytes", disk, False, where),
             Metric("peak memory", "bytes", peaks, False, memory),
         ]
+
+
+def stored_size(sources: Mapping[str, Source]) -> list[Metric]:
+    """The metrics that need no running model: parameters, non-zero parameters, bytes, bytes on disk."""
+    parameters, nonzero, size, disk = ({name: 0.0 for name in sources} for _ in range(4))
+    for name, source in sources.items():
+        for tensor in stored_names(source.model):
+            entries, zeros, itemsize = source.count(tensor)
+            parameters[name] += entries
+            nonzero[name] += entries - zeros
+            size[name] += entries * itemsize
+        folder = source.folder
+        disk[name] = _disk_bytes(source.model, folder) if folder else size[name]
+    return [
+        Metric("parameters", "", parameters, False, "tied parameters counted once"),
+        Metric("non-zero parameters", "", nonzero, False, "tied parameters counted once"),
+        Metric("bytes", "bytes", size, False, "weights and buffers in memory"),
+        Metric(BYTES_ON_DISK, "bytes", disk, False, "weight files of the folder"),
+    ]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -25,7 +25,6 @@ from secateur.errors import (
     nearest,
     require_extra,
 )
-
 from secateur.models.skeletons import NotStreamable, match, skeleton, weight_files
 from secateur.models.sources import CheckpointSource, Source
 

@@ -66,16 +66,49 @@ def save_model(
         started = time.perf_counter()
         check_finite(model)
         remote = _write_model(model, path, format, max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(path))
-        _write_plans(plans, path / "plan")
-        if report is not None:
-            _complete(report, path, str(folder), plain=not remote, seconds=time.perf_counter() - started)
-            _write_report(report, path, html)
-        name = base_name or (plans[0].model.name if plans else "") or model.config.name_or_path or ""
-        card = model_card(Path(folder).name, base_name=name, plans=plans, report=report, format=format, remote=remote)
-        (path / "README.md").write_text(card, encoding="utf8")
+        document_folder(
+            path,
+            Path(folder),
+            tokenizer=tokenizer,
+            plans=plans,
+            report=report,
+            html=html,
+            format=format,
+            plain=not remote,
+            base_name=base_name or (plans[0].model.name if plans else "") or model.config.name_or_path or "",
+            started=started,
+        )
     return Path(folder)
+
+
+def document_folder(
+    path: Path,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    plans: Sequence[Plan],
+    report: Report | None,
+    html: bool,
+    format: str,
+    plain: bool,
+    base_name: str = "",
+    started: float | None = None,
+) -> None:
+    """Everything in a checkpoint but weights and config: tokenizer, plans, report, model card.
+
+    ``path`` is where the files lie now, ``folder`` the name that they will have. Plans that are there are replaced.
+    """
+    started = time.perf_counter() if started is None else started
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(path))
+    shutil.rmtree(path / "plan", ignore_errors=True)
+    _write_plans(plans, path / "plan")
+    if report is not None:
+        _complete(report, path, str(folder), plain=plain, seconds=time.perf_counter() - started)
+        _write_report(report, path, html)
+    name = base_name or (plans[0].model.name if plans else "")
+    card = model_card(folder.name, base_name=name, plans=plans, report=report, format=format, remote=not plain)
+    (path / "README.md").write_text(card, encoding="utf8")
 
 
 def _write_plans(plans: Sequence[Plan], path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +43,11 @@ class Source:
         return next(self.blocks.parameters()).device
 
     @property
+    def folder(self) -> Path | None:
+        """The folder of the checkpoint that blocks are read from; None in memory."""
+        return None
+
+    @property
     def outside(self) -> list[str]:
         """Names of the parameters and stored buffers that lie in no block; a tied one goes by its first name."""
         return [name for name in stored_names(self.model) if not name.startswith(f"{self.name}.")]
@@ -66,6 +72,15 @@ class Source:
                 part = self.part(name, first, min(_PART, count - first))
                 if part.is_floating_point() and not bool(torch.isfinite(part).all()):
                     raise NonFiniteError(f"{name}: {int((~torch.isfinite(part)).sum())} or more weights are NaN or inf")
+
+    def count(self, name: str) -> tuple[int, int, int]:
+        """(entries, zeros among them, bytes of one entry) of a tensor, read part by part."""
+        entries, zeros, itemsize = _named(self.model, name).numel(), 0, 0
+        for first in range(0, entries, _PART):
+            part = self.part(name, first, min(_PART, entries - first))
+            zeros += part.numel() - int(torch.count_nonzero(part))
+            itemsize = part.element_size()
+        return entries, zeros, itemsize
 
     def block_tensors(self, layer: int) -> dict[str, Tensor]:
         """All tensors of one block by full name, as they are stored; not to be written to."""
@@ -120,12 +135,17 @@ class CheckpointSource(Source):
         self.stored = stored
         self._device = device
         self._held: tuple[int, dict[str, Tensor]] = (-1, {})
+        self._unpacked: tuple[str, Tensor] = ("", torch.empty(0))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
 
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def folder(self) -> Path | None:
+        return Path(self.model.config._name_or_path)
 
     def tensor(self, name: str) -> Tensor:
         held = self._held[1].get(name)
@@ -135,7 +155,9 @@ class CheckpointSource(Source):
         stored = self.stored[name]
         if isinstance(stored, Stored):
             return stored.read_flat(first, count)
-        return stored.read().flatten()[first : first + count]
+        if self._unpacked[0] != name:
+            self._unpacked = (name, stored.read().flatten())
+        return self._unpacked[1][first : first + count]
 
     def origin(self, name: str) -> Stored | Made:
         stored = self.stored[name]

@@ -17,10 +17,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from secateur.errors import OutputError
@@ -219,6 +219,7 @@ class RunFolder:
         self.path = run_path(out)
         self.out = out
         self.document = json.loads(json.dumps(document))
+        self._parents = [parent for parent in self.path.parents if not parent.exists()]
         head = self.path / "run.json"
         if resume:
             self._check_same(read_document(self.path))
@@ -234,7 +235,8 @@ class RunFolder:
             temporary.write_text(json.dumps(self.document, indent=1, sort_keys=True), encoding="utf8")
             os.replace(temporary, head)
         except OSError as error:
-            raise OutputError(f"can't write to {self.path}: {error.strerror or error}") from None
+            self.remove()
+            raise OutputError(f"can't write to {out}: {error.strerror or error}") from None
 
     def step(self, number: int) -> Path:
         """The folder of one step, from 1."""
@@ -243,15 +245,17 @@ class RunFolder:
         return path
 
     def remove(self) -> None:
-        """Delete the folder."""
+        """Delete the folder, and those above it that were made for it and hold nothing else."""
         shutil.rmtree(self.path, ignore_errors=True)
+        for parent in self._parents:
+            with suppress(OSError):
+                parent.rmdir()
 
     def _check_same(self, theirs: Mapping[str, Any]) -> None:
         for key in sorted({*theirs, *self.document}):
             if theirs.get(key) != self.document.get(key):
-                raise OutputError(
-                    f"the run in {self.path} can't go on: its {key} {_difference(theirs.get(key), self.document.get(key))}"
-                )
+                how = _difference(theirs.get(key), self.document.get(key))
+                raise OutputError(f"the run in {self.path} can't go on: its {key} {how}")
 
 
 def run_path(out: Path) -> Path:

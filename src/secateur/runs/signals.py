@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -14,21 +15,31 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Set once SIGINT or SIGTERM has come; a second signal interrupts at once."""
+    """Set by SIGINT or SIGTERM. Before ``begun()`` there is nothing to lose, so a signal interrupts at once.
 
-    def __init__(self) -> None:
+    So does a second signal, and any signal while ``defer(False)`` holds.
+    """
+
+    def __init__(self, begun: Callable[[], bool] = lambda: True) -> None:
         self.made = False
+        self._begun = begun
+        self._deferring = True
+
+    def defer(self, on: bool) -> None:
+        """Whether signals wait for the next boundary."""
+        self._deferring = on
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.made:
+        if self.made or not self._deferring or not self._begun():
             raise KeyboardInterrupt
         self.made = True
+        print("stopping after this block; once more stops at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def deferred() -> Iterator[StopRequest]:
+def deferred(begun: Callable[[], bool]) -> Iterator[StopRequest]:
     """Within the block, signals only set the request. Handlers can be changed in the main thread alone."""
-    request = StopRequest()
+    request = StopRequest(begun)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -1,0 +1,99 @@
+"""What ``secateur prune`` measures once the pruned checkpoint is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from secateur.models.sources import Source
+    from secateur.recipes import Recipe
+    from secateur.report import Report
+
+DEFAULT_PROMPT = "The most important thing about gardening is"
+PROMPT_TOKENS = 40
+# up to this many bytes of weights, loading two models costs nobody anything
+SMALL_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Completes the report of a run. ``sample`` asks for a sentence of both models whenever they are loaded.
+
+    Without loading anything, the sizes of the two checkpoints are counted in their files.
+    """
+
+    job: Recipe
+    progress: Any
+    measure: bool | None = None
+    prompt: str | None = None
+    sample: bool = False
+
+    def __call__(self, source: Source, tokenizer: PreTrainedTokenizerBase | None, folder: Path, report: Report) -> None:
+        if not self._loads(source):
+            self._count(source, folder, report)
+            return
+        from secateur import api
+
+        dense: Any = source.model
+        if source.folder is not None:
+            dense, _ = api.load(source.folder, dtype="auto", device=self.job.device)
+        pruned, _ = api.load(folder, dtype="auto", device=self.job.device)
+        table = api.evaluate(
+            {"dense": dense, "pruned": pruned},
+            tokenizer,
+            list(dict.fromkeys([*self.job.evaluate, "size"])),
+            length=self.job.calibration.length,
+            windows=self.job.windows,
+            seed=self.job.calibration.seed,
+            text_field=self.job.calibration.text_field,
+            progress=self.progress,
+        )
+        report.metrics = list(table)
+        prompt = self.prompt or (DEFAULT_PROMPT if self.sample else None)
+        if prompt is not None and tokenizer is not None:
+            from secateur.report import Sample
+
+            models = {"dense": dense, "pruned": pruned}
+            outputs = {name: continuation(model, tokenizer, prompt) for name, model in models.items()}
+            report.samples = [*report.samples, Sample(prompt, outputs)]
+
+    def _loads(self, source: Source) -> bool:
+        if self.measure is not None:
+            return self.measure
+        size = sum(p.numel() * p.element_size() for p in source.model.parameters())
+        return bool(self.job.evaluate or self.prompt) or size <= SMALL_BYTES
+
+    def _count(self, source: Source, folder: Path, report: Report) -> None:
+        from secateur.evaluation.size import stored_size
+        from secateur.models.loading import open_source
+
+        pruned, _ = open_source(folder)
+        try:
+            report.metrics = stored_size({"dense": source, "pruned": pruned})
+        finally:
+            pruned.close()
+
+
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """What a model makes of a prompt: at most 40 tokens, greedily."""
+    import torch
+
+    ids_BT = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    generate: Any = model.generate
+    with torch.inference_mode():
+        output_BT = generate(
+            input_ids=ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            max_new_tokens=PROMPT_TOKENS,
+            do_sample=False,
+            # sampling parameters of the checkpoint's generation config don't go with greedy decoding
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    return str(tokenizer.decode(output_BT[0, ids_BT.shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,276 @@
+"""A whole run: every step of a recipe from a model to a checkpoint folder, resumable, then measured and documented."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secateur.errors import OutputError, SecateurError, UsageError
+from secateur.files import check_output, disk_error, finish_folder
+from secateur.methods import make_method
+from secateur.models.decoders import decoder_anatomy
+from secateur.models.fingerprint import fingerprint
+from secateur.models.loading import load_model, open_source
+from secateur.models.saving import document_folder
+from secateur.models.sources import CheckpointSource, Source
+from secateur.observe.calibration import Tokens, load_tokens
+from secateur.observe.precision import compute_dtype
+from secateur.plans import Plan
+from secateur.recipes import Recipe, Step, load_recipe, make_recipe, merge_reports
+from secateur.report import Report
+from secateur.report.build import build_report
+from secateur.runs.folder import RunFolder, StepFolder, read_document, run_path
+from secateur.runs.output import parse_size
+from secateur.runs.pipeline import Output, Resources, StepResult, apply_step, prune_step
+from secateur.runs.signals import Stopped, StopRequest, deferred
+from secateur.versions import library_versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], None]
+# (the dense model, its tokenizer, folder of the pruned checkpoint, report to complete)
+Measure = Callable[[Source, "PreTrainedTokenizerBase | None", Path, Report], None]
+
+
+@dataclass
+class Options:
+    """What a run takes beside its recipe; see ``secateur.run``."""
+
+    resume: bool = False
+    overwrite: bool = False
+    html: bool = False
+    trust_remote_code: bool = False
+    statistics: Path | None = None
+    progress: Progress = field(default=lambda stage, done, total: None)
+    measure: Measure | None = None
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    html: bool = False,
+    trust_remote_code: bool = False,
+    statistics: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Prune a checkpoint block by block, without ever loading it as a whole, and write the result.
+
+    ``recipe`` is a recipe, its mapping, or the path of its YAML file; ``model`` and ``out`` must be in it. What is
+    finished is kept in ``OUT.run`` until the end: after a stop, a crash or a full disk the same call with ``resume``
+    goes on from the last finished block and gives the same bytes. ``statistics`` is a folder for statistics that
+    several runs share.
+    Raises what ``secateur.plan`` raises, OutputError, and Stopped (a KeyboardInterrupt) when a signal came.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = make_recipe(recipe, "recipe") if isinstance(recipe, Mapping) else load_recipe(recipe)
+    return run_recipe(
+        recipe,
+        Options(
+            resume=resume,
+            overwrite=overwrite,
+            html=html,
+            trust_remote_code=trust_remote_code,
+            statistics=Path(statistics) if statistics else None,
+            progress=progress or (lambda stage, done, total: None),
+        ),
+    )
+
+
+def run_recipe(recipe: Recipe, options: Options) -> Report:
+    """``run`` with whole options; ``measure`` completes the report before it is written."""
+    if recipe.model is None or recipe.out is None:
+        raise UsageError("a run needs a model and an output folder: give both in the recipe")
+    recipe.check_methods()
+    out = Path(recipe.out)
+    check_output(out, options.overwrite)
+    previous = read_document(run_path(out)) if options.resume else {}
+    source, tokenizer = open_source(recipe.model, device=recipe.device, trust_remote_code=options.trust_remote_code)
+    try:
+        dtype = previous.get("dtype") or str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch.")
+        document = {
+            "recipe": recipe.model_dump(mode="json", exclude={"out", "evaluate", "windows"}),
+            "model": fingerprint(source).model_dump(),
+            "dtype": dtype,
+            "versions": library_versions(),
+        }
+        folder = RunFolder(out, document, resume=options.resume, overwrite=options.overwrite)
+        with _kept(folder, options.resume) as stop:
+            runner = _Runner(recipe, options, folder, stop, source, tokenizer, getattr(torch, dtype))
+            return runner.run()
+    finally:
+        source.close()
+
+
+class _Runner:
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        folder: RunFolder,
+        stop: StopRequest,
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._recipe, self._options, self._folder, self._stop = recipe, options, folder, stop
+        self._source, self._tokenizer, self._dtype = source, tokenizer, dtype
+
+    def run(self) -> Report:
+        source, results, reports = self._source, [], []
+        for number, step in enumerate(self._recipe.steps, start=1):
+            result = self._step(number, step, source)
+            report = build_report(result.plan, decoder_anatomy(source.model, heads=result.plan.head_unit))
+            report.seconds = dict(result.seconds)
+            results.append(result)
+            reports.append(report)
+            if number < len(self._recipe.steps):
+                if source is not self._source:
+                    source.close()
+                source, _ = open_source(result.folder, device=self._recipe.device)
+        self._stop.defer(False)
+        return self._finish(results, merge_reports(reports))
+
+    def _step(self, number: int, step: Step, source: Source) -> StepResult:
+        recipe = self._recipe
+        method = make_method(step.method, recipe.method_options(step))
+        last = number == len(recipe.steps)
+        output = Output(recipe.format if last else "dense", parse_size(recipe.max_shard_size))
+        memory = parse_size(recipe.activation_memory) if recipe.activation_memory else None
+        return prune_step(
+            StepFolder(self._folder.step(number), self._stop, _hint(self._folder.out)),
+            method,
+            source,
+            self._tokens(source) if method.statistics else None,
+            resources=Resources(self._dtype, activation_memory=memory),
+            output=output,
+            seed=recipe.calibration.seed,
+            progress=self._options.progress,
+            statistics=self._options.statistics,
+        )
+
+    def _tokens(self, source: Source) -> Tokens:
+        data = self._recipe.calibration
+        model: Any = source.model
+        if data.source == "self" and isinstance(source, CheckpointSource):
+            # only a whole model writes text
+            model, _ = load_model(source.model.config._name_or_path, dtype="auto", device=self._recipe.device)
+        return load_tokens(
+            data.source,
+            self._tokenizer,
+            samples=data.samples,
+            length=data.length,
+            seed=data.seed,
+            text_field=data.text_field,
+            model=model,
+        )
+
+    def _finish(self, results: list[StepResult], report: Report) -> Report:
+        last = results[-1]
+        if self._options.measure is not None:
+            started = time.perf_counter()
+            self._options.measure(self._source, self._tokenizer, last.folder, report)
+            report.seconds["evaluate"] = time.perf_counter() - started
+        document_folder(
+            last.folder,
+            self._folder.out,
+            tokenizer=self._tokenizer,
+            plans=[result.plan for result in results],
+            report=report,
+            html=self._options.html,
+            format=self._recipe.format,
+            plain=last.plain,
+        )
+        finish_folder(last.folder, self._folder.out)
+        self._folder.remove()
+        return report
+
+
+def apply_plans(
+    plans: list[Plan],
+    model: str | Path,
+    out: Path,
+    *,
+    format: str = "dense",
+    max_shard_size: str = "5GB",
+    device: str = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Cut the checkpoint of ``model`` by existing plans, one after the other, block by block; returns warnings.
+
+    Raises PlanMismatchError when the first plan was made for other shapes, and OutputError.
+    """
+    check_output(out, overwrite)
+    source, tokenizer = open_source(model, device=device, trust_remote_code=trust_remote_code)
+    document = {
+        "plans": [[p.model_dump(mode="json") for p in plan.provenance] for plan in plans],
+        "model": fingerprint(source).model_dump(),
+        "format": format,
+        "max_shard_size": max_shard_size,
+    }
+    folder = RunFolder(out, document, resume=resume, overwrite=overwrite)
+    with _kept(folder, resume) as stop, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        for number, plan in enumerate(plans, start=1):
+            last = number == len(plans)
+            result = apply_step(
+                StepFolder(folder.step(number), stop, _hint(out)),
+                plan,
+                source,
+                output=Output(format if last else "dense", parse_size(max_shard_size)),
+                progress=progress or (lambda stage, done, total: None),
+            )
+            source.close()
+            if not last:
+                source, _ = open_source(result.folder, device=device)
+        document_folder(
+            result.folder, out, tokenizer=tokenizer, plans=plans, report=None, html=False, format=format,
+            plain=result.plain,
+        )  # fmt: skip
+        finish_folder(result.folder, out)
+        folder.remove()
+    return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+
+
+def _hint(out: Path) -> str:
+    return f"{run_path(out)} holds what is done: the same command with --resume goes on from there"
+
+
+@contextmanager
+def _kept(folder: RunFolder, resumed: bool) -> Iterator[StopRequest]:
+    """Keep the folder when the block is left early and something is finished in it; remove it otherwise."""
+    with deferred(lambda: _begun(folder)) as stop:
+        try:
+            yield stop
+        except Stopped:
+            raise
+        except KeyboardInterrupt:
+            if _begun(folder):
+                raise Stopped(f"stopped; {_hint(folder.out)}") from None
+            folder.remove()
+            raise
+        except Exception as error:
+            reason = disk_error(error)
+            keep = _begun(folder) and (bool(reason) or resumed or not isinstance(error, SecateurError))
+            if not keep:
+                folder.remove()
+            if reason:
+                left = _hint(folder.out) if keep else "nothing was left behind"
+                raise OutputError(f"can't write {folder.out}: {reason}; {left}") from error
+            raise
+
+
+def _begun(folder: RunFolder) -> bool:
+    return any(journal.stat().st_size for journal in folder.path.glob("step-*/journal.jsonl"))
