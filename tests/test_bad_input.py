@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -550,7 +551,7 @@ for value in (float("nan"), float("-inf")):
     case(
         f"{value} among the weights",
         1,
-        "model.layers.1.mlp.up_proj.weight: 1 of 2048 weights are NaN or inf",
+        "layer 1, model.layers.1.mlp.up_proj.weight: 1 of 2048 weights are NaN or inf",
         lambda room, value=value: changed_weights(
             room, poison("model.layers.1.mlp.up_proj.weight", value), method="magnitude"
         ),
@@ -585,25 +586,15 @@ def occupied(room: Room) -> list:
     return room.prune(out="out")
 
 
-def failing(room: Room, place: str, error: Exception, *arguments: object, out: object = "deep/out") -> list:
-    """Half a file is written, then the disk is full."""
-
-    def full(*given: Any, **_: Any) -> None:
-        target = next(Path(value) for value in given if isinstance(value, (str, Path)))
-        (target / "half" if target.is_dir() else target).write_bytes(b"half")
-        raise error
-
-    room.patch.setattr(place, full)
-    return room.prune(*arguments, method="magnitude", out=out)
-
-
 DISK_FULL = "can't write …out: No space left on device; nothing was left behind"
+RESUMABLE = "can't write …out: No space left on device; …out.run holds what is done: the same command with --resume …"
+# what is being written when the disk is full, once the first block is finished
 FAILURES = {
-    "weights": ("transformers.modeling_utils.safe_save_file", FULL),
-    "weights, told by safetensors": ("transformers.modeling_utils.safe_save_file", FULL_WEIGHTS),
+    "decisions": ("secateur.runs.folder.write_tensors", FULL),
+    "blocks": ("secateur.runs.cutting.write_tensors", FULL),
+    "weights": ("secateur.runs.output.write_tensors", FULL),
     "config": ("transformers.LlamaConfig.save_pretrained", FULL),
     "plan": ("secateur.plans.Plan.write", FULL),
-    "plan, told by safetensors": ("safetensors.torch.save_file", FULL_WEIGHTS),
     "tokenizer": ("transformers.PreTrainedTokenizerFast.save_pretrained", FULL_TOKENIZER),
     "report": ("secateur.report.html.write_report", FULL),
 }
@@ -626,51 +617,16 @@ case(
     "can't write to file/out: …",
     lambda room: room.prune(out=room.file("file", "mine").name + "/out", method="magnitude"),
 )
-for what, (place, error) in FAILURES.items():
-    case(
-        f"disk full at the {what}",
-        1,
-        DISK_FULL,
-        lambda room, place=place, error=error: failing(
-            room, place, error, *(["--report"] if "report" in place else ["--no-report"])
-        ),
-    )
-
-
-def full_over_old(room: Room) -> list:
-    room.file("out/precious.txt", "mine")
-    return failing(room, *FAILURES["weights"], "--no-report", "--overwrite", out="out")
 
 
 def full_folder(room: Room) -> list:
     def full(*_: object, **__: object) -> None:
         raise FULL
 
-    room.patch.setattr("secateur.files.tempfile.mkdtemp", full)
+    room.patch.setattr("secateur.runs.folder.os.replace", full)
     return room.prune(method="magnitude")
 
 
-def rename_fails(room: Room, name: str) -> list:
-    replace = os.replace
-
-    def fail(source: Path, target: Path) -> None:
-        if target.name == name and source.name.endswith(".part"):
-            raise FULL
-        replace(source, target)
-
-    room.file("out/precious.txt", "mine")
-    room.patch.setattr("secateur.files.os.replace", fail)
-    return room.prune("--overwrite", "--report", method="magnitude", out="out")
-
-
-case("disk full while replacing an output", 1, DISK_FULL, full_over_old)
-for name in ("out", "report.html"):
-    case(
-        f"disk full at the renaming of {name}",
-        1,
-        "can't write out: No space left on device; nothing was left behind",
-        lambda room, name=name: rename_fails(room, name),
-    )
 case(
     "disk full at the folder",
     1,
@@ -726,7 +682,7 @@ case(
 case(
     "truncated plan",
     1,
-    "{room}/plan/plan.safetensors is damaged: …",
+    "{room}/plan/plan.safetensors is corrupt or cut short: …",
     lambda room: damaged_plan(room, "plan.safetensors", lambda data: data[:-10]),
 )
 case("disk full at a merged plan", 1, DISK_FULL, full_merge)
@@ -747,6 +703,56 @@ def test_one_sentence_and_nothing_left(cli, room: Room, name: str) -> None:
     run = cli(*arguments)
     check(run, code, sentence, room.path)
     assert listing(room.path) == before
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_full_disk_loses_nothing(cli, room: Room, what: str) -> None:
+    place, error = FAILURES[what]
+    room.file("out/precious.txt", "mine")
+    arguments = room.prune("--overwrite", "--report", method="magnitude", out="out")
+    module, _, name = place.rpartition(".")
+    real = pkgutil.resolve_name(place if module.endswith(("Config", "Plan", "Fast")) else f"{module}:{name}")
+    calls = []
+
+    def full(*given: Any, **more: Any) -> Any:
+        calls.append(given)
+        if what in ("decisions", "blocks") and len(calls) == 1:
+            return real(*given, **more)
+        target = next(Path(value) for value in given if isinstance(value, (str, Path)))
+        (target / "half" if target.is_dir() else target).write_bytes(b"half")
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, full)
+        run = cli(*arguments)
+    check(run, 1, RESUMABLE, room.path)
+    assert listing(room.path / "out") == {"precious.txt": hashlib.sha256(b"mine").hexdigest()}
+    resumed = cli(*arguments, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert not (room.path / "out.run").exists() and not (room.path / "out" / "precious.txt").exists()
+    whole = cli(*room.prune("--no-report", method="magnitude", out="whole"))
+    assert whole.code == 0, whole.err
+    for name in ("model.safetensors", "config.json", "plan/plan.safetensors", "plan/plan.json"):
+        assert (room.path / "out" / name).read_bytes() == (room.path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["out", "report.html"])
+def test_a_full_disk_at_the_renaming_loses_nothing(cli, room: Room, name: str) -> None:
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if target.name == name and (source.name.endswith(".part") or source.name == "out"):
+            raise FULL
+        replace(source, target)
+
+    room.file("out/precious.txt", "mine")
+    arguments = room.prune("--overwrite", "--report", method="magnitude", out="out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur.files.os.replace", fail)
+        check(cli(*arguments), 1, RESUMABLE, room.path)
+    assert (room.path / "out" / "precious.txt").read_text() == "mine"
+    assert cli(*arguments, "--resume").code == 0
+    assert (room.path / "out" / "report.html").is_file()
 
 
 def test_a_plan_for_another_model_is_refused(cli, room: Room, make_llama) -> None:

@@ -23,6 +23,7 @@ EXPORTED = [
     "plan",
     "prune",
     "register",
+    "run",
     "save",
 ]
 

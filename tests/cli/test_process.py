@@ -53,41 +53,41 @@ SLOW_SAVE = """
 import signal, sys, time
 # a shell that starts a test run in the background lets its children ignore SIGINT
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from secateur import api
 from secateur.cli import main
-from secateur.models import saving
-from secateur.report import Report
+from secateur.runs import output
 
-def write_model(model, path, *rest):
-    (path / "half").write_text("x")
+def write_tensors(path, *rest, **options):
+    path.write_text("half")
     print("saving", file=sys.stderr, flush=True)
     time.sleep(60)
 
-api.load = lambda name, **options: (None, None)
-api.prune = lambda *a, **k: api.Result(None, None, Report("m", "magnitude", {}, "", 0.0))
-api.evaluate = lambda *a, **k: ()
-saving.check_finite = lambda model: None
-saving._write_model = write_model
+output.write_tensors = write_tensors
 main(sys.argv[1:])
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing(number, tmp_path):
+def test_a_second_signal_interrupts_at_once_and_the_run_goes_on_later(number, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
-    arguments = ["prune", "m", "--method", "magnitude", "--out", str(out), "--no-report", "--quiet"]
+    arguments = ["prune", str(tiny_checkpoint), "--method", "magnitude", "--out", str(out), "--no-report", "--quiet"]
     with subprocess.Popen(
         [sys.executable, "-c", SLOW_SAVE, *arguments], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "saving\n"
-        assert list(tmp_path.iterdir()) != []
+        process.send_signal(number)
+        assert process.stderr.readline() == "stopping after this block; once more stops at once\n"
         process.send_signal(number)
         rest = process.stderr.read()
         process.wait(60)
     assert process.returncode == 130
-    assert rest == "interrupted; nothing was written\n"
-    assert list(tmp_path.iterdir()) == []
+    assert rest == f"stopped; {out}.run holds what is done: the same command with --resume goes on from there\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
+    resumed = subprocess.run(
+        [sys.executable, "-m", "secateur", *arguments, "--resume"], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -107,13 +107,13 @@ main(["methods", "--json"])
 
 def test_a_bug_shows_its_traceback():
     code = """
-from secateur import api
 from secateur.cli import main
+from secateur.models import loading
 
-def load(*arguments, **options):
+def open_source(*arguments, **options):
     raise ZeroDivisionError("a bug")
 
-api.load = load
+loading.open_source = open_source
 main(["inspect", "m"])
 """
     run = python(code)

@@ -81,7 +81,7 @@ def open_source(
     with quiet(), _in_one_sentence(name):
         if folder is not None:
             config = _read_config(folder)
-            _check_config(str(name), config, trust_remote_code)
+            _check_config(source, config, trust_remote_code)
             _check_weights(folder)
             model = skeleton(folder, config, trust_remote_code=trust_remote_code)
             model.secateur_name = str(name)  # type: ignore[assignment]
