@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": {"api", "methods", "allocate", "report", "plans"},
     "api": {"engine", "methods", "models", "evaluation", "report", "observe", "structure", "plans"},
     "engine": {"methods", "models", "report", "criteria", "allocate", "observe", "heal", "structure", "plans"},
+    "train": {"models", "structure", "plans"},
     "evaluation": {"models", "observe", "report", "structure", "plans"},
     "models": {"observe", "report", "structure", "plans"},
     "methods": {"criteria", "allocate", "observe", "heal", "structure", "plans"},

@@ -111,9 +111,7 @@ def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size
     if format == "packed":
         state_dict, shapes = pack(state_dict)
         layout["packed"] = {"version": PACKED_VERSION, "tensors": shapes}
-    native = native_config(model.config)
-    remote = bool(shapes) or not is_stock(layout) or not stock_accepts(native)
-    config = _remote_config(native, layout, type(model.base_model).__name__) if remote else native
+    config, remote = checkpoint_config(model, layout)
     # transformers writes into the config that it saves; what counts is written after it
     with quiet(), _lent_config(model, copy.deepcopy(config)):
         model.save_pretrained(
@@ -131,6 +129,13 @@ def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size
     else:
         (path / _MODELLING_FILE).unlink(missing_ok=True)  # a class loaded as remote code brings its own
     return remote
+
+
+def checkpoint_config(model: PreTrainedModel, layout: dict[str, Any]) -> tuple[PreTrainedConfig, bool]:
+    """The config that a checkpoint of ``model`` carries, and whether only its modelling file may load it."""
+    native = native_config(model.config)
+    remote = bool(layout.get("packed", {}).get("tensors")) or not is_stock(layout) or not stock_accepts(native)
+    return _remote_config(native, layout, type(model.base_model).__name__) if remote else native, remote
 
 
 def _unique(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
