@@ -118,3 +118,9 @@ def test_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
         fsdp2_accelerator(make_tiny("llama"))
     with pytest.raises(MissingExtraError, match=r"secateur\[train\]"):
         Sharded(make_tiny("llama"), None, None)  # type: ignore[arg-type]
+
+
+def test_with_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch.distributed.checkpoint.HuggingFaceStorageWriter")
+    with pytest.raises(MissingExtraError, match=r"needs torch 2\.9 or newer"):
+        Sharded(make_tiny("llama"), None, None)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from secateur.models.decoders import decoder_blocks
 from secateur.models.weightless import weightless_copy
 from secateur.train.masks import check_zero, clear_masked, masks_of, pack_rows, packed_shape, shard_like, unpack_rows
 from secateur.train.ranks import check_group, on_main
-from secateur.train.shards import Contents, check_same, read_contents, read_sharded, write_sharded
+from secateur.train.shards import Contents, check_same, checkpoint_library, read_contents, read_sharded, write_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,6 +92,7 @@ class Sharded:
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         require_extra("accelerate", "train", "sharded training")
+        checkpoint_library()
         check_group()
         _check_accelerator(accelerator)
         masks = masks_of(plan, model)
@@ -123,8 +124,7 @@ class Sharded:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write weights and masks, each rank its part, to a new folder that all ranks see, all or nothing.
 
-        The state of the optimizer is not part of it. Raises OutputError when the folder exists or can't be written,
-        MissingExtraError when torch is too old.
+        The state of the optimizer is not part of it. Raises OutputError when the folder exists or can't be written.
         """
         self._reshard()
         write_sharded(folder, self._blank, self._weights, self._masks, overwrite=overwrite)

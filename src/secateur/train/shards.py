@@ -5,7 +5,7 @@
     shards/shard-*.safetensors   weight/<name>  rows of a weight
                                  mask/<name>    uint8, the same rows of its mask, bits packed along each row
 
-The shards are those of torch.distributed.checkpoint in its safetensors form: its usual one is a pickle.
+The shards are those of torch.distributed.checkpoint in its safetensors form, since its usual one is pickled.
 """
 
 from __future__ import annotations
@@ -59,6 +59,16 @@ class Contents(BaseModel):
     files: dict[str, int]
 
 
+def checkpoint_library() -> Any:
+    """torch.distributed.checkpoint, when it can write safetensors from many ranks; raises MissingExtraError if not."""
+    import torch.distributed.checkpoint as dcp
+
+    writer = getattr(dcp, "HuggingFaceStorageWriter", None)
+    if writer is None or "save_distributed" not in inspect.signature(writer).parameters:
+        raise MissingExtraError("sharded training needs torch 2.9 or newer: pip install 'secateur[train]'")
+    return dcp
+
+
 def empty_model(folder: str | Path) -> PreTrainedModel:
     """The model of a sharded checkpoint with the widths of its layers, for ``Sharded(…).load(folder)`` to fill.
 
@@ -81,7 +91,7 @@ def write_sharded(
 
     Raises OutputError on every rank when the folder exists or can't be written.
     """
-    dcp = _checkpoint_library()
+    dcp = checkpoint_library()
     with shared_output(folder, overwrite) as path:
         writer = dcp.HuggingFaceStorageWriter(str(path / "shards"), save_distributed=True)
         try:
@@ -136,7 +146,7 @@ def check_same(contents: Contents, weights: Mapping[str, Tensor], folder: str | 
 
 def read_sharded(folder: str | Path, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Fill ``weights`` and packed ``masks`` in place, each rank its part. Raises ModelLoadError on every rank."""
-    dcp = _checkpoint_library()
+    dcp = checkpoint_library()
     try:
         dcp.load(_entries(weights, masks), storage_reader=dcp.HuggingFaceStorageReader(str(Path(folder) / "shards")))
     except dcp.CheckpointException as error:
@@ -171,15 +181,6 @@ def _words(weight: _Weight | None) -> str:
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in sorted((folder / "shards").glob("*.safetensors"))}
-
-
-def _checkpoint_library() -> Any:
-    import torch.distributed.checkpoint as dcp
-
-    writer = getattr(dcp, "HuggingFaceStorageWriter", None)
-    if writer is None or "save_distributed" not in inspect.signature(writer).parameters:
-        raise MissingExtraError("a sharded checkpoint needs torch 2.9 or newer: pip install -U torch")
-    return dcp
 
 
 def _first_failure(error: Any) -> str:
