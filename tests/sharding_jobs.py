@@ -19,6 +19,7 @@ from secateur.plans import Plan
 from secateur.train import Sharded, empty_model, fsdp2_accelerator
 
 STEPS = 3
+SLIVER = "model.layers.0.mlp.up_proj.weight"
 LEARNING = {"lr": 1e-2, "weight_decay": 0.1}
 
 
@@ -141,6 +142,26 @@ def save_cut(rank: int, out: Path, plans: list[Path], family: str) -> None:
     full = sharded.full_model()
     if full is not None:
         sc.save(full, None, out / "gathered", plan=steps[-1])
+
+
+def save_sliver(rank: int, out: Path, plan_folder: Path) -> None:
+    """A bfloat16 model with one neuron per layer: the second rank has no row of it, and no bit of its mask."""
+    plan = Plan.load(plan_folder)
+    model = sc.apply(plan, sliver())
+    expected = sc.apply(plan, sliver())
+    sharded = wrap(model, plan)
+    assert sharded._weights[SLIVER].to_local().shape[0] == 1 - rank
+    sharded.save(out / "sharded")
+    again = wrap(empty_model(out / "sharded"), None)
+    again.load(out / "sharded")
+    for full, masks in ((sharded.full_model(), sharded.full_masks()), (again.full_model(), again.full_masks())):
+        if full is not None and masks is not None:
+            assert full.dtype == torch.bfloat16 and equal(full, expected) == []
+            assert all(torch.equal(masks[n], m) for n, m in plan.masks.items())
+
+
+def sliver() -> Any:
+    return make_tiny("llama", intermediate_size=1).to(torch.bfloat16)
 
 
 def refuse(rank: int, out: Path, plan_folder: Path, cut_plan: Path) -> None:

@@ -97,6 +97,12 @@ def test_a_cut_model_with_masks_keeps_its_widths_to_the_bit(family: str, tmp_pat
         run_ranks(jobs.reload, world, tmp_path / "sharded", tmp_path / "plain", None)
 
 
+def test_a_rank_may_hold_nothing_of_a_weight(tmp_path: Path) -> None:
+    plan = wanda_plan(jobs.sliver(), tmp_path / "plan")
+    assert jobs.SLIVER in Plan.load(plan).masks
+    run_ranks(jobs.save_sliver, 2, tmp_path, plan)
+
+
 def test_mistakes_are_one_sentence_on_every_rank(tmp_path: Path) -> None:
     dense = make_tiny("llama")
     wanda_plan(dense, tmp_path / "wanda")
