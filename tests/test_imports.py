@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "structure",
         "plans",
     },
+    "train": {"models", "structure", "plans"},
     "evaluation": {"models", "observe", "report", "structure", "plans"},
     "models": {"observe", "report", "structure", "plans"},
     "methods": {"criteria", "allocate", "observe", "heal", "structure", "plans"},

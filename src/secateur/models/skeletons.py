@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from secateur.errors import ModelLoadError
 from secateur.models.sources import PackedTensor, stored_names
@@ -83,6 +85,36 @@ def _dtype(config: Any, folder: Path) -> torch.dtype:
         return config.dtype
     first = (s.dtype for s in tensor_map(folder).values() if s.dtype.is_floating_point)
     return next(first, torch.float32)
+
+
+def weightless_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose parameters are on the meta device; buffers are copied as they are, ties stay."""
+    parameters = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    # deepcopy takes what the memo holds for an object, so no weight is ever copied
+    return copy.deepcopy(model, parameters)
+
+
+def empty_model(folder: Path, dtypes: Mapping[str, torch.dtype]) -> PreTrainedModel:
+    """The model that the config files of ``folder`` describe; its weights hold what happens to be in memory.
+
+    ``dtypes`` are those of the weights, by name. The memory of a weight is taken when it is first written to.
+    Raises ModelLoadError when the description is damaged.
+    """
+    try:
+        model = skeleton(folder, json.loads((folder / "config.json").read_text(encoding="utf8")))
+    except Exception as error:
+        raise ModelLoadError(f"{folder} describes no model that can be built: {error}") from error
+    real = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=dtypes.get(name, p.dtype)), requires_grad=p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, leaf, real[id(parameter)])
+    return model
 
 
 def tensor_map(folder: str | Path) -> dict[str, Stored]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from secateur.errors import UsageError
 from secateur.models.saving import write_config
-from secateur.models.skeletons import published_names
+from secateur.models.skeletons import published_names, weightless_copy
 from secateur.models.sources import Source, stored_names
 from secateur.models.surgery import cut_model
 from secateur.plans import Plan
@@ -37,8 +35,7 @@ def parse_size(text: str | int) -> int:
 
 def cut_skeleton(plan: Plan, source: Source) -> PreTrainedModel:
     """The cut model on the meta device: its names, shapes and config."""
-    memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in source.model.parameters()}
-    return cut_model(plan, copy.deepcopy(source.model, memo))
+    return cut_model(plan, weightless_copy(source.model))
 
 
 @dataclass(frozen=True)

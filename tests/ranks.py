@@ -1,0 +1,54 @@
+"""Running a function on several CPU ranks: each a process of its own, all in one gloo group."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+
+def run_ranks(job: Callable[..., None], world: int, *arguments: Any) -> None:
+    """Call ``job(rank, *arguments)`` on ``world`` ranks and wait; an error of any rank is raised here.
+
+    ``job`` must be importable by its own name, so it lives in a file at the top of ``tests/``.
+    """
+    import torch.multiprocessing
+
+    torch.multiprocessing.spawn(_start, (job, world, _free_port(), *arguments), nprocs=world)
+
+
+def _start(rank: int, job: Callable[..., None], world: int, port: int, *arguments: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    # a rank that waits for one that died must not wait for half an hour
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    try:
+        job(rank, *arguments)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def on_disk(folder: Path) -> list[str]:
+    """What a folder holds, hidden files as well."""
+    return sorted(path.name for path in folder.iterdir())
