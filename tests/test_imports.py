@@ -14,7 +14,20 @@ SOURCE = Path(secateur.__file__).parent
 BASE = {"errors", "files", "progress", "versions", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"recipes", "api", "engine", "methods", "models", "evaluation", "report", "observe", "structure", "plans"},
+    "cli": {
+        "sweep",
+        "recipes",
+        "api",
+        "engine",
+        "methods",
+        "models",
+        "evaluation",
+        "report",
+        "observe",
+        "structure",
+        "plans",
+    },
+    "sweep": {"recipes", "api", "methods", "models", "evaluation", "report", "plans"},
     "recipes": {"api", "methods", "allocate", "report", "plans"},
     "api": {"engine", "methods", "models", "evaluation", "report", "observe", "structure", "plans"},
     "engine": {"methods", "models", "report", "criteria", "allocate", "observe", "heal", "structure", "plans"},
