@@ -106,9 +106,7 @@ def point_name(values: Mapping[str, Scalar]) -> str:
 
 
 def _shown(value: Scalar) -> str:
-    return (
-        str(value).lower() if isinstance(value, bool) else f"{value:.15g}" if isinstance(value, float) else str(value)
-    )
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def place(data: Mapping[str, Any], values: Mapping[str, Scalar]) -> dict[str, Any]:

@@ -14,10 +14,14 @@ SPEEDS = ("prefill", "decode", "decode bound")
 
 @dataclass(frozen=True)
 class Cost:
-    """Something that a smaller model has less of. ``of`` gives it for a record, or None where it wasn't measured."""
+    """Something that a smaller model has less of. ``of`` gives it for a record, or None where it wasn't measured.
+
+    ``short`` is the head of its column in a table.
+    """
 
     name: str
     unit: str
+    short: str
     of: Callable[[Record], float | None]
 
 
@@ -27,10 +31,10 @@ def _latency(record: Record) -> float | None:
 
 
 COSTS = (
-    Cost("latency", "ms/token", _latency),
-    Cost(BYTES_ON_DISK, "bytes", lambda record: record.metric(BYTES_ON_DISK)),
-    Cost("parameters", "parameters", lambda record: record.metric("parameters")),
-    Cost("non-zero parameters", "parameters", lambda record: record.metric("non-zero parameters")),
+    Cost("latency", "ms/token", "ms/tok", _latency),
+    Cost(BYTES_ON_DISK, "bytes", "on disk", lambda record: record.metric(BYTES_ON_DISK)),
+    Cost("parameters", "parameters", "params", lambda record: record.metric("parameters")),
+    Cost("non-zero parameters", "parameters", "nonzero", lambda record: record.metric("non-zero parameters")),
 )
 
 

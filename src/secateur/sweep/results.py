@@ -101,37 +101,51 @@ def results_csv(results: Results) -> str:
 def columns(results: Results) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table that people see: axes, what is gone, quality, costs, and whether it is on a front.
 
-    Costs in which no two points differ are left out; a failed point says so.
+    Axes and costs in which no two points differ are left out; a failed point says so.
     """
     found = fronts(results.dense, results.points)
     records = ([results.dense] if results.dense else []) + results.points
     qualities = _qualities(records)
     axes = [axis for axis in results.sweep.axes if len({str(r.values.get(axis)) for r in results.points}) > 1]
     axes = axes or results.sweep.axes
-    header = [*axes, "removed", *qualities, *(front.cost.name for front in found), "Pareto"]
-    return header, [_row(record, axes, qualities, found) for record in records]
+    # parameters that are there and zero cost nothing that the table can show
+    shown = [front for front in found if front.cost.name != "parameters"]
+    header = [*axes, "removed", *_short(qualities), *(front.cost.short for front in shown), "best"]
+    best = {name for front in found for name in front.best}
+    return header, [
+        [*_labels(record, axes), *_numbers(record, qualities, shown), BEST if record.name in best else ""]
+        for record in records
+    ]
+
+
+def _short(qualities: Sequence[str]) -> list[str]:
+    """Without their data, where that leaves them different."""
+    kinds = [name.partition(":")[0] for name in qualities]
+    return [kind if kinds.count(kind) == 1 else name for kind, name in zip(kinds, qualities, strict=True)]
+
+
+def _labels(record: Record, axes: Sequence[str]) -> list[str]:
+    if record.name == DENSE:
+        return [DENSE, *[""] * (len(axes) - 1)]
+    return [str(record.values.get(axis, MISSING)) for axis in axes]
+
+
+def _numbers(record: Record, qualities: Sequence[str], shown: Sequence[Front]) -> list[str]:
+    if not record.done:
+        return ["failed", *[MISSING] * (len(qualities) + len(shown))]
+    numbers = [_value(record.metric(name), "") for name in qualities]
+    # a unit that the head of the column says is left out
+    costs = [_value(f.cost.of(record), "" if f.cost.unit == "ms/token" else f.cost.unit) for f in shown]
+    return [percent(record.removed or 0.0), *numbers, *costs]
+
+
+def _value(value: float | None, unit: str) -> str:
+    return MISSING if value is None else format_value(value, unit)
 
 
 def _qualities(records: Sequence[Record]) -> list[str]:
     names = dict.fromkeys(m.name for r in records for m in r.metrics if m.higher_is_better is not None)
     return [name for name in names if name not in (*SIZES, *SPEEDS)]
-
-
-def _row(record: Record, axes: Sequence[str], qualities: Sequence[str], found: Sequence[Front]) -> list[str]:
-    if record.name == DENSE:
-        labels = [DENSE, *[""] * (len(axes) - 1)]
-    else:
-        labels = [str(record.values.get(axis, MISSING)) for axis in axes]
-    if not record.done:
-        return [*labels, "failed", *[MISSING] * (len(qualities) + len(found)), ""]
-    numbers = [_shown(record.metric(name), "") for name in qualities]
-    costs = [_shown(front.cost.of(record), front.cost.unit) for front in found]
-    best = BEST if any(record.name in front.best for front in found) else ""
-    return [*labels, percent(record.removed or 0.0), *numbers, *costs, best]
-
-
-def _shown(value: float | None, unit: str) -> str:
-    return MISSING if value is None else format_value(value, unit)
 
 
 def results_table(results: Results) -> Table:
@@ -141,10 +155,20 @@ def results_table(results: Results) -> Table:
     from rich.text import Text
 
     header, rows = columns(results)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", caption_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+        header_style="bold",
+        caption_justify="left",
+    )
     first_number = header.index("removed")
     for position, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if first_number <= position < len(header) - 1 else "left")
+        table.add_column(
+            Text(name), justify="right" if first_number <= position < len(header) - 1 else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     if any(row[-1] for row in rows):

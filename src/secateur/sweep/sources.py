@@ -58,14 +58,16 @@ class OptunaSearch:
         self._sweep, self._finished = sweep, dict(finished)
         self._objectives = objectives(sweep.search, dense)
         self._distributions = {axis: self._distribution(domain) for axis, domain in sweep.space.items()}
+        known = self._known_trials()[: sweep.search.trials]
         self._study = self._optuna.create_study(
             directions=[direction for _, direction in self._objectives],
-            sampler=self._optuna.samplers.TPESampler(seed=sweep.search.sampler_seed),
+            # a sampler of the same seed would ask for the known ones again
+            sampler=self._optuna.samplers.TPESampler(seed=sweep.search.sampler_seed + len(known)),
         )
-        self._left = sweep.search.trials
+        self._study.add_trials(known)
+        self._left = sweep.search.trials - len(known)
         self._running: dict[str, list[Any]] = {}
         self._held: Point | None = None
-        self._replay()
 
     def take(self, may_start: Callable[[Point], bool]) -> Point | None:
         point, self._held = self._held, None
@@ -105,23 +107,24 @@ class OptunaSearch:
         values = [record.metric(name) for name, _ in self._objectives]
         return None if None in values else [value for value in values if value is not None]
 
-    def _replay(self) -> None:
-        """Give the study what is known already, as far as it lies in the space of now."""
+    def _known_trials(self) -> list[Any]:
+        """What was done before, as far as it lies in the space of now."""
+        trials = []
         for record in self._finished.values():
             values = self._values(record)
-            if set(record.values) != set(self._sweep.space) or values is None or self._left == 0:
+            if set(record.values) != set(self._sweep.space) or values is None:
                 continue
             try:
                 # the recipe may have changed since
-                if self._sweep.point(record.values).key != record.key:
-                    continue
-                trial = self._optuna.trial.create_trial(
-                    params=dict(record.values), distributions=self._distributions, values=values
-                )
-                self._study.add_trial(trial)
+                if self._sweep.point(record.values).key == record.key:
+                    trials.append(
+                        self._optuna.trial.create_trial(
+                            params=dict(record.values), distributions=self._distributions, values=values
+                        )
+                    )
             except (ValueError, UsageError):
                 continue
-            self._left -= 1
+        return trials
 
     def _distribution(self, domain: Choice | Range) -> Any:
         kinds = self._optuna.distributions
