@@ -18,7 +18,7 @@ import torch
 from common import write_result
 
 import secateur as sc
-from secateur.models.decoders import decoder_blocks
+from secateur.models.sources import Source
 from secateur.observe.calibration import load_tokens
 from secateur.observe.driver import BlockWalk
 from secateur.observe.precision import bfloat16_speedup, compute_dtype
@@ -109,9 +109,8 @@ def _measure(dtype: str, model: Any, tokenizer: Any, arguments: argparse.Namespa
 
 
 def _forwards(model: Any, ids: torch.Tensor, dtype: torch.dtype, times: int) -> None:
-    _, blocks = decoder_blocks(model)
-    walk = BlockWalk(model.base_model, blocks, ids, dtype=dtype)
-    for layer in range(len(blocks)):
+    walk = BlockWalk(Source(model), ids, dtype=dtype)
+    for layer in range(model.config.num_hidden_layers):
         block = walk.open(layer)
         for _ in range(times - 1):
             walk.observe(block, layer, [], {}, advance=False)

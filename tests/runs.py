@@ -9,6 +9,7 @@ import torch
 from secateur.engine import decide
 from secateur.methods import make_method
 from secateur.models.fingerprint import fingerprint
+from secateur.models.sources import Source
 from secateur.observe.calibration import Tokens
 from secateur.plans import CalibrationInfo, Plan, Provenance
 
@@ -27,12 +28,12 @@ def plan_for(method: str, model: Any, ids: torch.Tensor, *, dtype: torch.dtype =
     steps: list[tuple[str, int, int]] = []
     decision = decide(
         chosen,
-        model,
+        Source(model),
         tokens_of(ids),
         dtype=dtype,
         batch_tokens=2 * ids.shape[1],
         progress=lambda *step: steps.append(step),
-    )
-    provenance = Provenance(method=method, options=chosen.options(), model=fingerprint(model))
+    ).whole
+    provenance = Provenance(method=method, options=chosen.options(), model=fingerprint(Source(model)))
     parts = {k: getattr(decision, k) for k in ("groups", "keep", "masks", "values", "biases", "scores")}
     return Plan(provenance=(provenance,), **parts)

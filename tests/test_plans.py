@@ -119,7 +119,7 @@ def edit(**changes):
         (edit(surprise=1), "surprise: extra inputs are not permitted"),
         (edit(groups={}), "kept units of no group"),
         (edit(masks={"m.weight": [2, 2]}), "the mask of m.weight is missing"),
-        (lambda f: (f / "plan.safetensors").write_bytes(b"\x00" * 40), "is damaged"),
+        (lambda f: (f / "plan.safetensors").write_bytes(b"\x00" * 40), "is corrupt"),
     ],
 )
 def test_damaged_folders_are_refused_in_one_sentence(tmp_path, change, message):

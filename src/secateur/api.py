@@ -68,6 +68,7 @@ def plan(
     dtype: str = "auto",
     batch_tokens: int = 2048,
     options: Mapping[str, Any] | None = None,
+    statistics: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """Decide what to cut; ``model`` is left as it is.
@@ -75,11 +76,14 @@ def plan(
     ``sparsity`` is the fraction removed, in [0, 1). ``pattern`` is N:M for weight methods. ``calibration`` is
     ``builtin``, ``self``, a text/jsonl/parquet file or the name of a data set; ``samples`` windows of ``length``
     tokens are read. ``dtype`` is that of the calibration forwards. ``options`` are the method's own.
-    ``progress`` is called with (stage, done, total). The same arguments give the same plan.
+    ``statistics`` is a folder in which statistics of the dense model are kept, and found again by later plans that
+    need the same ones. ``progress`` is called with (stage, done, total). The same arguments give the same plan.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
     from secateur.engine import decide
     from secateur.methods import make_method
+    from secateur.models.sources import Source
+    from secateur.observe.store import statistics_folder
     from secateur.models.fingerprint import fingerprint
     from secateur.observe.calibration import load_tokens
     from secateur.observe.precision import compute_dtype
@@ -92,14 +96,21 @@ def plan(
         tokens = load_tokens(
             calibration, tokenizer, samples=samples, length=length, seed=seed, text_field=text_field, model=model
         )
-    compute = compute_dtype(dtype, next(model.parameters()).device)
+    source = Source(model)
+    compute, mine = compute_dtype(dtype, source.device), fingerprint(source)
     decision = decide(
-        chosen, model, tokens, dtype=compute, batch_tokens=batch_tokens, progress=progress or _no_progress
-    )
+        chosen,
+        source,
+        tokens,
+        dtype=compute,
+        batch_tokens=batch_tokens,
+        progress=progress or _no_progress,
+        statistics=statistics_folder(statistics, mine, tokens, chosen, compute, batch_tokens),
+    ).whole
     provenance = Provenance(
         method=method,
         options=chosen.options(),
-        model=fingerprint(model),
+        model=mine,
         calibration=tokens.info if tokens is not None else None,
         seed=seed,
         dtype=str(compute).removeprefix("torch."),

@@ -2,215 +2,216 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from functools import singledispatchmethod
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate import PerMatrix, parse_pattern
+from secateur.allocate import lowest_of_all, parse_pattern
 from secateur.allocate.units import Limits
 from secateur.errors import BudgetError, DataError, NonFiniteError, UnsupportedModelError, UsageError
+from secateur.keeping import Decision, Keeper, SeenByModule
 from secateur.methods import LayerMethod, Method, Target, UnitMethod, WeightMethod
-from secateur.models.decoders import decoder_anatomy, decoder_blocks, unknown_family
+from secateur.models.decoders import decoder_anatomy, unknown_family
+from secateur.models.sources import Source
+from secateur.observe.activations import Activations
+from secateur.observe.calibration import Tokens
 from secateur.observe.driver import BlockWalk
+from secateur.observe.store import read_seen, write_seen
 from secateur.structure import Anatomy, Group, Matrix
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from secateur.observe.calibration import Tokens
-
 Progress = Callable[[str, int, int], None]
-SeenByModule = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass
-class Decision:
-    """The parts of a Plan, while they are being decided."""
-
-    groups: dict[str, int] = field(default_factory=dict)
-    keep: dict[str, Tensor] = field(default_factory=dict)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
-    biases: dict[str, Tensor] = field(default_factory=dict)
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def decide(
     method: Method,
-    model: PreTrainedModel,
+    source: Source,
     tokens: Tokens | None,
     *,
     dtype: torch.dtype,
     batch_tokens: int,
     progress: Progress,
-) -> Decision:
-    """What ``method`` removes from ``model``, which is left as it is; ``tokens`` are its calibration windows."""
-    return _Run(method, model, tokens, dtype, batch_tokens, progress).decide(method)
+    keeper: Keeper | None = None,
+    hidden: Activations | None = None,
+    statistics: Path | None = None,
+) -> Keeper:
+    """What ``method`` removes from the model of ``source``; ``tokens`` are its calibration windows.
+
+    Blocks that ``keeper`` has finished are left out. ``hidden`` are the activations at that point, or empty ones.
+    ``statistics`` is a folder in which those of the dense model are kept, and found again, one file per block.
+    """
+    run = _Run(method, source, tokens, dtype, batch_tokens, progress, keeper or Keeper(), hidden, statistics)
+    run.decide(method)
+    return run.keeper
 
 
 class _Run:
     def __init__(
         self,
         method: Method,
-        model: PreTrainedModel,
+        source: Source,
         tokens: Tokens | None,
         dtype: torch.dtype,
         batch_tokens: int,
         progress: Progress,
+        keeper: Keeper,
+        hidden: Activations | None,
+        statistics: Path | None,
     ) -> None:
         if method.statistics and tokens is None:
             raise DataError(f"{method.name} needs calibration data: give a tokenizer and a calibration text")
-        self.method, self.model, self.progress = method, model, progress
-        self.anatomy: Anatomy = decoder_anatomy(model, heads=getattr(method, "heads", "kv"))
-        self.name, self.blocks = decoder_blocks(model)
-        self.decision = Decision()
-        self._check_weights()
-        self._walk_arguments = (tokens, dtype, batch_tokens)
+        self.method, self.source, self.progress, self.keeper = method, source, progress, keeper
+        self.anatomy: Anatomy = decoder_anatomy(source.model, heads=getattr(method, "heads", "kv"))
+        self.layers = len(source.blocks)
+        self.statistics = statistics
+        self._walk: BlockWalk | None = None
+        self._walk_arguments = (tokens, dtype, batch_tokens, hidden)
 
     def walk(self) -> BlockWalk | None:
-        """The walk over calibration data; None for a method that takes no data."""
-        tokens, dtype, batch_tokens = self._walk_arguments
-        if not self.method.statistics or tokens is None:
-            return None
-        return BlockWalk(self.model.base_model, self.blocks, tokens.ids, dtype=dtype, batch_tokens=batch_tokens)
+        """The walk over calibration data, begun when it is first needed; None for a method that takes no data."""
+        tokens, dtype, batch_tokens, hidden = self._walk_arguments
+        if self._walk is None and self.method.statistics and tokens is not None:
+            self._walk = BlockWalk(self.source, tokens.ids, dtype=dtype, batch_tokens=batch_tokens, hidden=hidden)
+            self.keeper.resume(self._walk)
+        return self._walk
 
     @singledispatchmethod
-    def decide(self, method: Method) -> Decision:
+    def decide(self, method: Method) -> None:
         raise UsageError(f"{method.name} is not a post-training method of this engine")
 
     # -- single weights ------------------------------------------------------------------------------------------
 
     @decide.register
-    def _(self, method: WeightMethod) -> Decision:
-        targets = self._matrices(method)
+    def _(self, method: WeightMethod) -> None:
+        targets = list(self.anatomy.matrices)
+        if not targets:
+            raise UnsupportedModelError(f"{type(self.source.model).__name__} has no linear weights in its blocks")
         if method.pattern:
             _check_pattern(method.pattern, targets)
         elif method.sparsity == 0:
-            return self.decision
+            return
         if getattr(method, "scope", "") == "global" and not method.pattern:
-            return self._decide_globally(method, targets)
-        walk = self.walk()
-        for layer in range(len(self.blocks)):
+            self._decide_globally(method, targets)
+            return
+        for layer in self._blocks("prune"):
+            part = Decision()
             members = [m for m in targets if m.layer == layer]
-            block, seen = self._observe(walk, layer, [m.module for m in members], advance=not method.sequential)
+            block, seen = self._observe(layer, [m.module for m in members], advance=not method.sequential)
             for matrix in members:
-                weight = self._prune_matrix(method, matrix, seen.get(matrix.module, {}))
+                weight = self._prune_matrix(method, matrix, seen.get(matrix.module, {}), part)
                 if block is not None and method.sequential:
                     _write(block, self._inside(matrix.module), weight, matrix.transposed)
-            if walk is not None and block is not None and method.sequential:
-                walk.advance(block, layer)
-            self.progress("prune", layer + 1, len(self.blocks))
-        return self.decision
+            self._advance(method, block, layer)
+            self.keeper.keep(layer, part, final=True, walk=self._walk)
 
-    def _matrices(self, method: WeightMethod) -> list[Matrix]:
-        if not self.anatomy.matrices:
-            raise UnsupportedModelError(f"{type(self.model).__name__} has no linear weights in its blocks")
-        return list(self.anatomy.matrices)
-
-    def _prune_matrix(self, method: WeightMethod, matrix: Matrix, seen: Mapping[str, Any]) -> Tensor:
+    def _prune_matrix(self, method: WeightMethod, matrix: Matrix, seen: Mapping[str, Any], part: Decision) -> Tensor:
         """Decide one matrix; returns its pruned weight [outputs, inputs]."""
         target = self._target(matrix.module, "weight", matrix.layer, name=matrix.module)
         keep, weight, notes = method.prune(target, seen)
         stored = keep.T.contiguous() if matrix.transposed else keep
-        self.decision.masks[matrix.tensor] = stored.cpu()
-        self.decision.notes += notes
+        part.masks[matrix.tensor] = stored.cpu()
+        part.notes += notes
         if weight is None:
             return target.weight * keep
         _check_finite(weight, matrix.module, matrix.layer, "compensated weights")
         kept = (weight.T if matrix.transposed else weight)[stored]
-        self.decision.values[matrix.tensor] = kept.to(self.model.get_parameter(matrix.tensor).dtype).cpu()
+        part.values[matrix.tensor] = kept.to(self.source.tensor(matrix.tensor).dtype).cpu()
         return weight
 
-    def _decide_globally(self, method: WeightMethod, targets: list[Matrix]) -> Decision:
+    def _decide_globally(self, method: WeightMethod, targets: list[Matrix]) -> None:
         """One threshold over all matrices, from statistics of the dense model."""
-        walk, scores = self.walk(), {}
-        for layer in range(len(self.blocks)):
+        for layer in self._blocks("score"):
             members = [m for m in targets if m.layer == layer]
-            _, seen = self._observe(walk, layer, [m.module for m in members], advance=True)
+            _, seen = self._observe(layer, [m.module for m in members], advance=True)
+            ranked = {}
             for matrix in members:
                 target = self._target(matrix.module, "weight", layer, name=matrix.module)
-                scores[matrix] = method.score(target, seen.get(matrix.module, {}))
-            self.progress("score", layer + 1, len(self.blocks))
-        # one long matrix: the number removed is exact, ties included
-        flat = torch.cat([score.flatten().cpu() for score in scores.values()])
-        kept = PerMatrix(method.sparsity).keep(flat[None])[0].split([score.numel() for score in scores.values()])
-        for matrix, part in zip(scores, kept, strict=True):
-            keep = part.reshape(matrix.shape)
-            self.decision.masks[matrix.tensor] = keep.T.contiguous() if matrix.transposed else keep
-        return self.decision
+                ranked[matrix.module] = method.score(target, seen.get(matrix.module, {})).float().cpu()
+            self.keeper.keep(layer, Decision(), final=False, walk=self._walk, ranked=ranked)
+        count = int(sum(m.shape[0] * m.shape[1] for m in targets) * method.sparsity)
+        gone = lowest_of_all(lambda: (self.keeper.ranked(m.module) for m in targets), count)
+
+        def parts() -> Iterator[Decision]:
+            for matrix, leave in zip(targets, gone, strict=True):
+                yield Decision(masks={matrix.tensor: (~leave).T.contiguous() if matrix.transposed else ~leave})
+
+        self.keeper.close(parts())
 
     # -- heads and neurons ---------------------------------------------------------------------------------------
 
     @decide.register
-    def _(self, method: UnitMethod) -> Decision:
-        groups = self._groups(method)
-        if method.sparsity == 0:
-            return self.decision
-        walk, kept_seen = self.walk(), {}
-        for layer in range(len(self.blocks)):
-            members = [g for g in groups if g.layer == layer]
-            readers = [g.reader for g in members if g.reader]
-            block, seen = self._observe(walk, layer, readers, advance=not method.sequential)
-            self._score_groups(method, members, seen)
-            if method.sequential:
-                self._allocate(method, members, seen, self._budget(method) // len(self.blocks))
-                if walk is not None and block is not None:
-                    self._silence(block, members)
-                    walk.advance(block, layer)
-            else:
-                kept_seen.update(seen)
-            self.progress("calibrate" if walk else "score", layer + 1, len(self.blocks))
-        if not method.sequential:
-            self._allocate(method, groups, kept_seen, self._budget(method))
-        return self.decision
-
-    def _groups(self, method: UnitMethod) -> list[Group]:
+    def _(self, method: UnitMethod) -> None:
         groups = self.anatomy.of_kind(*method.kinds)
         if not groups:
-            raise UnsupportedModelError(unknown_family(self.model))
-        return groups
+            raise UnsupportedModelError(unknown_family(self.source.model))
+        if method.sparsity == 0:
+            return
+        total = Limits(budget=method.budget).cost(self.anatomy.blocks)
+        for layer in self._blocks("calibrate" if method.statistics else "score"):
+            members = [g for g in groups if g.layer == layer]
+            readers = [g.reader for g in members if g.reader]
+            block, seen = self._observe(layer, readers, advance=not method.sequential)
+            part = Decision(scores=self._scores(method, members, seen))
+            if method.sequential:
+                self._allocate(method, members, part.scores, total // self.layers, part)
+                self._compensate(method, members, seen, part)
+                if block is not None:
+                    self._silence(block, members, part)
+            self._advance(method, block, layer)
+            self.keeper.keep(
+                layer, part, final=method.sequential, walk=self._walk, seen=None if method.sequential else seen
+            )
+        if not method.sequential:
+            self.keeper.close(self._allocate_all(method, groups, total))
 
-    def _budget(self, method: UnitMethod) -> int:
-        return Limits(budget=method.budget).cost(self.anatomy.blocks)
+    def _allocate_all(self, method: UnitMethod, groups: list[Group], total: int) -> Iterator[Decision]:
+        part = Decision()
+        self._allocate(method, groups, self.keeper.scores(), total, part)
+        for layer in range(self.layers):
+            members = [g for g in groups if g.layer == layer]
+            self._compensate(method, members, self.keeper.seen(layer), part)
+        yield part
 
-    def _score_groups(self, method: UnitMethod, groups: list[Group], seen: SeenByModule) -> None:
+    def _scores(self, method: UnitMethod, groups: list[Group], seen: SeenByModule) -> dict[str, Tensor]:
+        found = {}
         for group in groups:
             scores = method.score(self._group_target(group), seen.get(group.reader or "", {}))
             _check_finite(scores, group.name, group.layer, "scores")
-            self.decision.scores[group.name] = scores.float().cpu()
+            found[group.name] = scores.float().cpu()
+        return found
 
-    def _allocate(self, method: UnitMethod, groups: list[Group], seen: SeenByModule, total: int) -> None:
+    def _allocate(
+        self, method: UnitMethod, groups: list[Group], scores: Mapping[str, Tensor], total: int, part: Decision
+    ) -> None:
         limits = Limits(budget=method.budget, min_keep=method.min_keep, round_to=method.round_to)
-        scores = {g.name: self.decision.scores[g.name] for g in groups}
-        kept = method.allocator().allocate(scores, groups, total, limits)
+        kept = method.allocator().allocate({g.name: scores[g.name] for g in groups}, groups, total, limits)
         for group in groups:
-            self.decision.groups[group.name] = group.units
-            self.decision.keep[group.name] = kept[group.name]
-            gone = _complement(kept[group.name], group.units)
-            if len(gone):
-                self._compensate(method, group, seen, gone)
+            part.groups[group.name] = group.units
+            part.keep[group.name] = kept[group.name]
 
-    def _compensate(self, method: UnitMethod, group: Group, seen: SeenByModule, gone: Tensor) -> None:
-        bias = method.compensate(self._group_target(group), seen.get(group.reader or "", {}), gone)
-        if bias is not None:
-            _check_finite(bias, group.name, group.layer, "bias compensation")
-            self.decision.biases[f"{group.reader}.bias"] = bias.float().cpu()
+    def _compensate(self, method: UnitMethod, groups: list[Group], seen: SeenByModule, part: Decision) -> None:
+        for group in groups:
+            gone = _complement(part.keep[group.name], group.units)
+            if not len(gone):
+                continue
+            bias = method.compensate(self._group_target(group), seen.get(group.reader or "", {}), gone)
+            if bias is not None:
+                _check_finite(bias, group.name, group.layer, "bias compensation")
+                part.biases[f"{group.reader}.bias"] = bias.float().cpu()
 
-    def _silence(self, block: nn.Module, groups: list[Group]) -> None:
+    def _silence(self, block: nn.Module, groups: list[Group], part: Decision) -> None:
         """Make the working copy give what the cut block will give."""
         for group in groups:
             reader = block.get_submodule(self._inside(group.reader or ""))
-            gone = _complement(self.decision.keep[group.name], group.units)
+            gone = _complement(part.keep[group.name], group.units)
             columns = group.columns[gone].flatten()
             weight: Tensor = reader.weight  # type: ignore[assignment]
             with torch.no_grad():
                 weight.index_fill_(1 if isinstance(reader, nn.Linear) else 0, columns.to(weight.device), 0)
-                bias = self.decision.biases.get(f"{group.reader}.bias")
+                bias = part.biases.get(f"{group.reader}.bias")
                 if bias is not None:
                     old = reader.bias.detach() if reader.bias is not None else 0.0  # type: ignore[union-attr]
                     reader.bias = nn.Parameter((bias.to(weight.device) + old).to(weight.dtype))  # type: ignore[assignment]
@@ -218,61 +219,98 @@ class _Run:
     # -- whole blocks --------------------------------------------------------------------------------------------
 
     @decide.register
-    def _(self, method: LayerMethod) -> Decision:
+    def _(self, method: LayerMethod) -> None:
         group = self.anatomy["layers"]
         count = method.layers or int(group.units * method.sparsity)
         if count == 0:
-            return self.decision
+            return
         if group.frozen:
-            raise UnsupportedModelError(f"blocks of {type(self.model).__name__} must stay: {group.frozen}")
+            raise UnsupportedModelError(f"blocks of {type(self.source.model).__name__} must stay: {group.frozen}")
         if count >= group.units:
             raise BudgetError(f"can't remove {count} of {group.units} blocks: at least one must stay")
-        walk, scores = self.walk(), []
-        for layer in range(group.units):
-            seen: Mapping[str, Any] = {}
+        for layer in self._blocks("calibrate"):
+            name = f"layers.{layer}"
+            seen = self._kept_seen(layer) or {}
+            walk = self.walk() if not seen else None
             if walk is not None:
-                seen = walk.observe_block(walk.open(layer), layer, method.needed_statistics())
-            scores.append(float(method.score(Target(f"layers.{layer}", "layer", layer, torch.empty(0, 0)), seen)))
-            self.progress("calibrate", layer + 1, group.units)
-        ranked = torch.tensor(scores, dtype=torch.float64)
+                seen = {name: walk.observe_block(walk.open(layer), layer, method.needed_statistics())}
+                self._keep_seen(layer, seen)
+            score = method.score(Target(name, "layer", layer, torch.empty(0, 0)), seen.get(name, {}))
+            ranked = {name: torch.tensor([score], dtype=torch.float64)}
+            self.keeper.keep(layer, Decision(), final=False, walk=self._walk, ranked=ranked)
+        self.keeper.close(self._drop_lowest(group, count))
+
+    def _drop_lowest(self, group: Group, count: int) -> Iterator[Decision]:
+        ranked = torch.cat([self.keeper.ranked(f"layers.{layer}") for layer in range(group.units)])
         _check_finite(ranked, "layers", 0, "scores")
-        self.decision.groups["layers"] = group.units
-        self.decision.scores["layers"] = ranked.float()
-        self.decision.keep["layers"] = ranked.argsort(stable=True)[count:].sort().values
-        return self.decision
+        yield Decision(
+            groups={"layers": group.units},
+            keep={"layers": ranked.argsort(stable=True)[count:].sort().values},
+            scores={"layers": ranked.float()},
+        )
 
     # -- shared --------------------------------------------------------------------------------------------------
 
-    def _observe(
-        self, walk: BlockWalk | None, layer: int, modules: list[str], *, advance: bool
-    ) -> tuple[nn.Module | None, SeenByModule]:
+    def _blocks(self, stage: str) -> Iterator[int]:
+        """The blocks that are not finished yet, each checked when its turn comes."""
+        for layer in range(self.keeper.finished, self.layers):
+            for name, tensor in self.source.block_tensors(layer).items():
+                if tensor.is_floating_point():
+                    _check_finite(tensor, name, layer, "weights")
+            yield layer
+            self.progress(stage, layer + 1, self.layers)
+
+    def _observe(self, layer: int, modules: list[str], *, advance: bool) -> tuple[nn.Module | None, SeenByModule]:
         """(working copy of the block, statistics by full module name)."""
+        if advance and (seen := self._kept_seen(layer)) is not None:
+            return None, seen
+        walk = self.walk()
         if walk is None:
             return None, {}
         block = walk.open(layer)
         inside = [self._inside(name) for name in modules]
-        seen = walk.observe(block, layer, inside, self.method.needed_statistics(), advance=advance)
-        return block, {full: seen[short] for full, short in zip(modules, inside, strict=True)}
+        found = walk.observe(block, layer, inside, self.method.needed_statistics(), advance=advance)
+        seen = {full: found[short] for full, short in zip(modules, inside, strict=True)}
+        if advance:
+            self._keep_seen(layer, seen)
+        return block, seen
+
+    def _kept_seen(self, layer: int) -> SeenByModule | None:
+        """Statistics of the dense model from an earlier run, when those of this block and all later ones are there."""
+        if self.statistics is None or self._walk is not None or not self.method.statistics:
+            return None
+        if not all(self._statistics_file(later).is_file() for later in range(layer, self.layers)):
+            return None
+        return read_seen(self._statistics_file(layer), self.method.needed_statistics(), self.source.device)
+
+    def _keep_seen(self, layer: int, seen: SeenByModule) -> None:
+        if self.statistics is not None:
+            self.statistics.mkdir(parents=True, exist_ok=True)
+            write_seen(self._statistics_file(layer), seen)
+
+    def _statistics_file(self, layer: int) -> Path:
+        assert self.statistics is not None
+        return self.statistics / f"block-{layer:05d}.safetensors"
+
+    def _advance(self, method: Method, block: nn.Module | None, layer: int) -> None:
+        """Let a block that was changed give the inputs of the next one; the last one has none."""
+        if method.sequential and self._walk is not None and block is not None and layer + 1 < self.layers:
+            self._walk.advance(block, layer)
 
     def _inside(self, module: str) -> str:
         """Name of a module within its block."""
-        return module.removeprefix(self.name + ".").partition(".")[2]
+        return module.removeprefix(self.source.name + ".").partition(".")[2]
 
     def _group_target(self, group: Group) -> Target:
         return self._target(group.reader or "", group.kind, group.layer, name=group.name, columns=group.columns)
 
     def _target(self, module: str, kind: str, layer: int, *, name: str, columns: Tensor | None = None) -> Target:
-        linear = self.model.get_submodule(module)
-        weight: Tensor = linear.weight.detach()  # type: ignore[union-attr,assignment,operator]
+        linear = self.source.model.get_submodule(module)
+        weight = self.source.tensor(f"{module}.weight").to(self.source.device)
         weight = weight if isinstance(linear, nn.Linear) else weight.T
         # float64 models are kept as they are: their users want the exact answer
         weight = weight if weight.dtype == torch.float64 else weight.float()
         return Target(name, kind, layer, weight) if columns is None else Target(name, kind, layer, weight, columns)
-
-    def _check_weights(self) -> None:
-        for layer, block in enumerate(self.blocks):
-            for name, parameter in block.named_parameters():
-                _check_finite(parameter.detach(), f"{self.name}.{layer}.{name}", layer, "weights")
 
 
 def _check_pattern(pattern: str, matrices: list[Matrix]) -> None:

@@ -14,6 +14,7 @@ SecateurError
 │   ├── PlanMismatchError     the plan was made for another model
 │   └── BudgetError           the budget can't be met
 ├── SweepError                some points of a sweep failed
+├── CorruptFileError          a safetensors file that is damaged, cut short or made to mislead
 ├── OutputError               the output folder exists, or can't be written
 └── MissingExtraError         an optional dependency is not installed
 """
@@ -80,6 +81,10 @@ class BudgetError(PlanError):
 
 class SweepError(SecateurError):
     """Some points of a sweep failed; the others are there."""
+
+
+class CorruptFileError(SecateurError):
+    """A safetensors file is damaged, cut short, or says things about itself that can't be."""
 
 
 class OutputError(SecateurError):

@@ -63,6 +63,19 @@ def write_text(path: str | Path, text: str) -> None:
             temporary.unlink()
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def _parents(folder: Path) -> Generator[None, None, None]:
     """The folders above ``folder`` exist within the block; those that were missing vanish again when it fails."""

@@ -20,7 +20,8 @@ On disk a plan is a folder:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -31,9 +32,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from secateur.errors import PlanError
+from secateur.errors import CorruptFileError, PlanError
+from secateur.tensorfiles import Made, Stored, read_header, write_tensors
 
 FORMAT_VERSION = 1
+
+# masks and values that take more than this on disk are left there; a mask in memory is eight times as large
+IN_MEMORY_BYTES = 1 << 24
 
 
 class Fingerprint(BaseModel):
@@ -86,8 +91,25 @@ class _Document(BaseModel):
     masks: dict[str, tuple[int, ...]]
 
 
+class _OnDisk(Mapping[str, Tensor]):
+    """Tensors that are read from a file when they are looked at, and then forgotten."""
+
+    def __init__(self, stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        self.stored, self.shapes = stored, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.stored[name].read()
+        return tensor if self.shapes is None else unpack_bits(tensor, self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
 def _frozen(mapping: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return MappingProxyType(dict(mapping))
+    return mapping if isinstance(mapping, (_OnDisk, MappingProxyType)) else MappingProxyType(dict(mapping))
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,7 @@ class Plan:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    _kept: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("keep", "masks", "values", "biases", "scores"):
@@ -128,11 +151,14 @@ class Plan:
                 raise PlanError(f"kept units of {name} must be a list of integers")
             if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= units or bool((kept.diff() <= 0).any())):
                 raise PlanError(f"kept units of {name} must be ascending and lie in [0, {units})")
-        for name, mask in self.masks.items():
-            if mask.dtype != torch.bool:
-                raise PlanError(f"the mask of {name} must be boolean")
-        for name, value in self.values.items():
-            if name not in self.masks or value.numel() != int(self.masks[name].sum()):
+        if not isinstance(self.masks, _OnDisk):
+            for name, mask in self.masks.items():
+                if mask.dtype != torch.bool:
+                    raise PlanError(f"the mask of {name} must be boolean")
+        for name in self.values:
+            # one at a time: together they may be larger than memory
+            value = self.values[name]
+            if name not in self.masks or value.numel() != self.kept_entries(name):
                 raise PlanError(f"values of {name} don't match its mask")
             if not bool(torch.isfinite(value).all()):
                 raise PlanError(f"values of {name} hold NaN or inf")
@@ -160,7 +186,7 @@ class Plan:
         """True when applying the plan changes nothing."""
         return (
             all(len(self.keep[g]) == n for g, n in self.groups.items())
-            and all(bool(m.all()) for m in self.masks.values())
+            and all(self.kept_entries(name) == math.prod(shape) for name, shape in self.mask_shapes.items())
             and not self.values
             and not any(bool(b.any()) for b in self.biases.values())
         )
@@ -173,8 +199,24 @@ class Plan:
 
     def sparsity(self, tensor: str) -> float:
         """Fraction of the entries of ``tensor`` that are removed by its mask."""
-        mask = self.masks[tensor]
-        return 1.0 - float(mask.sum()) / mask.numel()
+        return 1.0 - self.kept_entries(tensor) / math.prod(self.mask_shapes[tensor])
+
+    @property
+    def mask_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the masked weights, as they are stored."""
+        if isinstance(self.masks, _OnDisk) and self.masks.shapes is not None:
+            return self.masks.shapes
+        return {name: tuple(mask.shape) for name, mask in self.masks.items()}
+
+    def kept_entries(self, tensor: str) -> int:
+        """How many entries of a masked weight stay."""
+        if tensor not in self._kept:
+            if isinstance(self.masks, _OnDisk):
+                packed = self.masks.stored[tensor].read().numpy()
+                self._kept[tensor] = int(_ONES[packed].sum(dtype=np.int64)) if packed.size else 0
+            else:
+                self._kept[tensor] = int(self.masks[tensor].sum())
+        return self._kept[tensor]
 
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the plan to ``folder``; the same plan gives the same bytes. Raises OutputError when it exists."""
@@ -186,42 +228,51 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """Write the two files into an existing folder."""
-        from safetensors.torch import save_file
-
         document = _Document(
             format_version=FORMAT_VERSION,
             provenance=list(self.provenance),
             groups=dict(sorted(self.groups.items())),
-            masks={n: tuple(m.shape) for n, m in sorted(self.masks.items())},
+            masks=dict(sorted(self.mask_shapes.items())),
         )
         text = json.dumps(document.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False)
         (path / "plan.json").write_text(text + "\n", encoding="utf8")
-        tensors = {f"keep/{n}": t for n, t in self.keep.items()}
-        tensors |= {f"scores/{n}": t.float() for n, t in self.scores.items()}
-        tensors |= {f"mask/{n}": pack_bits(t) for n, t in self.masks.items()}
-        tensors |= {f"value/{n}": t for n, t in self.values.items()}
-        tensors |= {f"bias/{n}": t.float() for n, t in self.biases.items()}
-        save_file({n: tensors[n].contiguous() for n in sorted(tensors)}, str(path / "plan.safetensors"))
+        write_tensors(path / "plan.safetensors", self.tensors())
+
+    def tensors(self) -> dict[str, Stored | Made | Tensor]:
+        """What ``plan.safetensors`` holds; masks are packed when they are written."""
+        found: dict[str, Stored | Made | Tensor] = {}
+        for kind, mapping in (("keep", self.keep), ("scores", self.scores), ("value", self.values)):
+            found |= {f"{kind}/{n}": t for n, t in _as_stored(mapping).items()}
+        found |= {f"bias/{n}": t for n, t in _as_stored(self.biases).items()}
+        if isinstance(self.masks, _OnDisk):
+            return found | {f"mask/{n}": t for n, t in self.masks.stored.items()}
+        return found | {f"mask/{n}": packed_bits(t) for n, t in self.masks.items()}
 
     @classmethod
     def load(cls, folder: str | Path) -> Plan:
-        """Read a plan and validate it. Raises PlanError, in one sentence, when it is missing or damaged."""
+        """Open a plan and validate it. Raises PlanError, in one sentence, when it is missing or damaged.
+
+        Masks and values of a large plan stay on disk and are read one at a time whenever they are looked at.
+        """
         folder = Path(folder)
         document = _read_document(folder)
         parts = _read_tensors(folder)
-        masks = {}
         for name, shape in document.masks.items():
             if name not in parts["mask"]:
                 raise PlanError(f"{folder}: the mask of {name} is missing from plan.safetensors")
-            masks[name] = unpack_bits(parts["mask"][name], shape)
+            _check_packed(parts["mask"][name], name, shape)
+        small = {kind: {n: t.read() for n, t in parts[kind].items()} for kind in ("keep", "bias", "scores")}
+        masks = _OnDisk({n: parts["mask"][n] for n in document.masks}, document.masks)
+        values = _OnDisk(parts["value"])
+        large = sum(stored.size for part in (masks, values) for stored in part.stored.values()) > IN_MEMORY_BYTES
         return cls(
             provenance=tuple(document.provenance),
             groups=document.groups,
-            keep=parts["keep"],
-            masks=masks,
-            values=parts["value"],
-            biases=parts["bias"],
-            scores=parts["scores"],
+            keep=small["keep"],
+            masks=masks if large else dict(masks),
+            values=values if large else dict(values),
+            biases=small["bias"],
+            scores=small["scores"],
         )
 
     def diff(self, other: Plan) -> PlanDiff:
@@ -250,6 +301,26 @@ class Plan:
             biases=biases,
             scores={**self.scores, **other.scores},
         )
+
+
+def plan_of_parts(
+    provenance: Provenance,
+    groups: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Stored],
+) -> Plan:
+    """A plan from the entries of several files, named as in ``plan.safetensors``; masks and values stay there."""
+    parts = _by_kind(tensors, "the run")
+    small = {kind: {n: t.read() for n, t in parts[kind].items()} for kind in ("keep", "bias", "scores")}
+    return Plan(
+        provenance=(provenance,),
+        groups=groups,
+        keep=small["keep"],
+        masks=_OnDisk(parts["mask"], shapes),
+        values=_OnDisk(parts["value"]),
+        biases=small["bias"],
+        scores=small["scores"],
+    )
 
 
 @dataclass(frozen=True)
@@ -327,21 +398,45 @@ def _read_document(folder: Path) -> _Document:
         raise PlanError(f"{path} is not valid JSON: {error}") from None
 
 
-def _read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _read_tensors(folder: Path) -> dict[str, dict[str, Stored]]:
     path = folder / "plan.safetensors"
+    if not path.exists():
+        raise PlanError(f"{folder} holds no plan: there is no plan.safetensors in it")
     try:
-        tensors = load_file(str(path))
-    except FileNotFoundError:
-        raise PlanError(f"{folder} holds no plan: there is no plan.safetensors in it") from None
-    except (SafetensorError, OSError) as error:
-        raise PlanError(f"{path} is damaged: {error}") from None
-    parts: dict[str, dict[str, Tensor]] = {k: {} for k in ("keep", "scores", "mask", "value", "bias")}
+        tensors = read_header(path)
+    except CorruptFileError as error:
+        raise PlanError(str(error)) from None
+    return _by_kind(tensors, path)
+
+
+def _by_kind(tensors: Mapping[str, Stored], where: object) -> dict[str, dict[str, Stored]]:
+    parts: dict[str, dict[str, Stored]] = {k: {} for k in ("keep", "scores", "mask", "value", "bias")}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         if kind not in parts:
-            raise PlanError(f"{path} holds an unknown entry {name!r}")
+            raise PlanError(f"{where} holds an unknown entry {name!r}")
         parts[kind][rest] = tensor
     return parts
+
+
+def _as_stored(mapping: Mapping[str, Tensor]) -> Mapping[str, Stored | Tensor]:
+    return mapping.stored if isinstance(mapping, _OnDisk) else mapping
+
+
+def packed_bits(mask: Tensor) -> Made:
+    """A mask as the packed bits that a file holds."""
+    return Made(torch.uint8, ((mask.numel() + 7) // 8,), lambda: pack_bits(mask))
+
+
+def _check_packed(packed: Stored, name: str, shape: tuple[int, ...]) -> None:
+    count = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.numel != (count + 7) // 8:
+        raise PlanError(
+            f"a bit mask of shape {shape} needs {(count + 7) // 8} bytes, that of {name} has {packed.numel}"
+        )
+    if count % 8 and int(packed.read_flat(packed.numel - 1, 1)) >> (count % 8):
+        raise PlanError(f"the mask of {name} has bits beyond its last entry")
+
+
+# number of ones in every byte
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)

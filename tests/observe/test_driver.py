@@ -8,6 +8,7 @@ import torch
 from families import FAMILY_CONFIGS, make_tiny, tiny_ids
 from secateur.errors import NonFiniteError, UsageError
 from secateur.models.decoders import decoder_blocks, is_linear
+from secateur.models.sources import Source
 from secateur.observe import Gram, SumSquares
 from secateur.observe.driver import BlockWalk
 from secateur.observe.precision import bfloat16_speedup, compute_dtype
@@ -16,8 +17,8 @@ IDS = tiny_ids(5)
 
 
 def walk_over(model, dtype=torch.float32, batch_tokens=32):
-    _, blocks = decoder_blocks(model)
-    return BlockWalk(model.base_model, blocks, IDS, dtype=dtype, batch_tokens=batch_tokens), blocks
+    source = Source(model)
+    return BlockWalk(source, IDS, dtype=dtype, batch_tokens=batch_tokens), source.blocks
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)

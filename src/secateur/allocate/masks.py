@@ -7,6 +7,7 @@ removed first), and never keeps less for a smaller sparsity. O outputs, I inputs
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -123,3 +124,40 @@ def _lowest_of_few(scores_RC: Tensor, count: int) -> Tensor:
         rank = (parts[:i] <= parts[i]).sum(dim=0) + (parts[i + 1 :] < parts[i]).sum(dim=0)
         lowest[i] = rank < count
     return lowest.T
+
+
+def lowest_of_all(parts: Callable[[], Iterable[Tensor]], count: int) -> Iterator[Tensor]:
+    """For every part (float32 scores of any shape): True for those among the ``count`` lowest entries of all parts.
+
+    Exact, ties included (the first ones leave), though only one part is in memory at a time: ``parts`` is called
+    three times, and the threshold is found by counting its upper and then its lower 16 bits.
+    """
+    high = sum((_histogram(_ordered(part) >> 16) for part in parts()), np.zeros(1 << 16, dtype=np.int64))
+    before = np.cumsum(high)
+    top = int(np.searchsorted(before, count)) if count else 0
+    rest = count - (int(before[top - 1]) if top else 0)
+    low = np.zeros(1 << 16, dtype=np.int64)
+    for part in parts():
+        key = _ordered(part)
+        low += _histogram(key[key >> 16 == top] & 0xFFFF)
+    below = np.cumsum(low)
+    bottom = int(np.searchsorted(below, rest)) if count else 0
+    threshold, ties = (top << 16) + bottom, rest - (int(below[bottom - 1]) if bottom else 0)
+    for part in parts():
+        key = _ordered(part)
+        equal = key == threshold
+        # of those at the threshold, as many leave as are still wanted
+        leave = (key < threshold) | (equal & (np.cumsum(equal) <= ties))
+        ties -= min(ties, int(np.count_nonzero(equal)))
+        yield torch.from_numpy(leave).reshape(part.shape)
+
+
+def _ordered(scores: Tensor) -> np.ndarray:
+    """Integers [entries] that are ordered as the float32 scores are."""
+    # adding 0.0 makes -0.0 the same as 0.0
+    bits = (scores.detach().float().cpu().contiguous().reshape(-1) + 0.0).numpy().view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+
+def _histogram(keys: np.ndarray) -> np.ndarray:
+    return np.bincount(keys, minlength=1 << 16).astype(np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,25 +14,37 @@ from secateur.plans import Fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# enough to tell two trainings apart, little enough to read from a memory-mapped file
-_SAMPLED = 1024
+    from secateur.models.sources import Source
+
+# enough to tell two trainings apart, and only a few pages of a large file
+_RUNS, _RUN_LENGTH = 8, 128
 
 
-def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Architecture, hash of all names and shapes, hash of a strided sample of every parameter (as float32)."""
+def fingerprint(source: Source) -> Fingerprint:
+    """Architecture, hash of all names and shapes, hash of a sample of every parameter (as float32).
+
+    The sample is eight evenly spaced runs of 128 consecutive entries, or the whole of a small tensor.
+    """
     shapes, weights = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
+    for name, tensor in sorted(source.model.named_parameters()):
         shapes.update(f"{name}:{list(tensor.shape)};".encode())
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLED)]
-        weights.update(sample.to(torch.float32).cpu().numpy().tobytes())
+        for sample in _samples(source, name, tensor.numel()):
+            weights.update(sample.to(torch.float32).cpu().numpy().tobytes())
     return Fingerprint(
-        architecture=type(model).__name__,
+        architecture=type(source.model).__name__,
         shapes=shapes.hexdigest(),
         weights=weights.hexdigest(),
-        num_layers=int(model.config.num_hidden_layers),
-        name=display_name(model),
+        num_layers=int(source.model.config.num_hidden_layers),
+        name=display_name(source.model),
     )
+
+
+def _samples(source: Source, name: str, count: int) -> Iterator[torch.Tensor]:
+    if count <= _RUNS * _RUN_LENGTH:
+        yield source.part(name, 0, count)
+        return
+    for run in range(_RUNS):
+        yield source.part(name, (count - _RUN_LENGTH) * run // (_RUNS - 1), _RUN_LENGTH)
 
 
 def display_name(model: PreTrainedModel) -> str:

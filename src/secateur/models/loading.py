@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,9 @@ from secateur.errors import (
     nearest,
     require_extra,
 )
+
+from secateur.models.skeletons import NotStreamable, match, skeleton, weight_files
+from secateur.models.sources import CheckpointSource, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +66,37 @@ def load_model(
             tokenizer = _load_tokenizer(source, trust_remote_code)
         check_finite(model)
         return model.to(target).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def open_source(
+    name: str | Path, *, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[Source, PreTrainedTokenizerBase | None]:
+    """A model opened for reading block by block, and its tokenizer; the dtype is the checkpoint's own.
+
+    A GGUF file, and a checkpoint whose names or shapes only transformers can translate, is loaded as a whole; the
+    source is then in memory. Raises what ``load_model`` raises.
+    """
+    target = _device(device)
+    source = _source(name)
+    folder = _local_folder(source)
+    with quiet(), _in_one_sentence(name):
+        if folder is not None:
+            config = _read_config(folder)
+            _check_config(str(name), config, trust_remote_code)
+            _check_weights(folder)
+            model = skeleton(folder, config, trust_remote_code=trust_remote_code)
+            model.secateur_name = str(name)  # type: ignore[assignment]
+            with suppress(NotStreamable):
+                stored = match(model, folder, config.get("secateur", {}).get("packed", {}).get("tensors", {}))
+                return CheckpointSource(model, stored, target), _load_tokenizer(source, trust_remote_code)
+    model, tokenizer = load_model(name, dtype="auto", device=device, trust_remote_code=trust_remote_code)
+    model.secateur_name = str(name)  # type: ignore[assignment]
+    return Source(model), tokenizer
+
+
+def _local_folder(source: str) -> Path | None:
+    """The folder of a checkpoint on this disk, or None."""
+    return Path(source) if Path(source).is_dir() else None
 
 
 def check_finite(model: torch.nn.Module) -> None:
@@ -269,7 +303,7 @@ def _check_weights(folder: Path) -> None:
     """Read the headers of all weight files: missing, truncated and corrupt ones are named."""
     from safetensors import SafetensorError, safe_open
 
-    for name in _weight_files(folder):
+    for name in weight_files(folder):
         if not (folder / name).is_file():
             raise ModelLoadError(f"{folder / name} is missing, though the index of the checkpoint lists it")
         try:
@@ -277,20 +311,6 @@ def _check_weights(folder: Path) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{folder / name} is corrupt or cut short: {_first_line(error)}") from None
-
-
-def _weight_files(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            return sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ModelLoadError(f"{index} is not a valid index of weight files") from None
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    pickled = any(folder.glob("pytorch_model*.bin"))
-    why = "only pickled ones, which secateur never opens; convert them" if pickled else "no model.safetensors"
-    raise ModelLoadError(f"{folder} has no weights in safetensors form: {why}")
 
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:

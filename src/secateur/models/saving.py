@@ -106,14 +106,10 @@ def _write_report(report: Report, path: Path, html: bool) -> None:
 
 def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size: str) -> bool:
     """Weights, config and generation config; True when the folder needs its modelling file."""
-    layout = layout_of(model)
     state_dict, shapes = _unique(model.state_dict()), {}
     if format == "packed":
         state_dict, shapes = pack(state_dict)
-        layout["packed"] = {"version": PACKED_VERSION, "tensors": shapes}
-    native = native_config(model.config)
-    remote = bool(shapes) or not is_stock(layout) or not stock_accepts(native)
-    config = _remote_config(native, layout, type(model.base_model).__name__) if remote else native
+    remote, config = _checkpoint_config(model, shapes)
     # transformers writes into the config that it saves; what counts is written after it
     with quiet(), _lent_config(model, copy.deepcopy(config)):
         model.save_pretrained(
@@ -123,14 +119,43 @@ def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size
             # transformers maps the published names of some families to its own, though not for remote code
             save_original_format=not remote,
         )
-        config.dtype = str(model.dtype).removeprefix("torch.")
-        config.architectures = [f"Pruned{layout['base']}" if remote else layout["base"]]
+    _write_config_files(model, path, config, remote)
+    return remote
+
+
+def write_config(model: PreTrainedModel, path: Path, packed: Mapping[str, list[int]]) -> bool:
+    """All of a checkpoint but its weights; ``packed`` are the dense shapes of packed ones.
+
+    ``model`` may lie on the meta device. Returns True when the folder needs its modelling file.
+    """
+    remote, config = _checkpoint_config(model, packed)
+    _write_config_files(model, path, config, remote)
+    if model.can_generate() and getattr(model, "generation_config", None) is not None:
+        with quiet():
+            model.generation_config.save_pretrained(str(path))
+    return remote
+
+
+def _checkpoint_config(model: PreTrainedModel, packed: Mapping[str, list[int]]) -> tuple[bool, PreTrainedConfig]:
+    """(needs the modelling file, config as it stands in the folder)."""
+    layout = layout_of(model)
+    if packed:
+        layout["packed"] = {"version": PACKED_VERSION, "tensors": dict(packed)}
+    native = native_config(model.config)
+    remote = bool(packed) or not is_stock(layout) or not stock_accepts(native)
+    config = _remote_config(native, layout, type(model.base_model).__name__) if remote else native
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [f"Pruned{layout['base']}" if remote else layout["base"]]
+    return remote, config
+
+
+def _write_config_files(model: PreTrainedModel, path: Path, config: PreTrainedConfig, remote: bool) -> None:
+    with quiet():
         config.save_pretrained(str(path))
     if remote:
         shutil.copyfile(modeling_secateur.__file__, path / _MODELLING_FILE)
     else:
         (path / _MODELLING_FILE).unlink(missing_ok=True)  # a class loaded as remote code brings its own
-    return remote
 
 
 def _unique(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

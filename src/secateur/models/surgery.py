@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,10 @@ from secateur.models.decoders import (
 )
 from secateur.models.fingerprint import fingerprint
 from secateur.models.modeling_secateur import adopt
-from secateur.plans import Plan
+from secateur.models.sources import Source
+from secateur.plans import Fingerprint, Plan
 from secateur.structure import Anatomy
-from secateur.structure.surgery import cut_tensors, removed_positions, set_parameter, zero_positions
+from secateur.structure.surgery import cut_positions, removed_positions, set_parameter, zero_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,32 +35,74 @@ _PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "attention_layers", "mlp_la
 
 def apply_plan(plan: Plan, model: PreTrainedModel, *, inplace: bool = False, mask: bool = False) -> PreTrainedModel:
     """See ``secateur.apply``. Masks and values come first, in dense coordinates, then groups are cut."""
-    check_fits(plan, model)
+    check_fits(plan, fingerprint(Source(model)))
     model = model if inplace else copy.deepcopy(model)
-    anatomy = decoder_anatomy(model, heads=plan.head_unit)
-    _check_groups(plan, anatomy)
+    return cut_model(plan, model, mask=mask)
+
+
+def cut_model(plan: Plan, model: PreTrainedModel, *, mask: bool = False) -> PreTrainedModel:
+    """Cut ``model`` in place. On the meta device it gets the shapes and the config of the cut model."""
+    cut = Cut(plan, model)
     with torch.no_grad():
-        _apply_masks(plan, model)
-        _add_biases(plan, model)
-    removed = {name: plan.removed(name) for name in plan.keep}
-    positions = removed_positions(anatomy, removed)
-    gone_layers = removed.get("layers")
+        for name in cut.touched:
+            old = _parameter(model, name)
+            new = cut.tensor(name, old, _weight_of(model, name), mask=mask)
+            if old is not None and old.shape == new.shape:
+                if new is not old:
+                    old.copy_(new)
+            else:
+                set_parameter(model, name, new.contiguous())
     if mask:
-        zero_positions(model, positions)
-        if gone_layers is not None:
-            _silence_blocks(model, gone_layers)
+        if cut.gone_layers:
+            _silence_blocks(model, cut.gone_layers)
         return model
-    cut_tensors(model, positions)
-    if gone_layers is not None and len(gone_layers):
-        _drop_blocks(model, gone_layers)
-    if positions:
+    if cut.gone_layers:
+        _drop_blocks(model, cut.gone_layers)
+    if cut.positions:
         _follow_sizes(model)
     return model
 
 
-def check_fits(plan: Plan, model: PreTrainedModel) -> None:
+class Cut:
+    """What a plan does to each tensor of a dense model of these shapes. Raises PlanMismatchError.
+
+    ``touched`` are the names of the tensors that change or come into being, ``gone_layers`` the blocks that leave.
+    """
+
+    def __init__(self, plan: Plan, model: PreTrainedModel, anatomy: Anatomy | None = None) -> None:
+        anatomy = anatomy or decoder_anatomy(model, heads=plan.head_unit)
+        _check_groups(plan, anatomy)
+        removed = {name: plan.removed(name) for name in plan.keep}
+        self._plan = plan
+        self.positions = removed_positions([anatomy[name] for name in removed], removed)
+        self.gone_layers: list[int] = removed["layers"].tolist() if "layers" in removed else []
+        self.touched = list(dict.fromkeys([*plan.masks, *plan.biases, *(name for name, _ in self.positions)]))
+
+    def shape(self, name: str, shape: Iterable[int]) -> tuple[int, ...]:
+        """What is left of a tensor of this shape."""
+        gone = [self.positions.get((name, dim)) for dim in range(len(tuple(shape)))]
+        return tuple(size - (0 if g is None else len(g)) for size, g in zip(shape, gone, strict=True))
+
+    def tensor(self, name: str, old: Tensor | None, weight: Tensor, *, mask: bool = False) -> Tensor:
+        """The tensor ``name`` as it is in the cut model; ``old`` is None for a bias that the dense one lacks.
+
+        ``weight`` is the weight of its module, which tells dtype and device. With ``mask`` the shape stays.
+        """
+        new = old
+        if name in self._plan.masks:
+            assert old is not None
+            new = _masked(self._plan, name, old)
+        if name in self._plan.biases:
+            bias = self._plan.biases[name].to(weight.device)
+            new = (bias + (old.float() if old is not None else 0.0)).to(weight.dtype)
+        assert new is not None
+        if mask:
+            return zero_positions(new, name, self.positions)
+        return cut_positions(new, name, self.positions)
+
+
+def check_fits(plan: Plan, mine: Fingerprint) -> None:
     """Refuse a plan for other shapes; warn when the shapes fit and the weights are others."""
-    mine = fingerprint(model)
     if mine.shapes != plan.model.shapes:
         raise PlanMismatchError(
             f"the plan was made for {plan.model.name} ({plan.model.architecture}, {plan.model.num_layers} layers) and"
@@ -76,35 +120,38 @@ def _check_groups(plan: Plan, anatomy: Anatomy) -> None:
             raise PlanMismatchError(f"the plan cuts {name}, which must stay: {anatomy[name].frozen}")
 
 
-def _apply_masks(plan: Plan, model: PreTrainedModel) -> None:
-    for name, mask in plan.masks.items():
-        weight = model.get_parameter(name)
-        if name in plan.values:
-            weight.masked_scatter_(mask.to(weight.device), plan.values[name].to(weight.device, weight.dtype))
-        weight.masked_fill_(~mask.to(weight.device), 0)
+def _masked(plan: Plan, name: str, weight: Tensor) -> Tensor:
+    if weight.is_meta:
+        return weight
+    mask = plan.masks[name].to(weight.device)
+    if name in plan.values:
+        weight = weight.masked_scatter(mask, plan.values[name].to(weight.device, weight.dtype))
+        return weight.masked_fill_(~mask, 0)
+    return weight.masked_fill(~mask, 0)
 
 
-def _add_biases(plan: Plan, model: PreTrainedModel) -> None:
-    for name, bias in plan.biases.items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        old = module.bias.detach().float() if module.bias is not None else 0.0  # type: ignore[union-attr]
-        set_parameter(model, name, (bias.to(weight.device) + old).to(weight.dtype))
+def _parameter(model: PreTrainedModel, name: str) -> Tensor | None:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf, None)
 
 
-def _silence_blocks(model: PreTrainedModel, layers: Tensor) -> None:
+def _weight_of(model: PreTrainedModel, name: str) -> Tensor:
+    return model.get_parameter(name.rpartition(".")[0] + ".weight")
+
+
+def _silence_blocks(model: PreTrainedModel, layers: list[int]) -> None:
     """Zero what the blocks add to the residual stream."""
     blocks = typed_blocks(model)
     with torch.no_grad():
-        for layer in layers.tolist():
+        for layer in layers:
             for name in (blocks[layer].out, blocks[layer].down):
                 for parameter in model.get_submodule(name).parameters():
                     parameter.zero_()
 
 
-def _drop_blocks(model: PreTrainedModel, layers: Tensor) -> None:
+def _drop_blocks(model: PreTrainedModel, layers: list[int]) -> None:
     name, blocks = decoder_blocks(model)
-    gone = set(layers.tolist())
+    gone = set(layers)
     kept = [i for i in range(len(blocks)) if i not in gone]
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, nn.ModuleList(blocks[i] for i in kept))

@@ -1,21 +1,21 @@
 """Walking a decoder block by block: hidden states in, statistics and hidden states out.
 
-Only the blocks are run, each on a working copy in the compute dtype, so the user's model is never changed and
-never converted as a whole. B sequences, T tokens, D hidden.
+Only the blocks are run, each as a working copy in the compute dtype, so the user's model is never changed and never
+converted, or even in memory, as a whole. B sequences, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import NonFiniteError
+from secateur.observe.activations import Activations
 from secateur.observe.statistics import Statistic
 
 StatisticTypes = Mapping[str, type[Statistic]]
@@ -29,26 +29,44 @@ class _Call:
     kwargs: dict[str, Any]
 
 
-class BlockWalk:
-    """Hidden states on their way through ``blocks``; ``base`` is the decoder without its head.
+class Blocks(Protocol):
+    """What a walk needs of a decoder; see ``models.sources.Source``."""
 
-    ``ids`` is [windows, length] int64. Blocks are copied to ``dtype`` one at a time. Raises NonFiniteError as soon
-    as a block gives NaN or inf.
+    blocks: nn.ModuleList
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def open(self, layer: int, dtype: torch.dtype) -> nn.Module: ...
+
+    def shell(self, dtype: torch.dtype) -> nn.Module: ...
+
+
+class BlockWalk:
+    """Hidden states on their way through the blocks of ``source``.
+
+    ``ids`` is [windows, length] int64. Blocks are opened in ``dtype`` one at a time. ``hidden`` holds the inputs of
+    the next block. Raises NonFiniteError as soon as a block gives NaN or inf.
     """
 
     def __init__(
-        self, base: nn.Module, blocks: nn.ModuleList, ids: Tensor, *, dtype: torch.dtype, batch_tokens: int = 2048
+        self,
+        source: Blocks,
+        ids: Tensor,
+        *,
+        dtype: torch.dtype,
+        batch_tokens: int = 2048,
+        hidden: Activations | None = None,
     ) -> None:
-        self._blocks, self._dtype = blocks, dtype
-        device = next(blocks.parameters()).device
-        self._batches = list(ids.to(device).split(max(1, batch_tokens // ids.shape[1])))
-        self._hidden: list[Tensor] = []
+        self._source, self._dtype = source, dtype
+        self._batches = list(ids.to(source.device).split(max(1, batch_tokens // ids.shape[1])))
+        self.hidden = hidden if hidden is not None else Activations()
         self._calls: dict[int, list[_Call]] = {}
-        self._enter(base)
+        self._enter(source.shell(dtype))
 
     def open(self, layer: int) -> nn.Module:
         """A working copy of one block in the compute dtype; what is done to it shows in ``advance``."""
-        return copy.deepcopy(self._blocks[layer]).to(self._dtype).eval()
+        return self._source.open(layer, self._dtype)
 
     @torch.inference_mode()
     def observe(
@@ -60,29 +78,34 @@ class BlockWalk:
         """
         watch = _InputWatch(block, modules, statistics)
         with watch:
-            for i, hidden in enumerate(self._hidden):
-                output = self._run(block, layer, i, hidden)
+            for i in range(len(self.hidden)):
+                output = self._run(block, layer, i, self.hidden[i])
                 watch.end_of_batch()
                 if advance:
-                    self._hidden[i] = output
+                    self.hidden[i] = output
+        if advance:
+            self.hidden.turn()
         return watch.seen
 
     @torch.inference_mode()
     def observe_block(self, block: nn.Module, layer: int, statistics: StatisticTypes) -> dict[str, Statistic]:
         """Statistics of (input, output) of the block, concatenated along the hidden dimension; advances."""
         seen = {name: kind() for name, kind in statistics.items()}
-        for i, hidden in enumerate(self._hidden):
+        for i in range(len(self.hidden)):
+            hidden = self.hidden[i]
             output = self._run(block, layer, i, hidden)
             for statistic in seen.values():
                 statistic.update(torch.cat([hidden, output], dim=-1))
-            self._hidden[i] = output
+            self.hidden[i] = output
+        self.hidden.turn()
         return seen
 
     @torch.inference_mode()
     def advance(self, block: nn.Module, layer: int) -> None:
         """Run the block and make its outputs the inputs of the next one."""
-        for i, hidden in enumerate(self._hidden):
-            self._hidden[i] = self._run(block, layer, i, hidden)
+        for i in range(len(self.hidden)):
+            self.hidden[i] = self._run(block, layer, i, self.hidden[i])
+        self.hidden.turn()
 
     def _run(self, block: nn.Module, layer: int, batch: int, hidden: Tensor) -> Tensor:
         call = self._calls[hidden.shape[0]][layer]
@@ -94,39 +117,38 @@ class BlockWalk:
         return output
 
     @torch.inference_mode()
-    def _enter(self, base: nn.Module) -> None:
+    def _enter(self, shell: nn.Module) -> None:
         """Run the model around its blocks: record how every block is called, and what enters the first one."""
+        first, as_tuple = self._source.open(0, self._dtype), []
         for ids in self._batches:
-            with _recording(self._blocks) as (hidden, calls):
-                base(input_ids=ids, use_cache=False)
-            self._hidden.append(_cast(hidden[0], self._dtype))
+            with _recording(self._source.blocks, first, as_tuple) as (hidden, calls):
+                shell(input_ids=ids, use_cache=False)
+            self.hidden.append(_cast(hidden[0], self._dtype))
             if ids.shape[0] not in self._calls:
                 cast = [_Call(_cast(c.args, self._dtype), _cast(c.kwargs, self._dtype)) for c in calls]
                 self._calls[ids.shape[0]] = cast
 
 
 @contextmanager
-def _recording(blocks: nn.ModuleList) -> Iterator[tuple[list[Tensor], list[_Call]]]:
-    """Blocks that only note their arguments and pass the hidden states on."""
+def _recording(
+    blocks: nn.ModuleList, first: nn.Module, as_tuple: list[bool]
+) -> Iterator[tuple[list[Tensor], list[_Call]]]:
+    """Blocks that only note their arguments and pass the hidden states on; ``first`` is one that can run."""
     hidden: list[Tensor] = []
     calls: list[_Call] = []
-    as_tuple: list[bool] = []
 
-    def recorder(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            x = args[0] if args else kwargs.pop("hidden_states")
-            if not as_tuple:
-                # only a real call tells whether blocks of this model return a tuple; one short sequence is enough
-                as_tuple.append(isinstance(original(x, *args[1:], **kwargs), tuple))
-            hidden.append(x)
-            calls.append(_Call(args[1:], kwargs))
-            return (x, None) if as_tuple[0] else x
-
-        return forward
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.pop("hidden_states")
+        if not as_tuple:
+            # only a real call tells whether blocks of this model return a tuple
+            as_tuple.append(isinstance(first(x, *args[1:], **kwargs), tuple))
+        hidden.append(x)
+        calls.append(_Call(args[1:], kwargs))
+        return (x, None) if as_tuple[0] else x
 
     try:
         for block in blocks:
-            block.forward = recorder(block.forward)
+            block.forward = forward
         yield hidden, calls
     finally:
         for block in blocks:

@@ -7,7 +7,7 @@ distributable. Sums are float32 or better. B sequences, T tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,8 +26,44 @@ class Statistic(Protocol):
         """Take in everything that ``other`` has seen; ``other`` saw the data that follows."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """What it has seen, as tensors by name: what is stored, resumed from and sent to other ranks."""
+        ...
 
-class SumSquares:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Be what ``state`` was taken from."""
+        ...
+
+
+class Accumulator:
+    """A statistic whose attributes are tensors, numbers, or lists of either; names with ``_cache`` aside."""
+
+    def state(self) -> dict[str, Tensor]:
+        """See ``Statistic``."""
+        found = {}
+        for name, value in vars(self).items():
+            if name == "_cache" or value is None or (isinstance(value, list) and not value):
+                continue
+            if isinstance(value, list) and isinstance(value[0], Tensor):
+                value = torch.cat(value)
+            elif not isinstance(value, Tensor):
+                value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+            found[name] = value
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See ``Statistic``."""
+        for name, value in state.items():
+            old = getattr(self, name)
+            if isinstance(old, list):
+                setattr(self, name, [value] if value.dim() > 1 else value.tolist())
+            elif isinstance(old, (int, float)):
+                setattr(self, name, type(old)(value))
+            else:
+                setattr(self, name, value)
+
+
+class SumSquares(Accumulator):
     """Sum of squares per channel: ``total_C`` float64, ``sequences`` and ``tokens`` seen."""
 
     def __init__(self) -> None:
@@ -52,7 +88,7 @@ class SumSquares:
         return self.total_C / max(self.sequences, 1)
 
 
-class Moments:
+class Moments(Accumulator):
     """Mean and variance per channel over all tokens, float64, merged by Chan's formula."""
 
     def __init__(self) -> None:
@@ -83,7 +119,7 @@ class Moments:
         return self.m2_C / max(self.count - 1, 1)
 
 
-class SequenceMoments:
+class SequenceMoments(Accumulator):
     """Sum and sum of squares of every sequence, kept in order: [sequences, channels] float32 each.
 
     For recursions that depend on the order of the sequences, such as FLAP's published streaming update.
@@ -116,7 +152,7 @@ class SequenceMoments:
         return torch.cat(self._squares)
 
 
-class Gram:
+class Gram(Accumulator):
     """X^T X over all tokens, ``total_CC`` float32 (float64 for float64 inputs), and the ``sequences`` seen."""
 
     def __init__(self) -> None:
@@ -169,7 +205,7 @@ class Gram:
         return upper + upper.triu(1).T
 
 
-class Similarity:
+class Similarity(Accumulator):
     """Sum over tokens of the cosine between a block's input and output, float64 (ShortGPT's Block Influence)."""
 
     def __init__(self) -> None:

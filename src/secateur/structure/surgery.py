@@ -22,22 +22,24 @@ def removed_positions(groups: Iterable[Group], removed: Mapping[str, Tensor]) ->
     return {place: torch.cat(parts) for place, parts in gone.items()}
 
 
-def cut_tensors(model: nn.Module, positions: Mapping[tuple[str, int], Tensor]) -> None:
-    """Remove positions from the parameters of ``model``, in place; module sizes follow."""
-    for (name, dim), gone in positions.items():
-        tensor = model.get_parameter(name)
-        kept = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        kept[gone] = False
-        index = kept.nonzero().flatten().to(tensor.device)
-        set_parameter(model, name, tensor.detach().index_select(dim, index).contiguous())
+def cut_positions(tensor: Tensor, name: str, positions: Mapping[tuple[str, int], Tensor]) -> Tensor:
+    """The tensor without the positions that leave along each of its dimensions; itself when there are none."""
+    for dim in range(tensor.dim()):
+        gone = positions.get((name, dim))
+        if gone is not None:
+            kept = torch.ones(tensor.shape[dim], dtype=torch.bool)
+            kept[gone] = False
+            tensor = tensor.index_select(dim, kept.nonzero().flatten().to(tensor.device))
+    return tensor
 
 
-def zero_positions(model: nn.Module, positions: Mapping[tuple[str, int], Tensor]) -> None:
-    """Zero positions of the parameters of ``model``, in place: the reference that a cut is tested against."""
-    with torch.no_grad():
-        for (name, dim), gone in positions.items():
-            tensor = model.get_parameter(name)
-            tensor.index_fill_(dim, gone.to(tensor.device), 0)
+def zero_positions(tensor: Tensor, name: str, positions: Mapping[tuple[str, int], Tensor]) -> Tensor:
+    """The tensor with zeros at those positions instead: the reference that a cut is tested against."""
+    for dim in range(tensor.dim()):
+        gone = positions.get((name, dim))
+        if gone is not None:
+            tensor = tensor.index_fill(dim, gone.to(tensor.device), 0)
+    return tensor
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

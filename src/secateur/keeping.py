@@ -1,0 +1,86 @@
+"""What a run has decided so far: in memory here; ``runs`` keeps the same on disk, so that a run can go on later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from secateur.observe.driver import BlockWalk
+
+SeenByModule = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class Decision:
+    """The parts of a Plan, of one block or of the whole model, while they are being decided."""
+
+    groups: dict[str, int] = field(default_factory=dict)
+    keep: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, other: Decision) -> None:
+        """Take in the decision about other parts of the model."""
+        for name in ("groups", "keep", "masks", "values", "biases", "scores"):
+            getattr(self, name).update(getattr(other, name))
+        self.notes += other.notes
+
+
+class Keeper:
+    """Takes what is known about each block when it is finished, and gives back what the end of a run needs.
+
+    ``finished`` is the number of blocks that were kept already when the run begins. ``whole`` is the decision.
+    """
+
+    finished = 0
+
+    def __init__(self) -> None:
+        self.whole = Decision()
+        self._seen: dict[int, SeenByModule] = {}
+        self._ranked: dict[str, Tensor] = {}
+
+    def resume(self, walk: BlockWalk) -> None:
+        """Put a walk that has just begun where the finished blocks end."""
+
+    def keep(
+        self,
+        layer: int,
+        part: Decision,
+        *,
+        final: bool,
+        walk: BlockWalk | None = None,
+        seen: SeenByModule | None = None,
+        ranked: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Block ``layer`` is finished. ``final`` says that nothing decided later concerns it.
+
+        ``seen`` and ``ranked`` (scores that the plan doesn't hold) are asked for again at the end of the run.
+        """
+        self.whole.add(part)
+        if seen is not None:
+            self._seen[layer] = seen
+        self._ranked.update(ranked or {})
+
+    def seen(self, layer: int) -> SeenByModule:
+        """The statistics that were kept with that block."""
+        return self._seen[layer]
+
+    def ranked(self, name: str) -> Tensor:
+        """The scores that were kept under that name."""
+        return self._ranked[name]
+
+    def scores(self) -> Mapping[str, Tensor]:
+        """The scores in the decisions about all blocks so far."""
+        return self.whole.scores
+
+    def close(self, parts: Iterator[Decision]) -> None:
+        """Take what is decided about the model as a whole, part by part."""
+        for part in parts:
+            self.whole.add(part)

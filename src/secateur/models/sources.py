@@ -1,0 +1,220 @@
+"""Where the tensors of a decoder come from: a model in memory, or a checkpoint that is read one block at a time.
+
+The engine sees only this: a skeleton that has every shape (its parameters may lie on the meta device), tensors by
+name, and blocks that are opened one after the other. That is why a model larger than memory and a small one
+take the same path.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import NonFiniteError
+from secateur.models.decoders import decoder_blocks
+from secateur.models.modeling_secateur import unpack_tensor
+from secateur.tensorfiles import Made, Stored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# entries that are looked at together
+_PART = 1 << 22
+
+
+class Source:
+    """A decoder in memory. ``model`` has its shapes, config and buffers; ``name`` is the prefix of its blocks."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.name, self.blocks = decoder_blocks(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks are opened."""
+        return next(self.blocks.parameters()).device
+
+    @property
+    def outside(self) -> list[str]:
+        """Names of the parameters and stored buffers that lie in no block; a tied one goes by its first name."""
+        return [name for name in stored_names(self.model) if not name.startswith(f"{self.name}.")]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as it is stored; not to be written to."""
+        return _named(self.model, name).detach()
+
+    def part(self, name: str, first: int, count: int) -> Tensor:
+        """``count`` entries of a tensor from entry ``first`` on, row-major, [count]."""
+        return self.tensor(name).flatten()[first : first + count]
+
+    def origin(self, name: str) -> Stored | Made:
+        """A tensor as something that can be written to a file."""
+        return Made.of(self.tensor(name))
+
+    def check_outside(self) -> None:
+        """Look at every floating tensor outside the blocks, part by part. Raises NonFiniteError."""
+        for name in self.outside:
+            count = _named(self.model, name).numel()
+            for first in range(0, count, _PART):
+                part = self.part(name, first, min(_PART, count - first))
+                if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+                    raise NonFiniteError(f"{name}: {int((~torch.isfinite(part)).sum())} or more weights are NaN or inf")
+
+    def block_tensors(self, layer: int) -> dict[str, Tensor]:
+        """All tensors of one block by full name, as they are stored; not to be written to."""
+        return {f"{self.name}.{layer}.{n}": t.detach() for n, t in self.blocks[layer].state_dict().items()}
+
+    def open(self, layer: int, dtype: torch.dtype) -> nn.Module:
+        """A working copy of one block in ``dtype`` on the device, in eval mode; writing to it changes nothing else."""
+        return copy.deepcopy(self.blocks[layer]).to(dtype).eval()
+
+    def shell(self, dtype: torch.dtype) -> nn.Module:
+        """The base model in ``dtype`` around the source's own blocks, which its caller must not run.
+
+        Embeddings, which may be larger than all the rest, stay as they are stored; only what they give is converted.
+        """
+        base = self.model.base_model
+        # nothing is copied but the modules themselves
+        shared = {id(p): p for p in base.parameters()} | {id(self.blocks): self.blocks}
+        shell = copy.deepcopy(base, shared)
+        prefix = _prefix(self.model)
+        for name, parameter in list(shell.named_parameters()):
+            if (prefix + name).startswith(f"{self.name}."):
+                continue
+            path, _, leaf = name.rpartition(".")
+            module = shell.get_submodule(path)
+            if isinstance(module, nn.Embedding):
+                value = self.mapped(prefix + name)
+                module.register_forward_hook(lambda _module, _args, output: output.to(dtype))
+            else:
+                value = self.tensor(prefix + name)
+                value = value.to(self.device, dtype if value.is_floating_point() else value.dtype)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+            del parameter
+        return shell.eval()
+
+    def mapped(self, name: str) -> Tensor:
+        """One tensor of which only the rows that are looked at take memory, where that is possible."""
+        return self.tensor(name)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+
+
+class CheckpointSource(Source):
+    """A decoder whose tensors stay in safetensors files; ``model`` is a skeleton on the meta device.
+
+    ``stored`` maps the names of the skeleton to tensors in files. One block is in memory at a time, and the next is
+    read in the background.
+    """
+
+    def __init__(self, model: PreTrainedModel, stored: dict[str, Stored | PackedTensor], device: torch.device) -> None:
+        super().__init__(model)
+        self.stored = stored
+        self._device = device
+        self._held: tuple[int, dict[str, Tensor]] = (-1, {})
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def tensor(self, name: str) -> Tensor:
+        held = self._held[1].get(name)
+        return held if held is not None else self.stored[name].read()
+
+    def part(self, name: str, first: int, count: int) -> Tensor:
+        stored = self.stored[name]
+        if isinstance(stored, Stored):
+            return stored.read_flat(first, count)
+        return stored.read().flatten()[first : first + count]
+
+    def origin(self, name: str) -> Stored | Made:
+        stored = self.stored[name]
+        return stored if isinstance(stored, Stored) else Made(stored.dtype, stored.shape, stored.read)
+
+    def block_tensors(self, layer: int) -> dict[str, Tensor]:
+        if self._held[0] != layer:
+            self._held = (-1, {})
+            waiting = self._ahead.pop(layer, None)
+            tensors = waiting.result() if waiting is not None else self._read(layer)
+            self._held = (layer, tensors)
+        following = layer + 1
+        if following < len(self.blocks) and following not in self._ahead:
+            self._ahead = {following: self._reader.submit(self._read, following)}
+        return self._held[1]
+
+    def release(self) -> None:
+        """Forget the block that is held, and what was read ahead."""
+        self._held, self._ahead = (-1, {}), {}
+
+    def open(self, layer: int, dtype: torch.dtype) -> nn.Module:
+        block = copy.deepcopy(self.blocks[layer])
+        prefix = f"{self.name}.{layer}."
+        for name, tensor in self.block_tensors(layer).items():
+            cast = dtype if tensor.is_floating_point() else tensor.dtype
+            # a copy even where nothing is converted: what is held must stay as it is stored
+            _set(block, name.removeprefix(prefix), tensor.to(self._device, cast, copy=True))
+        return block.to(self._device, dtype).eval()
+
+    def mapped(self, name: str) -> Tensor:
+        stored = self.stored[name]
+        if self._device.type != "cpu" or not isinstance(stored, Stored):
+            return stored.read().to(self._device)
+        # copy on write: torch has no read-only tensors
+        raw = np.memmap(stored.file, dtype=np.uint8, mode="c", offset=stored.start, shape=(stored.size,))
+        return torch.from_numpy(raw).view(stored.dtype).reshape(stored.shape)
+
+    def close(self) -> None:
+        self.release()
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, layer: int) -> dict[str, Tensor]:
+        prefix = f"{self.name}.{layer}."
+        return {name: stored.read() for name, stored in self.stored.items() if name.startswith(prefix)}
+
+
+class PackedTensor:
+    """A weight in the packed format: a bitmap and the values that it marks."""
+
+    def __init__(self, bitmap: Stored, values: Stored, shape: tuple[int, ...]) -> None:
+        self.bitmap, self.values, self.shape, self.dtype = bitmap, values, shape, values.dtype
+        self.name = bitmap.name.removesuffix(".bitmap")
+
+    def read(self) -> Tensor:
+        """The dense tensor."""
+        return unpack_tensor(self.name, self.bitmap.read(), self.values.read(), self.shape)
+
+
+def stored_names(model: PreTrainedModel) -> Iterator[str]:
+    """Names of what a checkpoint of ``model`` holds: parameters, tied ones once, and persistent buffers."""
+    stored = model.state_dict().keys()
+    for name, _ in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored:
+            yield name
+
+
+def _prefix(model: PreTrainedModel) -> str:
+    return f"{model.base_model_prefix}." if model.base_model is not model else ""
+
+
+def _named(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,1 @@
+"""Runs on disk: a folder with a journal, blocks that are finished one by one, and the checkpoint put together."""

@@ -1,0 +1,277 @@
+"""The folder of a run: what has been decided, block by block, so that a killed run goes on where it was.
+
+OUT.run/
+  run.json               what is being done: recipe, model, calibration, versions; a resumed run must match it
+  step-1/
+    journal.jsonl        one line per finished piece of work; nothing counts that isn't in it
+    plan/                block-00000.safetensors, ...: the decision about each block
+    weights/             block-00000.safetensors, ...: each block as it will be in the checkpoint
+    seen/, ranked/       statistics and scores that the end of the run needs, for methods that decide globally
+    hidden/              the activations that enter the next block
+  step-1/out/            the checkpoint, until it takes its own name
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import OutputError
+from secateur.files import sync_folder
+from secateur.keeping import Decision, Keeper, SeenByModule
+from secateur.methods import Method
+from secateur.observe.driver import BlockWalk
+from secateur.observe.store import read_seen, write_seen
+from secateur.plans import Plan, Provenance, plan_of_parts
+from secateur.runs.cutting import BlockCutter
+from secateur.runs.signals import Stopped, StopRequest
+from secateur.tensorfiles import Stored, read_header, write_tensors
+
+
+class Journal:
+    """Lines of JSON that are on the disk before the work after them begins; a torn last line is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.entries: list[dict[str, Any]] = []
+        if path.is_file():
+            whole = path.read_bytes()
+            for line in whole.split(b"\n")[:-1]:
+                self.entries.append(json.loads(line))
+            keep = whole.rfind(b"\n") + 1
+            if keep != len(whole):
+                os.truncate(path, keep)
+
+    def add(self, **entry: Any) -> None:
+        """Append a line, durable when this returns."""
+        with open(self._path, "ab") as file:
+            file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries.append(entry)
+
+    def of(self, what: str) -> dict[Any, dict[str, Any]]:
+        """The entries of one kind by the thing that they are about."""
+        return {entry[what]: entry for entry in self.entries if what in entry}
+
+
+class StepFolder:
+    """The rooms and the journal of one step; ``stop`` is asked between pieces of work, ``hint`` says how to go on."""
+
+    ROOMS = ("plan", "weights", "seen", "ranked", "hidden", "out")
+
+    def __init__(self, path: Path, stop: StopRequest, hint: str) -> None:
+        self.path, self._stop, self._hint = path, stop, hint
+        for room in self.ROOMS:
+            (path / room).mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(path / "journal.jsonl")
+
+    @property
+    def out(self) -> Path:
+        """Where the checkpoint is put together."""
+        return self.path / "out"
+
+    def file(self, room: str, layer: int) -> Path:
+        """What a room holds about one block."""
+        return self.path / room / f"block-{layer:05d}.safetensors"
+
+    def written(self) -> set[int]:
+        """The blocks that are cut and written."""
+        early = {layer for layer, entry in self.journal.of("block").items() if entry["final"]}
+        return early | set(self.journal.of("cut"))
+
+    def add(self, **entry: Any) -> None:
+        """Note a finished piece of work, once everything that belongs to it is durable."""
+        for room in self.ROOMS:
+            sync_folder(self.path / room)
+        self.journal.add(**entry)
+
+    def check_stop(self, where: str) -> None:
+        """Raise Stopped when a signal has come."""
+        if self._stop.made:
+            raise Stopped(f"stopped after {where}; {self._hint}")
+
+
+class DiskKeeper(Keeper):
+    """Keeps every finished block in a folder; see the module's docstring.
+
+    ``cutter`` writes blocks as they will be in the checkpoint. Raises Stopped after a block when a signal has come.
+    """
+
+    def __init__(self, step: StepFolder, method: Method, cutter: BlockCutter) -> None:
+        super().__init__()
+        self._step, self._method, self._cutter = step, method, cutter
+        self.finished = len(step.journal.of("block"))
+        self._scores: dict[str, Tensor] = {}
+        self._ranked_files: dict[str, Stored] = {}
+        for layer in range(self.finished):
+            self._remember(layer)
+
+    @property
+    def closed(self) -> bool:
+        """True when everything has been decided."""
+        return bool(self._step.journal.of("closed"))
+
+    def resume(self, walk: BlockWalk) -> None:
+        state = self._step.file("hidden", self.finished)
+        if self.finished and state.is_file():
+            walk.hidden.restore(state)
+
+    def keep(
+        self,
+        layer: int,
+        part: Decision,
+        *,
+        final: bool,
+        walk: BlockWalk | None = None,
+        seen: SeenByModule | None = None,
+        ranked: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        write_tensors(self._step.file("plan", layer), _part_tensors(part, self._cutter.provenance), durable=True)
+        if seen:
+            write_seen(self._step.file("seen", layer), seen)
+        if ranked:
+            write_tensors(self._step.file("ranked", layer), ranked, durable=True)
+        if final:
+            self._cutter.write(layer, part, self._step.file("weights", layer))
+        if walk is not None and layer + 1 < self._cutter.layers:
+            walk.hidden.store(self._step.file("hidden", layer + 1))
+        self._step.add(block=layer, final=final, **_part_document(part))
+        self._step.file("hidden", layer).unlink(missing_ok=True)
+        self.finished = layer + 1
+        self._remember(layer)
+        self._step.check_stop(f"block {layer + 1} of {self._cutter.layers}")
+
+    def seen(self, layer: int) -> SeenByModule:
+        path = self._step.file("seen", layer)
+        if not path.is_file():
+            return {}
+        return read_seen(path, self._method.needed_statistics(), self._cutter.source.device)
+
+    def ranked(self, name: str) -> Tensor:
+        return self._ranked_files[name].read()
+
+    def scores(self) -> Mapping[str, Tensor]:
+        return self._scores
+
+    def close(self, parts: Iterator[Decision]) -> None:
+        documents = []
+        for number, part in enumerate(parts):
+            path = self._step.path / "plan" / f"whole-{number:05d}.safetensors"
+            write_tensors(path, _part_tensors(part, self._cutter.provenance), durable=True)
+            documents.append(_part_document(part))
+        self._step.add(closed=True, parts=documents)
+
+    def finish(self) -> Plan:
+        """The whole plan, its large parts still on disk."""
+        if not self.closed:
+            self.close(iter(()))
+        entries = [*self._step.journal.of("block").values(), *self._step.journal.of("closed")[True]["parts"]]
+        tensors: dict[str, Stored] = {}
+        for file in sorted((self._step.path / "plan").glob("*.safetensors")):
+            tensors |= read_header(file)
+        groups, shapes, notes = {}, {}, []
+        for entry in entries:
+            groups |= entry["groups"]
+            shapes |= {name: tuple(shape) for name, shape in entry["masks"].items()}
+            notes += entry["notes"]
+        provenance = self._cutter.provenance.model_copy(update={"notes": tuple(notes)})
+        return plan_of_parts(provenance, groups, shapes, tensors)
+
+    def _remember(self, layer: int) -> None:
+        stored = read_header(self._step.file("plan", layer))
+        self._scores |= {n.removeprefix("scores/"): t.read() for n, t in stored.items() if n.startswith("scores/")}
+        if self._step.file("ranked", layer).is_file():
+            self._ranked_files |= read_header(self._step.file("ranked", layer))
+
+
+def _part_tensors(part: Decision, provenance: Provenance) -> dict[str, Any]:
+    return Plan(
+        provenance=(provenance,),
+        groups=part.groups,
+        keep=part.keep,
+        masks=part.masks,
+        values=part.values,
+        biases=part.biases,
+        scores=part.scores,
+    ).tensors()
+
+
+def _part_document(part: Decision) -> dict[str, Any]:
+    return {"groups": part.groups, "masks": {n: list(m.shape) for n, m in part.masks.items()}, "notes": part.notes}
+
+
+class RunFolder:
+    """``OUT.run`` beside the output: made for a new run, opened again to go on with one that was stopped.
+
+    ``document`` says what is being done. Raises OutputError when there is nothing to resume, when the run on disk is
+    another one, or when an unfinished run is there and neither ``resume`` nor ``overwrite`` is given.
+    """
+
+    def __init__(self, out: Path, document: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        self.path = run_path(out)
+        self.out = out
+        self.document = json.loads(json.dumps(document))
+        head = self.path / "run.json"
+        if resume:
+            self._check_same(read_document(self.path))
+            return
+        if head.is_file() and not overwrite:
+            raise OutputError(
+                f"{self.path} holds an unfinished run: add --resume to go on with it, or --overwrite to begin again"
+            )
+        shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            self.path.mkdir(parents=True)
+            temporary = head.with_suffix(".part")
+            temporary.write_text(json.dumps(self.document, indent=1, sort_keys=True), encoding="utf8")
+            os.replace(temporary, head)
+        except OSError as error:
+            raise OutputError(f"can't write to {self.path}: {error.strerror or error}") from None
+
+    def step(self, number: int) -> Path:
+        """The folder of one step, from 1."""
+        path = self.path / f"step-{number}"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _check_same(self, theirs: Mapping[str, Any]) -> None:
+        for key in sorted({*theirs, *self.document}):
+            if theirs.get(key) != self.document.get(key):
+                raise OutputError(
+                    f"the run in {self.path} can't go on: its {key} {_difference(theirs.get(key), self.document.get(key))}"
+                )
+
+
+def run_path(out: Path) -> Path:
+    """The folder of the run that writes ``out``."""
+    return out.with_name(f"{out.name}.run")
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """What the run in this folder is about. Raises OutputError when there is none."""
+    try:
+        return json.loads((path / "run.json").read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise OutputError(f"there is nothing to resume: {path} doesn't exist or holds no run") from None
+    except (OSError, ValueError):
+        raise OutputError(f"{path} is damaged: its run.json can't be read; remove the folder and begin again") from None
+
+
+def _difference(then: Any, now: Any) -> str:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}, key=str):
+            if then.get(key) != now.get(key):
+                return f"differs in {key} ({then.get(key)} then, {now.get(key)} now)"
+    return f"was {then} and is {now} now"

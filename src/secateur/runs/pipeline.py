@@ -1,0 +1,136 @@
+"""One step of a run: observe, decide, cut and write, block by block, from a source to a checkpoint folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from secateur.engine import decide
+from secateur.methods import Method
+from secateur.models.fingerprint import fingerprint
+from secateur.models.sources import Source
+from secateur.models.surgery import check_fits
+from secateur.observe.activations import Activations
+from secateur.plans import Plan, Provenance
+from secateur.runs.cutting import BlockCutter
+from secateur.runs.folder import DiskKeeper, StepFolder
+from secateur.runs.output import CheckpointWriter, kept_layers
+from secateur.versions import library_versions
+
+if TYPE_CHECKING:
+    from secateur.observe.calibration import Tokens
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a checkpoint is written: ``format`` is dense or packed, ``max_shard_size`` is in bytes."""
+
+    format: str = "dense"
+    max_shard_size: int = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a step may use: ``batch_tokens`` per forward; bytes of hidden states before they go to disk."""
+
+    dtype: torch.dtype
+    batch_tokens: int = 2048
+    activation_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave: its plan, the folder of the checkpoint, whether it is plain, seconds by stage."""
+
+    plan: Plan
+    folder: Path
+    plain: bool
+    seconds: Mapping[str, float]
+
+
+def prune_step(
+    step: StepFolder,
+    method: Method,
+    source: Source,
+    tokens: Tokens | None,
+    *,
+    resources: Resources,
+    output: Output,
+    seed: int,
+    progress: Progress,
+    statistics: Path | None = None,
+) -> StepResult:
+    """Decide by ``method`` and write the checkpoint to ``step.out``; what is done already is taken as it is.
+
+    Raises Stopped at the next boundary once a signal has come.
+    """
+    started = time.perf_counter()
+    provenance = Provenance(
+        method=method.name,
+        options=method.options(),
+        model=fingerprint(source),
+        calibration=tokens.info if tokens is not None else None,
+        seed=seed,
+        dtype=str(resources.dtype).removeprefix("torch."),
+        versions=library_versions(),
+    )
+    cutter = BlockCutter(source, provenance, output.format)
+    keeper = DiskKeeper(step, method, cutter)
+    if not keeper.closed:
+        if not keeper.finished:
+            source.check_outside()
+        decide(
+            method,
+            source,
+            tokens,
+            dtype=resources.dtype,
+            batch_tokens=resources.batch_tokens,
+            progress=progress,
+            keeper=keeper,
+            hidden=Activations(limit=resources.activation_memory, folder=step.path / "hidden"),
+            statistics=statistics,
+        )
+    plan = keeper.finish()
+    planned = time.perf_counter()
+    plain = _write_cut(step, plan, source, cutter, output, progress)
+    return StepResult(plan, step.out, plain, {"plan": planned - started, "cut": time.perf_counter() - planned})
+
+
+def apply_step(step: StepFolder, plan: Plan, source: Source, *, output: Output, progress: Progress) -> StepResult:
+    """Cut ``source`` by an existing plan. Raises PlanMismatchError when it was made for other shapes."""
+    started = time.perf_counter()
+    check_fits(plan, fingerprint(source))
+    if not step.journal.entries:
+        source.check_outside()
+    provenance = next(p for p in plan.provenance if p.options.get("heads") == plan.head_unit or plan.head_unit == "kv")
+    plain = _write_cut(step, plan, source, BlockCutter(source, provenance, output.format), output, progress)
+    return StepResult(plan, step.out, plain, {"cut": time.perf_counter() - started})
+
+
+def _write_cut(
+    step: StepFolder, plan: Plan, source: Source, cutter: BlockCutter, output: Output, progress: Progress
+) -> bool:
+    """The blocks that aren't written yet, then the checkpoint; True when stock transformers loads it."""
+    kept, written = kept_layers(plan, cutter.layers), step.written()
+    for done, layer in enumerate(kept, start=1):
+        if layer not in written:
+            cutter.write(layer, plan, step.file("weights", layer))
+            step.add(cut=layer)
+            progress("cut", done, len(kept))
+            step.check_stop(f"cutting {done} of {len(kept)} blocks")
+
+    def shard_done(name: str, number: int, count: int) -> None:
+        step.add(shard=name)
+        progress("write", number, count)
+        step.check_stop(f"writing {number} of {count} files")
+
+    writer = CheckpointWriter(source, plan, partial(step.file, "weights"), step.out, output.max_shard_size)
+    return not writer.write(step.journal.of("shard"), shard_done)
