@@ -9,7 +9,7 @@ import pytest
 
 from secateur.errors import OutputError, UsageError
 from secateur.plans import Plan
-from secateur.sweep import runner, worker
+from secateur.sweep import worker
 from secateur.sweep.pools import InSequence
 from secateur.sweep.records import DENSE, Journal, Record
 from secateur.sweep.runner import make_job, open_journal
@@ -254,8 +254,7 @@ class Pairs(InSequence):
         return task, outcome
 
 
-def test_no_two_workers_compute_the_same_statistics(sweep_of, run_in, monkeypatch):
-    monkeypatch.setattr(runner, "statistics_shared", lambda: True)
+def test_no_two_workers_compute_the_same_statistics(sweep_of, run_in):
     pools = []
 
     def pool(job):
@@ -280,13 +279,37 @@ def test_no_two_workers_compute_the_same_statistics(sweep_of, run_in, monkeypatc
     assert most == 2
 
 
+def test_statistics_are_computed_once_and_shared(sweep_of, run_in, monkeypatch, tmp_path):
+    from secateur.observe.driver import BlockWalk
+
+    observed = Counter()
+    observe = BlockWalk.observe
+
+    def counting(self, block, layer, modules, statistics, **options):
+        observed[layer, tuple(sorted(statistics))] += 1
+        return observe(self, block, layer, modules, statistics, **options)
+
+    monkeypatch.setattr(BlockWalk, "observe", counting)
+    results = run_in(sweep_of({"method": "flap", "sparsity": [0.3, 0.5, 0.6], "seed": [0, 1]}))
+    assert all(r.done for r in results.points)
+    assert set(observed.values()) == {1} and len(observed) == 2
+    # and a point that finds its statistics is the point that computes them
+    shared = {r.name: r.metrics for r in results.points}
+    (tmp_path / "out").rename(tmp_path / "first")
+    (alone,) = run_in(sweep_of({"method": "flap", "sparsity": 0.6, "seed": 1})).points
+    assert alone.metrics == shared[alone.name] and sum(observed.values()) == 4
+
+
 def test_what_statistics_a_point_shares(sweep_of):
     by_name = {
         p.name: statistics_of(p)
         for p in sweep_of({"method": ["flap", "wanda", "magnitude"], "sparsity": [0.3, 0.5], "seed": [0, 1]}).points
     }
-    assert by_name["flap-sparsity=0.3-seed=0"] == by_name["flap-sparsity=0.5-seed=0"] != set()
-    assert not by_name["flap-sparsity=0.3-seed=0"] & by_name["flap-sparsity=0.3-seed=1"]
+    # the built-in text is read from its start, whatever the seed
+    assert len({frozenset(found) for name, found in by_name.items() if name.startswith("flap")}) == 1
+    assert by_name["flap-sparsity=0.3-seed=0"]
+    sampled = sweep_of({"method": "flap", "source": "self", "seed": [0, 1]}).points
+    assert not statistics_of(sampled[0]) & statistics_of(sampled[1])
     assert by_name["magnitude-sparsity=0.3-seed=0"] == by_name["wanda-sparsity=0.3-seed=0"] == set()
 
 

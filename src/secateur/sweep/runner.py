@@ -14,7 +14,7 @@ from secateur.sweep.pools import Pool, Task
 from secateur.sweep.records import DENSE, Journal, Record
 from secateur.sweep.sources import Grid, OptunaSearch, Source, statistics_of
 from secateur.sweep.spec import Sweep
-from secateur.sweep.worker import Failure, Job, statistics_shared
+from secateur.sweep.worker import Failure, Job
 
 Progress = Callable[[str, int, int], None]
 # everything that a sweep writes into its folder, and all that --overwrite may remove
@@ -106,7 +106,6 @@ class _Run:
         self._busy = 0
         self._stored: set[str] = set()
         self._computing: dict[str, set[str]] = {}
-        self._gated = statistics_shared()
         self._notes: list[str] = []
         self._models = {record.model for record in finished.values() if record.model}
 
@@ -153,13 +152,11 @@ class _Run:
 
     def _may_start(self, point: Point) -> bool:
         """False while another worker computes statistics that this point would only find when that one is done."""
-        if not self._gated:
-            return True
         computing = set().union(*self._computing.values())
         return not (statistics_of(point) - self._stored) & computing
 
     def _start(self, task: Task) -> None:
-        if task.point is not None and self._gated:
+        if task.point is not None:
             self._computing[task.point.key] = statistics_of(task.point) - self._stored
         self._pool.submit(task)
         self._busy += 1

@@ -149,20 +149,22 @@ def objectives(search: Search, dense: Record) -> list[tuple[str, str]]:
 
 
 def statistics_of(point: Point) -> set[str]:
-    """Names of the statistics of the dense model that a point needs: what, and of which text in which dtype.
+    """What a point needs of the dense model's statistics, which are kept under such a name; empty when nothing.
 
     A sequential method takes its statistics from a model that is cut already, which no other point has.
     """
     from secateur.methods import make_method
-    from secateur.recipes import Recipe
 
-    recipe: Recipe = point.recipe
-    arguments = recipe.plan_arguments(recipe.steps[0])
-    method = make_method(arguments["method"], _method_options(recipe, arguments))
-    if method.sequential:
+    arguments = point.recipe.plan_arguments(point.recipe.steps[0])
+    method = make_method(arguments["method"], _method_options(point.recipe, arguments))
+    names = sorted(method.needed_statistics())
+    if method.sequential or not names:
         return set()
-    text = json.dumps([recipe.calibration.model_dump(), recipe.dtype])
-    return {f"{kind.__module__}.{kind.__qualname__} of {text}" for kind in method.needed_statistics().values()}
+    calibration = point.recipe.calibration
+    # only text that the model writes itself depends on the seed
+    text = calibration.model_dump(exclude=set() if calibration.source == "self" else {"seed"})
+    kind = next(base.__name__ for base in type(method).__mro__ if base.__module__ == "secateur.methods.base")
+    return {json.dumps([kind, names, text, point.recipe.dtype])}
 
 
 def _method_options(recipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 from collections.abc import Sequence
@@ -46,18 +45,6 @@ class Failure:
     final: bool
 
 
-def statistics_shared() -> bool:
-    """True when plans can keep the statistics of the dense model in a folder and find them again."""
-    from secateur import api
-
-    return "statistics" in inspect.signature(api.plan).parameters
-
-
-def statistics_argument(job: Job) -> dict[str, Any]:
-    """The argument of ``secateur.plan`` that makes the points of a sweep share the statistics of the dense model."""
-    return {"statistics": Path(job.folder) / "statistics"} if statistics_shared() else {}
-
-
 class Worker:
     """Runs points in this process; the model is loaded when the first one comes."""
 
@@ -79,6 +66,7 @@ class Worker:
 
     def _measure_dense(self) -> dict[str, Any]:
         from secateur.models.fingerprint import fingerprint
+        from secateur.models.sources import Source
 
         model, _ = self._dense()
         table = self._evaluate(DENSE, model)
@@ -87,7 +75,7 @@ class Worker:
             "key": DENSE,
             "removed": 0.0,
             "metrics": tuple(table),
-            "model": fingerprint(model).weights,
+            "model": fingerprint(Source(model)).weights,
         }
 
     def _measure(self, point: Point) -> dict[str, Any]:
@@ -98,9 +86,9 @@ class Worker:
         current, plans, reports = dense, [], []
         for step in point.recipe.steps:
             # later steps work on models that no other point has
-            shared = {} if plans else statistics_argument(self._job)
+            statistics = None if plans else Path(self._job.folder) / "statistics"
             arguments = point.recipe.plan_arguments(step)
-            result = api.prune(current, tokenizer, inplace=current is not dense, **arguments, **shared)
+            result = api.prune(current, tokenizer, inplace=current is not dense, statistics=statistics, **arguments)
             current = result.model
             plans.append(result.plan)
             reports.append(result.report)
