@@ -33,6 +33,9 @@ STYLE = (
 _WIDE_RANGE = 8.0
 """qualities that span more than this factor get a logarithmic axis"""
 
+_MOST_NAMED = 6
+"""points of a front that are named in its description"""
+
 
 def render(results: Results) -> str:
     """The sweep as one HTML document that holds all it shows. Raises MissingExtraError without plotly."""
@@ -106,9 +109,10 @@ def front_chart(front: Front, groups: Mapping[str, Sequence[Record]], results: R
     y = axis(escape(front.quality), zeroline=False) | ({"type": "log", "nticks": 6} if wide else {"nticks": 6})
     x = axis(f"{front.cost.name}{_unit(front)}", zeroline=False, tickformat="~s", nticks=6)
     better = "higher" if front.higher_is_better else "lower"
+    named = f": {', '.join(front.best)}" if len(front.best) <= _MOST_NAMED else ""
     description = (
         f"Left is cheaper, {better} is better{' (logarithmic scale)' if wide else ''}; {len(front.best)} of "
-        f"{len(front.places)} lie on the front: {', '.join(front.best)}."
+        f"{len(front.places)} lie on the front{named}."
     )
     layout = frame(340, x, y) | {"hovermode": "closest"}
     title = f"{front.quality} against {front.cost.name}"
@@ -133,6 +137,8 @@ def _marks(names: Sequence[str], front: Front, symbol: str, colour: str) -> dict
             "symbol": symbol,
             "color": colour,
             "size": [11 if name in best else 7 for name in names],
+            # several sizes would otherwise make plotly draw them see-through
+            "opacity": 1,
             "line": {"width": 0},
         },
     }

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,7 +85,8 @@ class RayPool:
         self._job = job
         self._own = not self._ray.is_initialized()
         if self._own:
-            self._connect(size, address)
+            with _own_sigterm():
+                self._connect(size, address)
         # Ray gives every process one thread unless told otherwise
         mine = address is None and "OMP_NUM_THREADS" not in os.environ
         self._threads = max(1, (os.cpu_count() or 1) // size) if mine else None
@@ -132,6 +137,17 @@ class RayPool:
         gpus = 1 if self._job.device.startswith("cuda") else 0
         remote = self._ray.remote(num_cpus=1, num_gpus=gpus)(_RayWorker)
         return remote.remote(self._job, self._threads)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray makes SIGTERM end the process; ours says first how to resume."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 class _RayWorker:

@@ -166,9 +166,12 @@ def results_table(results: Results) -> Table:
     )
     first_number = header.index("removed")
     for position, name in enumerate(header):
-        table.add_column(
-            Text(name), justify="right" if first_number <= position < len(header) - 1 else "left", overflow="fold"
-        )
+        number = first_number <= position < len(header) - 1
+        # a head may be broken to make room, a value is not
+        least = max((len(row[position]) for row in rows), default=0)
+        # a mark needs no head; the caption explains it
+        head = name if position < len(header) - 1 else ""
+        table.add_column(Text(head), justify="right" if number else "left", overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     if any(row[-1] for row in rows):
