@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
         "runs",
+        "sweep",
         "recipes",
         "api",
         "engine",
@@ -28,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
         "plans",
     },
     "runs": {"recipes", "engine", "keeping", "methods", "models", "observe", "report", "structure", "plans"},
+    "sweep": {"recipes", "api", "methods", "models", "evaluation", "report", "plans"},
     "recipes": {"api", "methods", "allocate", "report", "plans"},
     "api": {"engine", "methods", "models", "evaluation", "report", "observe", "structure", "plans"},
     "engine": {

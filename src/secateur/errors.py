@@ -13,6 +13,7 @@ SecateurError
 ├── PlanError
 │   ├── PlanMismatchError     the plan was made for another model
 │   └── BudgetError           the budget can't be met
+├── SweepError                some points of a sweep failed
 ├── CorruptFileError          a safetensors file that is damaged, cut short or made to mislead
 ├── OutputError               the output folder exists, or can't be written
 └── MissingExtraError         an optional dependency is not installed
@@ -76,6 +77,10 @@ class PlanMismatchError(PlanError):
 
 class BudgetError(PlanError):
     """The budget can't be met with the minimum that must be kept."""
+
+
+class SweepError(SecateurError):
+    """Some points of a sweep failed; the others are there."""
 
 
 class CorruptFileError(SecateurError):

@@ -164,10 +164,12 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     """A validated recipe from plain values; ``where`` names their origin in errors. Raises RecipeError."""
+    if "sweep" in data:
+        raise RecipeError(f"{where} describes a sweep: run it with 'secateur sweep'")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_explain(error.errors()[0])}") from None
+        raise RecipeError(f"{where}: {explain(error.errors()[0], _MODELS)}") from None
 
 
 def plan_steps(
@@ -266,11 +268,12 @@ def _compose(first: float, second: float) -> float:
 _MODELS: dict[str, type[BaseModel]] = {"": Recipe, "calibration": CalibrationSpec, "steps": Step}
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
+def explain(problem: Mapping[str, Any], models: Mapping[str, type[BaseModel]]) -> str:
+    """One of pydantic's errors in our words; ``models`` maps places (``steps``) to what may stand there."""
     place, key = problem["loc"][:-1], str(problem["loc"][-1]) if problem["loc"] else ""
     inside = f" in {_place(place)}" if place else ""
     if problem["type"] == "extra_forbidden":
-        known = _MODELS[str(place[0]) if place else ""].model_fields
+        known = models[".".join(str(part) for part in place if not isinstance(part, int))].model_fields
         return f"unknown key '{key}'{inside}{nearest(key, known) or '; valid are ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return f"'{key}' is missing{inside}"

@@ -6,6 +6,13 @@ import pytest
 
 from secateur.cli.examples import HELP
 
+SWEEP = """
+model: ./smollm2-135m
+windows: 4
+calibration: {samples: 4, length: 64}
+sweep: {grid: {method: [wanda, flap], sparsity: [0.2, 0.5]}}
+"""
+
 
 @pytest.mark.parametrize("command", HELP)
 def test_help_shows_sentence_and_example(cli, command):
@@ -25,6 +32,7 @@ def test_examples_are_one_session(cli, tiny_checkpoint, tmp_path, monkeypatch):
         "prune", "./smollm2-135m", "--method", "magnitude", "--sparsity", 0.5, "--out", "sparse", "--no-report"
     )
     assert sparse.code == 0, sparse.err
+    (tmp_path / "sweep.yaml").write_text(SWEEP, encoding="utf8")
     for _, example in HELP.values():
         words = ["./smollm2-135m" if word == "smollm2-135m" else word for word in shlex.split(example)[1:]]
         run = cli(*words)
@@ -32,3 +40,4 @@ def test_examples_are_one_session(cli, tiny_checkpoint, tmp_path, monkeypatch):
         assert run.out
     assert (tmp_path / "pruned" / "report.html").is_file()
     assert (tmp_path / "merged" / "plan.json").is_file()
+    assert (tmp_path / "sweep" / "sweep.html").is_file()

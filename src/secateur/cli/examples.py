@@ -33,6 +33,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Measure models side by side; the first is the baseline.",
         "secateur evaluate smollm2-135m pruned --task perplexity:builtin --task size",
     ),
+    "sweep": (
+        "Prune a model at many settings, and show which of them are worth having.",
+        "secateur sweep sweep.yaml --workers 1 --out sweep",
+    ),
 }
 
 

@@ -46,8 +46,8 @@ def units_chart(layers: Sequence[LayerCut], kind: str) -> Chart:
         _bars(x, after, "kept", KEEP, "layer %{x}: %{y} kept<extra></extra>"),
         _bars(x, gone, "removed", REMOVED, "layer %{x}: %{y} removed<extra></extra>"),
     ]
-    y = _axis("", range=[0, max(before, default=1) * 1.02]) | _few_ticks(max(before, default=1))
-    layout = _layout(180, _layer_axis(x), y) | {"barmode": "stack", "bargap": 0.25}
+    y = axis("", range=[0, max(before, default=1) * 1.02]) | _few_ticks(max(before, default=1))
+    layout = frame(180, _layer_axis(x), y) | {"barmode": "stack", "bargap": 0.25}
     total, left = sum(before), sum(after)
     description = f"Of {total:,} {word} {left:,} stay and {total - left:,} leave; per layer {_span(after)} are kept."
     return Chart(word[0].upper() + word[1:], description, {"data": data, "layout": layout})
@@ -76,8 +76,8 @@ def sparsity_chart(layers: Sequence[LayerCut]) -> Chart:
             "colorbar": _colorbar(),
         }
     ]
-    y = _axis("", autorange="reversed", showgrid=False, ticklabelstandoff=4)
-    layout = _layout(100 + 24 * len(names), _layer_axis([cut.layer for cut in layers]), y)
+    y = axis("", autorange="reversed", showgrid=False, ticklabelstandoff=4)
+    layout = frame(100 + 24 * len(names), _layer_axis([cut.layer for cut in layers]), y)
     description = (
         f"Every matrix of every layer has {_percent(statistics.fmean(values))} zeros."
         if flat
@@ -115,10 +115,10 @@ def _scores_chart(kind: str, layers: Mapping[int, tuple[list[float], list[float]
     sides = (("kept", KEEP, 0), ("removed", REMOVED, 1))
     data = [draw({n: pair[side] for n, pair in layers.items()}, name, colour) for name, colour, side in sides]
     logarithmic = min(everything) > 0 and max(everything) / min(everything) > _WIDE_RANGE
-    y = _axis("score", zeroline=False)
+    y = axis("score", zeroline=False)
     y |= {"type": "log", "dtick": 1, "tickformat": "~g"} if logarithmic else {"nticks": 6}
     x = _layer_axis(list(layers)) | {"range": [min(layers) - 0.7, max(layers) + 0.7]}
-    layout = _layout(260, x, y) | {"boxmode": "overlay"}
+    layout = frame(260, x, y) | {"boxmode": "overlay"}
     how = "every unit is a dot" if few else "boxes hold the middle half, whiskers 5 % to 95 %"
     scale = ", logarithmic scale" if logarithmic else ""
     gone = sum(len(leave) for _, leave in layers.values())
@@ -207,7 +207,8 @@ def _colorbar() -> dict[str, Any]:
     }
 
 
-def _axis(title: str, **more: Any) -> dict[str, Any]:
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """An axis in the colours of the page; ``more`` are attributes of plotly."""
     return {
         "title": {"text": title, "standoff": 8},
         "fixedrange": True,
@@ -223,10 +224,11 @@ def _axis(title: str, **more: Any) -> dict[str, Any]:
 def _layer_axis(layers: Sequence[int]) -> dict[str, Any]:
     # left alone, plotly marks halves between a few layers
     ticks = {"dtick": 1} if len(layers) <= 10 else {}
-    return _axis("layer", showgrid=False, zeroline=False, tickformat="d", **ticks)
+    return axis("layer", showgrid=False, zeroline=False, tickformat="d", **ticks)
 
 
-def _layout(height: int, xaxis: dict[str, Any], yaxis: dict[str, Any]) -> dict[str, Any]:
+def frame(height: int, xaxis: dict[str, Any], yaxis: dict[str, Any]) -> dict[str, Any]:
+    """The layout of a chart that is ``height`` pixels high."""
     return {
         "height": height,
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8},

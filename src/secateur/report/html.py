@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import require_extra
-from secateur.report.charts import KIND_WORDS, Chart, score_charts, sparsity_chart, units_chart
+from secateur.report.charts import KIND_WORDS, score_charts, sparsity_chart, units_chart
 from secateur.report.numbers import (
     MISSING,
     change_from,
@@ -23,8 +22,8 @@ from secateur.report.numbers import (
     ranges,
     verdict,
 )
+from secateur.report.page import facts_table, figure, page, scrolling, table
 from secateur.report.report import Metric, Report
-from secateur.report.template import PAGE, POLICY, SCRIPT, STYLE
 
 _NOTICEABLE = 0.1
 """a change of speed below this fraction is within what repeated measurements scatter"""
@@ -43,9 +42,8 @@ def write_report(report: Report, path: str | Path) -> Path:
 
 def render(report: Report) -> str:
     """The report as one HTML document, scripts and styles inlined. Raises MissingExtraError without plotly."""
-    plotly = require_extra("plotly.offline", "report", "the HTML report")
     charts: dict[str, Any] = {}
-    sections = (
+    sections = [
         _headline(report),
         _cuts(report, charts),
         _scores(report, charts),
@@ -53,21 +51,8 @@ def render(report: Report) -> str:
         _samples(report),
         _loading(report),
         _provenance(report),
-    )
-    return PAGE.format(
-        policy=POLICY,
-        title=escape(f"{report.model} pruned with {report.method}"),
-        style=STYLE,
-        body="\n".join(section for section in sections if section),
-        charts=_script_json(charts),
-        plotly=plotly.get_plotlyjs(),
-        script=SCRIPT,
-    )
-
-
-def _script_json(value: Any) -> str:
-    # "<" would let text inside the JSON close the script element
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    ]
+    return page(f"{report.model} pruned with {report.method}", sections, charts, "the HTML report")
 
 
 def _headline(report: Report) -> str:
@@ -123,9 +108,9 @@ def _change(metric: Metric, dense: str, model: str) -> str:
 def _cuts(report: Report, charts: dict[str, Any]) -> str:
     kinds = list(dict.fromkeys(kind for cut in report.layers for kind in cut.units))
     parts = [_blocks(report)] if "layer" in kinds else []
-    parts += [_figure(units_chart(report.layers, kind), charts) for kind in kinds if kind != "layer"]
+    parts += [figure(units_chart(report.layers, kind), charts) for kind in kinds if kind != "layer"]
     if any(cut.matrices for cut in report.layers):
-        parts.append(_figure(sparsity_chart(report.layers), charts))
+        parts.append(figure(sparsity_chart(report.layers), charts))
     if not parts:
         return ""
     return "\n".join(["<section><h2>What was cut</h2>", *parts, _cuts_table(report, kinds), "</section>"])
@@ -142,19 +127,6 @@ def _blocks(report: Report) -> str:
     return f'<p>{sentence}; {left} of {len(report.layers)} stay.</p><ol class="blocks">{"".join(cells)}</ol>'
 
 
-def _figure(chart: Chart, charts: dict[str, Any]) -> str:
-    name = f"chart-{len(charts) + 1}"
-    charts[name] = chart.figure
-    key = '<li><i class="keep"></i>kept</li><li><i class="removed"></i>removed</li>'
-    return (
-        f"<h3>{escape(chart.title)}</h3><figure>"
-        f"<figcaption>{escape(chart.description)}</figcaption>"
-        + (f'<ul class="key">{key}</ul>' if chart.has_key else "")
-        + f'<div class="chart" id="{name}" role="img" style="min-height:{chart.figure["layout"]["height"]}px"'
-        f' aria-label="{escape(f"{chart.title}, chart. {chart.description}")}"></div></figure>'
-    )
-
-
 def _cuts_table(report: Report, kinds: Sequence[str]) -> str:
     names = list(dict.fromkeys(name for cut in report.layers for name in cut.matrices))
     header = ["layer", *(KIND_WORDS.get(kind, kind) for kind in kinds), *names, "sparsity"]
@@ -167,25 +139,11 @@ def _cuts_table(report: Report, kinds: Sequence[str]) -> str:
         ]
         for cut in report.layers
     ]
-    return f"<details><summary>The same in numbers</summary>{_table(header, rows)}</details>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    return _scrolling(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-
-
-def _scrolling(table: str) -> str:
-    # focusable, so that the keyboard can scroll it too
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
+    return f"<details><summary>The same in numbers</summary>{table(header, rows)}</details>"
 
 
 def _scores(report: Report, charts: dict[str, Any]) -> str:
-    figures = [_figure(chart, charts) for chart in score_charts(report)]
+    figures = [figure(chart, charts) for chart in score_charts(report)]
     return "\n".join(["<section><h2>Scores</h2>", *figures, "</section>"]) if figures else ""
 
 
@@ -208,7 +166,7 @@ def _metrics_table(metrics: Sequence[Metric], notes: Mapping[str, int]) -> str:
     )
     rows = "".join(_metric_row(metric, models, notes.get(metric.protocol)) for metric in metrics)
     head = f'<thead><tr><th scope="col">metric</th>{columns}</tr></thead>'
-    return _scrolling(f"<table>{head}<tbody>{rows}</tbody></table>")
+    return scrolling(f"<table>{head}<tbody>{rows}</tbody></table>")
 
 
 def _metric_row(metric: Metric, models: Sequence[str], note: int | None) -> str:
@@ -302,22 +260,6 @@ def _provenance(report: Report) -> str:
         ("Versions", report.versions),
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
-    parts = [f"<h3>{title}</h3>{_facts(facts)}" for title, facts in blocks if facts]
+    parts = [f"<h3>{title}</h3>{facts_table(facts)}" for title, facts in blocks if facts]
     head = f'<h3>To know</h3><ul class="notes">{notes}</ul>' if notes else ""
     return f"<section><h2>How it was made</h2>{head}{''.join(parts)}</section><footer class='muted'>secateur</footer>"
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(key).replace("_", " "))}</th><td>{escape(_fact(value))}</td></tr>'
-        for key, value in facts.items()
-    )
-    return f'<table class="facts"><tbody>{rows}</tbody></table>'
-
-
-def _fact(value: Any) -> str:
-    if value is None or value == "":
-        return MISSING
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(v) for v in value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000 else str(value)

@@ -1,0 +1,142 @@
+"""``secateur sweep``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from secateur.cli.options import Json, Overwrite, Plugins, Quiet, TrustRemoteCode, load_plugins
+from secateur.cli.output import print_json, show, show_notes, working
+from secateur.errors import SweepError, UsageError, require_extra
+
+if TYPE_CHECKING:
+    from secateur.sweep.pools import Pool
+    from secateur.sweep.records import Journal
+    from secateur.sweep.runner import Results
+    from secateur.sweep.spec import Sweep
+    from secateur.sweep.worker import Job
+
+DEFAULT_WORKERS = 2
+
+
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe with the key 'sweep'.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for results and plans.")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDR", help="Ray cluster to use (default: a Ray on this machine).")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help=f"Processes, each with its own copy of the model (default {DEFAULT_WORKERS}, or one per GPU); 1 "
+            "without --address runs in sequence and without Ray.",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in the folder.")] = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    plugin: Plugins = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    if resume and overwrite:
+        raise UsageError("--resume goes on with what --overwrite would remove: give one of them")
+    load_plugins(plugin)
+    from secateur.sweep.runner import make_job, open_journal, run_sweep
+    from secateur.sweep.spec import load_sweep
+
+    asked = load_sweep(recipe)
+    folder = out or (Path(asked.base.out) if asked.base.out else None)
+    if folder is None:
+        raise UsageError("give a folder for the results with --out")
+    _check(asked)
+    job = make_job(asked, folder, trust_remote_code=trust_remote_code, plugins=_absolute(plugin or []))
+    journal, finished = open_journal(folder, job, resume=resume, overwrite=overwrite)
+    with working(quiet) as progress, _resumable(journal, asked):
+        pool, notes = _pool(job, asked, workers, address)
+        try:
+            results = run_sweep(asked, pool, journal, finished, progress)
+        finally:
+            pool.close()
+    from secateur.sweep.results import write_results
+
+    results.notes[:0] = notes
+    missing = write_results(results, folder)
+    show_notes([*results.notes, *missing], quiet)
+    _show(results, folder, json)
+    _fail(results)
+
+
+def _check(asked: Sweep) -> None:
+    """Refuse what can't work before anything is written."""
+    from secateur.evaluation import make_task
+
+    for task in asked.base.evaluate:
+        make_task(task)
+    if asked.search is not None:
+        require_extra("optuna", "sweep", "a search")
+
+
+def _absolute(plugins: Sequence[str]) -> tuple[str, ...]:
+    """Workers may stand in another folder than we do."""
+    return tuple(str(Path(plugin).absolute()) if Path(plugin).is_file() else plugin for plugin in plugins)
+
+
+def _pool(job: Job, asked: Sweep, workers: int | None, address: str | None) -> tuple[Pool, list[str]]:
+    """Where the points run, and what to say about it. Raises UsageError when nothing answers at ``address``."""
+    from secateur.sweep.pools import InSequence, RayPool
+
+    if workers == 1 and address is None:
+        return InSequence(job), []
+    if address is None and importlib.util.find_spec("ray") is None:
+        return InSequence(job), ["Ray is not installed, so the points ran in sequence: pip install 'secateur[sweep]'"]
+    return RayPool(job, workers or _default_workers(job, asked), address), []
+
+
+def _default_workers(job: Job, asked: Sweep) -> int:
+    if job.device.startswith("cuda"):
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    return max(1, min(DEFAULT_WORKERS, asked.size))
+
+
+@contextmanager
+def _resumable(journal: Journal, asked: Sweep) -> Iterator[None]:
+    """An interrupt says what is there and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from secateur.cli.running import INTERRUPTED
+        from secateur.sweep.runner import collect
+
+        done = len(collect(asked, journal.resume()).points)
+        print(f"interrupted; {done} of {asked.size} points are done: --resume goes on with the rest", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _show(results: Results, folder: Path, json: bool) -> None:
+    from secateur.sweep.results import results_document, results_table
+
+    if json:
+        print_json({"output": str(folder), **results_document(results)})
+        return
+    show(results_table(results), f"results, plans and sweep.html are in {folder}")
+
+
+def _fail(results: Results) -> None:
+    """Say after everything else what is missing. Raises SweepError."""
+    failed = results.failed
+    if failed:
+        raise SweepError(
+            f"{len(failed)} of {results.sweep.size} points failed, the first of them {failed[0].name}: "
+            f"{failed[0].error.rstrip('.')}; --resume tries them again"
+        )

@@ -1,0 +1,136 @@
+"""What is known of a point once it has run, and the journal that survives a killed sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import OutputError
+from secateur.files import write_text
+from secateur.report import Metric
+from secateur.report.numbers import json_ready
+
+DENSE = "dense"
+JOURNAL_VERSION = 1
+_FILE = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One point that has run, or the dense model, whose ``key`` is ``dense``.
+
+    ``removed`` is the fraction of the blocks' weights that is gone; ``metrics`` hold one value each, under ``name``.
+    ``model`` is the hash of the dense weights. A failed point has an ``error`` and no metrics.
+    """
+
+    name: str
+    key: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    removed: float | None = None
+    metrics: tuple[Metric, ...] = ()
+    model: str = ""
+    seconds: float = 0.0
+    worker: int = 0
+    """process that did it"""
+    notes: tuple[str, ...] = ()
+    attempts: int = 1
+    error: str = ""
+
+    @property
+    def done(self) -> bool:
+        """False for a point that has failed for good."""
+        return not self.error
+
+    def metric(self, name: str) -> float | None:
+        """The value of one metric; None when it was not measured."""
+        return next((m.values[self.name] for m in self.metrics if m.name == name and self.name in m.values), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return json_ready(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Record:
+        """The inverse of ``to_dict``."""
+        metrics = tuple(Metric(**metric) for metric in data.pop("metrics"))
+        return cls(**{**data, "metrics": metrics, "notes": tuple(data.pop("notes"))})
+
+
+class Journal:
+    """``journal.jsonl`` in the folder of a sweep: what was asked for, then one line per point, each on disk at once.
+
+    ``settings`` is what makes points comparable: model, tasks, windows, versions.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.path = folder / _FILE
+        self.settings = json_ready(dict(settings))
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """True when the folder holds a sweep."""
+        return (folder / _FILE).is_file()
+
+    def start(self) -> None:
+        """Begin anew. Raises OutputError."""
+        write_text(self.path, _line({"version": JOURNAL_VERSION, "settings": self.settings}))
+
+    def add(self, record: Record) -> None:
+        """Append one point, and return when it is on the disk. Raises OutputError."""
+        try:
+            with self.path.open("a", encoding="utf8") as file:
+                file.write(_line(record.to_dict()))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"can't write {self.path}: {error.strerror or error}; --resume goes on later") from error
+
+    def resume(self) -> dict[str, Record]:
+        """Points that are done, by key; a last line that was cut off by a crash is dropped.
+
+        Raises OutputError when the sweep in the folder is another one, or the journal is damaged.
+        """
+        try:
+            text = self.path.read_text(encoding="utf8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise OutputError(f"can't read {self.path}: {error}") from None
+        whole, _, torn = text.rpartition("\n")
+        lines = [self._parse(line, number) for number, line in enumerate(whole.splitlines(), start=1)]
+        if not lines or lines[0].get("version") != JOURNAL_VERSION:
+            raise OutputError(f"{self.path} is not the journal of a sweep; pass --overwrite to begin anew")
+        self._compare(lines[0].get("settings", {}))
+        if torn:
+            # the next line must not be glued to it
+            write_text(self.path, whole + "\n")
+        try:
+            records = [Record.from_dict(line) for line in lines[1:]]
+        except (TypeError, KeyError) as error:
+            raise OutputError(f"{self.path} is damaged ({error}); pass --overwrite to begin anew") from None
+        return {record.key: record for record in records if record.done}
+
+    def _parse(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            parsed = json.loads(line)
+        except json.JSONDecodeError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise OutputError(f"{self.path}, line {number} is damaged; pass --overwrite to begin anew")
+        return parsed
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        for key in {**before, **self.settings}:
+            old, new = before.get(key), self.settings.get(key)
+            if old != new:
+                raise OutputError(
+                    f"{self.path.parent} holds a sweep with other settings ({key}: {old!r} then, {new!r} now): choose "
+                    "another folder, or pass --overwrite"
+                )
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
