@@ -11,7 +11,7 @@ SOURCE = Path(secateur.__file__).parent
 
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
-BASE = {"errors", "files", "progress", "versions", ""}
+BASE = {"errors", "files", "remote", "progress", "versions", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"recipes", "api", "engine", "methods", "models", "evaluation", "report", "observe", "structure", "plans"},
@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "plans": set(),
     "errors": set(),
     "files": set(),
+    "remote": set(),
     "progress": set(),
     "versions": set(),
     "": set(),

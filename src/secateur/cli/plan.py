@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.cli.examples import help_text
-from secateur.cli.options import Device, Json, Overwrite, Quiet, TrustRemoteCode
+from secateur.cli.options import Device, Json, Overwrite, Quiet, Revision, TrustRemoteCode
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.saving import how_to_load
 from secateur.errors import PlanError, UsageError
@@ -48,7 +48,7 @@ def diff(first: PlanFolder, second: PlanFolder, json: Json = False) -> None:
 def merge(
     first: PlanFolder,
     second: PlanFolder,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the joined plan.")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR|URL", help="Folder for the joined plan.")],
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -65,9 +65,10 @@ def merge(
 def apply(
     plan: PlanFolder,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model that the plan was made for.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the checkpoint.")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR|URL", help="Folder for the checkpoint.")],
     format: Annotated[str, typer.Option(metavar="dense|packed", help="How zeros are stored.")] = "dense",
     device: Device = "cpu",
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -79,8 +80,15 @@ def apply(
     plans = list(load_plans(plan).values())
     from secateur import api
 
-    with working(quiet):
-        current, tokenizer = api.load(model, dtype="auto", device=device, trust_remote_code=trust_remote_code)
+    with working(quiet) as progress:
+        current, tokenizer = api.load(
+            model,
+            revision=revision,
+            dtype="auto",
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             for step in plans:

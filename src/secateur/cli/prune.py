@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.options import Json, Overwrite, Plugins, Quiet, TrustRemoteCode, load_plugins
+from secateur.cli.options import Json, Overwrite, Plugins, Quiet, Revision, TrustRemoteCode, load_plugins
 from secateur.cli.output import print_json, show, show_notes, working
+from secateur.cli.saving import check_push, how_to_load, push
 from secateur.errors import MissingExtraError, UsageError
 from secateur.files import check_output
 
@@ -35,7 +36,9 @@ def prune(
     budget: Annotated[
         str | None, typer.Option(metavar="params|macs|bytes", help="What the sparsity is a fraction of.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the checkpoint.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR|URL", help="Folder for the checkpoint, or s3://bucket/folder.")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")
     ] = None,
@@ -76,6 +79,11 @@ def prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; write nothing.")] = False,
     overwrite: Overwrite = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload the finished checkpoint as well.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository on the hub a private one.")] = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     plugin: Plugins = None,
     json: Json = False,
@@ -86,7 +94,8 @@ def prune(
     data = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
         "model": model,
-        "out": str(out) if out else None,
+        "revision": revision,
+        "out": out or None,
         "dtype": dtype,
         "device": device,
         "evaluate": evaluate or None,
@@ -95,8 +104,9 @@ def prune(
     }
     job = build_recipe(recipe, _given(top), _given(data), _given(step), parse_options(options or []))
     html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
+    check_push(push_to_hub, job.out, private=private, overwrite=overwrite)
     with working(quiet) as progress:
-        dense, tokenizer = _load(job, trust_remote_code)
+        dense, tokenizer = _load(job, trust_remote_code, progress)
         if dry_run:
             from secateur.recipes import plan_steps
 
@@ -105,11 +115,13 @@ def prune(
             outcome = _run(job, dense, tokenizer, progress)
             _add_samples(outcome, dense, tokenizer, prompt or (DEFAULT_PROMPT if html else None))
             _save(job, outcome, tokenizer, html=html, overwrite=overwrite)
+            assert job.out is not None
+            url = push(job.out, push_to_hub, private=private, overwrite=overwrite) if push_to_hub else None
     if dry_run:
         _show_dry_run(plans, json)
     else:
         show_notes(outcome.report.notes, quiet)
-        _show_outcome(job, outcome, json)
+        _show_outcome(job, outcome, json, url)
 
 
 def build_recipe(
@@ -184,12 +196,21 @@ def _check(job: Recipe, *, dry_run: bool, overwrite: bool, report: bool | None) 
     return drawable if report is None else report
 
 
-def _load(job: Recipe, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def _load(
+    job: Recipe, trust_remote_code: bool, progress: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     from secateur import api
 
     assert job.model is not None
     # the checkpoint's own dtype, which is then that of the result
-    return api.load(job.model, dtype="auto", device=job.device, trust_remote_code=trust_remote_code)
+    return api.load(
+        job.model,
+        revision=job.revision,
+        dtype="auto",
+        device=job.device,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
 
 
 def _run(job: Recipe, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Any) -> Outcome:
@@ -273,15 +294,16 @@ def _show_dry_run(plans: list[Any], json: bool) -> None:
         show_plans(plans)
 
 
-def _show_outcome(job: Recipe, outcome: Outcome, json: bool) -> None:
-    from secateur.cli.saving import how_to_load
+def _show_outcome(job: Recipe, outcome: Outcome, json: bool, url: str | None) -> None:
     from secateur.report.tables import metrics_table
 
     if json:
-        print_json(outcome.report.to_dict())
+        print_json({**outcome.report.to_dict(), **({"hub": url} if url else {})})
         return
     show(metrics_table(outcome.report.metrics))
     for sample in outcome.report.samples:
         show(*(f"{name}: {sample.prompt}{text}\n" for name, text in sample.outputs.items()))
     assert job.out is not None
-    show(how_to_load(Path(job.out)))
+    show(how_to_load(job.out))
+    if url:
+        show(f"pushed to {url}")

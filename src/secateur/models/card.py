@@ -48,6 +48,8 @@ def _summary(base_name: str, plans: Sequence[Plan], report: Report | None) -> st
     rows = [("Base model", source)]
     if plans:
         steps = [provenance for plan in plans for provenance in plan.provenance]
+        if steps[0].model.revision:
+            rows.append(("Revision", f"`{steps[0].model.revision}`"))
         rows.append(("Method", f"`{'+'.join(p.method for p in steps)}`"))
         rows += [("Options", _options(p.options)) for p in steps if p.options]
         rows += [("Calibration", _calibration(p.calibration)) for p in steps if p.calibration]

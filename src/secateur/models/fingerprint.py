@@ -31,6 +31,7 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
         weights=weights.hexdigest(),
         num_layers=int(model.config.num_hidden_layers),
         name=display_name(model),
+        revision=str(getattr(model, "secateur_revision", "")),
     )
 
 

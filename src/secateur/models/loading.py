@@ -25,6 +25,8 @@ from secateur.errors import (
     nearest,
     require_extra,
 )
+from secateur.errors import first_line as _first_line
+from secateur.models import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,30 +40,37 @@ BUILTINS: dict[str, tuple[str, str | None]] = {
 }
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_model(
-    name: str | Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: hub.Progress | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model in eval mode, and its tokenizer (None when a folder has none).
 
     ``name`` is a built-in name, a folder (also a packed or non-uniform checkpoint of secateur), a ``.gguf`` file,
-    which is dequantised, or a hub id, the only case that uses the network. ``dtype`` is float32, bfloat16, float16
-    or ``auto`` (that of the checkpoint; float32 for GGUF).
+    which is dequantised, or a hub id (``owner/name``, ``hf://owner/name``), the only case that uses the network and
+    takes a ``revision``. ``dtype`` is float32, bfloat16, float16 or ``auto`` (that of the checkpoint; float32 for
+    GGUF). ``progress`` is called while a model is fetched.
     Raises UsageError, ModelLoadError, UnsupportedModelError, NonFiniteError or MissingExtraError.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
     target = _device(device)
-    source = _source(name)
-    with quiet(), _in_one_sentence(name):
+    source = _source(name, revision, trust_remote_code, progress)
+    with quiet(), hub.named(source, name), _in_one_sentence(name):
         if source.endswith(".gguf"):
             model, tokenizer = _load_gguf(Path(source), dtype)
         else:
             model = _load_checkpoint(source, dtype, trust_remote_code)
             tokenizer = _load_tokenizer(source, trust_remote_code)
         check_finite(model)
+        model.secateur_revision = hub.commit_of(source)  # type: ignore[assignment]
         return model.to(target).eval(), tokenizer  # type: ignore[arg-type]
 
 
@@ -101,8 +110,38 @@ def _device(device: str) -> torch.device:
         raise UsageError(f"unknown device {device!r}: give cpu, cuda, cuda:0 or mps") from None
 
 
-def _source(name: str | Path) -> str:
-    """Path of a folder or GGUF file, or a hub id."""
+def named_on_hub(name: str | Path) -> bool:
+    """True for a name that only the hub can resolve: ``hf://…``, or the form of an id and no folder here."""
+    text = str(name)
+    return hub.is_hub_url(text) or (text not in BUILTINS and not Path(text).expanduser().exists() and _is_id(name))
+
+
+def _source(
+    name: str | Path, revision: str | None = None, remote_code: bool = False, progress: hub.Progress | None = None
+) -> str:
+    """Path of a folder or GGUF file; a hub id is fetched into one."""
+    text = str(name)
+    if not named_on_hub(name):
+        path = _local(name)
+        if revision is not None:
+            raise UsageError(f"{name} is on this machine and has no revision: --revision is for models of the hub")
+        return path
+    if hint := "" if hub.is_hub_url(text) else nearest(text, BUILTINS):
+        raise ModelLoadError(f"there is no model named {name}{hint}")
+    repo_id, revision = hub.split_name(text, revision)
+    known = f" is no folder here, no built-in model ({', '.join(sorted(BUILTINS))}), and"
+    otherwise = "" if hub.is_hub_url(text) else known
+    return str(hub.fetch(repo_id, revision, remote_code=remote_code, otherwise=otherwise, progress=progress))
+
+
+def _is_id(name: str | Path) -> bool:
+    text = str(name)
+    return not (isinstance(name, Path) or text.endswith(".gguf") or text.startswith(".")) and bool(
+        hub.HUB_ID.fullmatch(text)
+    )
+
+
+def _local(name: str | Path) -> str:
     text = str(name)
     if text in BUILTINS:
         return str(_builtin(text))
@@ -113,11 +152,7 @@ def _source(name: str | Path) -> str:
         if path.suffix != ".gguf":
             raise ModelLoadError(f"{name} is a file; give a model folder or a .gguf file")
         return str(path)
-    if isinstance(name, Path) or text.endswith(".gguf") or not _HUB_ID.fullmatch(text) or text.startswith("."):
-        raise ModelLoadError(f"there is no model at {name}: no such file or folder")
-    if hint := nearest(text, BUILTINS):
-        raise ModelLoadError(f"there is no model named {name}{hint}")
-    return text
+    raise ModelLoadError(f"there is no model at {name}: no such file or folder")
 
 
 def _builtin(name: str) -> Path:
@@ -146,21 +181,13 @@ def _in_one_sentence(name: str | Path) -> Iterator[None]:
         raise ModelLoadError(f"can't load {name}: {_first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        lines[0] = f"{lines[0]} {lines[1]}"
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
 def _load_checkpoint(source: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    folder = Path(source) if Path(source).is_dir() else None
-    config = _read_config(folder) if folder else _hub_config(source)
+    folder = Path(source)
+    config = _read_config(folder)
     _check_config(source, config, trust_remote_code)
-    if folder:
-        _check_weights(folder)
+    _check_weights(folder)
     options: dict[str, Any] = {
         "dtype": DTYPES[dtype],
         "use_safetensors": True,
@@ -204,20 +231,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelLoadError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelLoadError(f"{path} describes no model: it has no model_type")
-    return config
-
-
-def _hub_config(name: str) -> dict[str, Any]:
-    from transformers import PreTrainedConfig
-
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
-    except Exception as error:
-        known = ", ".join(sorted(BUILTINS))
-        raise ModelLoadError(
-            f"{name} is no folder here, no built-in model ({known}), and can't be had from the hub: "
-            f"{_first_line(error)}"
-        ) from None
     return config
 
 
@@ -265,6 +278,12 @@ def _not_a_decoder(config: dict[str, Any]) -> str | None:
     return "another task" if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", architecture) else None
 
 
+def check_checkpoint(folder: Path) -> None:
+    """Config and headers of all weight files, without loading anything. Raises ModelLoadError."""
+    _read_config(folder)
+    _check_weights(folder)
+
+
 def _check_weights(folder: Path) -> None:
     """Read the headers of all weight files: missing, truncated and corrupt ones are named."""
     from safetensors import SafetensorError, safe_open
@@ -309,7 +328,7 @@ def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizer
     from transformers import AutoTokenizer
 
     folder = Path(source)
-    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 

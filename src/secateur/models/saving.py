@@ -23,6 +23,7 @@ from secateur.models.layout import is_stock, layout_of, native_config, plain, st
 from secateur.models.loading import check_finite, quiet
 from secateur.models.packed import PACKED_VERSION, pack
 from secateur.plans import Plan
+from secateur.remote import place
 from secateur.report.numbers import json_ready
 from secateur.report.report import BYTES_ON_DISK
 
@@ -49,7 +50,7 @@ def save_model(
     overwrite: bool = False,
     base_name: str | None = None,
     max_shard_size: str = "5GB",
-) -> Path:
+) -> Path | str:
     """Write model, tokenizer, plan, report and model card to ``folder``, all or nothing; returns the folder.
 
     ``plan`` may be a sequence, one plan per step: they go to ``plan/step-1``, ``plan/step-2``, … With ``html`` the
@@ -75,7 +76,7 @@ def save_model(
         name = base_name or (plans[0].model.name if plans else "") or model.config.name_or_path or ""
         card = model_card(Path(folder).name, base_name=name, plans=plans, report=report, format=format, remote=remote)
         (path / "README.md").write_text(card, encoding="utf8")
-    return Path(folder)
+    return place(folder)
 
 
 def _write_plans(plans: Sequence[Plan], path: Path) -> None:
