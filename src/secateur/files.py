@@ -35,7 +35,7 @@ def output_folder(folder: str | Path, overwrite: bool = False) -> Generator[Path
     Raises OutputError when the output exists or the disk is full.
     """
     if is_url(folder):
-        with _told_of_the_disk(folder), remote_folder(str(folder), overwrite) as temporary:
+        with remote_folder(str(folder), overwrite) as temporary, _told_of_the_disk(folder):
             yield temporary
         return
     folder = Path(place(folder))

@@ -91,13 +91,17 @@ def _open(url: str) -> tuple[Any, str]:
         raise UsageError(f"{url}: write to a folder here, and upload it with --push-to-hub OWNER/NAME")
     if protocol in ("http", "https") or "::" in protocol:
         raise UsageError(f"{url} can't be written to: give a folder, or a URL such as s3://bucket/folder")
-    if protocol not in fsspec.available_protocols():
-        hint = nearest(protocol, ("s3", "gs", "abfs", "memory", "file", "sftp", "hdfs"))
-        raise UsageError(f"{url}: unknown protocol '{protocol}'{hint or '; known are s3, gs, abfs, sftp and more'}")
     try:
-        fs, root = fsspec.core.url_to_fs(url)
+        fsspec.get_filesystem_class(protocol)
+    except ValueError:
+        hint = nearest(protocol, ("s3", "gs", "abfs", "memory", "file", "sftp", "hdfs"))
+        raise UsageError(
+            f"{url}: unknown protocol '{protocol}'{hint or '; known are s3, gs, abfs, sftp and more'}"
+        ) from None
     except ImportError as error:
         raise MissingExtraError(f"{url} can't be written to: {_lower(first_line(error))}") from error
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
     except Exception as error:
         raise OutputError(f"can't write to {url}: {first_line(error)}") from error
     root = root.rstrip("/")

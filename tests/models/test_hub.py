@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,24 +16,6 @@ import secateur as sc
 from fake_hub import TOKEN, FakeHub
 from secateur.errors import ModelLoadError, SecateurError, UsageError
 from secateur.models.hub import commit_of, split_name
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    """A hub that huggingface_hub of this process talks to, an empty cache, and no token."""
-    server = FakeHub()
-    constants = "huggingface_hub.constants."
-    monkeypatch.setattr(constants + "ENDPOINT", server.endpoint)
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants + "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
-    # a real chunk is larger than these models
-    monkeypatch.setattr(constants + "DOWNLOAD_CHUNK_SIZE", 8192)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    yield server
-    server.close()
 
 
 @pytest.fixture
