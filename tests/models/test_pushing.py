@@ -146,7 +146,9 @@ def test_somebody_else_pushes_meanwhile(logged_in: FakeHub, checkpoint: Path) ->
 
 def test_no_right_to_write(logged_in: FakeHub, checkpoint: Path) -> None:
     logged_in.failing["/api/repos/create"] = 403
-    expected = "can't push to me/small: your HF_TOKEN may not write there: it needs the permission to write, and you to be"
+    expected = (
+        "can't push to me/small: your HF_TOKEN may not write there: it needs the permission to write, and you to be"
+    )
     assert refusal(OutputError, checkpoint).startswith(expected)
 
 
@@ -205,9 +207,7 @@ def test_prune_and_push(logged_in: FakeHub, cli, tiny_checkpoint: Path, tmp_path
     assert f"pushed to {logged_in.endpoint}/me/two" in run.out and "me/small" not in run.out
 
 
-def test_a_failed_push_leaves_the_folder_whole(
-    logged_in: FakeHub, cli, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_failed_push_leaves_the_folder_whole(logged_in: FakeHub, cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     logged_in.failing["/api/repos/create"] = 403
     out = tmp_path / "out"
     run = cli("prune", tiny_checkpoint, *PRUNE, "--out", out, "--push-to-hub", "me/small", "--quiet")
@@ -225,7 +225,9 @@ def test_an_interrupted_push_says_what_is_there(
     monkeypatch.setattr(api, "push", interrupt)
     out = tmp_path / "out"
     run = cli("prune", tiny_checkpoint, *PRUNE, "--out", out, "--push-to-hub", "me/small", "--quiet")
-    assert run.code == 130 and f"the checkpoint is complete in {out}" in run.err and "nothing was written" not in run.err
+    assert (
+        run.code == 130 and f"the checkpoint is complete in {out}" in run.err and "nothing was written" not in run.err
+    )
 
 
 @pytest.mark.parametrize(
