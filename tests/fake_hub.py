@@ -8,6 +8,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,7 +53,8 @@ class FakeHub:
 
     ``cuts``: file → bytes after which the connection breaks, one for every request until none are left.
     ``stalls``: file → (bytes, seconds): silence after that many bytes, once. ``trickle``: seconds before every 16 KiB.
-    ``failing``: parts of a path that are answered with a status, until removed. ``silent``: nothing is answered.
+    ``meanwhile``: part of a request → what happens when it comes, once.
+    ``failing``: parts of a path that are answered with a status, until removed.
     """
 
     def __init__(self) -> None:
@@ -62,9 +64,8 @@ class FakeHub:
         self.cuts: dict[str, list[int]] = {}
         self.stalls: dict[str, tuple[int, float]] = {}
         self.failing: dict[str, int] = {}
+        self.meanwhile: dict[str, Callable[[], object]] = {}
         self.trickle = 0.0
-        self.silent = threading.Event()
-        self.closing = threading.Event()
         hub = self
 
         class Handler(_Handler):
@@ -77,7 +78,6 @@ class FakeHub:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def close(self) -> None:
-        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -110,8 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         token = authorization.removeprefix("Bearer ") if authorization else None
         self.hub.requests.append(Request(self.command, path, self.headers.get("Range"), token))
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        while self.hub.silent.is_set() and not self.hub.closing.wait(0.02):
-            pass
+        for part in [part for part in self.hub.meanwhile if part in f"{self.command} {path}"]:
+            self.hub.meanwhile.pop(part)()
         for part, status in self.hub.failing.items():
             if part in f"{self.command} {path}":
                 return self._answer(status, {"error": "out of order"})

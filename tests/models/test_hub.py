@@ -116,6 +116,16 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: FakeHub, source: Path, ma
     assert same(first, sc.load("hf://owner/tiny@refs/pr/1")[0])
 
 
+def test_a_push_in_between_does_not_mix_two_commits(hub: FakeHub, source: Path, make_llama) -> None:
+    old = hub.add("owner/tiny", source)
+    expected = sc.load(source)[0]
+    make_llama(seed=1, num_hidden_layers=1, max_position_embeddings=1024).save_pretrained(source)
+    hub.meanwhile["GET /owner/tiny/resolve"] = lambda: hub.add("owner/tiny", source)
+    loaded, _ = sc.load("owner/tiny")
+    assert hub.meanwhile == {} and loaded.secateur_revision == old
+    assert same(loaded, expected)
+
+
 # -- a network as it is ------------------------------------------------------------------------------------------------
 
 

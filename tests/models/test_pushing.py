@@ -138,10 +138,13 @@ def test_an_upload_that_breaks_changes_nothing(
 
 
 def test_somebody_else_pushes_meanwhile(logged_in: FakeHub, checkpoint: Path) -> None:
-    logged_in.repos["me/small"] = Repo()
-    logged_in.repos["me/small"].commit({"README.md": b"about"})
-    logged_in.failing["/commit/"] = 412
+    repo = logged_in.repos["me/small"] = Repo()
+    repo.commit({"README.md": b"about"})
+    theirs = {"README.md": b"about", "config.json": b"{}"}
+    # after the check that the repository is free
+    logged_in.meanwhile["/api/repos/create"] = lambda: repo.commit(theirs)
     assert refusal(OutputError, checkpoint).endswith("somebody else has pushed there meanwhile; try again")
+    assert repo.files() == theirs
 
 
 def test_no_right_to_write(logged_in: FakeHub, checkpoint: Path) -> None:
