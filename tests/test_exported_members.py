@@ -22,6 +22,7 @@ EXPORTED = [
     "load",
     "plan",
     "prune",
+    "push",
     "register",
     "run",
     "save",

@@ -11,7 +11,7 @@ SOURCE = Path(secateur.__file__).parent
 
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
-BASE = {"errors", "files", "tensorfiles", "progress", "versions", ""}
+BASE = {"errors", "files", "remote", "tensorfiles", "progress", "versions", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "tensorfiles": set(),
+    "remote": set(),
     "progress": set(),
     "versions": set(),
     "": set(),

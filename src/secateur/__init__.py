@@ -23,6 +23,7 @@ _HOMES = {
     "evaluate": "secateur.api",
     "save": "secateur.api",
     "run": "secateur.runs.run",
+    "push": "secateur.api",
     "Result": "secateur.api",
     "list_methods": "secateur.methods",
     "describe": "secateur.methods",
@@ -34,7 +35,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from secateur.api import Result, anatomy, apply, evaluate, load, plan, prune, save
+    from secateur.api import Result, anatomy, apply, evaluate, load, plan, prune, push, save
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan

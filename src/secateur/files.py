@@ -11,11 +11,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from secateur.errors import OutputError
+from secateur.remote import check_remote, is_url, place, remote_folder, upload_folder
 
 
 def check_output(folder: str | Path, overwrite: bool = False) -> None:
-    """Refuse an output that exists, before any work starts. Raises OutputError."""
-    folder = Path(folder)
+    """Refuse an output that exists, before any work starts. Raises OutputError, and for a URL what fsspec lacks."""
+    if is_url(folder):
+        check_remote(str(folder), overwrite)
+        return
+    folder = Path(place(folder))
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; give a folder that doesn't exist yet")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -27,9 +31,14 @@ def output_folder(folder: str | Path, overwrite: bool = False) -> Generator[Path
     """A temporary sibling of ``folder`` that takes its name when the block ends well, and vanishes otherwise.
 
     An existing folder is replaced only at the very end and only with ``overwrite``; parents are made as needed, and
-    removed again when the block fails. Raises OutputError when the output exists or the disk is full.
+    removed again when the block fails. The files of a URL are uploaded at the end.
+    Raises OutputError when the output exists or the disk is full.
     """
-    folder = Path(folder)
+    if is_url(folder):
+        with remote_folder(str(folder), overwrite) as temporary, _told_of_the_disk(folder):
+            yield temporary
+        return
+    folder = Path(place(folder))
     check_output(folder, overwrite)
     with _parents(folder):
         try:
@@ -37,18 +46,22 @@ def output_folder(folder: str | Path, overwrite: bool = False) -> Generator[Path
         except OSError as error:
             raise OutputError(f"can't write to {folder}: {error.strerror or error}") from None
         try:
-            yield temporary
-            finish_folder(temporary, folder)
-        except Exception as error:
-            if reason := disk_error(error):
-                raise OutputError(f"can't write {folder}: {reason}; nothing was left behind") from error
-            raise
+            with _told_of_the_disk(folder):
+                yield temporary
+                finish_folder(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def finish_folder(temporary: Path, folder: Path) -> None:
-    """Let a complete folder take its name, with the usual permissions; what has that name already is replaced."""
+def finish_folder(temporary: Path, folder: str | Path) -> None:
+    """Let a complete folder take its name, with the usual permissions; what has that name already is replaced.
+
+    The files of a URL are uploaded; ``temporary`` then stays.
+    """
+    if is_url(folder):
+        upload_folder(temporary, str(folder))
+        return
+    folder = Path(place(folder))
     _open_to_others(temporary)
     _replace(temporary, folder)
     sync_folder(folder.parent)
@@ -80,6 +93,16 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _told_of_the_disk(folder: str | Path) -> Generator[None, None, None]:
+    try:
+        yield
+    except Exception as error:
+        if reason := disk_error(error):
+            raise OutputError(f"can't write {folder}: {reason}; nothing was left behind") from error
+        raise
 
 
 @contextmanager

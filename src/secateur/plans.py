@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from torch import Tensor
 
 from secateur.errors import CorruptFileError, PlanError
@@ -51,6 +51,18 @@ class Fingerprint(BaseModel):
     weights: str
     num_layers: int
     name: str = ""
+    revision: str = ""
+    """The commit of a model of the hub."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty_revision(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # plans for local models keep the bytes that they had before there were revisions
+        return {key: value for key, value in handler(self).items() if key != "revision" or value}
+
+    @property
+    def label(self) -> str:
+        """Name for people, with the first digits of the commit: ``owner/name@0123456789ab``."""
+        return f"{self.name}@{self.revision[:12]}" if self.revision else self.name
 
 
 class CalibrationInfo(BaseModel):
@@ -218,13 +230,17 @@ class Plan:
                 self._kept[tensor] = int(self.masks[tensor].sum())
         return self._kept[tensor]
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write the plan to ``folder``; the same plan gives the same bytes. Raises OutputError when it exists."""
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path | str:
+        """Write the plan to a folder or a URL of fsspec, which is returned; the same plan gives the same bytes.
+
+        Raises OutputError when it exists.
+        """
         from secateur.files import output_folder
+        from secateur.remote import place
 
         with output_folder(folder, overwrite=overwrite) as path:
             self.write(path)
-        return Path(folder)
+        return place(folder)
 
     def write(self, path: Path) -> None:
         """Write the two files into an existing folder."""

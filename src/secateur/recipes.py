@@ -81,6 +81,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
+    revision: str | None = None
     calibration: CalibrationSpec = Field(default_factory=lambda: CalibrationSpec())
     steps: list[Step] = Field(min_length=1)
     evaluate: list[str] = Field(default_factory=list)

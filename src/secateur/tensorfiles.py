@@ -71,7 +71,7 @@ class Stored:
         if count:
             with open(self.file, "rb", buffering=0) as file:
                 file.seek(self.start + first * self.dtype.itemsize)
-                _read_into(file, memoryview(out.view(torch.uint8).numpy()), self.file)
+                _read_into(file, _bytes_of(out), self.file)
         return out
 
     def rows(self, first: int, count: int) -> Tensor:
@@ -115,7 +115,7 @@ class Made:
         if tensor.dtype != self.dtype or tuple(tensor.shape) != self.shape:
             raise RuntimeError(f"promised {self.dtype} {self.shape}, made {tensor.dtype} {tuple(tensor.shape)}")
         if tensor.numel():
-            yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            yield _bytes_of(tensor)
 
 
 Source = Stored | Made
@@ -168,9 +168,10 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
     if not isinstance(entry, dict):
         raise ValueError(f"the entry of {name!r} is no mapping")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    shape, offsets = _naturals(name, shape), _naturals(name, offsets)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+    if len(offsets) != 2:
         raise ValueError(f"{name!r} has no valid shape and offsets")
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != size:
@@ -178,8 +179,15 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
     return Stored(path, name, DTYPES[dtype], tuple(shape), start + offsets[0], size)
 
 
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+def _naturals(name: str, values: Any) -> list[int]:
+    if isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values):
+        return values
+    raise ValueError(f"{name!r} has no valid shape and offsets")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 def _check_layout(found: Mapping[str, Stored], start: int, total: int) -> None:
@@ -200,7 +208,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Source | Tensor], *, d
     """
     sources = {n: Made.of(t) if isinstance(t, Tensor) else t for n, t in tensors.items()}
     order = sorted(sources, key=lambda name: (_ORDER[NAMES[sources[name].dtype]], name))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name in order:
         source, begin = sources[name], end
         end += source.size

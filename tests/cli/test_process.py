@@ -108,12 +108,12 @@ main(["methods", "--json"])
 def test_a_bug_shows_its_traceback():
     code = """
 from secateur.cli import main
-from secateur.models import loading
+from secateur.models import opening
 
 def open_source(*arguments, **options):
     raise ZeroDivisionError("a bug")
 
-loading.open_source = open_source
+opening.open_source = open_source
 main(["inspect", "m"])
 """
     run = python(code)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.options import Device, Json, Quiet, TrustRemoteCode
+from secateur.cli.options import Device, Json, Quiet, Revision, TrustRemoteCode
 from secateur.cli.output import print_json, show, working
 from secateur.errors import UsageError
 
@@ -33,19 +33,22 @@ def evaluate(
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="Dtype that the models are loaded in.")] = "float32",
     device: Device = "cpu",
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     tasks = list(dict.fromkeys(task or DEFAULT_TASKS))
     names = model_names(model)
+    revisions = model_revisions(model, revision)
     from secateur import api
     from secateur.evaluation import make_task
 
     for name in tasks:
         make_task(name)
     with working(quiet) as progress:
-        loaded = [api.load(m, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for m in model]
+        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "progress": progress}
+        loaded = [api.load(m, revision=of, **options) for m, of in zip(model, revisions, strict=True)]
         models = {name: pair[0] for name, pair in zip(names, loaded, strict=True)}
         tokenizer = loaded[0][1]
         folders = {name: path for name, path in zip(names, model, strict=True) if Path(path).is_dir()}
@@ -61,7 +64,9 @@ def evaluate(
             progress=progress,
         )
     if json:
-        print_json(table.to_dict())
+        commits = {name: getattr(m, "secateur_revision", "") for name, m in models.items()}
+        found = {name: commit for name, commit in commits.items() if commit}
+        print_json({**table.to_dict(), **({"revisions": found} if found else {})})
         return
     from secateur.report.tables import metrics_table
 
@@ -78,3 +83,22 @@ def model_names(models: list[str]) -> list[str]:
         raise UsageError(f"{twice} is given twice; every model needs a name of its own")
     short = [Path(model).name or model for model in models]
     return short if len(set(short)) == len(short) else models
+
+
+def model_revisions(models: list[str], revision: str | None) -> list[str | None]:
+    """The revision of every model: ``revision`` for the one of the hub, None for the others.
+
+    Raises UsageError when it would be that of no model or of several.
+    """
+    if revision is None:
+        return [None] * len(models)
+    from secateur.models.loading import named_on_hub
+
+    hub = [model for model in models if named_on_hub(model)]
+    if len(hub) > 1:
+        raise UsageError(
+            f"--revision would be that of {' and '.join(hub)}: write it into each, as in hf://owner/name@{revision}"
+        )
+    if not hub:
+        raise UsageError(f"--revision is for models of the hub, and none of {', '.join(models)} is one")
+    return [revision if model in hub else None for model in models]

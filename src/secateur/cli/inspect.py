@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.options import Json, Quiet, TrustRemoteCode
+from secateur.cli.options import Json, Quiet, Revision, TrustRemoteCode
 from secateur.cli.output import print_json, show, working
 from secateur.errors import UsageError
 
@@ -21,6 +21,7 @@ def inspect(
         str,
         typer.Option("--heads", metavar="kv|query", help="Cut key-value heads with their queries, or query heads."),
     ] = "kv",
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -28,15 +29,16 @@ def inspect(
     if heads not in ("kv", "query"):
         raise UsageError(f"--heads must be kv or query, got '{heads}'")
     from secateur import api
-    from secateur.models.loading import open_source
+    from secateur.models.opening import open_source
 
-    with working(quiet):
+    with working(quiet) as progress:
         # shapes are enough: no weight is read
-        source, _ = open_source(model, trust_remote_code=trust_remote_code)
+        source, _ = open_source(model, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
         source.close()
         anatomy = api.anatomy(source.model, heads=heads)
     if json:
-        print_json({"model": model, **anatomy_document(anatomy)})
+        commit = getattr(source.model, "secateur_revision", "")
+        print_json({"model": model, **({"revision": commit} if commit else {}), **anatomy_document(anatomy)})
         return
     from secateur.report.tables import anatomy_text
 

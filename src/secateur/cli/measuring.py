@@ -69,7 +69,7 @@ class Measurement:
 
     def _count(self, source: Source, folder: Path, report: Report) -> None:
         from secateur.evaluation.size import stored_size
-        from secateur.models.loading import open_source
+        from secateur.models.opening import open_source
 
         pruned, _ = open_source(folder)
         try:

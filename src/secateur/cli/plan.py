@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.cli.examples import help_text
-from secateur.cli.options import Device, Json, MaxShardSize, Overwrite, Quiet, Resume, TrustRemoteCode
+from secateur.cli.options import Device, Json, MaxShardSize, Overwrite, Quiet, Resume, Revision, TrustRemoteCode
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.saving import how_to_load
 from secateur.errors import PlanError, UsageError
@@ -47,7 +47,7 @@ def diff(first: PlanFolder, second: PlanFolder, json: Json = False) -> None:
 def merge(
     first: PlanFolder,
     second: PlanFolder,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the joined plan.")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR|URL", help="Folder for the joined plan.")],
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -64,9 +64,10 @@ def merge(
 def apply(
     plan: PlanFolder,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model that the plan was made for.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the checkpoint.")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR|URL", help="Folder for the checkpoint.")],
     format: Annotated[str, typer.Option(metavar="dense|packed", help="How zeros are stored.")] = "dense",
     device: Device = "cpu",
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     max_shard_size: MaxShardSize = None,
     resume: Resume = False,
@@ -90,6 +91,7 @@ def apply(
             device=device,
             resume=resume,
             overwrite=overwrite,
+            revision=revision,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

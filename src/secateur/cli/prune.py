@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.cli.measuring import Measurement
-from secateur.cli.options import Json, MaxShardSize, Overwrite, Plugins, Quiet, Resume, TrustRemoteCode, load_plugins
+from secateur.cli.options import (
+    Json,
+    MaxShardSize,
+    Overwrite,
+    Plugins,
+    Quiet,
+    Resume,
+    Revision,
+    TrustRemoteCode,
+    load_plugins,
+)
 from secateur.cli.output import print_json, show, show_notes, working
+from secateur.cli.saving import check_push, how_to_load, push
 from secateur.errors import MissingExtraError, UsageError
 from secateur.files import check_output
 
@@ -31,7 +42,9 @@ def prune(
     budget: Annotated[
         str | None, typer.Option(metavar="params|macs|bytes", help="What the sparsity is a fraction of.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for the checkpoint.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR|URL", help="Folder for the checkpoint, or s3://bucket/folder.")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")
     ] = None,
@@ -86,6 +99,11 @@ def prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; write nothing.")] = False,
     overwrite: Overwrite = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload the finished checkpoint as well.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository on the hub a private one.")] = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     plugin: Plugins = None,
     json: Json = False,
@@ -96,7 +114,8 @@ def prune(
     data = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
         "model": model,
-        "out": str(out) if out else None,
+        "revision": revision,
+        "out": out or None,
         "dtype": dtype,
         "device": device,
         "evaluate": evaluate or None,
@@ -107,13 +126,14 @@ def prune(
     }
     job = build_recipe(recipe, _given(top), _given(data), _given(step), parse_options(options or []))
     html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
+    check_push(push_to_hub, job.out, private=private, overwrite=overwrite)
     with working(quiet) as progress:
         if dry_run:
             plans = _dry_run(job, trust_remote_code, progress)
         else:
             from secateur.runs.run import Options, run_recipe
 
-            options = Options(
+            how = Options(
                 resume=resume,
                 overwrite=overwrite,
                 html=html,
@@ -121,12 +141,14 @@ def prune(
                 progress=progress,
                 measure=Measurement(job, progress, measure=measure, prompt=prompt, sample=html),
             )
-            done = run_recipe(job, options)
+            done = run_recipe(job, how)
+            assert job.out is not None
+            url = push(job.out, push_to_hub, private=private, overwrite=overwrite) if push_to_hub else None
     if dry_run:
         _show_dry_run(plans, json)
     else:
         show_notes(done.notes, quiet)
-        _show_outcome(job, done, json)
+        _show_outcome(job, done, json, url)
 
 
 def build_recipe(
@@ -206,7 +228,14 @@ def _dry_run(job: Recipe, trust_remote_code: bool, progress: Any) -> list[Any]:
     from secateur.recipes import plan_steps
 
     assert job.model is not None
-    dense, tokenizer = api.load(job.model, dtype="auto", device=job.device, trust_remote_code=trust_remote_code)
+    dense, tokenizer = api.load(
+        job.model,
+        revision=job.revision,
+        dtype="auto",
+        device=job.device,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
     return plan_steps(job, dense, tokenizer, progress=progress)
 
 
@@ -219,15 +248,16 @@ def _show_dry_run(plans: list[Any], json: bool) -> None:
         show_plans(plans)
 
 
-def _show_outcome(job: Recipe, report: Report, json: bool) -> None:
-    from secateur.cli.saving import how_to_load
+def _show_outcome(job: Recipe, report: Report, json: bool, url: str | None) -> None:
     from secateur.report.tables import metrics_table
 
     if json:
-        print_json(report.to_dict())
+        print_json({**report.to_dict(), **({"hub": url} if url else {})})
         return
     show(metrics_table(report.metrics))
     for sample in report.samples:
         show(*(f"{name}: {sample.prompt}{text}\n" for name, text in sample.outputs.items()))
     assert job.out is not None
-    show(how_to_load(Path(job.out)))
+    show(how_to_load(job.out))
+    if url:
+        show(f"pushed to {url}")

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 if TYPE_CHECKING:
     from secateur.plans import Plan
     from secateur.report import Report
@@ -39,8 +41,13 @@ def _front_matter(base_name: str, plans: Sequence[Plan]) -> str:
     if _HUB_ID.fullmatch(base_name):
         lines.append(f"base_model: {base_name}")
     lines += ["tags:", "- secateur", "- pruned"]
-    lines += [f"- {provenance.method}" for plan in plans for provenance in plan.provenance]
+    lines += [f"- {_text(provenance.method)}" for plan in plans for provenance in plan.provenance]
     return "\n".join([*lines, "---", ""])
+
+
+def _text(word: str) -> str:
+    """A word as YAML, in quotes where it would be read as something else (a method may be called ``on``)."""
+    return word if yaml.safe_load(word) == word else json.dumps(word)
 
 
 def _summary(base_name: str, plans: Sequence[Plan], report: Report | None) -> str:
@@ -48,6 +55,8 @@ def _summary(base_name: str, plans: Sequence[Plan], report: Report | None) -> st
     rows = [("Base model", source)]
     if plans:
         steps = [provenance for plan in plans for provenance in plan.provenance]
+        if steps[0].model.revision:
+            rows.append(("Revision", f"`{steps[0].model.revision}`"))
         rows.append(("Method", f"`{'+'.join(p.method for p in steps)}`"))
         rows += [("Options", _options(p.options)) for p in steps if p.options]
         rows += [("Calibration", _calibration(p.calibration)) for p in steps if p.calibration]

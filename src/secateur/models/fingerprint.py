@@ -36,6 +36,7 @@ def fingerprint(source: Source) -> Fingerprint:
         weights=weights.hexdigest(),
         num_layers=int(source.model.config.num_hidden_layers),
         name=display_name(source.model),
+        revision=str(getattr(source.model, "secateur_revision", "")),
     )
 
 

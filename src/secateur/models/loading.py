@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,9 @@ from secateur.errors import (
     nearest,
     require_extra,
 )
-from secateur.models.skeletons import NotStreamable, match, skeleton, weight_files
-from secateur.models.sources import CheckpointSource, Source
+from secateur.errors import first_line as _first_line
+from secateur.models import hub
+from secateur.models.skeletons import weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,62 +41,38 @@ BUILTINS: dict[str, tuple[str, str | None]] = {
 }
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_model(
-    name: str | Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: hub.Progress | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model in eval mode, and its tokenizer (None when a folder has none).
 
     ``name`` is a built-in name, a folder (also a packed or non-uniform checkpoint of secateur), a ``.gguf`` file,
-    which is dequantised, or a hub id, the only case that uses the network. ``dtype`` is float32, bfloat16, float16
-    or ``auto`` (that of the checkpoint; float32 for GGUF).
+    which is dequantised, or a hub id (``owner/name``, ``hf://owner/name``), the only case that uses the network and
+    takes a ``revision``. ``dtype`` is float32, bfloat16, float16 or ``auto`` (that of the checkpoint; float32 for
+    GGUF). ``progress`` is called while a model is fetched.
     Raises UsageError, ModelLoadError, UnsupportedModelError, NonFiniteError or MissingExtraError.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
-    target = _device(device)
-    source = _source(name)
-    with quiet(), _in_one_sentence(name):
+    target = device_of(device)
+    source = locate(name, revision, trust_remote_code, progress)
+    with quiet(), hub.named(source, name), in_one_sentence(name):
         if source.endswith(".gguf"):
             model, tokenizer = _load_gguf(Path(source), dtype)
         else:
             model = _load_checkpoint(source, dtype, trust_remote_code)
-            tokenizer = _load_tokenizer(source, trust_remote_code)
+            tokenizer = load_tokenizer(source, trust_remote_code)
         check_finite(model)
+        model.secateur_revision = hub.commit_of(source)  # type: ignore[assignment]
         return model.to(target).eval(), tokenizer  # type: ignore[arg-type]
-
-
-def open_source(
-    name: str | Path, *, device: str = "cpu", trust_remote_code: bool = False
-) -> tuple[Source, PreTrainedTokenizerBase | None]:
-    """A model opened for reading block by block, and its tokenizer; the dtype is the checkpoint's own.
-
-    A GGUF file, and a checkpoint whose names or shapes only transformers can translate, is loaded as a whole; the
-    source is then in memory. Raises what ``load_model`` raises.
-    """
-    target = _device(device)
-    source = _source(name)
-    folder = _local_folder(source)
-    with quiet(), _in_one_sentence(name):
-        if folder is not None:
-            config = _read_config(folder)
-            _check_config(source, config, trust_remote_code)
-            _check_weights(folder)
-            model = skeleton(folder, config, trust_remote_code=trust_remote_code)
-            model.secateur_name = str(name)  # type: ignore[assignment]
-            with suppress(NotStreamable):
-                stored = match(model, folder, config.get("secateur", {}).get("packed", {}).get("tensors", {}))
-                return CheckpointSource(model, stored, target), _load_tokenizer(source, trust_remote_code)
-    model, tokenizer = load_model(name, dtype="auto", device=device, trust_remote_code=trust_remote_code)
-    model.secateur_name = str(name)  # type: ignore[assignment]
-    return Source(model), tokenizer
-
-
-def _local_folder(source: str) -> Path | None:
-    """The folder of a checkpoint on this disk, or None."""
-    return Path(source) if Path(source).is_dir() else None
 
 
 def check_finite(model: torch.nn.Module) -> None:
@@ -127,15 +104,45 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError:
         raise UsageError(f"unknown device {device!r}: give cpu, cuda, cuda:0 or mps") from None
 
 
-def _source(name: str | Path) -> str:
-    """Path of a folder or GGUF file, or a hub id."""
+def named_on_hub(name: str | Path) -> bool:
+    """True for a name that only the hub can resolve: ``hf://…``, or the form of an id and no folder here."""
+    text = str(name)
+    return hub.is_hub_url(text) or (text not in BUILTINS and not Path(text).expanduser().exists() and _is_id(name))
+
+
+def locate(
+    name: str | Path, revision: str | None = None, remote_code: bool = False, progress: hub.Progress | None = None
+) -> str:
+    """Path of a folder or GGUF file; a hub id is fetched into one."""
+    text = str(name)
+    if not named_on_hub(name):
+        path = _local(name)
+        if revision is not None:
+            raise UsageError(f"{name} is on this machine and has no revision: --revision is for models of the hub")
+        return path
+    if hint := "" if hub.is_hub_url(text) else nearest(text, BUILTINS):
+        raise ModelLoadError(f"there is no model named {name}{hint}")
+    repo_id, revision = hub.split_name(text, revision)
+    known = f" is no folder here, no built-in model ({', '.join(sorted(BUILTINS))}), and"
+    otherwise = "" if hub.is_hub_url(text) else known
+    return str(hub.fetch(repo_id, revision, remote_code=remote_code, otherwise=otherwise, progress=progress))
+
+
+def _is_id(name: str | Path) -> bool:
+    text = str(name)
+    return not (isinstance(name, Path) or text.endswith(".gguf") or text.startswith(".")) and bool(
+        hub.HUB_ID.fullmatch(text)
+    )
+
+
+def _local(name: str | Path) -> str:
     text = str(name)
     if text in BUILTINS:
         return str(_builtin(text))
@@ -146,11 +153,7 @@ def _source(name: str | Path) -> str:
         if path.suffix != ".gguf":
             raise ModelLoadError(f"{name} is a file; give a model folder or a .gguf file")
         return str(path)
-    if isinstance(name, Path) or text.endswith(".gguf") or not _HUB_ID.fullmatch(text) or text.startswith("."):
-        raise ModelLoadError(f"there is no model at {name}: no such file or folder")
-    if hint := nearest(text, BUILTINS):
-        raise ModelLoadError(f"there is no model named {name}{hint}")
-    return text
+    raise ModelLoadError(f"there is no model at {name}: no such file or folder")
 
 
 def _builtin(name: str) -> Path:
@@ -170,7 +173,7 @@ def _builtin(name: str) -> Path:
 
 
 @contextmanager
-def _in_one_sentence(name: str | Path) -> Iterator[None]:
+def in_one_sentence(name: str | Path) -> Iterator[None]:
     try:
         yield
     except SecateurError:
@@ -179,21 +182,13 @@ def _in_one_sentence(name: str | Path) -> Iterator[None]:
         raise ModelLoadError(f"can't load {name}: {_first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        lines[0] = f"{lines[0]} {lines[1]}"
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
 def _load_checkpoint(source: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    folder = Path(source) if Path(source).is_dir() else None
-    config = _read_config(folder) if folder else _hub_config(source)
-    _check_config(source, config, trust_remote_code)
-    if folder:
-        _check_weights(folder)
+    folder = Path(source)
+    config = read_config(folder)
+    check_config(source, config, trust_remote_code)
+    check_weights(folder)
     options: dict[str, Any] = {
         "dtype": DTYPES[dtype],
         "use_safetensors": True,
@@ -227,7 +222,7 @@ def _load_cut(source: str, layout: dict[str, Any], options: dict[str, Any]) -> t
     return model, info
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelLoadError(f"{folder} holds no model: there is no config.json in it")
@@ -240,21 +235,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _hub_config(name: str) -> dict[str, Any]:
-    from transformers import PreTrainedConfig
-
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
-    except Exception as error:
-        known = ", ".join(sorted(BUILTINS))
-        raise ModelLoadError(
-            f"{name} is no folder here, no built-in model ({known}), and can't be had from the hub: "
-            f"{_first_line(error)}"
-        ) from None
-    return config
-
-
-def _check_config(name: str, config: dict[str, Any], trust_remote_code: bool) -> None:
+def check_config(name: str, config: dict[str, Any], trust_remote_code: bool) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -298,7 +279,13 @@ def _not_a_decoder(config: dict[str, Any]) -> str | None:
     return "another task" if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", architecture) else None
 
 
-def _check_weights(folder: Path) -> None:
+def check_checkpoint(folder: Path) -> None:
+    """Config and headers of all weight files, without loading anything. Raises ModelLoadError."""
+    read_config(folder)
+    check_weights(folder)
+
+
+def check_weights(folder: Path) -> None:
     """Read the headers of all weight files: missing, truncated and corrupt ones are named."""
     from safetensors import SafetensorError, safe_open
 
@@ -324,11 +311,11 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
         raise ModelLoadError(f"{name}: {missing[0]}{more} missing from the weights")
 
 
-def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
     folder = Path(source)
-    if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
 

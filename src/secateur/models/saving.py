@@ -23,6 +23,7 @@ from secateur.models.layout import is_stock, layout_of, native_config, plain, st
 from secateur.models.loading import check_finite, quiet
 from secateur.models.packed import PACKED_VERSION, pack
 from secateur.plans import Plan
+from secateur.remote import place
 from secateur.report.numbers import json_ready
 from secateur.report.report import BYTES_ON_DISK
 
@@ -49,7 +50,7 @@ def save_model(
     overwrite: bool = False,
     base_name: str | None = None,
     max_shard_size: str = "5GB",
-) -> Path:
+) -> Path | str:
     """Write model, tokenizer, plan, report and model card to ``folder``, all or nothing; returns the folder.
 
     ``plan`` may be a sequence, one plan per step: they go to ``plan/step-1``, ``plan/step-2``, … With ``html`` the
@@ -68,7 +69,7 @@ def save_model(
         remote = _write_model(model, path, format, max_shard_size)
         document_folder(
             path,
-            Path(folder),
+            folder,
             tokenizer=tokenizer,
             plans=plans,
             report=report,
@@ -78,12 +79,12 @@ def save_model(
             base_name=base_name or (plans[0].model.name if plans else "") or model.config.name_or_path or "",
             started=started,
         )
-    return Path(folder)
+    return place(folder)
 
 
 def document_folder(
     path: Path,
-    folder: Path,
+    folder: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None,
     plans: Sequence[Plan],
@@ -107,7 +108,7 @@ def document_folder(
         _complete(report, path, str(folder), plain=plain, seconds=time.perf_counter() - started)
         _write_report(report, path, html)
     name = base_name or (plans[0].model.name if plans else "")
-    card = model_card(folder.name, base_name=name, plans=plans, report=report, format=format, remote=not plain)
+    card = model_card(Path(folder).name, base_name=name, plans=plans, report=report, format=format, remote=not plain)
     (path / "README.md").write_text(card, encoding="utf8")
 
 

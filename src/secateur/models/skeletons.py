@@ -151,10 +151,10 @@ def match(model: PreTrainedModel, folder: str | Path, packed: dict[str, Any]) ->
     rename = _renaming(model)
     files: dict[str, Any] = {rename(name): stored for name, stored in tensor_map(folder).items()}
     for name, shape in packed.items():
-        parts = [files.pop(f"{name}.{part}", None) for part in ("bitmap", "values")]
-        if None in parts:
+        bitmap, values = (files.pop(f"{name}.{part}", None) for part in ("bitmap", "values"))
+        if bitmap is None or values is None:
             raise NotStreamable(f"{name} is missing from the packed weights")
-        files[name] = PackedTensor(*parts, tuple(shape))
+        files[name] = PackedTensor(bitmap, values, tuple(shape))
     shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
     prefix = f"{model.base_model_prefix}."
     found = {}

@@ -16,6 +16,7 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
     layers = [_layer_cut(layer, plan, anatomy) for layer in range(anatomy.num_layers)]
     return Report(
         model=plan.model.name,
+        revision=plan.model.revision,
         method=plan.method,
         options=dict(provenance.options),
         requested=_requested(plan),

@@ -253,6 +253,7 @@ def _loading(report: Report) -> str:
 def _provenance(report: Report) -> str:
     seconds = {stage: f"{value:,.1f} s" for stage, value in report.seconds.items()}
     blocks = (
+        ("Model", {"name": report.model, "revision": report.revision} if report.revision else {}),
         ("Options", report.options),
         ("Calibration", report.calibration or {}),
         ("Time", seconds),

@@ -75,6 +75,8 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     """wall time of the stages: calibrate, cut, evaluate, save"""
     output: str | None = None
+    revision: str = ""
+    """commit of a model of the hub"""
     plain: bool | None = None
     """True when stock transformers loads the checkpoint without remote code"""
 

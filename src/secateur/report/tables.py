@@ -271,7 +271,7 @@ def _provenance_lines(provenance: Sequence[Provenance]) -> list[str]:
     for source in provenance:
         options = ", ".join(f"{key}={value}" for key, value in source.options.items())
         lines.append(f"{source.method}({options})")
-        lines.append(f"model: {source.model.name or source.model.architecture}, {source.model.num_layers} layers")
+        lines.append(f"model: {source.model.label or source.model.architecture}, {source.model.num_layers} layers")
         data = source.calibration
         if data is not None:
             lines.append(

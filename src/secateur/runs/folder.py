@@ -30,6 +30,7 @@ from secateur.methods import Method
 from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen
 from secateur.plans import Plan, Provenance, plan_of_parts
+from secateur.remote import is_url, place
 from secateur.runs.cutting import BlockCutter
 from secateur.runs.signals import Stopped, StopRequest
 from secateur.tensorfiles import Stored, read_header, write_tensors
@@ -215,7 +216,7 @@ class RunFolder:
     another one, or when an unfinished run is there and neither ``resume`` nor ``overwrite`` is given.
     """
 
-    def __init__(self, out: Path, document: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, out: str | Path, document: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.path = run_path(out)
         self.out = out
         self.document = json.loads(json.dumps(document))
@@ -258,9 +259,12 @@ class RunFolder:
                 raise OutputError(f"the run in {self.path} can't go on: its {key} {how}")
 
 
-def run_path(out: Path) -> Path:
-    """The folder of the run that writes ``out``."""
-    return out.with_name(f"{out.name}.run")
+def run_path(out: str | Path) -> Path:
+    """The folder of the run that writes ``out``: beside it, and in the current folder for a URL."""
+    if is_url(out):
+        return Path(f"{str(out).rstrip('/').rpartition('/')[2]}.run")
+    path = Path(place(out))
+    return path.with_name(f"{path.name}.run")
 
 
 def read_document(path: Path) -> dict[str, Any]:

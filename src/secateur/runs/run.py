@@ -17,7 +17,8 @@ from secateur.files import check_output, disk_error, finish_folder
 from secateur.methods import make_method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import fingerprint
-from secateur.models.loading import load_model, open_source
+from secateur.models.loading import load_model
+from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
 from secateur.models.sources import CheckpointSource, Source
 from secateur.observe.calibration import Tokens, load_tokens
@@ -91,10 +92,16 @@ def run_recipe(recipe: Recipe, options: Options) -> Report:
     if recipe.model is None or recipe.out is None:
         raise UsageError("a run needs a model and an output folder: give both in the recipe")
     recipe.check_methods()
-    out = Path(recipe.out)
+    out = recipe.out
     check_output(out, options.overwrite)
     previous = read_document(run_path(out)) if options.resume else {}
-    source, tokenizer = open_source(recipe.model, device=recipe.device, trust_remote_code=options.trust_remote_code)
+    source, tokenizer = open_source(
+        recipe.model,
+        revision=recipe.revision,
+        device=recipe.device,
+        trust_remote_code=options.trust_remote_code,
+        progress=options.progress,
+    )
     try:
         dtype = previous.get("dtype") or str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch.")
         document = {
@@ -198,8 +205,9 @@ class _Runner:
 def apply_plans(
     plans: list[Plan],
     model: str | Path,
-    out: Path,
+    out: str | Path,
     *,
+    revision: str | None = None,
     format: str = "dense",
     max_shard_size: str = "5GB",
     device: str = "cpu",
@@ -213,7 +221,9 @@ def apply_plans(
     Raises PlanMismatchError when the first plan was made for other shapes, and OutputError.
     """
     check_output(out, overwrite)
-    source, tokenizer = open_source(model, device=device, trust_remote_code=trust_remote_code)
+    source, tokenizer = open_source(
+        model, revision=revision, device=device, trust_remote_code=trust_remote_code, progress=progress
+    )
     document = {
         "plans": [[p.model_dump(mode="json") for p in plan.provenance] for plan in plans],
         "model": fingerprint(source).model_dump(),
@@ -244,7 +254,7 @@ def apply_plans(
     return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
-def _hint(out: Path) -> str:
+def _hint(out: str | Path) -> str:
     return f"{run_path(out)} holds what is done: the same command with --resume goes on from there"
 
 

@@ -1,0 +1,47 @@
+"""Opening a model for reading block by block: nothing of a checkpoint is read until its turn comes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from secateur.models import hub, loading
+from secateur.models.skeletons import NotStreamable, match, skeleton
+from secateur.models.sources import CheckpointSource, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_source(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: hub.Progress | None = None,
+) -> tuple[Source, PreTrainedTokenizerBase | None]:
+    """A model, by any name that ``load_model`` takes, and its tokenizer; the dtype is the checkpoint's own.
+
+    A GGUF file, and a checkpoint whose names or shapes only transformers can translate, is loaded as a whole; the
+    source is then in memory. Raises what ``load_model`` raises.
+    """
+    place = loading.locate(name, revision, trust_remote_code, progress)
+    folder = Path(place)
+    if folder.is_dir():
+        with loading.quiet(), hub.named(place, name), loading.in_one_sentence(name), suppress(NotStreamable):
+            config = loading.read_config(folder)
+            loading.check_config(place, config, trust_remote_code)
+            loading.check_weights(folder)
+            model = skeleton(folder, config, trust_remote_code=trust_remote_code)
+            model.secateur_name = hub.plain_name(str(name))  # type: ignore[assignment]
+            model.secateur_revision = hub.commit_of(place)  # type: ignore[assignment]
+            stored = match(model, folder, config.get("secateur", {}).get("packed", {}).get("tensors", {}))
+            tokenizer = loading.load_tokenizer(place, trust_remote_code)
+            return CheckpointSource(model, stored, loading.device_of(device)), tokenizer
+    model, tokenizer = loading.load_model(
+        name, revision=revision, dtype="auto", device=device, trust_remote_code=trust_remote_code, progress=progress
+    )
+    model.secateur_name = hub.plain_name(str(name))  # type: ignore[assignment]
+    return Source(model), tokenizer
