@@ -21,21 +21,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from checkpoints import block_matrices, check_tokens, measure, prepare
+from checkpoints import check_tokens, prepare
 from common import write_result
+from comparison import TEXT, Case, best, table
 from processes import Run, measured, own_peak_bytes
 from profiles import ORDER, RATE, find_sampler, profiled
 
@@ -44,39 +42,12 @@ DTYPES = ("float32", "bfloat16")
 SPARSITY = 0.5
 PEER = Path(__file__).with_name("llmcompressor_peer.py")
 
-TEXT = """
-Load, prune by 50 %, save, as one process. `seconds` is the median of the repeats and `range` all of them; `cpu` is the
-processor time over all cores, `peak MB` the largest resident memory of the process. `faster` says how many times
-longer llm-compressor took (the median of the ratios within a repeat), `memory` what secateur's peak is of its peak.
-The checkpoint has the dtype named and both compute in it; `best` puts the fastest case of each tool side by side.
-`beside` is the part of secateur's time that measures the size of the models, which llm-compressor doesn't do.
-Perplexities are `secateur.evaluate`'s, in float32, for the results of both; `sparsity` counts the zeros in the linear
-weights of the blocks.
-"""
-
 PROFILE_TEXT = """
 Seconds of one run of each command under a sampling profiler, beside the timed runs. `driver` is what the loop over
 the blocks costs outside forwards, statistics and scoring; `tracing` is how llm-compressor cuts the model into blocks;
 `evaluation` is secateur's measuring of sizes; `other` has no stage, and the interpreter's start and end are in the
 total only. A stage in the background runs beside the others.
 """
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to time; ``batch`` is llm-compressor's batch size, 0 for secateur."""
-
-    method: str
-    dtype: str
-    batch: int = 0
-
-    @property
-    def tool(self) -> str:
-        return f"llm-compressor, batch {self.batch}" if self.batch else "secateur"
-
-    @property
-    def label(self) -> str:
-        return f"{self.tool}-{self.method}-{self.dtype}".replace(", ", "-").replace(" ", "")
 
 
 def main() -> None:
@@ -89,7 +60,7 @@ def main() -> None:
         runs = study.time_all()
         profiles = study.profile_all() if arguments.profile else []
         # heavy libraries come into this process only now, see `measured`
-        rows = study.rows(runs)
+        rows = table(runs, study.work, arguments.evaluation, arguments.windows, arguments.length)
     write_result(
         f"against-llmcompressor-{arguments.name}",
         "Secateur against llm-compressor",
@@ -128,6 +99,7 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
         self.arguments, self.work = arguments, work
+        self.peer_versions = peer_versions(arguments.peer_python)
         self.dtypes = arguments.dtype or list(DTYPES)
         self.cases = [
             Case(method, dtype, batch)
@@ -154,7 +126,7 @@ class Study:
             "ids": f"sha256 {self.ids_sha256}",
             "repeats": a.repeats,
             "settings of both": "linear weights of the blocks; sparsegpt: damping 0.01, columns 128 at a time",
-            "llm-compressor": peer_versions(a.peer_python),
+            "llm-compressor": self.peer_versions,
         }
 
     def command(self, case: Case, out: Path) -> list[str]:
@@ -164,18 +136,8 @@ class Study:
             ids = str(self.work / "ids.npy")
             return [a.peer_python, str(PEER), *what, "--ids", ids, "--batch-size", str(case.batch)]
         data = ["--calibration", a.calibration, "--samples", str(a.samples), "--length", str(a.length)]
-        return [
-            sys.executable,
-            "-m",
-            "secateur",
-            "prune",
-            *what,
-            *data,
-            "--dtype",
-            case.dtype,
-            "--no-report",
-            "--quiet",
-        ]
+        prune = [sys.executable, "-m", "secateur", "prune", *what, *data]
+        return [*prune, "--dtype", case.dtype, "--no-report", "--quiet"]
 
     def time_all(self) -> dict[Case, list[Run]]:
         """Every repeat runs every case once; outputs of the first repeat stay in ``work/out``.
@@ -195,6 +157,8 @@ class Study:
         run = measured(self.command(case, out), log=self.log(case), environment=self.environment)
         if run.peak_bytes <= own_peak_bytes():
             raise RuntimeError(f"the peak memory of {case.label} can't be told from that of this process")
+        if not case.batch:
+            check_tokens(out, self.ids_sha256)
         print(again or "first", case, f"{run.seconds:.1f} s, {run.peak_bytes / 1e6:.0f} MB", flush=True)
         if again:
             shutil.rmtree(out)
@@ -218,66 +182,15 @@ class Study:
             print(rows[-1], flush=True)
         return rows
 
-    def rows(self, runs: dict[Case, list[Run]]) -> list[dict[str, Any]]:
-        a = self.arguments
-        matrices = block_matrices(self.work / self.dtypes[0])
-        rows = []
-        for dtype in self.dtypes:
-            quality = measure(self.work / dtype, matrices, a.evaluation, a.windows, a.length)
-            rows.append({"method": "dense", "dtype": dtype, "tool": "", **quality})
-        for case, taken in runs.items():
-            out, own = self.work / "out" / case.label, runs[Case(case.method, case.dtype)]
-            seconds = [run.seconds for run in taken]
-            row = {
-                "method": case.method,
-                "dtype": case.dtype,
-                "tool": case.tool,
-                "seconds": statistics.median(seconds),
-                "range": " ".join(f"{s:.1f}" for s in sorted(seconds)),
-                "cpu": statistics.median(run.cpu_seconds for run in taken),
-                "peak MB": statistics.median(run.peak_bytes for run in taken) / 1e6,
-            }
-            if case.batch:
-                pairs = list(zip(taken, own, strict=True))
-                row["faster"] = statistics.median(peer.seconds / mine.seconds for peer, mine in pairs)
-                row["memory"] = statistics.median(mine.peak_bytes / peer.peak_bytes for peer, mine in pairs)
-            else:
-                check_tokens(out, self.ids_sha256)
-                row["beside"] = json.loads((out / "report.json").read_text())["seconds"].get("evaluate", 0.0)
-            rows.append({**row, **measure(out, matrices, a.evaluation, a.windows, a.length)})
-            print(rows[-1], flush=True)
-        return rows
-
-
-def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The fastest row of each tool beside each other, by method."""
-    found = []
-    for method in METHODS:
-        timed = [row for row in rows if row["method"] == method]
-        if timed:
-            ours, theirs = (
-                min((row for row in timed if (row["tool"] == "secateur") is mine), key=lambda row: row["seconds"])
-                for mine in (True, False)
-            )
-            found.append(
-                {
-                    "method": method,
-                    "dtype": "best",
-                    "tool": f"secateur {ours['dtype']} / {theirs['tool']} {theirs['dtype']}",
-                    "faster": theirs["seconds"] / ours["seconds"],
-                    "memory": ours["peak MB"] / theirs["peak MB"],
-                }
-            )
-    return found
-
 
 def peer_versions(python: str) -> dict[str, str]:
     """Versions of what takes part on the other side."""
     names = ["llmcompressor", "compressed-tensors", "torch", "transformers"]
     code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
-    done = subprocess.run([python, "-c", code, *names], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{python} has no llm-compressor: {done.stderr.strip().splitlines()[-1]}")
+    try:
+        done = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        raise SystemExit(f"{python} is no Python with {', '.join(names)}: see --help for how to make one") from None
     return dict(zip(names, done.stdout.split(), strict=True))
 
 

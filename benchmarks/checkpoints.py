@@ -52,3 +52,12 @@ def measure(folder: Path, matrices: list[str], text: str, windows: int, length: 
         "perplexity": table["perplexity"].values["model"],
         "sparsity": zeros / sum(weight.numel() for weight in weights),
     }
+
+
+def same_mask(folder: Path, other: Path, matrices: list[str]) -> float:
+    """Fraction of the entries of ``matrices`` that are zero in both checkpoints or in neither."""
+    import secateur as sc
+
+    one, two = sc.load(folder)[0], sc.load(other)[0]
+    pairs = [(one.get_parameter(name) == 0, two.get_parameter(name) == 0) for name in matrices]
+    return sum(int((a == b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)

@@ -102,7 +102,7 @@ def test_best_compares_the_fastest_of_each_tool(study):
         {"method": "wanda", "tool": tool, "dtype": dtype, "seconds": seconds, "peak MB": peak}
         for tool, dtype, seconds, peak in timed
     ]
-    (row,) = study("against_llmcompressor").best([{"method": "dense", "tool": "", "dtype": "a"}, *rows])
+    (row,) = study("comparison").best([{"method": "dense", "tool": "", "dtype": "a"}, *rows])
     assert row["tool"] == "secateur b / peer a"
     assert row["faster"] == 3.0
     assert row["memory"] == pytest.approx(400 / 900)
