@@ -1,0 +1,108 @@
+"""What the studies in ``benchmarks/`` rest on: memory of one process, the stages of a profile, and what is compared."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+# as py-spy 0.4 prints them: thread, then frames from the outermost inwards, then the number of samples
+RUNNER = "thread (7): MainThread;_run_code (<frozen runpy>:88);prune (/env/secateur/cli/prune.py:105)"
+BLOCK = "_Run._observe (/env/secateur/engine.py:250);BlockWalk._run (/env/secateur/observe/driver.py:90)"
+FORWARD = "LlamaDecoderLayer.forward (/env/transformers/models/llama/modeling_llama.py:300)"
+THREAD = "thread (8): reader;Thread._bootstrap (/usr/lib/python3.11/threading.py:1002)"
+STACKS = {
+    f"{RUNNER};{BLOCK};{FORWARD};Linear.forward (/env/torch/nn/modules/linear.py:125)": "forwards",
+    f"{RUNNER};{BLOCK}": "driver",
+    f"{RUNNER};{BLOCK};{FORWARD};Gram.update (/env/secateur/observe/statistics.py:160)": "statistics",
+    f"{RUNNER};_Run._prune_matrix (/env/secateur/engine.py:110);obs_sweep (/env/secateur/heal/obs.py:80)": "scoring",
+    f"{RUNNER};load_model (/env/secateur/models/loading.py:55)": "reading",
+    f"{RUNNER};save_model (/env/secateur/models/saving.py:70)": "writing",
+    f"{RUNNER};Plan.write (/env/secateur/plans.py:200);dump (/usr/lib/python3.11/json/__init__.py:180)": "writing",
+    f"{RUNNER};peak_bytes (/env/secateur/evaluation/size.py:120);{FORWARD}": "evaluation",
+    f"{RUNNER};_find_and_load (<frozen importlib._bootstrap>:1176);<module> (/env/torch/__init__.py:1)": "imports",
+    f"{RUNNER};sleep (/env/elsewhere.py:1)": "other",
+    f"{THREAD};read_header (/env/secateur/tensorfiles.py:124)": "reading (background)",
+    f"{THREAD};Event.wait (/usr/lib/python3.11/threading.py:629)": None,
+    f"thread (7): MainThread;SequentialPipeline.__call__ (/p/llmcompressor/pipelines/pipeline.py:9);{FORWARD};"
+    "WandaPruningModifier.calibrate_module (/p/llmcompressor/modifiers/pruning/wanda/base.py:90)": "statistics",
+    "thread (7): MainThread;sparsify_weight (/p/llmcompressor/modifiers/pruning/wanda/wanda_sparsify.py:70)": "scoring",
+    "thread (7): MainThread;wrap.<locals>.save_pretrained_wrapper (/p/llmcompressor/transformers/x.py:1)": "writing",
+}
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def module(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return module
+
+
+@pytest.mark.parametrize(("stack", "stage"), STACKS.items(), ids=range(len(STACKS)))
+def test_every_sample_goes_to_its_stage(study, stack, stage):
+    assert study("profiles").by_stage([f"{stack} 3"]) == ({stage: 3} if stage else {})
+
+
+def test_samples_of_a_stage_add_up(study):
+    counted = study("profiles").by_stage([f"{stack} {number}" for number, stack in enumerate(STACKS, start=1)])
+    numbers = [number for number, stage in enumerate(STACKS.values(), start=1) if stage]
+    assert sum(counted.values()) == sum(numbers)
+    assert counted["scoring"] == 4 + 14
+
+
+def test_the_memory_of_a_process_is_its_own(tmp_path):
+    """A small process that follows a large one is small; that is not what RUSAGE_CHILDREN says."""
+    code = f"""
+import os, sys
+from pathlib import Path
+from processes import measured
+log = Path({str(tmp_path / "log")!r})
+for size in (300_000_000, 1):
+    command = [sys.executable, "-c", f"x = b'x' * {{size}}"]
+    print(measured(command, log=log, environment=os.environ).peak_bytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCHMARKS, check=True)
+    large, small = map(int, done.stdout.split())
+    assert 300e6 < large < 400e6
+    assert small < 100e6
+
+
+def test_a_process_that_fails_shows_the_end_of_its_log(study, tmp_path):
+    command = [sys.executable, "-c", "import sys; print('why it failed'); sys.exit(3)"]
+    with pytest.raises(RuntimeError, match=r"ended with 3:\nwhy it failed"):
+        study("processes").measured(command, log=tmp_path / "log", environment=os.environ)
+
+
+def test_other_tokens_are_refused(study, tmp_path):
+    (tmp_path / "plan").mkdir()
+    provenance = [{"calibration": {"sha256": "aa"}}]
+    (tmp_path / "plan" / "plan.json").write_text(json.dumps({"provenance": provenance}))
+    study("checkpoints").check_tokens(tmp_path, "aa")
+    with pytest.raises(RuntimeError, match="calibrated on other tokens"):
+        study("checkpoints").check_tokens(tmp_path, "bb")
+
+
+def test_best_compares_the_fastest_of_each_tool(study):
+    timed = [
+        ("secateur", "a", 10.0, 500.0),
+        ("secateur", "b", 4.0, 400.0),
+        ("peer", "a", 12.0, 900.0),
+        ("peer", "b", 20.0, 800.0),
+    ]
+    rows = [
+        {"method": "wanda", "tool": tool, "dtype": dtype, "seconds": seconds, "peak MB": peak}
+        for tool, dtype, seconds, peak in timed
+    ]
+    (row,) = study("comparison").best([{"method": "dense", "tool": "", "dtype": "a"}, *rows])
+    assert row["tool"] == "secateur b / peer a"
+    assert row["faster"] == 3.0
+    assert row["memory"] == pytest.approx(400 / 900)
