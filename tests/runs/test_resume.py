@@ -1,0 +1,251 @@
+"""A run that dies, however and whenever, goes on later and ends in the same bytes."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import secateur as sc
+from secateur.errors import OutputError
+from secateur.runs.folder import Journal, run_path
+from secateur.runs.signals import Stopped
+
+CASES = {
+    "wanda": {"method": "wanda", "sparsity": 0.5},
+    "sparsegpt": {"method": "sparsegpt", "pattern": "2:4"},
+    "flap": {"method": "flap", "sparsity": 0.3},
+    "magnitude, global": {"method": "magnitude", "sparsity": 0.5, "options": {"scope": "global"}},
+    "shortgpt": {"method": "shortgpt", "options": {"layers": 1}},
+}
+
+
+class Crash(BaseException):
+    """What no handler expects; as sudden as a process can end within a test."""
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, make_llama, tiny_tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    make_llama(num_hidden_layers=4).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe(dense: Path, out: Path, *steps: dict, **more) -> dict:
+    data = {"samples": 4, "length": 32}
+    return {"model": str(dense), "out": str(out), "calibration": data, "steps": list(steps), "dtype": "float32", **more}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything whose bytes are promised; the report and the card tell of times."""
+    told = {"report.json", "README.md", "manifest.json"}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in told
+    }
+
+
+def crash_after(monkeypatch, count: int) -> None:
+    """Die right before or right after the ``count``-th line of a journal."""
+    add, left = Journal.add, [count]
+
+    def dying(self: Journal, **entry: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Crash
+        add(self, **entry)
+
+    monkeypatch.setattr(Journal, "add", dying)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_crash_before_any_line_of_the_journal(case, dense, tmp_path, monkeypatch):
+    whole = recipe(dense, tmp_path / "whole", CASES[case], max_shard_size="60KB")
+    sc.run(whole)
+    job, crashes = {**whole, "out": str(tmp_path / "out")}, 0
+    # the first line is never written, then the second, ...: every place where a run can die
+    for count in range(1, 100):
+        with monkeypatch.context() as patch:
+            crash_after(patch, 2 if count > 1 else 1)
+            try:
+                sc.run(job, resume=count > 1)
+                break
+            except Crash:
+                crashes += 1
+    assert crashes >= 6
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not run_path(tmp_path / "out").exists()
+
+
+def test_two_steps_resume_in_the_second(dense, tmp_path, monkeypatch):
+    steps = [CASES["flap"], CASES["wanda"]]
+    sc.run(recipe(dense, tmp_path / "whole", *steps))
+    job = recipe(dense, tmp_path / "out", *steps)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 14)
+        with pytest.raises(Crash):
+            sc.run(job)
+    assert (tmp_path / "out.run" / "step-2" / "journal.jsonl").stat().st_size
+    sc.run(job, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_finished_blocks_are_not_observed_again(dense, tmp_path, monkeypatch):
+    from secateur.observe.driver import BlockWalk
+
+    observed = []
+    observe = BlockWalk.observe
+
+    def watched(self: BlockWalk, block: object, layer: int, *rest: object, **options: object) -> object:
+        observed.append(layer)
+        return observe(self, block, layer, *rest, **options)
+
+    monkeypatch.setattr(BlockWalk, "observe", watched)
+    job = recipe(dense, tmp_path / "out", CASES["wanda"])
+    with monkeypatch.context() as patch:
+        crash_after(patch, 4)
+        with pytest.raises(Crash):
+            sc.run(job)
+    assert observed == [0, 1, 2, 3]
+    sc.run(job, resume=True)
+    assert observed == [0, 1, 2, 3, 3]
+
+
+def test_killed_ten_times_at_random_moments(dense, tmp_path):
+    """Real processes, really killed; forked, so that none has to import torch again."""
+    job = recipe(dense, tmp_path / "out", CASES["sparsegpt"], calibration={"samples": 24, "length": 128})
+    sc.run({**job, "out": str(tmp_path / "whole")})
+    started = time.perf_counter()
+    sc.run({**job, "out": str(tmp_path / "timed")})
+    seconds = time.perf_counter() - started
+    killed, resume = 0, False
+    while killed < 10:
+        child = os.fork()
+        if child == 0:
+            # nothing of the test may run on in the child
+            try:
+                sc.run(job, resume=resume)
+            finally:
+                os._exit(0)
+        # spread over the whole run: the first moments of a resumed one are its start
+        time.sleep(seconds * (0.15 + 0.085 * killed))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        killed += 1
+        resume = (run_path(tmp_path / "out") / "run.json").is_file()
+        if (tmp_path / "out").exists():
+            break
+    if not (tmp_path / "out").exists():
+        sc.run(job, resume=resume)
+    assert killed >= 3
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_signal_stops_at_the_next_block(dense, tmp_path, monkeypatch):
+    job = recipe(dense, tmp_path / "out", CASES["wanda"])
+    add = Journal.add
+
+    def signalled(self: Journal, **entry: object) -> None:
+        add(self, **entry)
+        if entry.get("block") == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", signalled)
+        with pytest.raises(Stopped, match=r"stopped after block 2 of 4; .*out\.run holds what is done: .*--resume"):
+            sc.run(job)
+    assert not (tmp_path / "out").exists()
+    sc.run(job, resume=True)
+    sc.run({**job, "out": str(tmp_path / "whole")})
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.fixture
+def stopped(dense, tmp_path, monkeypatch) -> dict:
+    """A run that was stopped after its second block."""
+    job = recipe(dense, tmp_path / "out", CASES["wanda"])
+    with monkeypatch.context() as patch:
+        crash_after(patch, 3)
+        with pytest.raises(Crash):
+            sc.run(job)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": [{"method": "wanda", "sparsity": 0.6}]}, "its recipe differs in steps"),
+        ({"calibration": {"samples": 5, "length": 32}}, "its recipe differs in calibration"),
+        ({"format": "packed"}, "its recipe differs in format"),
+    ],
+)
+def test_another_request_does_not_resume(stopped, tmp_path, change, said):
+    with pytest.raises(OutputError, match=said):
+        sc.run({**stopped, **change}, resume=True)
+    assert run_path(tmp_path / "out").is_dir()
+
+
+def test_other_weights_do_not_resume(stopped, make_llama, tiny_tokenizer, tmp_path):
+    make_llama(num_hidden_layers=4, seed=1).save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    document = json.loads((tmp_path / "out.run" / "run.json").read_text())
+    document["recipe"]["model"] = str(tmp_path / "other")
+    (tmp_path / "out.run" / "run.json").write_text(json.dumps(document))
+    with pytest.raises(OutputError, match="its model differs in "):
+        sc.run({**stopped, "model": str(tmp_path / "other")}, resume=True)
+
+
+def test_other_versions_do_not_resume(stopped, monkeypatch):
+    monkeypatch.setattr("secateur.runs.run.library_versions", lambda: {"torch": "1.0"})
+    with pytest.raises(OutputError, match="its versions differs in "):
+        sc.run(stopped, resume=True)
+
+
+def test_an_unfinished_run_is_not_overwritten_by_accident(stopped, tmp_path):
+    with pytest.raises(OutputError, match=r"out\.run holds an unfinished run: add --resume .*, or --overwrite"):
+        sc.run(stopped)
+    sc.run(stopped, overwrite=True)
+    assert (tmp_path / "out" / "config.json").is_file() and not run_path(tmp_path / "out").exists()
+
+
+def test_there_must_be_something_to_resume(dense, tmp_path):
+    with pytest.raises(OutputError, match=r"there is nothing to resume: .*out\.run doesn't exist"):
+        sc.run(recipe(dense, tmp_path / "out", CASES["wanda"]), resume=True)
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "run.json").write_text("{")
+    with pytest.raises(OutputError, match=r"run\.json can't be read"):
+        sc.run(recipe(dense, tmp_path / "out", CASES["wanda"]), resume=True)
+
+
+def test_a_torn_line_is_dropped(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.add(block=0)
+    with open(tmp_path / "journal.jsonl", "ab") as file:
+        file.write(b'{"block": 1, "fin')
+    again = Journal(tmp_path / "journal.jsonl")
+    assert again.entries == [{"block": 0}]
+    again.add(block=1)
+    assert Journal(tmp_path / "journal.jsonl").of("block").keys() == {0, 1}
+
+
+def test_an_error_before_anything_is_finished_leaves_nothing(dense, tmp_path):
+    with pytest.raises(sc.SecateurError, match="windows"):
+        sc.run(recipe(dense, tmp_path / "deep" / "out", CASES["wanda"], calibration={"samples": 10**6, "length": 256}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_applying_a_plan_resumes_too(dense, tmp_path, monkeypatch):
+    from secateur.runs.run import apply_plans
+
+    sc.run(recipe(dense, tmp_path / "whole", CASES["flap"]))
+    plans = [sc.Plan.load(tmp_path / "whole" / "plan")]
+    with monkeypatch.context() as patch:
+        crash_after(patch, 3)
+        with pytest.raises(Crash):
+            apply_plans(plans, dense, tmp_path / "out")
+    apply_plans(plans, dense, tmp_path / "out", resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")

@@ -1,0 +1,186 @@
+"""A checkpoint that is pruned block by block becomes, bit for bit, what the model in memory becomes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur as sc
+from families import FAMILY_CONFIGS, make_tiny, tiny_ids
+from runs import plan_for, tokens_of
+from secateur.errors import ModelLoadError, UnsupportedModelError, UsageError
+from secateur.methods import make_method
+from secateur.models.opening import open_source
+from secateur.models.skeletons import NotStreamable, match, skeleton
+from secateur.models.sources import CheckpointSource, Source
+from secateur.runs.folder import StepFolder
+from secateur.runs.output import parse_size
+from secateur.runs.pipeline import Output, Resources, apply_step, prune_step
+from secateur.runs.signals import StopRequest
+
+IDS = tiny_ids(6)
+METHODS = {
+    "wanda": ("wanda", {}),
+    "wanda 2:4": ("wanda", {"pattern": "2:4"}),
+    "wanda, global": ("wanda", {"scope": "global"}),
+    "sparsegpt": ("sparsegpt", {}),
+    "magnitude, global": ("magnitude", {"scope": "global", "sparsity": 0.7}),
+    "flap": ("flap", {"sparsity": 0.3}),
+    "wanda_sp": ("wanda_sp", {"sparsity": 0.3}),
+    "random_sp, query heads": ("random_sp", {"sparsity": 0.3, "heads": "query"}),
+    "shortgpt": ("shortgpt", {"layers": 1}),
+}
+
+
+def step(path: Path) -> StepFolder:
+    return StepFolder(path, StopRequest(), "")
+
+
+def silent(*_: object) -> None:
+    pass
+
+
+def stream(folder: Path, work: Path, method: str, options: dict, *, limit: int | None = None, **output):
+    source, _ = open_source(folder)
+    assert isinstance(source, CheckpointSource)
+    try:
+        return prune_step(
+            step(work),
+            make_method(method, options),
+            source,
+            tokens_of(IDS),
+            resources=Resources(torch.float32, 2 * IDS.shape[1], activation_memory=limit),
+            output=Output(**output),
+            seed=0,
+            progress=silent,
+        )
+    finally:
+        source.close()
+
+
+def same(folder: Path, cut) -> None:
+    loaded, _ = sc.load(folder, dtype="auto")
+    ours, theirs = loaded.state_dict(), cut.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, cut(IDS).logits)
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_a_skeleton_has_what_the_model_has(family, tmp_path):
+    model = make_tiny(family)
+    model.save_pretrained(tmp_path)
+    source, _ = open_source(tmp_path)
+    assert isinstance(source, CheckpointSource)
+    assert all(p.is_meta for p in source.model.parameters())
+    buffers = dict(source.model.named_buffers())
+    assert buffers.keys() == dict(model.named_buffers()).keys()
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in model.named_buffers())
+    assert all(torch.equal(source.tensor(name), p) for name, p in model.named_parameters())
+    source.close()
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("case", METHODS)
+def test_streamed_equals_in_memory(family, case, tmp_path):
+    method, options = METHODS[case]
+    model = make_tiny(family)
+    try:
+        plan = plan_for(method, model, IDS, **options)
+    except (UnsupportedModelError, UsageError) as refused:
+        # what the family doesn't allow must be refused on disk just the same
+        model.save_pretrained(tmp_path / "dense")
+        with pytest.raises(type(refused), match=re.escape(str(refused))):
+            stream(tmp_path / "dense", tmp_path / "work", method, options)
+        return
+    model.save_pretrained(tmp_path / "dense")
+    result = stream(tmp_path / "dense", tmp_path / "work", method, options)
+    assert not plan.diff(result.plan)
+    assert all(torch.equal(bias, result.plan.biases[name]) for name, bias in plan.biases.items())
+    same(result.folder, sc.apply(plan, model))
+    # the same plan on disk, applied to the same checkpoint, gives the same files
+    result.plan.save(tmp_path / "plan")
+    source, _ = open_source(tmp_path / "dense")
+    again = apply_step(
+        step(tmp_path / "again"), sc.Plan.load(tmp_path / "plan"), source, output=Output(), progress=silent
+    )
+    source.close()
+    weights = "model.safetensors"
+    assert (again.folder / weights).read_bytes() == (result.folder / weights).read_bytes()
+    assert again.plain == result.plain
+
+
+@pytest.mark.parametrize("family", ["llama-tied-bias", "gpt2", "gpt_neox"])
+def test_packed_and_sharded(family, tmp_path):
+    model = make_tiny(family)
+    model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2
+    result = stream(tmp_path / "dense", tmp_path / "work", "wanda", {}, format="packed", max_shard_size=20_000)
+    shards = list(result.folder.glob("*.safetensors"))
+    assert len(shards) > 1 and all(file.stat().st_size < 24_000 for file in shards)
+    cut = sc.apply(plan_for("wanda", model, IDS), model)
+    same(result.folder, cut)
+    # a packed checkpoint is itself a source
+    further = stream(result.folder, tmp_path / "further", "magnitude_sp", {"sparsity": 0.4})
+    same(further.folder, sc.apply(plan_for("magnitude_sp", cut, IDS, sparsity=0.4), cut))
+
+
+def test_a_non_uniform_checkpoint_is_a_source(tmp_path):
+    model = make_tiny("llama")
+    model.save_pretrained(tmp_path / "dense")
+    first = stream(tmp_path / "dense", tmp_path / "1", "flap", {"sparsity": 0.3})
+    assert not first.plain
+    second = stream(first.folder, tmp_path / "2", "sparsegpt", {})
+    cut = sc.apply(plan_for("flap", model, IDS, sparsity=0.3), model)
+    same(second.folder, sc.apply(plan_for("sparsegpt", cut, IDS), cut))
+
+
+def test_spilled_activations_change_nothing(tmp_path):
+    make_tiny("llama").save_pretrained(tmp_path / "dense")
+    whole = stream(tmp_path / "dense", tmp_path / "1", "sparsegpt", {})
+    spilled = stream(tmp_path / "dense", tmp_path / "2", "sparsegpt", {}, limit=1000)
+    assert (tmp_path / "2" / "hidden" / "hidden.bin").stat().st_size == IDS.numel() * 32 * 4
+    for name in ("model.safetensors",):
+        assert (whole.folder / name).read_bytes() == (spilled.folder / name).read_bytes()
+
+
+def test_a_bare_base_model_and_a_foreign_name(tmp_path):
+    model = make_tiny("gpt2")
+    model.base_model.save_pretrained(tmp_path / "base")
+    config = {"model_type": "gpt2"}
+    named = match(skeleton(tmp_path / "base", config), tmp_path / "base", {})
+    assert named["transformer.h.0.attn.c_attn.weight"].name == "h.0.attn.c_attn.weight"
+    other = make_tiny("gpt2", n_embd=16)
+    with pytest.raises(NotStreamable, match=r"has shape \[96, 32\], but the model wants \[96, 16\]"):
+        match(other, tmp_path / "base", {})
+
+
+def test_what_cannot_be_streamed_is_loaded_whole(tmp_path, monkeypatch):
+    make_tiny("llama").save_pretrained(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise NotStreamable("merged experts")
+
+    monkeypatch.setattr("secateur.models.opening.match", refuse)
+    source, _ = open_source(tmp_path)
+    assert type(source) is Source and source.folder is None
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    make_tiny("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ModelLoadError, match="missing"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("300", 300), ("2kb", 2000)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 bananas", "0", "nan"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UsageError, match="a size is a number with a unit"):
+        parse_size(text)
