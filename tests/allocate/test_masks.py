@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.allocate import NofM, PerMatrix, PerRow, mask_rule, parse_pattern
+from secateur.allocate import NofM, PerMatrix, PerRow, lowest_of_all, mask_rule, parse_pattern
 from secateur.errors import OptionError, UsageError
 
 
@@ -76,3 +76,22 @@ def test_the_rule_for_the_options():
     assert mask_rule("4:8", 0.1, "row") == NofM(4, 8)
     assert mask_rule("", 0.1, "row") == PerRow(0.1)
     assert mask_rule("", 0.1, "layer", inclusive=True) == PerMatrix(0.1, inclusive=True)
+
+
+@given(scores(), st.floats(0, 1), st.integers(1, 5), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_the_lowest_of_many_parts_are_those_of_one_long_vector(s, sparsity, cuts, signed):
+    s = s - s.mean() if signed else s
+    count = int(s.numel() * sparsity)
+    parts = [part.reshape(1, -1) for part in s.flatten().chunk(cuts)]
+    found = torch.cat([part.flatten() for part in lowest_of_all(lambda: iter(parts), count)])
+    order = s.flatten().argsort(stable=True)
+    wanted = torch.zeros(s.numel(), dtype=torch.bool)
+    wanted[order[:count]] = True
+    assert torch.equal(found, wanted)
+
+
+def test_the_lowest_of_many_parts_knows_signs_and_extremes():
+    part = torch.tensor([0.0, -0.0, 2**-149, -(2**-149), float("inf"), -float("inf"), 1.0, -1.0])
+    (gone,) = lowest_of_all(lambda: iter([part]), 5)
+    assert part[gone].tolist() == [0.0, -0.0, -(2**-149), -float("inf"), -1.0]

@@ -117,25 +117,30 @@ def test_checkpoint_holds_plan_report_and_page_and_loads(cli, tiny_checkpoint, t
     assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
-def test_general_options_reach_the_plan(cli, monkeypatch, no_loading):
-    seen = {}
+def test_general_options_reach_the_run(cli, monkeypatch):
+    seen = []
 
-    def plan(model, tokenizer, **arguments):
-        seen.update(arguments)
+    def run(recipe, options):
+        seen.append((recipe, options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "load", lambda name, **options: (torch.nn.Linear(1, 1), None))
-    monkeypatch.setattr(api, "plan", plan)
+    monkeypatch.setattr("secateur.runs.run.run_recipe", run)
     cli(
         "prune", "m", "--method", "flap", "--ratio", 0.3, "--budget", "macs", "--calibration", "text.jsonl",
         "--samples", 3, "--length", 33, "--seed", 5, "--text-field", "body", "--dtype", "bfloat16",
-        "--set", "min_keep=2", "--dry-run",
+        "--set", "min_keep=2", "--out", "new", "--max-shard-size", "1GB", "--activation-memory", "2GB", "--resume",
     )  # fmt: skip
-    del seen["progress"]
-    assert seen == {
-        "method": "flap", "sparsity": 0.3, "pattern": None, "budget": "macs", "calibration": "text.jsonl",
-        "samples": 3, "length": 33, "seed": 5, "text_field": "body", "dtype": "bfloat16", "options": {"min_keep": "2"},
-    }  # fmt: skip
+    ((recipe, options),) = seen
+    assert options.resume and not options.overwrite
+    assert recipe.model_dump(exclude_defaults=True) == {
+        "model": "m",
+        "out": "new",
+        "dtype": "bfloat16",
+        "max_shard_size": "1GB",
+        "activation_memory": "2GB",
+        "calibration": {"source": "text.jsonl", "samples": 3, "length": 33, "seed": 5, "text_field": "body"},
+        "steps": [{"method": "flap", "sparsity": 0.3, "budget": "macs", "options": {"min_keep": "2"}}],
+    }
 
 
 def write(path: Path, text: str) -> Path:

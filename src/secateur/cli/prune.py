@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,28 +129,22 @@ def prune(
     job = build_recipe(recipe, _given(top), _given(data), _given(step), parse_options(options or []))
     html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
     check_push(push_to_hub, job.out, private=private, overwrite=overwrite)
-    with working(quiet) as progress:
-        if dry_run:
-            plans = _dry_run(job, trust_remote_code, progress)
-        else:
-            from secateur.runs.run import Options, run_recipe
+    from secateur.runs.run import Options, planned, run_recipe
 
-            how = Options(
-                resume=resume,
-                overwrite=overwrite,
-                html=html,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-                measure=Measurement(job, progress, measure=measure, prompt=prompt, sample=html),
-            )
-            done = run_recipe(job, how)
-            assert job.out is not None
-            url = push(job.out, push_to_hub, private=private, overwrite=overwrite) if push_to_hub else None
+    how = Options(resume=resume, overwrite=overwrite, html=html, trust_remote_code=trust_remote_code)
     if dry_run:
-        _show_dry_run(plans, json)
-    else:
-        show_notes(done.notes, quiet)
-        _show_outcome(job, done, json, url)
+        with ExitStack() as temporary:
+            with working(quiet) as progress:
+                plans = temporary.enter_context(planned(job, replace(how, progress=progress)))
+            _show_dry_run(plans, json)
+        return
+    assert job.out is not None
+    with working(quiet) as progress:
+        measurement = Measurement(job, progress, measure=measure, prompt=prompt, sample=html)
+        done = run_recipe(job, replace(how, progress=progress, measure=measurement))
+        url = push(job.out, push_to_hub, private=private, overwrite=overwrite) if push_to_hub else None
+    show_notes(done.notes, quiet)
+    _show_outcome(job, done, json, url)
 
 
 def build_recipe(
@@ -221,22 +217,6 @@ def _check(job: Recipe, *, dry_run: bool, overwrite: bool, report: bool | None) 
     if report and not drawable:
         raise MissingExtraError("report.html needs plotly, which is not installed: pip install 'secateur[report]'")
     return drawable if report is None else report
-
-
-def _dry_run(job: Recipe, trust_remote_code: bool, progress: Any) -> list[Any]:
-    from secateur import api
-    from secateur.recipes import plan_steps
-
-    assert job.model is not None
-    dense, tokenizer = api.load(
-        job.model,
-        revision=job.revision,
-        dtype="auto",
-        device=job.device,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
-    return plan_steps(job, dense, tokenizer, progress=progress)
 
 
 def _show_dry_run(plans: list[Any], json: bool) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,6 @@ class Activations:
 
     def __init__(self, *, limit: int | None = None, folder: Path | None = None) -> None:
         self._limit, self._folder = limit, folder
-        self._own: tempfile.TemporaryDirectory[str] | None = None
         self._memory: list[Tensor] = []
         self._places: list[tuple[int, tuple[int, ...], torch.dtype, torch.device]] = []
         self._bytes = 0
@@ -80,8 +81,8 @@ class Activations:
 
     def _spill(self) -> None:
         if self._folder is None:
-            self._own = tempfile.TemporaryDirectory(prefix="secateur-")
-            self._folder = Path(self._own.name)
+            self._folder = Path(tempfile.mkdtemp(prefix="secateur-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._spilled = True
         for batch, hidden in enumerate(self._memory):
             self._map(self._current, batch)[:] = _raw(hidden)

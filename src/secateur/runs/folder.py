@@ -103,12 +103,13 @@ class StepFolder:
 class DiskKeeper(Keeper):
     """Keeps every finished block in a folder; see the module's docstring.
 
-    ``cutter`` writes blocks as they will be in the checkpoint. Raises Stopped after a block when a signal has come.
+    ``cutter`` writes blocks as they will be in the checkpoint, unless ``cut`` is false. Raises Stopped after a block
+    when a signal has come.
     """
 
-    def __init__(self, step: StepFolder, method: Method, cutter: BlockCutter) -> None:
+    def __init__(self, step: StepFolder, method: Method, cutter: BlockCutter, *, cut: bool = True) -> None:
         super().__init__()
-        self._step, self._method, self._cutter = step, method, cutter
+        self._step, self._method, self._cutter, self._cut = step, method, cutter, cut
         self.finished = len(step.journal.of("block"))
         self._scores: dict[str, Tensor] = {}
         self._ranked_files: dict[str, Stored] = {}
@@ -140,11 +141,11 @@ class DiskKeeper(Keeper):
             write_seen(self._step.file("seen", layer), seen)
         if ranked:
             write_tensors(self._step.file("ranked", layer), ranked, durable=True)
-        if final:
+        if final and self._cut:
             self._cutter.write(layer, part, self._step.file("weights", layer))
         if walk is not None and layer + 1 < self._cutter.layers:
             walk.hidden.store(self._step.file("hidden", layer + 1))
-        self._step.add(block=layer, final=final, **_part_document(part))
+        self._step.add(block=layer, final=final and self._cut, **_part_document(part))
         self._step.file("hidden", layer).unlink(missing_ok=True)
         self.finished = layer + 1
         self._remember(layer)

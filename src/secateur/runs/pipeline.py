@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,23 +56,22 @@ class StepResult:
     seconds: Mapping[str, float]
 
 
-def prune_step(
+def plan_step(
     step: StepFolder,
     method: Method,
     source: Source,
     tokens: Tokens | None,
     *,
     resources: Resources,
-    output: Output,
+    output: Output | None,
     seed: int,
     progress: Progress,
     statistics: Path | None = None,
-) -> StepResult:
-    """Decide by ``method`` and write the checkpoint to ``step.out``; what is done already is taken as it is.
+) -> tuple[Plan, BlockCutter]:
+    """Decide by ``method``; what is done already is taken as it is.
 
-    Raises Stopped at the next boundary once a signal has come.
+    Blocks are cut on the way unless ``output`` is None. Masks and values of the plan stay in the folder. Raises Stopped at the next boundary once a signal has come.
     """
-    started = time.perf_counter()
     provenance = Provenance(
         method=method.name,
         options=method.options(),
@@ -82,8 +81,8 @@ def prune_step(
         dtype=str(resources.dtype).removeprefix("torch."),
         versions=library_versions(),
     )
-    cutter = BlockCutter(source, provenance, output.format)
-    keeper = DiskKeeper(step, method, cutter)
+    cutter = BlockCutter(source, provenance, output.format if output else "dense")
+    keeper = DiskKeeper(step, method, cutter, cut=output is not None)
     if not keeper.closed:
         if not keeper.finished:
             source.check_outside()
@@ -98,7 +97,22 @@ def prune_step(
             hidden=Activations(limit=resources.activation_memory, folder=step.path / "hidden"),
             statistics=statistics,
         )
-    plan = keeper.finish()
+    return keeper.finish(), cutter
+
+
+def prune_step(
+    step: StepFolder,
+    method: Method,
+    source: Source,
+    tokens: Tokens | None,
+    *,
+    output: Output,
+    progress: Progress,
+    **how: Any,
+) -> StepResult:
+    """``plan_step``, then the checkpoint in ``step.out``; takes the arguments of ``plan_step``."""
+    started = time.perf_counter()
+    plan, cutter = plan_step(step, method, source, tokens, output=output, progress=progress, **how)
     planned = time.perf_counter()
     plain = _write_cut(step, plan, source, cutter, output, progress)
     return StepResult(plan, step.out, plain, {"plan": planned - started, "cut": time.perf_counter() - planned})

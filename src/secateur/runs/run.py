@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ import torch
 
 from secateur.errors import OutputError, SecateurError, UsageError
 from secateur.files import check_output, disk_error, finish_folder
-from secateur.methods import make_method
+from secateur.methods import Method, make_method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import fingerprint
 from secateur.models.loading import load_model
@@ -29,7 +30,7 @@ from secateur.report import Report
 from secateur.report.build import build_report
 from secateur.runs.folder import RunFolder, StepFolder, read_document, run_path
 from secateur.runs.output import parse_size
-from secateur.runs.pipeline import Output, Resources, StepResult, apply_step, prune_step
+from secateur.runs.pipeline import Output, Resources, StepResult, apply_step, plan_step, prune_step
 from secateur.runs.signals import Stopped, StopRequest, deferred
 from secateur.versions import library_versions
 
@@ -95,13 +96,7 @@ def run_recipe(recipe: Recipe, options: Options) -> Report:
     out = recipe.out
     check_output(out, options.overwrite)
     previous = read_document(run_path(out)) if options.resume else {}
-    source, tokenizer = open_source(
-        recipe.model,
-        revision=recipe.revision,
-        device=recipe.device,
-        trust_remote_code=options.trust_remote_code,
-        progress=options.progress,
-    )
+    source, tokenizer = _open(recipe, options)
     try:
         dtype = previous.get("dtype") or str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch.")
         document = {
@@ -116,6 +111,38 @@ def run_recipe(recipe: Recipe, options: Options) -> Report:
             return runner.run()
     finally:
         source.close()
+
+
+@contextmanager
+def planned(recipe: Recipe, options: Options) -> Iterator[list[Plan]]:
+    """The plan of every step, for as long as the block lasts; nothing is written but temporary files.
+
+    Raises what ``run`` raises.
+    """
+    if recipe.model is None:
+        raise UsageError("a plan needs a model: give it in the recipe")
+    recipe.check_methods()
+    source, tokenizer = _open(recipe, options)
+    with tempfile.TemporaryDirectory(prefix="secateur-") as temporary:
+        try:
+            dtype = compute_dtype(recipe.dtype, source.device)
+            folder = RunFolder(Path(temporary) / "out", {}, resume=False, overwrite=False)
+            stop = StopRequest()
+            stop.defer(False)
+            yield _Runner(recipe, options, folder, stop, source, tokenizer, dtype).plans()
+        finally:
+            source.close()
+
+
+def _open(recipe: Recipe, options: Options) -> tuple[Source, PreTrainedTokenizerBase | None]:
+    assert recipe.model is not None
+    return open_source(
+        recipe.model,
+        revision=recipe.revision,
+        device=recipe.device,
+        trust_remote_code=options.trust_remote_code,
+        progress=options.progress,
+    )
 
 
 class _Runner:
@@ -133,37 +160,58 @@ class _Runner:
         self._source, self._tokenizer, self._dtype = source, tokenizer, dtype
 
     def run(self) -> Report:
-        source, results, reports = self._source, [], []
-        for number, step in enumerate(self._recipe.steps, start=1):
+        results, reports = [], []
+        for number, step, source in self._sources(results):
             result = self._step(number, step, source)
             report = build_report(result.plan, decoder_anatomy(source.model, heads=result.plan.head_unit))
             report.seconds = dict(result.seconds)
             results.append(result)
             reports.append(report)
-            if number < len(self._recipe.steps):
-                if source is not self._source:
-                    source.close()
-                source, _ = open_source(result.folder, device=self._recipe.device)
         self._stop.defer(False)
         return self._finish(results, merge_reports(reports))
 
+    def plans(self) -> list[Plan]:
+        """The plan of every step; only what a later step needs is cut."""
+        results: list[StepResult] = []
+        plans: list[Plan] = []
+        for number, step, source in self._sources(results):
+            if number < len(self._recipe.steps):
+                results.append(self._step(number, step, source))
+                plans.append(results[-1].plan)
+            else:
+                plans.append(plan_step(*self._what(number, step, source), output=None, **self._how())[0])
+        return plans
+
+    def _sources(self, results: list[StepResult]) -> Iterator[tuple[int, Step, Source]]:
+        """Every step with the model that it starts from: that of the user, then what the step before wrote."""
+        for number, step in enumerate(self._recipe.steps, start=1):
+            if number == 1:
+                yield number, step, self._source
+                continue
+            source, _ = open_source(results[-1].folder, device=self._recipe.device)
+            try:
+                yield number, step, source
+            finally:
+                source.close()
+
     def _step(self, number: int, step: Step, source: Source) -> StepResult:
-        recipe = self._recipe
-        method = make_method(step.method, recipe.method_options(step))
-        last = number == len(recipe.steps)
-        output = Output(recipe.format if last else "dense", parse_size(recipe.max_shard_size))
-        memory = parse_size(recipe.activation_memory) if recipe.activation_memory else None
-        return prune_step(
-            StepFolder(self._folder.step(number), self._stop, _hint(self._folder.out)),
-            method,
-            source,
-            self._tokens(source) if method.statistics else None,
-            resources=Resources(self._dtype, activation_memory=memory),
-            output=output,
-            seed=recipe.calibration.seed,
-            progress=self._options.progress,
-            statistics=self._options.statistics,
-        )
+        last = number == len(self._recipe.steps)
+        output = Output(self._recipe.format if last else "dense", parse_size(self._recipe.max_shard_size))
+        return prune_step(*self._what(number, step, source), output=output, **self._how())
+
+    def _what(self, number: int, step: Step, source: Source) -> tuple[StepFolder, Method, Source, Tokens | None]:
+        method = make_method(step.method, self._recipe.method_options(step))
+        folder = StepFolder(self._folder.step(number), self._stop, _hint(self._folder.out))
+        return folder, method, source, self._tokens(source) if method.statistics else None
+
+    def _how(self) -> dict[str, Any]:
+        memory = self._recipe.activation_memory
+        return {
+            "resources": Resources(self._dtype, activation_memory=parse_size(memory) if memory else None),
+            "seed": self._recipe.calibration.seed,
+            "progress": self._options.progress,
+            "statistics": self._options.statistics,
+        }
 
     def _tokens(self, source: Source) -> Tokens:
         data = self._recipe.calibration
