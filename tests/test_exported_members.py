@@ -16,6 +16,7 @@ EXPORTED = [
     "__version__",
     "anatomy",
     "apply",
+    "convert",
     "describe",
     "evaluate",
     "list_methods",
@@ -24,6 +25,7 @@ EXPORTED = [
     "prune",
     "register",
     "save",
+    "verify",
 ]
 
 

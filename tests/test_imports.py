@@ -11,14 +11,15 @@ SOURCE = Path(secateur.__file__).parent
 
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
-BASE = {"errors", "files", "tensorfiles", "progress", "versions", ""}
+BASE = {"errors", "files", "reading", "manifest", "tensorfiles", "progress", "versions", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"recipes", "api", "engine", "methods", "models", "evaluation", "report", "observe", "structure", "plans"},
     "recipes": {"api", "methods", "allocate", "report", "plans"},
-    "api": {"engine", "methods", "models", "evaluation", "report", "observe", "structure", "plans"},
+    "api": {"engine", "methods", "models", "evaluation", "verification", "report", "observe", "structure", "plans"},
     "engine": {"methods", "models", "report", "criteria", "allocate", "observe", "heal", "structure", "plans"},
     "evaluation": {"models", "observe", "report", "structure", "plans"},
+    "verification": {"models", "structure", "plans"},
     "models": {"observe", "report", "structure", "plans"},
     "methods": {"criteria", "allocate", "observe", "heal", "structure", "plans"},
     "criteria": {"observe", "structure", "plans"},
@@ -30,6 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "plans": set(),
     "errors": set(),
     "files": set(),
+    "reading": set(),
+    "manifest": {"reading"},
     "tensorfiles": set(),
     "progress": set(),
     "versions": set(),

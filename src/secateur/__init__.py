@@ -22,6 +22,8 @@ _HOMES = {
     "prune": "secateur.api",
     "evaluate": "secateur.api",
     "save": "secateur.api",
+    "convert": "secateur.api",
+    "verify": "secateur.api",
     "Result": "secateur.api",
     "list_methods": "secateur.methods",
     "describe": "secateur.methods",
@@ -33,7 +35,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from secateur.api import Result, anatomy, apply, evaluate, load, plan, prune, save
+    from secateur.api import Result, anatomy, apply, convert, evaluate, load, plan, prune, save, verify
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan

@@ -20,6 +20,7 @@ On disk a plan is a folder:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,9 +32,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from secateur.errors import PlanError
+from secateur.errors import CorruptFileError, PlanError
+from secateur.reading import read_json
+from secateur.tensorfiles import read_header
 
 FORMAT_VERSION = 1
+_VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Fingerprint(BaseModel):
@@ -134,10 +138,12 @@ class Plan:
         for name, value in self.values.items():
             if name not in self.masks or value.numel() != int(self.masks[name].sum()):
                 raise PlanError(f"values of {name} don't match its mask")
+            if value.dtype not in _VALUE_DTYPES:
+                raise PlanError(f"values of {name} must be floating-point numbers, got {value.dtype}")
             if not bool(torch.isfinite(value).all()):
                 raise PlanError(f"values of {name} hold NaN or inf")
         for name, bias in self.biases.items():
-            if bias.dim() != 1 or not bool(torch.isfinite(bias).all()):
+            if bias.dim() != 1 or bias.dtype not in _VALUE_DTYPES or not bool(torch.isfinite(bias).all()):
                 raise PlanError(f"the bias of {name} must be a vector of finite numbers")
 
     @property
@@ -207,7 +213,7 @@ class Plan:
     def load(cls, folder: str | Path) -> Plan:
         """Read a plan and validate it. Raises PlanError, in one sentence, when it is missing or damaged."""
         folder = Path(folder)
-        document = _read_document(folder)
+        document = read_document(folder)
         parts = _read_tensors(folder)
         masks = {}
         for name, shape in document.masks.items():
@@ -302,19 +308,22 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Inverse of ``pack_bits``. Raises PlanError when the length doesn't fit ``shape``."""
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
+    if min(shape, default=0) < 0:
+        raise PlanError(f"a mask can't have the shape {tuple(shape)}")
     if packed.dtype != torch.uint8 or packed.numel() != (count + 7) // 8:
         raise PlanError(f"a bit mask of shape {tuple(shape)} needs {(count + 7) // 8} bytes, got {packed.numel()}")
     bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits.astype(bool)).reshape(shape)
 
 
-def _read_document(folder: Path) -> _Document:
+def read_document(folder: Path) -> _Document:
+    """What plan.json says. Raises PlanError."""
     path = folder / "plan.json"
     if not path.is_file():
         raise PlanError(f"{folder} holds no plan: there is no plan.json in it")
+    raw = read_json(path, PlanError)
     try:
-        raw = json.loads(path.read_text(encoding="utf8"))
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if version != FORMAT_VERSION:
             raise PlanError(f"{path} has plan format {version!r}; this secateur reads format {FORMAT_VERSION}")
@@ -323,8 +332,6 @@ def _read_document(folder: Path) -> _Document:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PlanError(f"{path} is not a valid plan: {where}: {first['msg'].lower()}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlanError(f"{path} is not valid JSON: {error}") from None
 
 
 def _read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -332,11 +339,12 @@ def _read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     path = folder / "plan.safetensors"
+    if not path.is_file():
+        raise PlanError(f"{folder} holds no plan: there is no plan.safetensors in it")
     try:
+        read_header(path)
         tensors = load_file(str(path))
-    except FileNotFoundError:
-        raise PlanError(f"{folder} holds no plan: there is no plan.safetensors in it") from None
-    except (SafetensorError, OSError) as error:
+    except (CorruptFileError, SafetensorError, OSError) as error:
         raise PlanError(f"{path} is damaged: {error}") from None
     parts: dict[str, dict[str, Tensor]] = {k: {} for k in ("keep", "scores", "mask", "value", "bias")}
     for name, tensor in tensors.items():
@@ -345,3 +353,20 @@ def _read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
             raise PlanError(f"{path} holds an unknown entry {name!r}")
         parts[kind][rest] = tensor
     return parts
+
+
+def find_plans(folder: str | Path) -> list[Path]:
+    """The plan folders in ``folder``, in the order of their steps: itself, ``plan`` or ``plan/step-1``, ``-2``, ...
+
+    Raises PlanError when there is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PlanError(f"{folder} is not a folder; give a plan, or a checkpoint that holds one")
+    for place in (folder, folder / "plan"):
+        if (place / "plan.json").is_file():
+            return [place]
+        steps = [step for step in place.glob("step-*") if step.name[5:].isdecimal()]
+        if steps:
+            return sorted(steps, key=lambda step: int(step.name[5:]))
+    raise PlanError(f"{folder} holds no plan: there is no plan.json in it, nor in a folder 'plan'")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.options import Device, Json, Quiet, TrustRemoteCode
+from secateur.cli.options import AllowPickle, Device, Json, Quiet, TrustRemoteCode
 from secateur.cli.output import print_json, show, working
 from secateur.errors import UsageError
 
@@ -34,6 +34,7 @@ def evaluate(
     dtype: Annotated[str, typer.Option(metavar="NAME", help="Dtype that the models are loaded in.")] = "float32",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -45,7 +46,10 @@ def evaluate(
     for name in tasks:
         make_task(name)
     with working(quiet) as progress:
-        loaded = [api.load(m, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for m in model]
+        loaded = [
+            api.load(m, dtype=dtype, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+            for m in model
+        ]
         models = {name: pair[0] for name, pair in zip(names, loaded, strict=True)}
         tokenizer = loaded[0][1]
         folders = {name: path for name, path in zip(names, model, strict=True) if Path(path).is_dir()}

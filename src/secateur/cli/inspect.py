@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.options import Json, Quiet, TrustRemoteCode
+from secateur.cli.options import AllowPickle, Json, Quiet, TrustRemoteCode
 from secateur.cli.output import print_json, show, working
 from secateur.errors import UsageError
 
@@ -22,6 +22,7 @@ def inspect(
         typer.Option("--heads", metavar="kv|query", help="Cut key-value heads with their queries, or query heads."),
     ] = "kv",
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -30,7 +31,7 @@ def inspect(
     from secateur import api
 
     with working(quiet):
-        loaded, _ = api.load(model, trust_remote_code=trust_remote_code)
+        loaded, _ = api.load(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         anatomy = api.anatomy(loaded, heads=heads)
     if json:
         print_json({"model": model, **anatomy_document(anatomy)})

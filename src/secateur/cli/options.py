@@ -14,6 +14,9 @@ Device = Annotated[str, typer.Option("--device", help="Device that torch compute
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the modelling code that comes with the checkpoint.")
 ]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin, .pt): tensors, and nothing else in them.")
+]
 Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="FILE|MODULE", help="Python code that registers methods; repeatable."),

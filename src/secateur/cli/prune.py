@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.options import Json, Overwrite, Plugins, Quiet, TrustRemoteCode, load_plugins
+from secateur.cli.options import AllowPickle, Json, Overwrite, Plugins, Quiet, TrustRemoteCode, load_plugins
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.errors import MissingExtraError, UsageError
 from secateur.files import check_output
@@ -77,6 +77,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; write nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     plugin: Plugins = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -96,7 +97,7 @@ def prune(
     job = build_recipe(recipe, _given(top), _given(data), _given(step), parse_options(options or []))
     html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
     with working(quiet) as progress:
-        dense, tokenizer = _load(job, trust_remote_code)
+        dense, tokenizer = _load(job, trust_remote_code, allow_pickle)
         if dry_run:
             from secateur.recipes import plan_steps
 
@@ -184,12 +185,16 @@ def _check(job: Recipe, *, dry_run: bool, overwrite: bool, report: bool | None) 
     return drawable if report is None else report
 
 
-def _load(job: Recipe, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def _load(
+    job: Recipe, trust_remote_code: bool, allow_pickle: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     from secateur import api
 
     assert job.model is not None
     # the checkpoint's own dtype, which is then that of the result
-    return api.load(job.model, dtype="auto", device=job.device, trust_remote_code=trust_remote_code)
+    return api.load(
+        job.model, dtype="auto", device=job.device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
 
 
 def _run(job: Recipe, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Any) -> Outcome:

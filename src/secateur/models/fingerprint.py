@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from secateur.plans import Fingerprint
 
@@ -17,12 +19,15 @@ if TYPE_CHECKING:
 _SAMPLED = 1024
 
 
-def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Architecture, hash of all names and shapes, hash of a strided sample of every parameter (as float32)."""
+def fingerprint(model: PreTrainedModel, read: Callable[[str], Tensor] | None = None) -> Fingerprint:
+    """Architecture, hash of all names and shapes, hash of a strided sample of every parameter (as float32).
+
+    ``read`` gives a parameter by its name, for a model whose weights are not in memory.
+    """
     shapes, weights = hashlib.sha256(), hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
         shapes.update(f"{name}:{list(tensor.shape)};".encode())
-        flat = tensor.detach().flatten()
+        flat = (tensor if read is None else read(name)).detach().flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLED)]
         weights.update(sample.to(torch.float32).cpu().numpy().tobytes())
     return Fingerprint(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from secateur.errors import (
     MissingExtraError,
@@ -25,6 +25,10 @@ from secateur.errors import (
     nearest,
     require_extra,
 )
+from secateur.models.pickles import pickled_files, read_pickles
+from secateur.models.skeleton import Checkpoint, Shape, check_detours, check_tensors, examine, skeleton
+from secateur.models.weightfiles import has_safetensors
+from secateur.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,13 +46,19 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_model(
-    name: str | Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model in eval mode, and its tokenizer (None when a folder has none).
 
     ``name`` is a built-in name, a folder (also a packed or non-uniform checkpoint of secateur), a ``.gguf`` file,
     which is dequantised, or a hub id, the only case that uses the network. ``dtype`` is float32, bfloat16, float16
-    or ``auto`` (that of the checkpoint; float32 for GGUF).
+    or ``auto`` (that of the checkpoint; float32 for GGUF). Names, shapes and dtypes of a folder are checked before any
+    weight is read. ``allow_pickle`` lets weights that exist in pickled form only be read, tensors and nothing else.
     Raises UsageError, ModelLoadError, UnsupportedModelError, NonFiniteError or MissingExtraError.
     """
     if dtype not in DTYPES:
@@ -59,7 +69,7 @@ def load_model(
         if source.endswith(".gguf"):
             model, tokenizer = _load_gguf(Path(source), dtype)
         else:
-            model = _load_checkpoint(source, dtype, trust_remote_code)
+            model = _load_checkpoint(source, dtype, trust_remote_code, allow_pickle)
             tokenizer = _load_tokenizer(source, trust_remote_code)
         check_finite(model)
         return model.to(target).eval(), tokenizer  # type: ignore[arg-type]
@@ -153,21 +163,24 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _load_checkpoint(source: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_checkpoint(source: str, dtype: str, trust_remote_code: bool, allow_pickle: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     folder = Path(source) if Path(source).is_dir() else None
     config = _read_config(folder) if folder else _hub_config(source)
     _check_config(source, config, trust_remote_code)
+    pickled = None
     if folder:
-        _check_weights(folder)
+        pickled = _check_folder(folder, config, trust_remote_code, allow_pickle)
     options: dict[str, Any] = {
         "dtype": DTYPES[dtype],
         "use_safetensors": True,
         "ignore_mismatched_sizes": True,  # reported below, in one sentence
         "output_loading_info": True,
     }
-    if "secateur" in config:
+    if pickled is not None:
+        model, info = _load_pickled(source, *pickled, options)
+    elif "secateur" in config:
         model, info = _load_cut(source, config["secateur"], options)
     else:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
@@ -180,13 +193,9 @@ def _load_cut(source: str, layout: dict[str, Any], options: dict[str, Any]) -> t
     """A checkpoint that secateur wrote, as the ordinary model that it was before saving."""
     import transformers
 
-    from secateur.models.layout import LAYOUT_VERSION, native_config, stock_class
+    from secateur.models.layout import native_config, stock_class
     from secateur.models.modeling_secateur import adopt, pruned
-    from secateur.models.packed import PACKED_VERSION
 
-    versions = (layout.get("version"), layout.get("packed", {}).get("version", PACKED_VERSION))
-    if versions != (LAYOUT_VERSION, PACKED_VERSION):
-        raise ModelLoadError(f"{source} is in a checkpoint format that this secateur doesn't know; update secateur")
     model, info = pruned(getattr(transformers, layout["base"])).from_pretrained(source, **options)
     # from here on it is like any cut model in memory: sizes differ, the class doesn't
     model.__class__ = stock_class(model)
@@ -194,14 +203,34 @@ def _load_cut(source: str, layout: dict[str, Any], options: dict[str, Any]) -> t
     return model, info
 
 
+def open_folder(folder: Path, trust_remote_code: bool = False) -> Checkpoint:
+    """A safetensors folder whose headers fit its config.json; no weight is read. Raises SecateurError."""
+    with quiet(), _in_one_sentence(folder):
+        config = _read_config(folder)
+        _check_config(str(folder), config, trust_remote_code)
+        return examine(folder, config, trust_remote_code)
+
+
+def _load_pickled(
+    source: str, skeleton: PreTrainedModel, state_dict: dict[str, Tensor], options: dict[str, Any]
+) -> tuple[PreTrainedModel, Any]:
+    """A model of pickled weights, which transformers never gets to see the files of."""
+    from transformers import GenerationConfig
+
+    loaded: Any = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=state_dict, **options)
+    model, info = loaded
+    model.name_or_path = model.config.name_or_path = source
+    if (Path(source) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model, info
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json. Raises ModelLoadError."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelLoadError(f"{folder} holds no model: there is no config.json in it")
-    try:
-        config = json.loads(path.read_text(encoding="utf8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelLoadError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path, ModelLoadError)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelLoadError(f"{path} describes no model: it has no model_type")
     return config
@@ -265,32 +294,21 @@ def _not_a_decoder(config: dict[str, Any]) -> str | None:
     return "another task" if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", architecture) else None
 
 
-def _check_weights(folder: Path) -> None:
-    """Read the headers of all weight files: missing, truncated and corrupt ones are named."""
-    from safetensors import SafetensorError, safe_open
+def _check_folder(
+    folder: Path, config: dict[str, Any], trust_remote_code: bool, allow_pickle: bool
+) -> tuple[PreTrainedModel, dict[str, Tensor]] | None:
+    """Hold the headers of the weight files against config.json, before any memory is taken.
 
-    for name in _weight_files(folder):
-        if not (folder / name).is_file():
-            raise ModelLoadError(f"{folder / name} is missing, though the index of the checkpoint lists it")
-        try:
-            with safe_open(str(folder / name), framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{folder / name} is corrupt or cut short: {_first_line(error)}") from None
-
-
-def _weight_files(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            return sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ModelLoadError(f"{index} is not a valid index of weight files") from None
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    pickled = any(folder.glob("pytorch_model*.bin"))
-    why = "only pickled ones, which secateur never opens; convert them" if pickled else "no model.safetensors"
-    raise ModelLoadError(f"{folder} has no weights in safetensors form: {why}")
+    Weights that exist in pickled form only come back as they are, mapped, with the skeleton of their model.
+    """
+    if not allow_pickle or has_safetensors(folder) or not pickled_files(folder):
+        examine(folder, config, trust_remote_code)
+        return None
+    check_detours(folder, config)
+    state_dict = read_pickles(folder)
+    model = skeleton(folder, config, len(state_dict), trust_remote_code)
+    check_tensors(str(folder), model, {n: Shape(tuple(t.shape), t.dtype) for n, t in state_dict.items()})
+    return model, state_dict
 
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:

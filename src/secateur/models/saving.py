@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secateur.errors import UsageError, nearest
 from secateur.files import output_folder
+from secateur.manifest import write_manifest
 from secateur.models import modeling_secateur
 from secateur.models.card import model_card
 from secateur.models.families import FAMILIES
@@ -75,6 +76,7 @@ def save_model(
         name = base_name or (plans[0].model.name if plans else "") or model.config.name_or_path or ""
         card = model_card(Path(folder).name, base_name=name, plans=plans, report=report, format=format, remote=remote)
         (path / "README.md").write_text(card, encoding="utf8")
+        write_manifest(path)
     return Path(folder)
 
 
@@ -111,9 +113,7 @@ def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size
     if format == "packed":
         state_dict, shapes = pack(state_dict)
         layout["packed"] = {"version": PACKED_VERSION, "tensors": shapes}
-    native = native_config(model.config)
-    remote = bool(shapes) or not is_stock(layout) or not stock_accepts(native)
-    config = _remote_config(native, layout, type(model.base_model).__name__) if remote else native
+    config, remote = saved_config(model, layout, str(model.dtype).removeprefix("torch."))
     # transformers writes into the config that it saves; what counts is written after it
     with quiet(), _lent_config(model, copy.deepcopy(config)):
         model.save_pretrained(
@@ -123,14 +123,28 @@ def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size
             # transformers maps the published names of some families to its own, though not for remote code
             save_original_format=not remote,
         )
-        config.dtype = str(model.dtype).removeprefix("torch.")
-        config.architectures = [f"Pruned{layout['base']}" if remote else layout["base"]]
         config.save_pretrained(str(path))
     if remote:
-        shutil.copyfile(modeling_secateur.__file__, path / _MODELLING_FILE)
+        copy_modelling_file(path)
     else:
         (path / _MODELLING_FILE).unlink(missing_ok=True)  # a class loaded as remote code brings its own
     return remote
+
+
+def saved_config(model: PreTrainedModel, layout: dict[str, Any], dtype: str) -> tuple[PreTrainedConfig, bool]:
+    """(the config to save, whether the folder needs its modelling file) for a model that differs so from the stock."""
+    native = native_config(model.config)
+    packed = bool(layout.get("packed", {}).get("tensors"))
+    remote = packed or not is_stock(layout) or not stock_accepts(native)
+    config = _remote_config(native, layout, type(model.base_model).__name__) if remote else native
+    config.dtype = dtype
+    config.architectures = [f"Pruned{layout['base']}" if remote else layout["base"]]
+    return config, remote
+
+
+def copy_modelling_file(path: Path) -> None:
+    """Put the code that loads a checkpoint which the stock class can't into its folder."""
+    shutil.copyfile(modeling_secateur.__file__, path / _MODELLING_FILE)
 
 
 def _unique(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,12 +49,17 @@ def apply_plan(plan: Plan, model: PreTrainedModel, *, inplace: bool = False, mas
         if gone_layers is not None:
             _silence_blocks(model, gone_layers)
         return model
+    cut_positions(model, positions, gone_layers)
+    return model
+
+
+def cut_positions(model: PreTrainedModel, positions: Mapping[tuple[str, int], Tensor], layers: Tensor | None) -> None:
+    """Remove positions of tensors, then whole blocks, in place; config and module sizes follow."""
     cut_tensors(model, positions)
-    if gone_layers is not None and len(gone_layers):
-        _drop_blocks(model, gone_layers)
+    if layers is not None and len(layers):
+        _drop_blocks(model, layers)
     if positions:
         _follow_sizes(model)
-    return model
 
 
 def check_fits(plan: Plan, model: PreTrainedModel) -> None:
