@@ -220,6 +220,9 @@ class Plan:
             if name not in parts["mask"]:
                 raise PlanError(f"{folder}: the mask of {name} is missing from plan.safetensors")
             masks[name] = unpack_bits(parts["mask"][name], shape)
+        unlisted = sorted(set(parts["mask"]) - set(masks))
+        if unlisted:
+            raise PlanError(f"{folder}: plan.json doesn't list the mask of {unlisted[0]} that plan.safetensors holds")
         return cls(
             provenance=tuple(document.provenance),
             groups=document.groups,

@@ -49,6 +49,12 @@ def is_plain_name(name: Any) -> bool:
     )
 
 
+def shown(name: Any) -> str:
+    """A name out of a file as a message shows it: on one line, and not for ever."""
+    text = repr(name)
+    return text if len(text) <= 100 else f"{text[:60]}… ({len(text):,} characters)"
+
+
 def check_links(folder: str | Path, error: type[SecateurError]) -> None:
     """Refuse symbolic links that lead out of ``folder``; the cache of the hub may point to its own blobs.
 

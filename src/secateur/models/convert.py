@@ -75,8 +75,8 @@ def convert_model(
 
 
 def _check_size(size: str) -> None:
-    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)?", size.upper()):
-        raise UsageError(f"max_shard_size must be a number of bytes like 5GB or 200MB, got {size!r}")
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", size.upper()):
+        raise UsageError(f"max_shard_size must be a size like 5GB or 200MB, got {size!r}")
 
 
 def _streamable(checkpoint: Checkpoint) -> bool:

@@ -160,7 +160,8 @@ def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] = f"{lines[0]} {lines[1]}"
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    # some quote the whole value that they don't like
+    return lines[0].rstrip(".")[:500] if lines else type(error).__name__
 
 
 def _load_checkpoint(source: str, dtype: str, trust_remote_code: bool, allow_pickle: bool) -> PreTrainedModel:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ModelLoadError
-from secateur.reading import check_links, is_plain_name, read_json
+from secateur.reading import check_links, is_plain_name, read_json, shown
 
 INDEX = "pytorch_model.bin.index.json"
 _NAMES = ("pytorch_model.bin", "model.bin", "pytorch_model.pt", "model.pt", "model.pth")
@@ -26,7 +26,7 @@ def pickled_files(folder: Path) -> list[Path]:
         files = sorted(set(found.values()))
         outside = next((file for file in files if not is_plain_name(file)), None)
         if outside is not None:
-            raise ModelLoadError(f"{index} names {outside!r}, which is not a file in its folder")
+            raise ModelLoadError(f"{index} names {shown(outside)}, which is not a file in its folder")
         return [folder / file for file in files]
     single = [folder / name for name in _NAMES if (folder / name).is_file()][:1]
     return single or sorted(folder.glob("pytorch_model*.bin"))

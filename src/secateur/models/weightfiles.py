@@ -6,7 +6,7 @@ from pathlib import Path
 
 from secateur.errors import CorruptFileError, ModelLoadError
 from secateur.models.pickles import pickled_files
-from secateur.reading import check_links, is_plain_name, read_json
+from secateur.reading import check_links, is_plain_name, read_json, shown
 from secateur.tensorfiles import Stored, read_header
 
 SINGLE = "model.safetensors"
@@ -23,18 +23,18 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in sorted(set(weight_map.values())) or [SINGLE]:
         if not (folder / file).is_file():
-            raise ModelLoadError(f"{folder / file} is missing, though the index of the checkpoint lists it")
+            raise ModelLoadError(f"{folder / shown(file)[1:-1]} is missing, though the index of the checkpoint lists it")
         try:
             header = read_header(folder / file)
         except CorruptFileError as error:
             raise ModelLoadError(str(error)) from None
         twice = next((name for name in header if name in found), None)
         if twice is not None:
-            raise ModelLoadError(f"{folder}: {twice} is in {found[twice].file.name} and again in {file}")
+            raise ModelLoadError(f"{folder}: {shown(twice)} is in {found[twice].file.name} and again in {file}")
         found.update(header)
     for name, file in weight_map.items():
         if name not in found or found[name].file.name != file:
-            raise ModelLoadError(f"{folder / file} lacks {name}, though the index of the checkpoint lists it there")
+            raise ModelLoadError(f"{folder / file} lacks {shown(name)}, though the index of the checkpoint lists it there")
     return found
 
 
@@ -56,7 +56,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise ModelLoadError(f"{index} is not a valid index of weight files")
     outside = next((file for file in found.values() if not is_plain_name(file)), None)
     if outside is not None:
-        raise ModelLoadError(f"{index} names {outside!r}, which is not a file in its folder")
+        raise ModelLoadError(f"{index} names {shown(outside)}, which is not a file in its folder")
     if (folder / SINGLE).is_file() and SINGLE not in found.values():
         # transformers would read the one, other tools the others
         raise ModelLoadError(f"{folder} holds {SINGLE} and an index of other weight files; remove one of the two")
