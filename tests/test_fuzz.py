@@ -30,7 +30,15 @@ from secateur.recipes import load_recipe
 from secateur.verification.plans import check_plan, open_plan
 
 SECONDS = 20
-EXAMPLES = {"header bytes": 450, "header": 400, "index": 250, "config": 300, "plan": 200, "plan tensors": 200, "recipe": 200}
+EXAMPLES = {
+    "header bytes": 450,
+    "header": 400,
+    "index": 250,
+    "config": 300,
+    "plan": 200,
+    "plan tensors": 200,
+    "recipe": 200,
+}
 RECIPE = """\
 model: ./tiny
 calibration: {source: builtin, samples: 8, length: 64, seed: 0}
@@ -182,7 +190,14 @@ ODD = st.sampled_from(
     [
         *(None, True, False, -1, 0, 1, 7, 2**31, 2**63, 10**15, 10**30, 1.5, float("inf"), float("nan")),
         *("", ".", "..", "x", "F32", "I64", "F8_E4M3", "a" * 400, "\0", "ü\ud7ff", "true", "llama", "gpt2"),
-        *("/etc/passwd", "../outside.safetensors", "..\\outside", "C:\\outside", "sub/x.safetensors", "someone/kernels"),
+        *(
+            "/etc/passwd",
+            "../outside.safetensors",
+            "..\\outside",
+            "C:\\outside",
+            "sub/x.safetensors",
+            "someone/kernels",
+        ),
         *([], {}, [[]], [0, 0], [-1], {"": {}}, DEEP),
     ]
 )
@@ -290,7 +305,9 @@ def test_broken_index(room: Path, data: st.DataObject) -> None:
     index = json.loads((room / name).read_text())
     if data.draw(st.booleans()):
         # every way to say: the same file, but outside
-        place = data.draw(st.sampled_from(["../outside-{}", "..\\outside-{}", "{root}/outside-{}", "./{}", "sub/../{}"]))
+        place = data.draw(
+            st.sampled_from(["../outside-{}", "..\\outside-{}", "{root}/outside-{}", "./{}", "sub/../{}"])
+        )
         tensor = data.draw(st.sampled_from(sorted(index["weight_map"])))
         file = index["weight_map"][tensor]
         index["weight_map"][tensor] = place.format(file, root=room.parent)
@@ -344,9 +361,45 @@ def test_broken_plan_tensors(room: Path, data: st.DataObject) -> None:
 
 YAML = st.sampled_from(
     [
-        *("&a ", "*a", "<<: *a", "? ", "!!python/object/apply:os.system ['true']", "!!binary '?'", "!!float x", "!!int x"),
-        *("!!timestamp x", "!!bool x", "2001-99-99", "1" * 5000, "[" * 200, "{a: " * 200, "- " * 200, "\t", "---\n", "%YAML 9"),
-        *("&a [*a, *a]", "!!set {a}", "!!omap [a]", "'", '"', "|", ">", "#", "@", "`", "\x85", "~", "null", "[1, 2", ": :"),
+        *(
+            "&a ",
+            "*a",
+            "<<: *a",
+            "? ",
+            "!!python/object/apply:os.system ['true']",
+            "!!binary '?'",
+            "!!float x",
+            "!!int x",
+        ),
+        *(
+            "!!timestamp x",
+            "!!bool x",
+            "2001-99-99",
+            "1" * 5000,
+            "[" * 200,
+            "{a: " * 200,
+            "- " * 200,
+            "\t",
+            "---\n",
+            "%YAML 9",
+        ),
+        *(
+            "&a [*a, *a]",
+            "!!set {a}",
+            "!!omap [a]",
+            "'",
+            '"',
+            "|",
+            ">",
+            "#",
+            "@",
+            "`",
+            "\x85",
+            "~",
+            "null",
+            "[1, 2",
+            ": :",
+        ),
     ]
 )
 

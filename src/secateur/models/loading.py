@@ -306,6 +306,8 @@ def _check_folder(
         examine(folder, config, trust_remote_code)
         return None
     check_detours(folder, config)
+    if "secateur" in config:
+        raise ModelLoadError(f"{folder} holds pickled weights, which secateur never wrote; it can't be trusted")
     state_dict = read_pickles(folder)
     model = skeleton(folder, config, len(state_dict), trust_remote_code)
     check_tensors(str(folder), model, {n: Shape(tuple(t.shape), t.dtype) for n, t in state_dict.items()})

@@ -23,7 +23,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in sorted(set(weight_map.values())) or [SINGLE]:
         if not (folder / file).is_file():
-            raise ModelLoadError(f"{folder / shown(file)[1:-1]} is missing, though the index of the checkpoint lists it")
+            raise ModelLoadError(
+                f"{folder / shown(file)[1:-1]} is missing, though the index of the checkpoint lists it"
+            )
         try:
             header = read_header(folder / file)
         except CorruptFileError as error:
@@ -34,7 +36,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         found.update(header)
     for name, file in weight_map.items():
         if name not in found or found[name].file.name != file:
-            raise ModelLoadError(f"{folder / file} lacks {shown(name)}, though the index of the checkpoint lists it there")
+            raise ModelLoadError(
+                f"{folder / file} lacks {shown(name)}, though the index of the checkpoint lists it there"
+            )
     return found
 
 

@@ -47,6 +47,8 @@ def _verify(
     findings.append(finding)
     if opened is not None:
         findings.append(check_base(plans[0], opened) if plans else _skipped("base model"))
+        # another model says nothing about what the plan keeps
+        opened = opened if findings[-1].ok else None
     say("verify", 3, 4)
     findings += _against_plans(checkpoint, plans, opened)
     say("verify", 4, 4)
