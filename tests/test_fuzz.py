@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -188,7 +189,7 @@ DEEP = "<100,000 lists in each other>"
 
 ODD = st.sampled_from(
     [
-        *(None, True, False, -1, 0, 1, 7, 2**31, 2**63, 10**15, 10**30, 1.5, float("inf"), float("nan")),
+        *(DEEP, DEEP, None, True, False, -1, 0, 1, 7, 2**31, 2**63, 10**15, 10**30, 1.5, float("inf"), float("nan")),
         *("", ".", "..", "x", "F32", "I64", "F8_E4M3", "a" * 400, "\0", "ü\ud7ff", "true", "llama", "gpt2"),
         *(
             "/etc/passwd",
@@ -200,6 +201,9 @@ ODD = st.sampled_from(
         ),
         *([], {}, [[]], [0, 0], [-1], {"": {}}, DEEP),
     ]
+)
+SIZES = st.sampled_from(
+    [DEEP, -1, 0, 1, 2, 3, 5, 16, 1000, 10**6, 10**9, 2**31, 2**63, 10**30, 1.5, "8", [8], True, None]
 )
 FRACTION = st.floats(0, 1, exclude_max=True)
 
@@ -269,7 +273,7 @@ def _json(value: Any) -> bytes:
 
 
 def fuzz(name: str) -> Callable[[Any], Any]:
-    """The number of examples of this kind; no shrinking, since a failing example is small anyway."""
+    """Run as many examples of this kind as its entry in ``EXAMPLES`` says."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=EXAMPLES[name], deadline=None, suppress_health_check=checks)
 
@@ -323,7 +327,14 @@ def test_broken_index(room: Path, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_broken_config(room: Path, data: st.DataObject) -> None:
     config = json.loads((room / "config.json").read_text())
-    content = data.draw(st.one_of(*[broken_value(config).map(_json)] * 4, broken_bytes(_json(config), 10**6)))
+    kind = data.draw(st.sampled_from(["size", "size", "value", "value", "bytes"]))
+    if kind == "size":
+        sizes = sorted(key for key, value in config.items() if type(value) is int)
+        content = _json({**config, data.draw(st.sampled_from(sizes)): data.draw(SIZES)})
+    elif kind == "value":
+        content = _json(data.draw(broken_value(config)))
+    else:
+        content = data.draw(broken_bytes(_json(config), 10**6))
     with replaced(room, "config.json", content):
         loads(room)
 
@@ -361,57 +372,26 @@ def test_broken_plan_tensors(room: Path, data: st.DataObject) -> None:
 
 YAML = st.sampled_from(
     [
-        *(
-            "&a ",
-            "*a",
-            "<<: *a",
-            "? ",
-            "!!python/object/apply:os.system ['true']",
-            "!!binary '?'",
-            "!!float x",
-            "!!int x",
-        ),
-        *(
-            "!!timestamp x",
-            "!!bool x",
-            "2001-99-99",
-            "1" * 5000,
-            "[" * 200,
-            "{a: " * 200,
-            "- " * 200,
-            "\t",
-            "---\n",
-            "%YAML 9",
-        ),
-        *(
-            "&a [*a, *a]",
-            "!!set {a}",
-            "!!omap [a]",
-            "'",
-            '"',
-            "|",
-            ">",
-            "#",
-            "@",
-            "`",
-            "\x85",
-            "~",
-            "null",
-            "[1, 2",
-            ": :",
-        ),
+        *("&a ", "*a", "<<: *a", "? ", "!!python/object/apply:os.system ['true']", "!!binary '?'", "!!set {a}"),
+        *("!!float x", "!!int x", "!!timestamp x", "!!bool x", "2001-99-99", "1" * 5000, "!!omap [a]", "&a [*a, *a]"),
+        *("[" * 5000, "{a: " * 5000, "- " * 5000, "\t", "---\n", "%YAML 9", "'", '"', "|", ">", "#", "@", "`"),
+        *("\x85", "~", "null", "[1, 2]", "{a: 1}", ": :", "-1", ".nan", ".inf", "1e999", "true", "x" * 2000),
     ]
 )
+VALUES = [match.span() for match in re.finditer(r"(?<=: )[^{\[\n][^,}\n]*|\{.*\}|\[.*\]", RECIPE)]
 
 
 @fuzz("recipe")
 @given(data=st.data())
 def test_broken_recipe(room: Path, data: st.DataObject) -> None:
-    text = RECIPE
-    for _ in range(data.draw(st.integers(1, 3))):
+    text, kind = RECIPE, data.draw(st.sampled_from(["value", "value", "place", "bytes"]))
+    if kind == "value":
+        start, end = data.draw(st.sampled_from(VALUES))
+        text = text[:start] + data.draw(YAML) + text[end:]
+    if kind == "place":
         place = int(data.draw(FRACTION) * len(text))
         text = text[:place] + data.draw(YAML) + text[place + data.draw(st.integers(0, 8)) :]
-    content = data.draw(broken_bytes(text.encode(), 10**6)) if data.draw(st.booleans()) else text.encode()
+    content = data.draw(broken_bytes(text.encode(), 10**6)) if kind == "bytes" else text.encode()
     with replaced(room, "recipe.yaml", content):
         survives(room, lambda: load_recipe(room / "recipe.yaml"))
 

@@ -27,7 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.errors import RecipeError, UsageError, nearest
-from secateur.reading import read_bytes
+from secateur.reading import read_bytes, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -273,14 +273,14 @@ def _explain(problem: Mapping[str, Any]) -> str:
     inside = f" in {_place(place)}" if place else ""
     if problem["type"] == "extra_forbidden":
         known = _MODELS[str(place[0]) if place else ""].model_fields
-        return f"unknown key '{key}'{inside}{nearest(key, known) or '; valid are ' + ', '.join(known)}"
+        return f"unknown key {shown(key)}{inside}{nearest(key, known) or '; valid are ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return f"'{key}' is missing{inside}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if problem["type"] == "value_error":
         return f"{_place(problem['loc'])}: {message}" if problem["loc"] else message
-    return f"{_place(problem['loc'])}: {message}, got {problem['input']!r}"
+    return f"{_place(problem['loc'])}: {message}, got {shown(problem['input'])}"
 
 
 def _place(location: Sequence[str | int]) -> str:
