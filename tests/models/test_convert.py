@@ -16,7 +16,6 @@ from hand_cut import ragged, tiny
 from runs import plan_for
 from secateur.errors import ModelLoadError, OutputError, SecateurError, UsageError
 from secateur.manifest import read_manifest
-from secateur.models import convert
 
 TOKENS = torch.tensor([[3, 1, 4, 15, 9]])
 
@@ -28,7 +27,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("the whole model was loaded")
 
-    monkeypatch.setattr(convert, "load_model", fail)
+    monkeypatch.setattr("secateur.models.loading.load_model", fail)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

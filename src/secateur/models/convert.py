@@ -16,9 +16,10 @@ from torch import Tensor
 from secateur.errors import UsageError, nearest
 from secateur.files import check_output, output_folder
 from secateur.manifest import write_manifest
+from secateur.models import loading
 from secateur.models.card import model_card
 from secateur.models.layout import layout_of
-from secateur.models.loading import load_model, open_folder, quiet
+from secateur.models.loading import open_folder, quiet
 from secateur.models.packed import PACKED_VERSION, pack
 from secateur.models.saving import FORMATS, copy_modelling_file, save_model, saved_config
 from secateur.models.skeleton import Checkpoint
@@ -62,7 +63,9 @@ def convert_model(
         if _streamable(checkpoint):
             with quiet():
                 return _stream(checkpoint, Path(folder), format, max_shard_size, overwrite)
-    model, tokenizer = load_model(name, dtype="auto", trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    model, tokenizer = loading.load_model(
+        name, dtype="auto", trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
     return save_model(
         model,
         tokenizer,
