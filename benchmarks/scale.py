@@ -111,7 +111,7 @@ SIZES: dict[str, int] = {}
 def make_checkpoint(
     folder: Path, *, hidden: int, ffn: int, blocks: int, heads: int, kv_heads: int, vocab: int, sparse: bool = False
 ) -> Path:
-    """A random Llama in bfloat16 with the tokenizer of smollm2-135m; ``sparse`` files hold zeros, which take no disk."""
+    """A random Llama in bfloat16 with smollm2-135m's tokenizer; ``sparse`` files hold zeros, which take no disk."""
     width = hidden // heads
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": hidden,

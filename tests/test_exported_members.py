@@ -16,6 +16,7 @@ EXPORTED = [
     "__version__",
     "anatomy",
     "apply",
+    "convert",
     "describe",
     "evaluate",
     "list_methods",
@@ -26,6 +27,7 @@ EXPORTED = [
     "register",
     "run",
     "save",
+    "verify",
 ]
 
 

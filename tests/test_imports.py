@@ -11,7 +11,7 @@ SOURCE = Path(secateur.__file__).parent
 
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
-BASE = {"errors", "files", "remote", "tensorfiles", "progress", "versions", ""}
+BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
@@ -31,7 +31,6 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {"recipes", "engine", "keeping", "methods", "models", "observe", "report", "structure", "plans"},
     "sweep": {"recipes", "api", "methods", "models", "evaluation", "report", "plans"},
     "recipes": {"api", "methods", "allocate", "report", "plans"},
-    "api": {"engine", "methods", "models", "evaluation", "report", "observe", "structure", "plans"},
     "engine": {
         "keeping",
         "methods",
@@ -45,7 +44,9 @@ ALLOWED: dict[str, set[str]] = {
         "plans",
     },
     "train": {"models", "structure", "plans"},
+    "api": {"engine", "methods", "models", "evaluation", "verification", "report", "observe", "structure", "plans"},
     "evaluation": {"models", "observe", "report", "structure", "plans"},
+    "verification": {"models", "structure", "plans"},
     "models": {"observe", "report", "structure", "plans"},
     "methods": {"criteria", "allocate", "observe", "heal", "structure", "plans"},
     "criteria": {"observe", "structure", "plans"},
@@ -58,6 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "plans": set(),
     "errors": set(),
     "files": set(),
+    "reading": set(),
+    "manifest": {"reading"},
     "tensorfiles": set(),
     "remote": set(),
     "progress": set(),

@@ -24,6 +24,8 @@ _HOMES = {
     "save": "secateur.api",
     "run": "secateur.runs.run",
     "push": "secateur.api",
+    "convert": "secateur.api",
+    "verify": "secateur.api",
     "Result": "secateur.api",
     "list_methods": "secateur.methods",
     "describe": "secateur.methods",
@@ -35,7 +37,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from secateur.api import Result, anatomy, apply, evaluate, load, plan, prune, push, save
+    from secateur.api import Result, anatomy, apply, convert, evaluate, load, plan, prune, push, save, verify
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan

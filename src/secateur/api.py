@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from secateur.plans import Plan
     from secateur.report import Report
     from secateur.structure import Anatomy
+    from secateur.verification import Finding
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,28 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model and its tokenizer: hub id, folder, ``.gguf`` file or built-in name (``smollm2-135m``).
 
     A hub id is ``owner/name`` or ``hf://owner/name``; ``revision`` is its branch, tag or commit. The token for it comes
     from HF_TOKEN or the stored login. ``dtype`` is that of the weights, ``auto`` the checkpoint's own. A folder
-    without a tokenizer gives None. ``progress`` is called with ("download", MiB done, MiB in all).
+    without a tokenizer gives None. Pickled weights are read with ``allow_pickle`` only, and nothing but tensors out of
+    them. ``progress`` is called with ("download", MiB done, MiB in all).
     Raises UsageError, ModelLoadError or UnsupportedModelError.
     """
     from secateur.models.hub import plain_name
     from secateur.models.loading import load_model
 
     model, tokenizer = load_model(
-        name, revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress
+        name,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        progress=progress,
     )
     # plans and reports say what the user said, not where a wheel or the cache keeps its file
     model.secateur_name = plain_name(str(name))  # type: ignore[assignment]
@@ -271,3 +280,53 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, overwrite: 
     from secateur.models.pushing import push_checkpoint
 
     return push_checkpoint(folder, repo_id, private=private, overwrite=overwrite)
+
+
+def verify(
+    folder: str | Path,
+    base: str | Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Finding]:
+    """Check that a checkpoint folder is whole and is what its plan says; one finding per check, wrong or not.
+
+    Looked at are the hashes of ``manifest.json``, the headers of the weight files, names and shapes against
+    ``config.json``, finite values, the plan, the units that are left, and the zeros of masked weights. ``base``, the
+    dense model, adds its fingerprint and the values that a mask keeps. Tensors are read one at a time. A finding has
+    ``check``, ``status``, ``problems`` (sentences) and ``ok``.
+    Raises ModelLoadError when there is no such folder or ``base`` can't be read.
+    """
+    from secateur.verification import verify_folder
+
+    return verify_folder(folder, base, trust_remote_code=trust_remote_code, progress=progress)
+
+
+def convert(
+    name: str | Path,
+    folder: str | Path,
+    *,
+    format: str = "dense",
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+) -> Path | str:
+    """Write any checkpoint that can be loaded as safetensors; returns the folder.
+
+    ``name`` is what ``load`` takes. A safetensors folder is copied tensor by tensor and never in memory as a whole;
+    its tokenizer and plan come along. ``format`` is ``dense`` or ``packed``; no file of weights is larger than
+    ``max_shard_size``, unless a single tensor is. The dtype stays (float32 for GGUF).
+    Raises UsageError, OutputError, or what ``load`` raises.
+    """
+    from secateur.models.convert import convert_model
+
+    return convert_model(
+        name,
+        folder,
+        format=format,
+        max_shard_size=max_shard_size,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        overwrite=overwrite,
+    )

@@ -106,7 +106,8 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] = f"{lines[0]} {lines[1]}"
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    # some quote the whole value that they don't like
+    return lines[0].rstrip(".")[:500] if lines else type(error).__name__
 
 
 def require_extra(module: str, extra: str, why: str):

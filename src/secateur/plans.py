@@ -33,9 +33,11 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from torch import Tensor
 
 from secateur.errors import CorruptFileError, PlanError
+from secateur.reading import read_json
 from secateur.tensorfiles import Made, Stored, read_header, write_tensors
 
 FORMAT_VERSION = 1
+_VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # masks and values that take more than this on disk are left there; a mask in memory is eight times as large
 IN_MEMORY_BYTES = 1 << 24
@@ -172,10 +174,12 @@ class Plan:
             value = self.values[name]
             if name not in self.masks or value.numel() != self.kept_entries(name):
                 raise PlanError(f"values of {name} don't match its mask")
+            if value.dtype not in _VALUE_DTYPES:
+                raise PlanError(f"values of {name} must be floating-point numbers, got {value.dtype}")
             if not bool(torch.isfinite(value).all()):
                 raise PlanError(f"values of {name} hold NaN or inf")
         for name, bias in self.biases.items():
-            if bias.dim() != 1 or not bool(torch.isfinite(bias).all()):
+            if bias.dim() != 1 or bias.dtype not in _VALUE_DTYPES or not bool(torch.isfinite(bias).all()):
                 raise PlanError(f"the bias of {name} must be a vector of finite numbers")
 
     @property
@@ -271,12 +275,15 @@ class Plan:
         Masks and values of a large plan stay on disk and are read one at a time whenever they are looked at.
         """
         folder = Path(folder)
-        document = _read_document(folder)
+        document = read_document(folder)
         parts = _read_tensors(folder)
         for name, shape in document.masks.items():
             if name not in parts["mask"]:
                 raise PlanError(f"{folder}: the mask of {name} is missing from plan.safetensors")
             _check_packed(parts["mask"][name], name, shape)
+        unlisted = sorted(set(parts["mask"]) - set(document.masks))
+        if unlisted:
+            raise PlanError(f"{folder}: plan.json doesn't list the mask of {unlisted[0]} that plan.safetensors holds")
         small = {kind: {n: t.read() for n, t in parts[kind].items()} for kind in ("keep", "bias", "scores")}
         masks = _OnDisk({n: parts["mask"][n] for n in document.masks}, document.masks)
         values = _OnDisk(parts["value"])
@@ -389,19 +396,22 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Inverse of ``pack_bits``. Raises PlanError when the length doesn't fit ``shape``."""
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
+    if min(shape, default=0) < 0:
+        raise PlanError(f"a mask can't have the shape {tuple(shape)}")
     if packed.dtype != torch.uint8 or packed.numel() != (count + 7) // 8:
         raise PlanError(f"a bit mask of shape {tuple(shape)} needs {(count + 7) // 8} bytes, got {packed.numel()}")
     bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits.astype(bool)).reshape(shape)
 
 
-def _read_document(folder: Path) -> _Document:
+def read_document(folder: Path) -> _Document:
+    """What plan.json says. Raises PlanError."""
     path = folder / "plan.json"
     if not path.is_file():
         raise PlanError(f"{folder} holds no plan: there is no plan.json in it")
+    raw = read_json(path, PlanError)
     try:
-        raw = json.loads(path.read_text(encoding="utf8"))
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if version != FORMAT_VERSION:
             raise PlanError(f"{path} has plan format {version!r}; this secateur reads format {FORMAT_VERSION}")
@@ -410,8 +420,6 @@ def _read_document(folder: Path) -> _Document:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PlanError(f"{path} is not a valid plan: {where}: {first['msg'].lower()}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PlanError(f"{path} is not valid JSON: {error}") from None
 
 
 def _read_tensors(folder: Path) -> dict[str, dict[str, Stored]]:
@@ -445,6 +453,8 @@ def packed_bits(mask: Tensor) -> Made:
 
 
 def _check_packed(packed: Stored, name: str, shape: tuple[int, ...]) -> None:
+    if min(shape, default=0) < 0:
+        raise PlanError(f"a mask can't have the shape {shape}")
     count = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.numel != (count + 7) // 8:
         raise PlanError(
@@ -456,3 +466,20 @@ def _check_packed(packed: Stored, name: str, shape: tuple[int, ...]) -> None:
 
 # number of ones in every byte
 _ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+
+
+def find_plans(folder: str | Path) -> list[Path]:
+    """The plan folders in ``folder``, in the order of their steps: itself, ``plan`` or ``plan/step-1``, ``-2``, ...
+
+    Raises PlanError when there is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PlanError(f"{folder} is not a folder; give a plan, or a checkpoint that holds one")
+    for place in (folder, folder / "plan"):
+        if (place / "plan.json").is_file():
+            return [place]
+        steps = [step for step in place.glob("step-*") if step.name[5:].isdecimal()]
+        if steps:
+            return sorted(steps, key=lambda step: int(step.name[5:]))
+    raise PlanError(f"{folder} holds no plan: there is no plan.json in it, nor in a folder 'plan'")

@@ -27,6 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.errors import RecipeError, UsageError, nearest
+from secateur.reading import read_bytes, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from secateur.report import LayerCut, Report
 
 Progress = Callable[[str, int, int], None]
+
+MAX_RECIPE_BYTES = 1_000_000
+# steps, a step, its options, an option's list; a recipe needs no more
+_MAX_DEPTH = 16
 
 
 class CalibrationSpec(BaseModel):
@@ -149,7 +154,7 @@ def load_recipe(path: str | Path) -> Recipe:
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping that a recipe file holds, not validated yet. Raises RecipeError."""
     try:
-        text = Path(path).read_text(encoding="utf8")
+        text = read_bytes(path, MAX_RECIPE_BYTES, RecipeError).decode("utf8")
     except UnicodeDecodeError:
         raise RecipeError(f"recipe {path} is not a text file") from None
     except OSError as error:
@@ -158,6 +163,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {_yaml_problem(error)}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+        # what the constructors of PyYAML let through: dates that don't exist, numbers of thousands of digits
+        raise RecipeError(f"recipe {path} holds a value that can't be read: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path} must be a mapping with the key 'steps', not {_kind(data)}")
     return data
@@ -275,14 +283,14 @@ def explain(problem: Mapping[str, Any], models: Mapping[str, type[BaseModel]]) -
     inside = f" in {_place(place)}" if place else ""
     if problem["type"] == "extra_forbidden":
         known = models[".".join(str(part) for part in place if not isinstance(part, int))].model_fields
-        return f"unknown key '{key}'{inside}{nearest(key, known) or '; valid are ' + ', '.join(known)}"
+        return f"unknown key {shown(key)}{inside}{nearest(key, known) or '; valid are ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return f"'{key}' is missing{inside}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if problem["type"] == "value_error":
         return f"{_place(problem['loc'])}: {message}" if problem["loc"] else message
-    return f"{_place(problem['loc'])}: {message}, got {problem['input']!r}"
+    return f"{_place(problem['loc'])}: {message}, got {shown(problem['input'])}"
 
 
 def _place(location: Sequence[str | int]) -> str:
@@ -305,8 +313,23 @@ def _kind(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader that refuses a key given twice and reads 2:4 as text and 1e-3 as a number.
 
-    (YAML 1.1 takes 2:4 for a number to the base 60, and 1e-3 for text.)
+    (YAML 1.1 takes 2:4 for a number to the base 60, and 1e-3 for text.) Aliases are refused, since a few lines of them
+    unfold to more than any memory holds, and so is nesting beyond what a recipe can mean.
     """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="recipes have no aliases (*name)", problem_mark=event.start_mark)
+        if self._depth >= _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="it is nested too deeply", problem_mark=event.start_mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -3,9 +3,8 @@ import json
 import pytest
 import torch
 
-from secateur.cli.plan import find_plans
 from secateur.errors import PlanError
-from secateur.plans import Fingerprint, Plan, Provenance
+from secateur.plans import Fingerprint, Plan, Provenance, find_plans
 
 MODEL = Fingerprint(architecture="llama", shapes="s", weights="w", num_layers=2)
 

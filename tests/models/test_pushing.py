@@ -261,13 +261,19 @@ def test_no_option_takes_a_token(cli) -> None:
         assert "--token" not in cli(command, "--help").out
 
 
-def test_a_copy_of_the_cache_is_pushed_with_its_files(logged_in: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
-    # the cache of huggingface_hub holds links
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for name in names(checkpoint):
-        (linked / name).parent.mkdir(exist_ok=True)
-        (linked / name).symlink_to(checkpoint / name)
+def test_what_lies_in_the_cache_is_pushed_with_its_files(
+    logged_in: FakeHub, checkpoint: Path, tmp_path: Path
+) -> None:
+    # the cache of huggingface_hub holds links to its own blobs
+    blobs, linked = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    for number, name in enumerate(names(checkpoint)):
+        shutil.copyfile(checkpoint / name, blobs / str(number))
+        (linked / name).parent.mkdir(parents=True, exist_ok=True)
+        (linked / name).symlink_to(blobs / str(number))
     sc.push(linked, "me/linked")
     assert set(logged_in.repos["me/linked"].files()) == {".gitattributes", *names(checkpoint)}
-    shutil.rmtree(linked)
+    (linked / "config.json").unlink()
+    (linked / "config.json").symlink_to(checkpoint / "config.json")
+    with pytest.raises(ModelLoadError, match=r"config\.json is a link that leads out of the folder"):
+        sc.push(linked, "me/other")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli import describe, evaluate, inspect, methods, plan, prune, sweep
+from secateur.cli import convert, describe, evaluate, inspect, methods, plan, prune, sweep, verify
 from secateur.cli.examples import help_text
 from secateur.cli.options import Plugins, load_plugins
 
@@ -40,6 +40,8 @@ app.command("prune", help=help_text("prune"))(prune.prune)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate", help=help_text("evaluate"))(evaluate.evaluate)
 app.command("sweep", help=help_text("sweep"))(sweep.sweep)
+app.command("verify", help=help_text("verify"))(verify.verify)
+app.command("convert", help=help_text("convert"))(convert.convert)
 app.command("inspect", help=help_text("inspect"))(inspect.inspect)
 app.command("methods", help=help_text("methods"))(methods.methods)
 app.command("describe", help=help_text("describe"))(describe.describe)

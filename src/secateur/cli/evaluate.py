@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.options import Device, Json, Quiet, Revision, TrustRemoteCode
+from secateur.cli.options import AllowPickle, Device, Json, Quiet, Revision, TrustRemoteCode
 from secateur.cli.output import print_json, show, working
 from secateur.errors import UsageError
 
@@ -35,6 +35,7 @@ def evaluate(
     device: Device = "cpu",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -47,7 +48,13 @@ def evaluate(
     for name in tasks:
         make_task(name)
     with working(quiet) as progress:
-        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "progress": progress}
+        options = {
+            "dtype": dtype,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+            "allow_pickle": allow_pickle,
+            "progress": progress,
+        }
         loaded = [api.load(m, revision=of, **options) for m, of in zip(model, revisions, strict=True)]
         models = {name: pair[0] for name, pair in zip(names, loaded, strict=True)}
         tokenizer = loaded[0][1]

@@ -19,6 +19,14 @@ HELP: dict[str, tuple[str, str]] = {
         "Prune a model, measure it beside the dense one, and save it.",
         "secateur prune smollm2-135m --method flap --sparsity 0.2 --evaluate perplexity:builtin --out pruned",
     ),
+    "verify": (
+        "Check that a checkpoint is whole and is what its plan says.",
+        "secateur verify pruned --base smollm2-135m",
+    ),
+    "convert": (
+        "Write any checkpoint as safetensors, dense or packed.",
+        "secateur convert pruned packed --format packed --max-shard-size 200MB",
+    ),
     "plan show": ("Show what a plan keeps and where it came from.", "secateur plan show pruned"),
     "plan apply": (
         "Cut a model by an existing plan and save it.",

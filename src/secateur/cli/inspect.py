@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.options import Json, Quiet, Revision, TrustRemoteCode
+from secateur.cli.options import AllowPickle, Json, Quiet, Revision, TrustRemoteCode
 from secateur.cli.output import print_json, show, working
 from secateur.errors import UsageError
 
@@ -23,6 +23,7 @@ def inspect(
     ] = "kv",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -33,7 +34,13 @@ def inspect(
 
     with working(quiet) as progress:
         # shapes are enough: no weight is read
-        source, _ = open_source(model, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
+        source, _ = open_source(
+            model,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
         source.close()
         anatomy = api.anatomy(source.model, heads=heads)
     if json:

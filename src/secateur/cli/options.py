@@ -23,6 +23,9 @@ MaxShardSize = Annotated[
     typer.Option("--max-shard-size", metavar="SIZE", help="Weight files are at most this large (default 5GB)."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin, .pt): tensors, and nothing else in them.")
+]
 Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="FILE|MODULE", help="Python code that registers methods; repeatable."),

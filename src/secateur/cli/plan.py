@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.cli.examples import help_text
-from secateur.cli.options import Device, Json, MaxShardSize, Overwrite, Quiet, Resume, Revision, TrustRemoteCode
+from secateur.cli.options import (
+    AllowPickle,
+    Device,
+    Json,
+    MaxShardSize,
+    Overwrite,
+    Quiet,
+    Resume,
+    Revision,
+    TrustRemoteCode,
+)
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.saving import how_to_load
-from secateur.errors import PlanError, UsageError
+from secateur.errors import UsageError
 from secateur.files import check_output
 
 if TYPE_CHECKING:
@@ -69,6 +79,7 @@ def apply(
     device: Device = "cpu",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     max_shard_size: MaxShardSize = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -93,6 +104,7 @@ def apply(
             overwrite=overwrite,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
             progress=progress,
         )
     notes = [note for step in plans for p in step.provenance for note in p.notes]
@@ -103,26 +115,9 @@ def apply(
     show(how_to_load(out))
 
 
-def find_plans(folder: str | Path) -> list[Path]:
-    """The plan folders in ``folder``, in the order of their steps: itself, ``plan`` or ``plan/step-1``, ``-2``, ...
-
-    Raises PlanError when there is none.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise PlanError(f"{folder} is not a folder; give a plan, or a checkpoint that holds one")
-    for place in (folder, folder / "plan"):
-        if (place / "plan.json").is_file():
-            return [place]
-        steps = [step for step in place.glob("step-*") if step.name[5:].isdigit()]
-        if steps:
-            return sorted(steps, key=lambda step: int(step.name[5:]))
-    raise PlanError(f"{folder} holds no plan: there is no plan.json in it, nor in a folder 'plan'")
-
-
 def load_plans(folder: str | Path) -> dict[Path, Plan]:
     """The plans of all steps by folder. Raises PlanError."""
-    from secateur.plans import Plan
+    from secateur.plans import Plan, find_plans
 
     return {path: Plan.load(path) for path in find_plans(folder)}
 

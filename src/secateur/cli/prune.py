@@ -12,6 +12,7 @@ import typer
 
 from secateur.cli.measuring import Measurement
 from secateur.cli.options import (
+    AllowPickle,
     Json,
     MaxShardSize,
     Overwrite,
@@ -107,6 +108,7 @@ def prune(
     private: Annotated[bool, typer.Option("--private", help="Make the repository on the hub a private one.")] = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     plugin: Plugins = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -131,7 +133,13 @@ def prune(
     check_push(push_to_hub, job.out, private=private, overwrite=overwrite)
     from secateur.runs.run import Options, planned, run_recipe
 
-    how = Options(resume=resume, overwrite=overwrite, html=html, trust_remote_code=trust_remote_code)
+    how = Options(
+        resume=resume,
+        overwrite=overwrite,
+        html=html,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
     if dry_run:
         with ExitStack() as temporary:
             with working(quiet) as progress:

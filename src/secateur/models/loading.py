@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from secateur.errors import (
     MissingExtraError,
@@ -27,7 +27,10 @@ from secateur.errors import (
 )
 from secateur.errors import first_line as _first_line
 from secateur.models import hub
-from secateur.models.skeletons import weight_files
+from secateur.models.pickles import pickled_files, read_pickles
+from secateur.models.skeleton import Checkpoint, Shape, check_detours, check_tensors, examine, skeleton
+from secateur.models.weightfiles import has_safetensors
+from secateur.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +53,7 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     progress: hub.Progress | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A causal language model in eval mode, and its tokenizer (None when a folder has none).
@@ -57,7 +61,8 @@ def load_model(
     ``name`` is a built-in name, a folder (also a packed or non-uniform checkpoint of secateur), a ``.gguf`` file,
     which is dequantised, or a hub id (``owner/name``, ``hf://owner/name``), the only case that uses the network and
     takes a ``revision``. ``dtype`` is float32, bfloat16, float16 or ``auto`` (that of the checkpoint; float32 for
-    GGUF). ``progress`` is called while a model is fetched.
+    GGUF). Names, shapes and dtypes of a folder are checked before any weight is read. ``allow_pickle`` lets weights
+    that exist in pickled form only be read, tensors and nothing else. ``progress`` is called while a model is fetched.
     Raises UsageError, ModelLoadError, UnsupportedModelError, NonFiniteError or MissingExtraError.
     """
     if dtype not in DTYPES:
@@ -68,7 +73,7 @@ def load_model(
         if source.endswith(".gguf"):
             model, tokenizer = _load_gguf(Path(source), dtype)
         else:
-            model = _load_checkpoint(source, dtype, trust_remote_code)
+            model = _load_checkpoint(source, dtype, trust_remote_code, allow_pickle)
             tokenizer = load_tokenizer(source, trust_remote_code)
         check_finite(model)
         model.secateur_revision = hub.commit_of(source)  # type: ignore[assignment]
@@ -182,20 +187,22 @@ def in_one_sentence(name: str | Path) -> Iterator[None]:
         raise ModelLoadError(f"can't load {name}: {_first_line(error)}") from error
 
 
-def _load_checkpoint(source: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_checkpoint(source: str, dtype: str, trust_remote_code: bool, allow_pickle: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     folder = Path(source)
     config = read_config(folder)
     check_config(source, config, trust_remote_code)
-    check_weights(folder)
+    pickled = _check_folder(folder, config, trust_remote_code, allow_pickle)
     options: dict[str, Any] = {
         "dtype": DTYPES[dtype],
         "use_safetensors": True,
         "ignore_mismatched_sizes": True,  # reported below, in one sentence
         "output_loading_info": True,
     }
-    if "secateur" in config:
+    if pickled is not None:
+        model, info = _load_pickled(source, *pickled, options)
+    elif "secateur" in config:
         model, info = _load_cut(source, config["secateur"], options)
     else:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
@@ -208,13 +215,9 @@ def _load_cut(source: str, layout: dict[str, Any], options: dict[str, Any]) -> t
     """A checkpoint that secateur wrote, as the ordinary model that it was before saving."""
     import transformers
 
-    from secateur.models.layout import LAYOUT_VERSION, native_config, stock_class
+    from secateur.models.layout import native_config, stock_class
     from secateur.models.modeling_secateur import adopt, pruned
-    from secateur.models.packed import PACKED_VERSION
 
-    versions = (layout.get("version"), layout.get("packed", {}).get("version", PACKED_VERSION))
-    if versions != (LAYOUT_VERSION, PACKED_VERSION):
-        raise ModelLoadError(f"{source} is in a checkpoint format that this secateur doesn't know; update secateur")
     model, info = pruned(getattr(transformers, layout["base"])).from_pretrained(source, **options)
     # from here on it is like any cut model in memory: sizes differ, the class doesn't
     model.__class__ = stock_class(model)
@@ -222,14 +225,34 @@ def _load_cut(source: str, layout: dict[str, Any], options: dict[str, Any]) -> t
     return model, info
 
 
+def open_folder(folder: Path, trust_remote_code: bool = False) -> Checkpoint:
+    """A safetensors folder whose headers fit its config.json; no weight is read. Raises SecateurError."""
+    with quiet(), in_one_sentence(folder):
+        config = read_config(folder)
+        check_config(str(folder), config, trust_remote_code)
+        return examine(folder, config, trust_remote_code)
+
+
+def _load_pickled(
+    source: str, skeleton: PreTrainedModel, state_dict: dict[str, Tensor], options: dict[str, Any]
+) -> tuple[PreTrainedModel, Any]:
+    """A model of pickled weights, which transformers never gets to see the files of."""
+    from transformers import GenerationConfig
+
+    loaded: Any = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=state_dict, **options)
+    model, info = loaded
+    model.name_or_path = model.config.name_or_path = source
+    if (Path(source) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model, info
+
+
 def read_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json. Raises ModelLoadError."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelLoadError(f"{folder} holds no model: there is no config.json in it")
-    try:
-        config = json.loads(path.read_text(encoding="utf8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelLoadError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path, ModelLoadError)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelLoadError(f"{path} describes no model: it has no model_type")
     return config
@@ -279,24 +302,23 @@ def _not_a_decoder(config: dict[str, Any]) -> str | None:
     return "another task" if re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]", architecture) else None
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Config and headers of all weight files, without loading anything. Raises ModelLoadError."""
-    read_config(folder)
-    check_weights(folder)
+def _check_folder(
+    folder: Path, config: dict[str, Any], trust_remote_code: bool, allow_pickle: bool
+) -> tuple[PreTrainedModel, dict[str, Tensor]] | None:
+    """Hold the headers of the weight files against config.json, before any memory is taken.
 
-
-def check_weights(folder: Path) -> None:
-    """Read the headers of all weight files: missing, truncated and corrupt ones are named."""
-    from safetensors import SafetensorError, safe_open
-
-    for name in weight_files(folder):
-        if not (folder / name).is_file():
-            raise ModelLoadError(f"{folder / name} is missing, though the index of the checkpoint lists it")
-        try:
-            with safe_open(str(folder / name), framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{folder / name} is corrupt or cut short: {_first_line(error)}") from None
+    Weights that exist in pickled form only come back as they are, mapped, with the skeleton of their model.
+    """
+    if not allow_pickle or has_safetensors(folder) or not pickled_files(folder):
+        examine(folder, config, trust_remote_code)
+        return None
+    check_detours(folder, config)
+    if "secateur" in config:
+        raise ModelLoadError(f"{folder} holds pickled weights, which secateur never wrote; it can't be trusted")
+    state_dict = read_pickles(folder)
+    model = skeleton(folder, config, len(state_dict), trust_remote_code)
+    check_tensors(str(folder), model, {n: Shape(tuple(t.shape), t.dtype) for n, t in state_dict.items()})
+    return model, state_dict
 
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:

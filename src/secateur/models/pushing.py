@@ -77,11 +77,11 @@ def check_push(repo_id: str, *, private: bool = False, overwrite: bool = False) 
 def _additions(folder: Path, repo_id: str) -> list[Any]:
     from huggingface_hub import CommitOperationAdd
 
-    from secateur.models.loading import check_checkpoint
+    from secateur.models.loading import open_folder
 
     if not folder.is_dir():
         raise ModelLoadError(f"there is no checkpoint at {folder}: no such folder")
-    check_checkpoint(folder)
+    open_folder(folder)
     files = sorted(
         path
         for path in folder.rglob("*")

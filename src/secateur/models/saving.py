@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secateur.errors import UsageError, nearest
 from secateur.files import output_folder
+from secateur.manifest import write_manifest
 from secateur.models import modeling_secateur
 from secateur.models.card import model_card
 from secateur.models.families import FAMILIES
@@ -95,7 +96,7 @@ def document_folder(
     base_name: str = "",
     started: float | None = None,
 ) -> None:
-    """Everything in a checkpoint but weights and config: tokenizer, plans, report, model card.
+    """Everything in a checkpoint but weights and config: tokenizer, plans, report, model card, manifest.
 
     ``path`` is where the files lie now, ``folder`` the name that they will have. Plans that are there are replaced.
     """
@@ -110,6 +111,7 @@ def document_folder(
     name = base_name or (plans[0].model.name if plans else "")
     card = model_card(Path(folder).name, base_name=name, plans=plans, report=report, format=format, remote=not plain)
     (path / "README.md").write_text(card, encoding="utf8")
+    write_manifest(path)
 
 
 def _write_plans(plans: Sequence[Plan], path: Path) -> None:
@@ -143,7 +145,7 @@ def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size
     state_dict, shapes = _unique(model.state_dict()), {}
     if format == "packed":
         state_dict, shapes = pack(state_dict)
-    remote, config = _checkpoint_config(model, shapes)
+    config, remote = _config_of(model, shapes)
     # transformers writes into the config that it saves; what counts is written after it
     with quiet(), _lent_config(model, copy.deepcopy(config)):
         model.save_pretrained(
@@ -162,7 +164,7 @@ def write_config(model: PreTrainedModel, path: Path, packed: Mapping[str, list[i
 
     ``model`` may lie on the meta device. Returns True when the folder needs its modelling file.
     """
-    remote, config = _checkpoint_config(model, packed)
+    config, remote = _config_of(model, packed)
     _write_config_files(model, path, config, remote)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         with quiet():
@@ -170,26 +172,36 @@ def write_config(model: PreTrainedModel, path: Path, packed: Mapping[str, list[i
     return remote
 
 
-def _checkpoint_config(model: PreTrainedModel, packed: Mapping[str, list[int]]) -> tuple[bool, PreTrainedConfig]:
-    """(needs the modelling file, config as it stands in the folder)."""
-    layout = layout_of(model)
-    if packed:
-        layout["packed"] = {"version": PACKED_VERSION, "tensors": dict(packed)}
-    native = native_config(model.config)
-    remote = bool(packed) or not is_stock(layout) or not stock_accepts(native)
-    config = _remote_config(native, layout, type(model.base_model).__name__) if remote else native
-    config.dtype = str(model.dtype).removeprefix("torch.")
-    config.architectures = [f"Pruned{layout['base']}" if remote else layout["base"]]
-    return remote, config
-
-
 def _write_config_files(model: PreTrainedModel, path: Path, config: PreTrainedConfig, remote: bool) -> None:
     with quiet():
         config.save_pretrained(str(path))
     if remote:
-        shutil.copyfile(modeling_secateur.__file__, path / _MODELLING_FILE)
+        copy_modelling_file(path)
     else:
         (path / _MODELLING_FILE).unlink(missing_ok=True)  # a class loaded as remote code brings its own
+
+
+def _config_of(model: PreTrainedModel, packed: Mapping[str, list[int]]) -> tuple[PreTrainedConfig, bool]:
+    layout = layout_of(model)
+    if packed:
+        layout["packed"] = {"version": PACKED_VERSION, "tensors": dict(packed)}
+    return saved_config(model, layout, str(model.dtype).removeprefix("torch."))
+
+
+def saved_config(model: PreTrainedModel, layout: dict[str, Any], dtype: str) -> tuple[PreTrainedConfig, bool]:
+    """(the config to save, whether the folder needs its modelling file) for a model that differs so from the stock."""
+    native = native_config(model.config)
+    packed = bool(layout.get("packed", {}).get("tensors"))
+    remote = packed or not is_stock(layout) or not stock_accepts(native)
+    config = _remote_config(native, layout, type(model.base_model).__name__) if remote else native
+    config.dtype = dtype
+    config.architectures = [f"Pruned{layout['base']}" if remote else layout["base"]]
+    return config, remote
+
+
+def copy_modelling_file(path: Path) -> None:
+    """Put the code that loads a checkpoint which the stock class can't into its folder."""
+    shutil.copyfile(modeling_secateur.__file__, path / _MODELLING_FILE)
 
 
 def _unique(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

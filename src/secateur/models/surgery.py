@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,11 +56,22 @@ def cut_model(plan: Plan, model: PreTrainedModel, *, mask: bool = False) -> PreT
         if cut.gone_layers:
             _silence_blocks(model, cut.gone_layers)
         return model
-    if cut.gone_layers:
-        _drop_blocks(model, cut.gone_layers)
-    if cut.positions:
-        _follow_sizes(model)
+    _follow(model, cut.positions, cut.gone_layers)
     return model
+
+
+def remove_positions(model: PreTrainedModel, positions: Mapping[tuple[str, int], Tensor], layers: list[int]) -> None:
+    """Remove positions of tensors, then whole blocks, in place; config and module sizes follow."""
+    for name in dict.fromkeys(name for name, _ in positions):
+        set_parameter(model, name, cut_positions(model.get_parameter(name).detach(), name, positions).contiguous())
+    _follow(model, positions, layers)
+
+
+def _follow(model: PreTrainedModel, positions: Mapping[tuple[str, int], Tensor], layers: list[int]) -> None:
+    if layers:
+        _drop_blocks(model, layers)
+    if positions:
+        _follow_sizes(model)
 
 
 class Cut:

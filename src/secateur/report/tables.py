@@ -58,6 +58,18 @@ def metrics_table(metrics: Sequence[Metric]) -> Table:
     return table
 
 
+def checks_table(checks: Sequence[Mapping[str, Any]]) -> Table:
+    """What ``verify`` looked at: check, result, and what was counted or why nothing was."""
+    table = _table()
+    for name in ("check", "result", "detail"):
+        table.add_column(name, overflow="fold")
+    for check in checks:
+        style = {"failed": "red", "passed": "green"}.get(check["status"], "dim")
+        detail = check["detail"] if check["status"] != "failed" else f"{len(check['problems'])} wrong, see below"
+        table.add_row(_plain(check["check"]), Text(check["status"], style=style), _plain(detail))
+    return table
+
+
 def anatomy_table(anatomy: Anatomy) -> Table:
     """What can be cut: groups (equal layers folded), units, cost of one unit, share of a block; then the rest."""
     table = _table(caption=_anatomy_caption(anatomy))

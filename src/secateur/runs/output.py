@@ -13,9 +13,9 @@ import torch
 
 from secateur.errors import UsageError
 from secateur.models.saving import write_config
-from secateur.models.skeletons import published_names, weightless_copy
 from secateur.models.sources import Source, stored_names
 from secateur.models.surgery import cut_model
+from secateur.models.weightless import published_names, weightless_copy
 from secateur.plans import Plan
 from secateur.tensorfiles import Made, Stored, read_header, write_tensors
 

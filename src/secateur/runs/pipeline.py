@@ -70,7 +70,8 @@ def plan_step(
 ) -> tuple[Plan, BlockCutter]:
     """Decide by ``method``; what is done already is taken as it is.
 
-    Blocks are cut on the way unless ``output`` is None. Masks and values of the plan stay in the folder. Raises Stopped at the next boundary once a signal has come.
+    Blocks are cut on the way unless ``output`` is None. Masks and values of the plan stay in the folder.
+    Raises Stopped at the next boundary once a signal has come.
     """
     provenance = Provenance(
         method=method.name,

@@ -50,6 +50,7 @@ class Options:
     overwrite: bool = False
     html: bool = False
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     statistics: Path | None = None
     progress: Progress = field(default=lambda stage, done, total: None)
     measure: Measure | None = None
@@ -62,6 +63,7 @@ def run(
     overwrite: bool = False,
     html: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     statistics: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -82,6 +84,7 @@ def run(
             overwrite=overwrite,
             html=html,
             trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
             statistics=Path(statistics) if statistics else None,
             progress=progress or (lambda stage, done, total: None),
         ),
@@ -141,6 +144,7 @@ def _open(recipe: Recipe, options: Options) -> tuple[Source, PreTrainedTokenizer
         revision=recipe.revision,
         device=recipe.device,
         trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
         progress=options.progress,
     )
 
@@ -262,6 +266,7 @@ def apply_plans(
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
     """Cut the checkpoint of ``model`` by existing plans, one after the other, block by block; returns warnings.
@@ -270,7 +275,12 @@ def apply_plans(
     """
     check_output(out, overwrite)
     source, tokenizer = open_source(
-        model, revision=revision, device=device, trust_remote_code=trust_remote_code, progress=progress
+        model,
+        revision=revision,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        progress=progress,
     )
     document = {
         "plans": [[p.model_dump(mode="json") for p in plan.provenance] for plan in plans],

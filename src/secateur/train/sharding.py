@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from secateur.errors import UsageError, require_extra
 from secateur.models.decoders import decoder_blocks
-from secateur.models.skeletons import weightless_copy
+from secateur.models.weightless import weightless_copy
 from secateur.train.masks import check_zero, clear_masked, masks_of, pack_rows, packed_shape, shard_like, unpack_rows
 from secateur.train.ranks import check_group, on_main
 from secateur.train.shards import Contents, check_same, checkpoint_library, read_contents, read_sharded, write_sharded

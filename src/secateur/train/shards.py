@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor
 
 from secateur.errors import MissingExtraError, ModelLoadError, OutputError
-from secateur.models import skeletons
+from secateur.models import weightless
 from secateur.models.saving import write_config
 from secateur.train.ranks import on_main, shared_output
 from secateur.versions import library_versions
@@ -77,7 +77,7 @@ def empty_model(folder: str | Path) -> PreTrainedModel:
     """
     folder = Path(folder)
     contents = read_contents(folder)
-    return skeletons.empty_model(folder, {n: getattr(torch, w.dtype) for n, w in contents.weights.items()})
+    return weightless.empty_model(folder, {n: getattr(torch, w.dtype) for n, w in contents.weights.items()})
 
 
 def write_sharded(
