@@ -243,14 +243,19 @@ def test_a_url_in_a_path_has_lost_a_slash() -> None:
 
 
 @pytest.mark.parametrize("broken", ["model.safetensors", "config.json"])
-def test_an_upload_that_breaks_leaves_nothing(
-    store, cli, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+def test_an_upload_that_breaks_leaves_nothing_there(
+    store, cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    monkeypatch.setattr(Store, "broken", broken)
-    run = cli("prune", tiny_checkpoint, *PRUNE, "--out", "store://b/x")
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "broken", broken)
+        run = cli("prune", tiny_checkpoint, *PRUNE, "--out", "store://b/x")
     assert run.code == 1 and run.err.count("error:") == 1
-    assert "can't write to store://b/x: the connection was lost; nothing was left there" in run.err
+    assert "can't write to store://b/x: the connection was lost; nothing was left there; x.run holds what" in run.err
     assert names(store, "/b") == []
+    # nothing is pruned again once the connection is back
+    assert cli("prune", tiny_checkpoint, *PRUNE, "--out", "store://b/x", "--resume").code == 0
+    assert "config.json" in names(store, "/b/x") and list(tmp_path.iterdir()) == []
 
 
 def test_a_kill_in_the_middle_leaves_no_checkpoint(store, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from secateur.plans import Plan
 from secateur.recipes import Recipe, Step, load_recipe, make_recipe, merge_reports
 from secateur.report import Report
 from secateur.report.build import build_report
+from secateur.remote import is_url
 from secateur.runs.folder import RunFolder, StepFolder, read_document, run_path
 from secateur.runs.output import parse_size
 from secateur.runs.pipeline import Output, Resources, StepResult, apply_step, plan_step, prune_step
@@ -331,10 +332,13 @@ def _kept(folder: RunFolder, resumed: bool) -> Iterator[StopRequest]:
             raise
         except Exception as error:
             reason = disk_error(error)
+            uploading = is_url(folder.out) and isinstance(error, OutputError)
             keep = _begun(folder) and (bool(reason) or resumed or not isinstance(error, SecateurError))
             if not keep:
                 folder.remove()
-            if reason:
+            if uploading and keep:
+                raise OutputError(f"{error}; {_hint(folder.out)}") from error
+            if reason and not uploading:
                 left = _hint(folder.out) if keep else "nothing was left behind"
                 raise OutputError(f"can't write {folder.out}: {reason}; {left}") from error
             raise
