@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +84,9 @@ def _dtype(config: Any, folder: Path) -> torch.dtype:
     """What transformers takes for ``auto``: the dtype of the config, or that of the first floating weight."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    first = (s.dtype for s in tensor_map(folder).values() if s.dtype.is_floating_point)
-    return next(first, torch.float32)
+    with suppress(ModelLoadError):  # there may be no weights, just a description
+        return next((s.dtype for s in tensor_map(folder).values() if s.dtype.is_floating_point), torch.float32)
+    return torch.float32
 
 
 def weightless_copy(model: PreTrainedModel) -> PreTrainedModel:
