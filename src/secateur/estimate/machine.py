@@ -19,13 +19,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from secateur.errors import OutputError
+from secateur.errors import OutputError, UsageError
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import Sizes
 from secateur.methods import WeightMethod
 
-# seconds that one trial may take, and how much it works on
-_TRIAL = 0.25
+# seconds that one trial may take, fewer for a model that is done in seconds itself; and how much it works on
+_TRIAL, _TRIAL_PER_BYTE = 0.25, 0.25 / 2e8
 _ROWS, _OUTPUTS, _FACTORED, _SWEPT = 512, 1024, 512, 128
 _MOVED_BYTES = 1 << 25
 _FILE_BYTES = 1 << 25
@@ -55,20 +55,21 @@ def try_machine(sizes: Sizes, job: Job, files: Iterable[Path] = (), place: Path 
     Raises OutputError when that place can't be written to.
     """
     width = max((inputs.channels for inputs in sizes.blocks[0].inputs), default=sizes.hidden)
-    moved = _move_rate(job.device)
-    flops = _product_rate(width, job.dtype, job.device) if job.observes else 1.0
-    float32 = (
-        flops if job.dtype == torch.float32 or not job.observes else _product_rate(width, torch.float32, job.device)
-    )
+    trial = min(_TRIAL, _TRIAL_PER_BYTE * sizes.stored)
+    moved = _move_rate(job.device, trial)
+    flops = _product_rate(width, job.dtype, job.device, trial) if job.observes else 1.0
+    float32 = flops
+    if job.observes and job.dtype != torch.float32:
+        float32 = _product_rate(width, torch.float32, job.device, trial)
     return Machine(
         flops=flops,
         float32_flops=float32,
-        factor_flops=_factor_rate(job.device) if job.repairs else float32,
-        swept=_sweep_rate(job.device) if job.repairs else moved / 64,
+        factor_flops=_factor_rate(job.device, trial) if job.repairs else float32,
+        swept=_sweep_rate(job.device, trial) if job.repairs else moved / 64,
         moved=moved,
         read=_read_rate(files, moved),
         written=_write_rate(place, moved),
-        ranked=_rank_rate(job, width, moved),
+        ranked=_rank_rate(job, width, moved, trial),
     )
 
 
@@ -104,7 +105,7 @@ def _existing(place: Path) -> Path:
     return next(parent for parent in [place.absolute(), *place.absolute().parents] if parent.is_dir())
 
 
-def _seconds(work: Callable[[], object], device: str = "cpu") -> float:
+def _seconds(work: Callable[[], object], device: str, trial: float) -> float:
     """The median time of one call; the first one, which may set things up, doesn't count.
 
     On a CPU it is the time that this thread, which takes part in all that torch does in parallel, was at work: what
@@ -114,7 +115,7 @@ def _seconds(work: Callable[[], object], device: str = "cpu") -> float:
     work()
     times: list[float] = []
     started = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - started < _TRIAL and len(times) < 50):
+    while len(times) < 3 or (time.perf_counter() - started < trial and len(times) < 50):
         begin = clock()
         work()
         if device != "cpu":
@@ -127,12 +128,12 @@ def _random(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def _product_rate(width: int, dtype: torch.dtype, device: str) -> float:
+def _product_rate(width: int, dtype: torch.dtype, device: str, trial: float) -> float:
     x_TC, w_OC = _random(_ROWS, width, dtype=dtype, device=device), _random(_OUTPUTS, width, dtype=dtype, device=device)
-    return 2 * _ROWS * _OUTPUTS * width / _seconds(lambda: torch.nn.functional.linear(x_TC, w_OC), device)
+    return 2 * _ROWS * _OUTPUTS * width / _seconds(lambda: torch.nn.functional.linear(x_TC, w_OC), device, trial)
 
 
-def _factor_rate(device: str) -> float:
+def _factor_rate(device: str, trial: float) -> float:
     x = _random(_FACTORED, _FACTORED, device=device)
     h_II = x @ x.T + _FACTORED * torch.eye(_FACTORED, device=device)
 
@@ -140,23 +141,23 @@ def _factor_rate(device: str) -> float:
         lower = torch.linalg.cholesky_ex(h_II)[0]
         torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
 
-    return 4 * _FACTORED**3 / 3 / _seconds(work, device)
+    return 4 * _FACTORED**3 / 3 / _seconds(work, device, trial)
 
 
-def _sweep_rate(device: str) -> float:
+def _sweep_rate(device: str, trial: float) -> float:
     from secateur.heal import obs_sweep
 
     # as many columns as a sweep takes at once: nothing is left over for the product with the rest
     w_OI, u_II = _random(_OUTPUTS, _SWEPT, device=device), torch.eye(_SWEPT, device=device)
-    return w_OI.numel() / _seconds(lambda: obs_sweep(w_OI, u_II, lambda scores: scores > 1.0), device)
+    return w_OI.numel() / _seconds(lambda: obs_sweep(w_OI, u_II, lambda scores: scores > 1.0), device, trial)
 
 
-def _move_rate(device: str) -> float:
+def _move_rate(device: str, trial: float) -> float:
     x = _random(_MOVED_BYTES // 4, device=device)
-    return 2 * _MOVED_BYTES / _seconds(lambda: x * 2.0, device)
+    return 2 * _MOVED_BYTES / _seconds(lambda: x * 2.0, device, trial)
 
 
-def _rank_rate(job: Job, width: int, moved: float) -> float:
+def _rank_rate(job: Job, width: int, moved: float, trial: float) -> float:
     if not isinstance(job.method, WeightMethod):
         return moved / 8
     shape = (max(1, _RANKED_ENTRIES // width), width)
@@ -164,9 +165,11 @@ def _rank_rate(job: Job, width: int, moved: float) -> float:
     scores = _random(*shape).bfloat16().float().abs().to(job.device)
     try:
         rule = job.method.rule()
-    except NotImplementedError:
+        rule.keep(scores)
+    except (NotImplementedError, UsageError):
+        # a method may mask by itself; a pattern that doesn't divide is for the run to refuse, which names the matrix
         return moved / 32
-    return scores.numel() / _seconds(lambda: rule.keep(scores), job.device)
+    return scores.numel() / _seconds(lambda: rule.keep(scores), job.device, trial)
 
 
 def _read_rate(files: Iterable[Path], moved: float) -> float:

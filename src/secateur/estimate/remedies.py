@@ -22,21 +22,23 @@ Change = tuple[str, Job]
 
 
 def for_memory(sizes: Sizes, job: Job, needed: Callable[[Job], int], limit: int) -> str:
-    """The option that makes what is ``needed`` fit, the options that do together, or what is needed at least."""
-    for text, changed in _single(sizes, job):
+    """The option that makes what is ``needed`` fit, the options that do together, or that none do."""
+    for text, changed in (change for kind in _KINDS for change in kind(sizes, job)):
         if needed(changed) <= limit:
             return f"{text} would make it fit ({format_bytes(needed(changed))})"
-    texts: list[str] = []
+    # the most of every kind on top of each other; twice, because one may only help once another is done
+    texts: dict[str, str] = {}
     least = job
-    for changes in (_spilling, _narrower, _fewer, _shorter, _simpler):
-        # the smallest of each kind, on top of those before
-        better = min(changes(sizes, least), key=lambda change: needed(change[1]), default=None)
+    for kind in (*_KINDS, *_KINDS):
+        # of equals the last, which still helps when what follows makes the rest smaller
+        better = min(reversed(list(kind(sizes, least))), key=lambda change: needed(change[1]), default=None)
         if better is not None and needed(better[1]) < needed(least):
-            texts.append(better[0])
+            texts[better[0].split()[0]] = better[0]
             least = better[1]
             if needed(least) <= limit:
-                return f"{' with '.join(texts)} would make it fit ({format_bytes(needed(least))})"
-    return f"no option makes it fit, {format_bytes(needed(least))} are needed at least"
+                return f"{' with '.join(texts.values())} would make it fit ({format_bytes(needed(least))})"
+    tried = f", not even {' with '.join(texts.values())} ({format_bytes(needed(least))})" if texts else ""
+    return f"no option makes it fit{tried}"
 
 
 def for_disk(sizes: Sizes, job: Job, limit: int) -> str:
@@ -46,12 +48,6 @@ def for_disk(sizes: Sizes, job: Job, limit: int) -> str:
     if needed <= limit and job.format != "packed":
         return f"--format packed would make it fit ({format_bytes(needed)})"
     return "give --out a place on a larger disk"
-
-
-def _single(sizes: Sizes, job: Job) -> Iterator[Change]:
-    kinds: tuple[Callable[[Sizes, Job], Iterator[Change]], ...] = (_spilling, _narrower, _fewer, _shorter, _simpler)
-    for changes in kinds:
-        yield from changes(sizes, job)
 
 
 def _spilling(sizes: Sizes, job: Job) -> Iterator[Change]:
@@ -80,9 +76,9 @@ def _shorter(sizes: Sizes, job: Job) -> Iterator[Change]:
 
 
 def _simpler(sizes: Sizes, job: Job) -> Iterator[Change]:
-    """Methods that cut the same things and take less, the hungriest first."""
-    found = []
-    for name in list_methods(object=job.method.descriptor.object):
+    """Methods that cut the same things by the same kind of data and take less, the hungriest first."""
+    found, own = [], job.method.descriptor
+    for name in list_methods(object=own.object, data=own.data):
         shared = {key: value for key, value in job.method.options().items() if key in get_method(name).option_fields()}
         keys = ("sparsity", "pattern", "budget", "layers")
         try:
@@ -93,3 +89,7 @@ def _simpler(sizes: Sizes, job: Job) -> Iterator[Change]:
     for size, name, changed in sorted(found, key=lambda entry: entry[:2], reverse=True):
         if size < memory(sizes, job, 0).total:
             yield f"--method {name}", changed
+
+
+_KINDS: tuple[Callable[[Sizes, Job], Iterator[Change]], ...] = (_spilling, _narrower, _fewer, _shorter, _simpler)
+"""from those that leave the result alone to those that change it most"""

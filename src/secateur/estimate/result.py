@@ -109,17 +109,9 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, the sums among them."""
-        sums = (
-            "memory_bytes",
-            "disk_bytes",
-            "flops",
-            "seconds",
-            "device_memory_bytes",
-            "fits_memory",
-            "fits_device",
-            "fits_disk",
-        )
-        return {**asdict(self), **{name: getattr(self, name) for name in sums}}
+        sums = ("memory_bytes", "device_memory_bytes", "disk_bytes", "flops", "seconds")
+        verdicts = ("fits_memory", "fits_device", "fits_disk", "problem")
+        return {**asdict(self), **{name: getattr(self, name) for name in (*sums, *verdicts)}}
 
 
 def about(seconds: float) -> str:

@@ -15,6 +15,8 @@ _CHECKS, _CONVERSIONS = 8, 2
 # per token of one block: entries read and written beside the products, by the residual stream (norms, sums, the
 # check for NaN), by the FFN (activation function, gate) and by attention (rotation, repeated heads, softmax)
 _AROUND_HIDDEN, _AROUND_FFN, _AROUND_ATTENTION = 24, 6, 12
+# a quantised file is loaded as a whole and passes through memory about this often
+_LOADING = 50
 # entries read and written for a score: float32 copy, |W|, product
 _SCORING = 8
 
@@ -64,6 +66,8 @@ def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
         "decide": _deciding(sizes, job, machine, count),
         "write": _written(sizes, job) / machine.written,
     }
+    if not (sizes.streamed or sizes.loaded):
+        found["load"] = _LOADING * sizes.stored / machine.moved
     reading = (sizes.stored if sizes.streamed else 0) / machine.read
     hidden = found["forwards"] + found["statistics"] + found["decide"]
     found["read"] = max(reading - hidden, reading / max(len(sizes.blocks), 1))
