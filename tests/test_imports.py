@@ -15,6 +15,7 @@ BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "prog
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
+        "estimate",
         "runs",
         "sweep",
         "recipes",
@@ -28,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
         "structure",
         "plans",
     },
+    "estimate": {"recipes", "methods", "models", "allocate", "observe", "heal", "report", "structure"},
     "runs": {"recipes", "engine", "keeping", "methods", "models", "observe", "report", "structure", "plans"},
     "sweep": {"recipes", "api", "methods", "models", "evaluation", "report", "plans"},
     "recipes": {"api", "methods", "allocate", "report", "plans"},

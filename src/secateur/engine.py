@@ -106,6 +106,8 @@ class _Run:
                     _write(block, self._inside(matrix.module), weight, matrix.transposed)
             self._advance(method, block, layer)
             self.keeper.keep(layer, part, final=True, walk=self._walk)
+            # so that the next block and its statistics don't meet these in memory
+            del block, seen
 
     def _prune_matrix(self, method: WeightMethod, matrix: Matrix, seen: Mapping[str, Any], part: Decision) -> Tensor:
         """Decide one matrix; returns its pruned weight [outputs, inputs]."""
@@ -164,6 +166,7 @@ class _Run:
             self.keeper.keep(
                 layer, part, final=method.sequential, walk=self._walk, seen=None if method.sequential else seen
             )
+            del block, seen
         if not method.sequential:
             self.keeper.close(self._allocate_all(method, groups, total))
 

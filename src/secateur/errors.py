@@ -15,6 +15,7 @@ SecateurError
 │   └── BudgetError           the budget can't be met
 ├── SweepError                some points of a sweep failed
 ├── CorruptFileError          a safetensors file that is damaged, cut short or made to mislead
+├── ResourceError             more memory or disk is needed than there is
 ├── OutputError               the output folder exists, or can't be written
 └── MissingExtraError         an optional dependency is not installed
 """
@@ -85,6 +86,10 @@ class SweepError(SecateurError):
 
 class CorruptFileError(SecateurError):
     """A safetensors file is damaged, cut short, or says things about itself that can't be."""
+
+
+class ResourceError(SecateurError):
+    """A run would take more memory or disk than there is; the message names what would make it fit."""
 
 
 class OutputError(SecateurError):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli import convert, describe, evaluate, inspect, methods, plan, prune, sweep, verify
+from secateur.cli import convert, describe, estimate, evaluate, inspect, methods, plan, prune, sweep, verify
 from secateur.cli.examples import help_text
 from secateur.cli.options import Plugins, load_plugins
 
@@ -37,6 +37,7 @@ def options(
 
 
 app.command("prune", help=help_text("prune"))(prune.prune)
+app.command("estimate", help=help_text("estimate"))(estimate.estimate)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate", help=help_text("evaluate"))(evaluate.evaluate)
 app.command("sweep", help=help_text("sweep"))(sweep.sweep)

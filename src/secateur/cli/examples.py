@@ -15,6 +15,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Show what can be cut in a model, what a unit costs, and what is frozen and why.",
         "secateur inspect smollm2-135m",
     ),
+    "estimate": (
+        "Say what pruning will take (memory, disk, time) from the config alone, and what would make it fit.",
+        "secateur estimate smollm2-135m --method sparsegpt --samples 128 --memory 16GB",
+    ),
     "prune": (
         "Prune a model, measure it beside the dense one, and save it.",
         "secateur prune smollm2-135m --method flap --sparsity 0.2 --evaluate perplexity:builtin --out pruned",

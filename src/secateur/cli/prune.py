@@ -100,6 +100,10 @@ def prune(
         str | None,
         typer.Option(metavar="SIZE", help="Hidden states larger than this go to a file (default: never)."),
     ] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate/--no-estimate", help="Say first what it takes, and refuse what can't fit (default)."),
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; write nothing.")] = False,
     overwrite: Overwrite = False,
     push_to_hub: Annotated[
@@ -128,9 +132,10 @@ def prune(
         "max_shard_size": max_shard_size,
         "activation_memory": activation_memory,
     }
-    job = build_recipe(recipe, _given(top), _given(data), _given(step), parse_options(options or []))
+    job = build_recipe(recipe, given(top), given(data), given(step), parse_options(options or []))
     html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
     check_push(push_to_hub, job.out, private=private, overwrite=overwrite)
+    from secateur.cli.estimate import Announcement
     from secateur.runs.run import Options, planned, run_recipe
 
     how = Options(
@@ -139,6 +144,8 @@ def prune(
         html=html,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        # a run that goes on has begun to fill the disk, and has fitted before
+        announce=Announcement(job, quiet) if estimate and not resume and not dry_run else None,
     )
     if dry_run:
         with ExitStack() as temporary:
@@ -204,7 +211,8 @@ def _override(old: dict[str, Any], step: dict[str, Any], options: dict[str, str]
     return merged
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
     return {key: value for key, value in values.items() if value is not None}
 
 

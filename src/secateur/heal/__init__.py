@@ -1,6 +1,6 @@
 """Repair: what the kept part does to make up for the removed part."""
 
 from secateur.heal.bias import BiasHealer, Healer, mean_bias
-from secateur.heal.obs import inverse_factor, obs_sweep
+from secateur.heal.obs import inverse_factor, obs_sweep, sweep_flops
 
-__all__ = ["BiasHealer", "Healer", "inverse_factor", "mean_bias", "obs_sweep"]
+__all__ = ["BiasHealer", "Healer", "inverse_factor", "mean_bias", "obs_sweep", "sweep_flops"]

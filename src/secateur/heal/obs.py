@@ -52,6 +52,11 @@ def _upper_inverse_factor(h_II: Tensor) -> Tensor | None:
     return upper if not int(failed) and bool(torch.isfinite(upper).all()) else None
 
 
+def sweep_flops(outputs: int, inputs: int, block: int = 128) -> int:
+    """Operations of the products in ``obs_sweep``, from every block of columns to those on its right."""
+    return outputs * inputs * max(inputs - block, 0)
+
+
 def obs_sweep(
     w_OI: Tensor, u_II: Tensor, choose: BlockMask, *, block: int = 128, group: int | None = None
 ) -> tuple[Tensor, Tensor, float]:

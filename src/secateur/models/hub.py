@@ -103,6 +103,21 @@ def fetch(
     return folder
 
 
+def fetch_config(repo_id: str, revision: str | None = None, *, remote_code: bool = False) -> Path:
+    """The folder in the local cache after fetching the config of a model of the hub, and none of its weights.
+
+    ``remote_code`` fetches its Python files too. Raises ModelLoadError.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", *(["*.py"] if remote_code else [])]
+    with _one_sentence(repo_id, revision, ""):
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, **_quiet(None)))
+        if not (folder / "config.json").is_file():
+            raise ModelLoadError(f"{repo_id} on the hub holds no model: there is no config.json in it")
+    return folder
+
+
 def explain(error: Exception, repo_id: str, revision: str | None = None, otherwise: str = "") -> str:
     """One sentence about what the hub, or the way to it, said; it never holds the token."""
     from huggingface_hub import constants, errors, get_token

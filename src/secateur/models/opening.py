@@ -11,7 +11,7 @@ from secateur.models import hub, loading
 from secateur.models.skeleton import Checkpoint
 from secateur.models.sources import CheckpointSource, PackedTensor, Source, stored_names
 from secateur.models.weightfiles import has_safetensors
-from secateur.models.weightless import compute_buffers
+from secateur.models.weightless import compute_buffers, set_dtype
 from secateur.tensorfiles import Stored
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def open_source(
                 model.secateur_name = hub.plain_name(str(name))  # type: ignore[assignment]
                 model.secateur_revision = hub.commit_of(place)  # type: ignore[assignment]
                 with loading.quiet(), loading.in_one_sentence(name):
-                    _take_dtype(checkpoint, stored)
+                    floats = (s.dtype for s in stored.values() if s.dtype.is_floating_point)
+                    set_dtype(model, next(floats, torch.float32))
                     compute_buffers(model)
                     tokenizer = loading.load_tokenizer(place, trust_remote_code)
                 return CheckpointSource(model, stored, target), tokenizer
@@ -80,13 +81,3 @@ def _stored(checkpoint: Checkpoint) -> dict[str, Stored | PackedTensor] | None:
         else:
             found[name] = checkpoint.stored[file_name]
     return found
-
-
-def _take_dtype(checkpoint: Checkpoint, stored: dict[str, Stored | PackedTensor]) -> None:
-    """Let the skeleton have the dtype that transformers takes for ``auto``: the config's, or a weight's."""
-    first = (s.dtype for s in stored.values() if s.dtype.is_floating_point)
-    declared = checkpoint.model.config.dtype
-    dtype = declared if isinstance(declared, torch.dtype) else next(first, torch.float32)
-    for parameter in checkpoint.model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)

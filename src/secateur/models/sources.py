@@ -140,6 +140,12 @@ class CheckpointSource(Source):
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
 
     @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+        parts = (s if isinstance(s, Stored) else s.values for s in self.stored.values())
+        return sorted({part.file for part in parts})
+
+    @property
     def device(self) -> torch.device:
         return self._device
 

@@ -50,6 +50,15 @@ def empty_model(folder: Path, dtypes: Mapping[str, torch.dtype]) -> PreTrainedMo
     return model
 
 
+def set_dtype(model: PreTrainedModel, otherwise: torch.dtype) -> None:
+    """Let a skeleton have the dtype that transformers takes for ``auto``: that of its config, or ``otherwise``."""
+    declared = model.config.dtype
+    dtype = declared if isinstance(declared, torch.dtype) else otherwise
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def compute_buffers(model: PreTrainedModel) -> None:
     """Give a skeleton the buffers that no checkpoint holds, such as rotary frequencies, on the CPU."""
     owners = {}

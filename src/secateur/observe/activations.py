@@ -6,13 +6,14 @@ import os
 import shutil
 import tempfile
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.tensorfiles import read_header, write_tensors
+from secateur.tensorfiles import Made, read_header, write_tensors
 
 
 class Activations:
@@ -65,7 +66,12 @@ class Activations:
 
     def store(self, path: Path) -> None:
         """Keep a copy of the present state on disk, durable when this returns."""
-        write_tensors(path, {f"{i:06d}": self[i].cpu() for i in range(len(self))}, durable=True)
+        states = {
+            # read one batch at a time: together they may be more than memory holds
+            f"{batch:06d}": Made(dtype, shape, partial(self.__getitem__, batch))
+            for batch, (_, shape, dtype, _) in enumerate(self._places)
+        }
+        write_tensors(path, states, durable=True)
 
     def restore(self, path: Path) -> None:
         """Go back to a state that was stored from the same batches."""

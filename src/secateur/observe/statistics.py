@@ -8,6 +8,7 @@ distributable. Sums are float32 or better. B sequences, T tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,8 +36,37 @@ class Statistic(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a statistic of one input takes, for estimates.
+
+    Bytes: ``state`` while it is there, ``stored`` in a file, ``update`` on top during one batch, ``solve`` on top of
+    all while a method derives from it what it needs, ``derived`` what stays of that. Operations of matrix products:
+    ``update_flops`` for all tokens, ``solve_flops`` once. ``moved`` bytes pass through memory for all tokens.
+    """
+
+    state: int
+    stored: int
+    update: int
+    moved: int
+    solve: int = 0
+    derived: int = 0
+    update_flops: int = 0
+    solve_flops: int = 0
+
+
 class Accumulator:
     """A statistic whose attributes are tensors, numbers, or lists of either; names with ``_cache`` aside."""
+
+    @classmethod
+    def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
+        """What it takes for ``channels`` channels, ``tokens`` tokens in all, ``batch`` of them at a time.
+
+        ``length`` is the number of tokens in a sequence. The default is that of a few float64 sums per channel,
+        taken from a float32 copy of a batch and its squares.
+        """
+        sums = 2 * 8 * channels
+        return Needs(state=sums, stored=sums, update=2 * 4 * batch * channels, moved=6 * 4 * tokens * channels)
 
     def state(self) -> dict[str, Tensor]:
         """See ``Statistic``."""
@@ -125,6 +155,12 @@ class SequenceMoments(Accumulator):
     For recursions that depend on the order of the sequences, such as FLAP's published streaming update.
     """
 
+    @classmethod
+    def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
+        """See ``Accumulator``: float64 sums of every sequence, from a float64 copy of a batch and its squares."""
+        sums = 2 * 8 * channels * (tokens // length)
+        return Needs(state=sums, stored=sums, update=2 * 8 * batch * channels, moved=8 * 8 * tokens * channels)
+
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
         self._squares: list[Tensor] = []
@@ -154,6 +190,24 @@ class SequenceMoments(Accumulator):
 
 class Gram(Accumulator):
     """X^T X over all tokens, ``total_CC`` float32 (float64 for float64 inputs), and the ``sequences`` seen."""
+
+    @classmethod
+    def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
+        """See ``Accumulator``; solving is the Cholesky factor of the inverse, which stays beside the matrix."""
+        square = 4 * channels * channels
+        return Needs(
+            state=square,
+            stored=square,
+            update=4 * batch * channels,
+            moved=2 * 4 * tokens * channels,
+            # the scaled matrix, a copy of it, the damped one, its factor, the inverse, and the factor of that
+            solve=6 * square,
+            derived=square,
+            # six blocks of columns: those on and above the diagonal are 7/12 of the square
+            update_flops=2 * tokens * channels * channels * 7 // 12,
+            # two factorisations and one inverse
+            solve_flops=4 * channels**3 // 3,
+        )
 
     def __init__(self) -> None:
         self._total: Tensor | None = None

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]
+# (the dense model, the compute dtype), before any work
+Announce = Callable[[Source, torch.dtype], None]
 # (the dense model, its tokenizer, folder of the pruned checkpoint, report to complete)
 Measure = Callable[[Source, "PreTrainedTokenizerBase | None", Path, Report], None]
 
@@ -54,6 +56,7 @@ class Options:
     allow_pickle: bool = False
     statistics: Path | None = None
     progress: Progress = field(default=lambda stage, done, total: None)
+    announce: Announce | None = None
     measure: Measure | None = None
 
 
@@ -103,6 +106,8 @@ def run_recipe(recipe: Recipe, options: Options) -> Report:
     source, tokenizer = _open(recipe, options)
     try:
         dtype = previous.get("dtype") or str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch.")
+        if options.announce is not None:
+            options.announce(source, getattr(torch, dtype))
         document = {
             "recipe": recipe.model_dump(mode="json", exclude={"out", "evaluate", "windows"}),
             "model": fingerprint(source).model_dump(),

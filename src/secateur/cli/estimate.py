@@ -1,0 +1,151 @@
+"""``secateur estimate``, and the line that ``secateur prune`` says first."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur.cli.options import Json, Plugins, Quiet, Revision, TrustRemoteCode, load_plugins
+from secateur.cli.output import print_json, show, working
+from secateur.cli.prune import build_recipe, given, parse_options
+from secateur.errors import UsageError
+
+if TYPE_CHECKING:
+    from secateur.recipes import Recipe
+
+
+def estimate(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="As for 'prune'; a folder needs no more than a config.json."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help="See 'secateur methods'.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", "--ratio", metavar="S", help="Fraction removed, in [0, 1).")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights, as in 2:4.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="params|macs|bytes", help="What the sparsity is a fraction of.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Option of the method, see 'secateur describe'; repeatable."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration windows (default 64).")] = None,
+    length: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a window (default 512).")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Dtype of the calibration forwards (default auto: bfloat16 where faster)."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="Device (default cpu).")] = None,
+    activation_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Hidden states larger than this go to a file (default: never)."),
+    ] = None,
+    format: Annotated[str | None, typer.Option(metavar="dense|packed", help="How zeros are stored.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="Where the checkpoint would go: is there room for it?")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Memory that there is (default: what is free here now)."),
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    plugin: Plugins = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    load_plugins(plugin)
+    step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget}
+    top = {
+        "model": model,
+        "revision": revision,
+        "out": out or None,
+        "dtype": dtype,
+        "device": device,
+        "format": format,
+        "activation_memory": activation_memory,
+    }
+    data = {"samples": samples, "length": length}
+    job = build_recipe(recipe, given(top), given(data), given(step), parse_options(options or []))
+    if job.model is None:
+        raise UsageError("name a model: a hub id, a folder, a .gguf file or smollm2-135m")
+    job.check_methods()
+    with working(quiet) as progress:
+        found = _estimate(job, memory, trust_remote_code, progress)
+    from secateur.estimate.build import check
+
+    if json:
+        print_json(found.to_dict())
+    else:
+        from secateur.estimate.table import estimate_table
+
+        show(estimate_table(found))
+    check(found)
+
+
+def _estimate(job: Recipe, memory: str | None, trust_remote_code: bool, progress: Any) -> Any:
+    from secateur.estimate.build import estimate_run
+    from secateur.estimate.outline import outline
+    from secateur.models.loading import device_of
+    from secateur.observe.precision import compute_dtype
+    from secateur.runs.output import parse_size
+
+    assert job.model is not None
+    limit = parse_size(memory) if memory else None
+    spill = parse_size(job.activation_memory) if job.activation_memory else None
+    sizes, files = outline(job.model, revision=job.revision, trust_remote_code=trust_remote_code, progress=progress)
+    return estimate_run(
+        job,
+        sizes,
+        compute_dtype(job.dtype, device_of(job.device)),
+        activation_memory=spill,
+        files=files,
+        place=_place(job),
+        memory_limit=limit,
+        # what a process of its own spends on starting is over by now
+        startup=time.process_time(),
+    )
+
+
+def _place(job: Recipe) -> Path | None:
+    from secateur.remote import is_url, place
+    from secateur.runs.folder import run_path
+
+    if job.out is None:
+        return None
+    # a URL is written here first
+    return run_path(job.out) if is_url(job.out) else Path(place(job.out))
+
+
+class Announcement:
+    """Says on stderr what a run will take, before it begins. Raises ResourceError when that is more than there is."""
+
+    def __init__(self, job: Recipe, quiet: bool) -> None:
+        self._job, self._quiet = job, quiet
+
+    def __call__(self, source: Any, dtype: Any) -> None:
+        from secateur.estimate.build import check, estimate_run
+        from secateur.estimate.sizes import sizes_of
+        from secateur.runs.output import parse_size
+
+        job, folder = self._job, source.folder
+        found = estimate_run(
+            job,
+            sizes_of(source),
+            dtype,
+            activation_memory=parse_size(job.activation_memory) if job.activation_memory else None,
+            files=sorted(folder.glob("*.safetensors")) if folder is not None else (),
+            place=_place(job),
+        )
+        check(found)
+        if not self._quiet:
+            print(f"estimate: {found.line()}", file=sys.stderr, flush=True)

@@ -1,0 +1,110 @@
+"""The estimate of a whole recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from secateur.errors import ResourceError
+from secateur.estimate import remedies
+from secateur.estimate.disk import checkpoint_bytes, disk, speed_bound
+from secateur.estimate.job import Job
+from secateur.estimate.machine import Machine, available_memory, available_on, free_disk, resident_bytes, try_machine
+from secateur.estimate.memory import memory
+from secateur.estimate.result import Estimate, StepEstimate
+from secateur.estimate.sizes import Sizes
+from secateur.estimate.work import flops, seconds
+from secateur.methods import make_method
+from secateur.recipes import Recipe
+
+
+def estimate_run(
+    recipe: Recipe,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    *,
+    activation_memory: int | None = None,
+    files: Iterable[Path] = (),
+    place: Path | None = None,
+    memory_limit: int | None = None,
+    startup: float = 0.0,
+) -> Estimate:
+    """What ``recipe`` takes on a model of these sizes, after a trial of this machine of about two seconds.
+
+    ``files`` are the weights, where they are here; the output goes to ``place``. ``memory_limit`` stands for what is
+    available, all in bytes. ``startup`` seconds have passed already. Steps after the first are counted at the
+    sizes of the dense model.
+    """
+    jobs = _jobs(recipe, dtype, activation_memory)
+    machines = {job.method.name: try_machine(sizes, job, files, place) for job in jobs}
+    baseline = resident_bytes()
+    limit = memory_limit if memory_limit is not None else baseline + available_memory()
+    steps = tuple(estimate_step(sizes, job, machines[job.method.name], baseline) for job in jobs)
+    after, speed = sizes.stored, 1.0
+    for job in jobs:
+        after = int(after * checkpoint_bytes(sizes, job) / sizes.stored)
+        speed *= speed_bound(sizes, job)
+    found = Estimate(
+        model=recipe.model or "the model",
+        dtype=str(dtype).removeprefix("torch."),
+        steps=steps,
+        available_memory=limit,
+        available_device_memory=available_on(recipe.device),
+        free_disk=free_disk(place) if place is not None else None,
+        startup=startup,
+        bytes_before=sizes.stored,
+        bytes_after=after,
+        speed_bound=speed,
+    )
+    return _with_remedy(found, sizes, jobs, baseline)
+
+
+def estimate_step(sizes: Sizes, job: Job, machine: Machine, baseline: int) -> StepEstimate:
+    """What one step takes in a process that has ``baseline`` bytes in memory."""
+    peak = memory(sizes, job, baseline)
+    return StepEstimate(
+        method=job.method.name,
+        memory=peak.process,
+        device_memory=peak.device,
+        disk=disk(sizes, job),
+        flops=flops(sizes, job),
+        seconds=seconds(sizes, job, machine),
+    )
+
+
+def check(estimate: Estimate) -> None:
+    """Raise ResourceError with what would make it fit, when it doesn't."""
+    if problem := estimate.problem:
+        raise ResourceError(problem)
+
+
+def _jobs(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None) -> list[Job]:
+    last = len(recipe.steps)
+    return [
+        Job(
+            method=make_method(step.method, recipe.method_options(step)),
+            samples=recipe.calibration.samples,
+            length=recipe.calibration.length,
+            dtype=dtype,
+            activation_memory=activation_memory,
+            format=recipe.format if number == last else "dense",
+            device=recipe.device,
+        )
+        for number, step in enumerate(recipe.steps, start=1)
+    ]
+
+
+def _with_remedy(found: Estimate, sizes: Sizes, jobs: list[Job], baseline: int) -> Estimate:
+    for fits, limit, needed in (
+        (found.fits_memory, found.available_memory, lambda job: memory(sizes, job, baseline).total),
+        (found.fits_device, found.available_device_memory, lambda job: memory(sizes, job, baseline).device_total),
+    ):
+        if not fits and limit is not None:
+            return replace(found, remedy=remedies.for_memory(sizes, max(jobs, key=needed), needed, limit))
+    if not found.fits_disk and found.free_disk is not None:
+        before = found.disk_bytes - sum(disk(sizes, jobs[-1]).values())
+        return replace(found, remedy=remedies.for_disk(sizes, jobs[-1], found.free_disk - before))
+    return found

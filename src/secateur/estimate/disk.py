@@ -1,0 +1,64 @@
+"""Bytes on disk: the checkpoint, and beside it the folder of the run at its fullest."""
+
+from __future__ import annotations
+
+from secateur.estimate.job import Job
+from secateur.estimate.memory import hidden_bytes, spills
+from secateur.estimate.sizes import Sizes
+from secateur.methods import LayerMethod, UnitMethod, WeightMethod
+
+
+def disk(sizes: Sizes, job: Job) -> dict[str, int]:
+    """Bytes by what they are for, when all blocks are cut and the checkpoint is put together from them."""
+    linear = sizes.linear
+    plan = 0
+    if isinstance(job.method, WeightMethod):
+        plan = -(-linear // 8) + (int(linear * (1 - job.sparsity)) * sizes.itemsize if job.repairs else 0)
+    hidden = hidden_bytes(sizes, job)
+    # the states before and after a block are both there for a moment; and a file is kept once it is needed
+    states = (4 if spills(sizes, job) else 2) * hidden
+    seen = 0
+    if isinstance(job.method, UnitMethod) and not job.method.sequential:
+        seen = sum(n.stored for block in sizes.blocks for n in job.needs(block, sizes.hidden))
+    ranked = 4 * linear if job.ranks_globally else 0
+    blocks = checkpoint_bytes(sizes, job) - sizes.outside_stored
+    parts = {
+        "checkpoint": checkpoint_bytes(sizes, job),
+        "plan": 2 * plan,
+        "cut blocks": blocks,
+        "hidden states": states,
+        "statistics": seen + ranked,
+    }
+    return {name: size for name, size in parts.items() if size}
+
+
+def checkpoint_bytes(sizes: Sizes, job: Job) -> int:
+    """Bytes of the tensors of the pruned checkpoint."""
+    linear_stored = sizes.linear * sizes.itemsize
+    if isinstance(job.method, WeightMethod):
+        if job.format != "packed":
+            return sizes.stored
+        packed = -(-sizes.linear // 8) + int(linear_stored * (1 - job.sparsity))
+        return sizes.stored - linear_stored + min(packed, linear_stored)
+    if isinstance(job.method, LayerMethod):
+        return sizes.stored - removed_layers(sizes, job.method) * (sizes.blocks_stored // len(sizes.blocks))
+    return sizes.stored - int(job.sparsity * linear_stored)
+
+
+def removed_layers(sizes: Sizes, method: LayerMethod) -> int:
+    """How many blocks leave."""
+    return min(method.layers or int(len(sizes.blocks) * method.sparsity), len(sizes.blocks) - 1)
+
+
+def speed_bound(sizes: Sizes, job: Job) -> float:
+    """At most how many times faster the pruned model can be: multiplications before over those after.
+
+    Zeros among weights save none with dense kernels.
+    """
+    before = sizes.linear + sizes.head
+    if isinstance(job.method, WeightMethod):
+        return 1.0
+    if isinstance(job.method, LayerMethod):
+        share = removed_layers(sizes, job.method) / len(sizes.blocks)
+        return before / (before - share * sizes.linear)
+    return before / (before - job.sparsity * sizes.linear)

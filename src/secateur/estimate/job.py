@@ -1,0 +1,91 @@
+"""One step of a run as an estimate sees it: a method, the calibration data, and how the work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from secateur.estimate.sizes import BlockSizes, Inputs
+from secateur.methods import LayerMethod, Method, UnitMethod, WeightMethod
+from secateur.observe import Needs
+from secateur.observe.statistics import Accumulator
+
+
+@dataclass(frozen=True)
+class Job:
+    """``samples`` windows of ``length`` tokens in batches of about ``batch_tokens``, in ``dtype``.
+
+    ``activation_memory`` is in bytes; ``format`` is dense or packed.
+    """
+
+    method: Method
+    samples: int
+    length: int
+    dtype: torch.dtype
+    batch_tokens: int = 2048
+    activation_memory: int | None = None
+    format: str = "dense"
+    device: str = "cpu"
+
+    @property
+    def observes(self) -> bool:
+        """Whether calibration text goes through the model."""
+        return bool(self.method.statistics)
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens in all."""
+        return self.samples * self.length if self.observes else 0
+
+    @property
+    def batch(self) -> int:
+        """Tokens that go through a block together."""
+        return min(self.samples, max(1, self.batch_tokens // self.length)) * self.length if self.observes else 0
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the weights that stay get new values."""
+        return self.method.descriptor.recovery == "least_squares"
+
+    @property
+    def ranks_globally(self) -> bool:
+        """Whether all weights of the model compete, so that their scores are kept until the end."""
+        method = self.method
+        return isinstance(method, WeightMethod) and getattr(method, "scope", "") == "global" and not method.pattern
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction that is asked for."""
+        pattern = getattr(self.method, "pattern", "")
+        if pattern:
+            from secateur.allocate import parse_pattern
+
+            rule = parse_pattern(pattern)
+            return rule.n / rule.m
+        return float(getattr(self.method, "sparsity", 0.0))
+
+    def targets(self, block: BlockSizes) -> tuple[Inputs, ...]:
+        """What the method looks at in a block: all inputs, those of readers, or none."""
+        if isinstance(self.method, WeightMethod):
+            return block.inputs
+        if isinstance(self.method, UnitMethod):
+            return tuple(inputs for inputs in block.inputs if inputs.reader)
+        return ()
+
+    def needs(self, block: BlockSizes, hidden: int) -> Iterator[Needs]:
+        """What the statistics of one block take, input by input."""
+        channels = [inputs.channels for inputs in self.targets(block)]
+        if isinstance(self.method, LayerMethod):
+            channels = [2 * hidden]
+        for width in channels:
+            for kind in self._statistics:
+                # a plugin's own class may not say what it takes
+                needs = getattr(kind, "needs", Accumulator.needs)
+                yield needs(width, tokens=self.tokens, batch=self.batch, length=self.length)
+
+    @cached_property
+    def _statistics(self) -> list[type]:
+        return list(self.method.needed_statistics().values()) if self.observes else []

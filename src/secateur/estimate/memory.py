@@ -1,0 +1,138 @@
+"""Peak resident memory: what is there all the time, and the stage of the work that takes the most on top.
+
+A block lives through these stages: it is read (with the next one behind it), copied in the compute dtype, run on one
+batch after the other, and decided upon, one matrix at a time. Before the first block, the rows of the embedding that
+the text needs are mapped. B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secateur.estimate.job import Job
+from secateur.estimate.sizes import BlockSizes, Sizes
+from secateur.methods import UnitMethod, WeightMethod
+
+# Outside tensors are looked at in parts of 2^22 entries: the part, and the temporaries of isfinite.
+_CHECK_BYTES = (1 << 22) * 8
+# bytes per entry of the matrix at work on top of its float32 copy: scores, the running count of ties, booleans
+_SCORING = 4 + 8 + 6
+# the matrix that is being repaired, its mask, and the new values that stay
+_REPAIRING = 4 + 1 + 4 + 4
+# float64 weights and their squares
+_UNIT_SCORING = 8 + 8
+# around every row of a mapped embedding the kernel maps this much, where the file is in its cache
+_PAGES = 1 << 16
+# What the heap keeps of freed tensors, as a fraction of all that comes and goes. The C library hands allocations above
+# 32 MB back at once, so that there is an end to it.
+_SLACK, _MOST_SLACK = 0.1, 1 << 28
+# what lies on the device that computes
+_ON_DEVICE = ("working copy", "hidden states", "statistics", "at work")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what they are for, at the peak: of the ``process``, and of another ``device`` where one computes."""
+
+    process: dict[str, int]
+    device: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Of the process."""
+        return sum(self.process.values())
+
+    @property
+    def device_total(self) -> int:
+        """Of the device."""
+        return sum(self.device.values())
+
+
+def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
+    """The peak of one step; ``baseline`` is what the process takes before anything is read."""
+    block = max(sizes.blocks, key=lambda b: b.entries)
+    steady = {"process": baseline, **_model(sizes, block), **_walk(sizes, job, block)}
+    stages = [_entering(sizes, job), _observing(sizes, job, block), _deciding(sizes, job, block), _ending(sizes, job)]
+    most = max(stages, key=lambda stage: sum(stage.values()))
+    parts = {name: size for name, size in {**steady, **most}.items() if size}
+    device: dict[str, int] = {}
+    if job.device != "cpu":
+        device = {name: parts.pop(name) for name in _ON_DEVICE if name in parts}
+        parts |= _entering(sizes, job)
+    comes_and_goes = sum(size for name, size in parts.items() if name not in ("process", "model"))
+    parts["heap"] = min(int(_SLACK * comes_and_goes), _MOST_SLACK)
+    return Memory(parts, device)
+
+
+def hidden_bytes(sizes: Sizes, job: Job) -> int:
+    """The hidden states of all calibration tokens."""
+    return job.tokens * sizes.hidden * job.dtype.itemsize
+
+
+def spills(sizes: Sizes, job: Job) -> bool:
+    """Whether they go to a file."""
+    return job.activation_memory is not None and hidden_bytes(sizes, job) > job.activation_memory
+
+
+def _model(sizes: Sizes, block: BlockSizes) -> dict[str, int]:
+    if not sizes.streamed:
+        return {"model": 0 if sizes.loaded else sizes.stored}
+    ahead = min(2, len(sizes.blocks))
+    return {"blocks as stored": ahead * block.stored}
+
+
+def _walk(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
+    if not job.observes:
+        return {}
+    hidden = hidden_bytes(sizes, job)
+    if spills(sizes, job):
+        # one batch on its way in, one on its way out
+        hidden = 2 * job.batch * sizes.hidden * job.dtype.itemsize
+    return {"working copy": block.entries * job.dtype.itemsize, "hidden states": hidden}
+
+
+def _entering(sizes: Sizes, job: Job) -> dict[str, int]:
+    check = {"at work": _CHECK_BYTES}
+    if not job.observes or not sizes.streamed:
+        return check
+    # Heaps' law for how many different words a text has
+    rows = min(sizes.vocabulary, job.tokens, int(10 * job.tokens**0.6))
+    mapped = min(sizes.embedding, rows * _PAGES)
+    return max(check, {"embedding rows": mapped}, key=lambda stage: sum(stage.values()))
+
+
+def _observing(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
+    if not job.observes:
+        return {}
+    needs = list(job.needs(block, sizes.hidden))
+    # the widest outputs before, after and beside the activation function, the residual stream in float32 and beside
+    # it, and the inputs that are held until the first batch ends
+    width = max((outputs for outputs, _ in block.matrices), default=sizes.hidden)
+    per_token = (3 * width + 3 * sizes.hidden) * job.dtype.itemsize + 2 * 4 * sizes.hidden
+    held = sum(inputs.channels for inputs in job.targets(block)) * job.dtype.itemsize
+    return {
+        "statistics": sum(n.state for n in needs),
+        "at work": job.batch * (per_token + held) + max((n.update for n in needs), default=0),
+    }
+
+
+def _deciding(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
+    needs = list(job.needs(block, sizes.hidden))
+    statistics = sum(n.state + n.derived for n in needs)
+    solving = max((n.solve for n in needs), default=0)
+    targets = [matrix for inputs in job.targets(block) for matrix in inputs.matrices]
+    largest = max((outputs * inputs for outputs, inputs in targets), default=0)
+    copy = 0 if sizes.itemsize == 4 else 4
+    if isinstance(job.method, WeightMethod):
+        work = largest * (copy + (_REPAIRING if job.repairs else _SCORING))
+        made = block.linear + (int(block.linear * (1 - job.sparsity)) * sizes.itemsize if job.repairs else 0)
+        return {"statistics": statistics, "decision": made, "at work": max(work, solving)}
+    work = largest * (copy + _UNIT_SCORING) if isinstance(job.method, UnitMethod) else 0
+    return {"statistics": statistics, "at work": work}
+
+
+def _ending(sizes: Sizes, job: Job) -> dict[str, int]:
+    """One matrix after the other ranked against all: its scores, keys of the same width, masks and what sums up."""
+    if not job.ranks_globally:
+        return {}
+    return {"at work": max(block.widest for block in sizes.blocks) * (4 + 4 + 4 + 8 + 8)}

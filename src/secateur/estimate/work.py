@@ -1,0 +1,105 @@
+"""The work of one step: operations and bytes moved, and the time that they take on a machine."""
+
+from __future__ import annotations
+
+from secateur.estimate.disk import checkpoint_bytes
+from secateur.estimate.job import Job
+from secateur.estimate.machine import Machine
+from secateur.estimate.memory import hidden_bytes, spills
+from secateur.estimate.sizes import BlockSizes, Sizes
+from secateur.heal import sweep_flops
+from secateur.methods import UnitMethod, WeightMethod
+
+# passes over memory of isfinite (four results, each read again) and of a conversion, in entries read or written
+_CHECKS, _CONVERSIONS = 8, 2
+# per token of one block: entries read and written beside the products, by the residual stream (norms, sums, the
+# check for NaN), by the FFN (activation function, gate) and by attention (rotation, repeated heads, softmax)
+_AROUND_HIDDEN, _AROUND_FFN, _AROUND_ATTENTION = 24, 6, 12
+# a quantised file is loaded as a whole and passes through memory about this often
+_LOADING = 50
+# entries read and written for a score: float32 copy, |W|, product
+_SCORING = 8
+
+
+def flops(sizes: Sizes, job: Job) -> dict[str, int]:
+    """Operations by what they are for (a multiplication with its addition is two)."""
+    passes = [_passes(job, last=layer + 1 == len(sizes.blocks)) for layer in range(len(sizes.blocks))]
+    found = {
+        "forwards": sum(n * forward_flops(block, sizes, job) for n, block in zip(passes, sizes.blocks, strict=True)),
+        "statistics": 0,
+        "factorisations": 0,
+        "sweeps": 0,
+    }
+    for block in sizes.blocks:
+        for needs in job.needs(block, sizes.hidden):
+            found["statistics"] += needs.update_flops
+            found["factorisations"] += needs.solve_flops
+        if job.repairs:
+            found["sweeps"] += sum(sweep_flops(o, i) for o, i in block.matrices)
+    return {name: count for name, count in found.items() if count}
+
+
+def forward_flops(block: BlockSizes, sizes: Sizes, job: Job) -> int:
+    """Of all tokens through one block: its matrices, and attention to the half of a window that came before."""
+    return job.tokens * (2 * block.linear + 2 * job.length * sizes.attention)
+
+
+def _passes(job: Job, *, last: bool) -> int:
+    """How often text goes through a block: again after the cut, for methods that look at what the cut blocks give."""
+    if not job.observes:
+        return 0
+    return 2 if job.method.sequential and not last else 1
+
+
+def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
+    """Expected time by stage; reading goes on in the background, so that only what computing doesn't hide counts."""
+    count = flops(sizes, job)
+    around = sum(
+        _passes(job, last=layer + 1 == len(sizes.blocks)) * _around(block, sizes, job)
+        for layer, block in enumerate(sizes.blocks)
+    )
+    statistics = sum(needs.moved for block in sizes.blocks for needs in job.needs(block, sizes.hidden))
+    found = {
+        "check": _CHECKS * (sizes.stored + _entries(sizes)) / 2 / machine.moved,
+        "forwards": count.get("forwards", 0) / machine.flops + around / machine.moved,
+        "statistics": count.get("statistics", 0) / machine.float32_flops + statistics / machine.moved,
+        "decide": _deciding(sizes, job, machine, count),
+        "write": _written(sizes, job) / machine.written,
+    }
+    if not (sizes.streamed or sizes.loaded):
+        found["load"] = _LOADING * sizes.stored / machine.moved
+    reading = (sizes.stored if sizes.streamed else 0) / machine.read
+    hidden = found["forwards"] + found["statistics"] + found["decide"]
+    found["read"] = max(reading - hidden, reading / max(len(sizes.blocks), 1))
+    return found
+
+
+def _entries(sizes: Sizes) -> int:
+    return sum(block.entries for block in sizes.blocks) + sizes.outside_entries
+
+
+def _around(block: BlockSizes, sizes: Sizes, job: Job) -> float:
+    ffn = max((outputs for outputs, _ in block.matrices), default=0)
+    entries = _AROUND_HIDDEN * sizes.hidden + _AROUND_FFN * ffn + _AROUND_ATTENTION * sizes.attention
+    return job.tokens * entries * job.dtype.itemsize + _CONVERSIONS * block.entries * job.dtype.itemsize
+
+
+def _deciding(sizes: Sizes, job: Job, machine: Machine, count: dict[str, int]) -> float:
+    taken = count.get("factorisations", 0) / machine.factor_flops + count.get("sweeps", 0) / machine.float32_flops
+    if job.repairs:
+        # within blocks of columns, one column after the other
+        taken += sizes.linear / machine.swept
+    if isinstance(job.method, WeightMethod):
+        return taken + sizes.linear * (1 / machine.ranked + 4 * _SCORING / machine.moved)
+    if isinstance(job.method, UnitMethod):
+        readers = sum(o * i for block in sizes.blocks for inputs in job.targets(block) for o, i in inputs.matrices)
+        # squares and sums in float64
+        return taken + readers * 8 * _SCORING / machine.moved
+    return taken
+
+
+def _written(sizes: Sizes, job: Job) -> int:
+    """Cut blocks go to the folder of the run first, and to the checkpoint from there."""
+    checkpoint = checkpoint_bytes(sizes, job)
+    states = len(sizes.blocks) * hidden_bytes(sizes, job) * (3 if spills(sizes, job) else 1)
+    return checkpoint + (checkpoint - sizes.outside_stored) + states

@@ -1,0 +1,210 @@
+"""Estimates against numbers worked out by hand for a tiny Llama, and against what the code then really holds.
+
+The Llama: 2 blocks, hidden 32, 4 query heads on 2 key-value heads of 8, 64 neurons, 512 tokens, float32, untied head.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import secateur as sc
+from secateur.estimate.disk import checkpoint_bytes, disk, speed_bound
+from secateur.estimate.job import Job
+from secateur.estimate.machine import Machine
+from secateur.estimate.memory import hidden_bytes, memory
+from secateur.estimate.sizes import Sizes, sizes_of
+from secateur.estimate.work import flops, forward_flops, seconds
+from secateur.heal import obs_sweep, sweep_flops
+from secateur.methods import make_method
+from secateur.models.opening import open_source
+from secateur.models.sources import Source
+from secateur.observe import Gram, Moments, SequenceMoments, SumSquares
+
+LINEAR = 3 * 1024 + 3 * 2048  # q, o: 32 x 32, k, v: 16 x 32; gate, up, down: 64 x 32
+BLOCK = 4 * (LINEAR + 2 * 32)
+OUTSIDE = 4 * (2 * 512 * 32 + 32)
+TOKENS = 4 * 16
+
+
+@pytest.fixture
+def sizes(tiny_checkpoint) -> Sizes:
+    source, _ = open_source(tiny_checkpoint)
+    source.close()
+    return sizes_of(source)
+
+
+def job(method: str, **options: object) -> Job:
+    return Job(make_method(method, options), samples=4, length=16, dtype=torch.float32)
+
+
+def test_sizes_are_those_of_the_checkpoint(sizes):
+    block = sizes.blocks[0]
+    assert len(sizes.blocks) == 2 and sizes.streamed
+    assert (block.linear, block.stored, block.widest) == (LINEAR, BLOCK, 2048)
+    assert (sizes.outside_stored, sizes.stored) == (OUTSIDE, OUTSIDE + 2 * BLOCK)
+    assert (sizes.hidden, sizes.attention, sizes.vocabulary, sizes.head) == (32, 32, 512, 512 * 32)
+    # q, k, v read one tensor, and so do gate and up
+    assert [(i.channels, len(i.matrices), i.reader) for i in block.inputs] == [
+        (32, 3, False),
+        (32, 1, True),
+        (32, 2, False),
+        (64, 1, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"), [("magnitude", 0), ("flap", 2), ("shortgpt", 2), ("wanda", 3), ("sparsegpt", 3)]
+)
+def test_sequential_methods_run_every_block_twice_but_the_last(sizes, method, passes):
+    once = TOKENS * (2 * LINEAR + 2 * 16 * 32)
+    assert flops(sizes, job(method)).get("forwards", 0) == passes * once
+
+
+def test_forward_operations_are_those_that_torch_counts(sizes, tiny_llama):
+    ids = torch.zeros(4, 16, dtype=torch.int64)
+    # torch counts no attention in the kernel that a CPU runs, and here that to all tokens, of which half are masked
+    tiny_llama.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        tiny_llama.model(ids)
+    blocks = sum(counted.get_flop_counts()["LlamaModel.layers.0"].values())
+    attention = 4 * TOKENS * 16 * 32
+    assert blocks == forward_flops(sizes.blocks[0], sizes, job("wanda")) + attention // 2
+
+
+def test_work_of_sparsegpt_by_hand(sizes):
+    found = flops(sizes, job("sparsegpt"))
+    assert found["statistics"] == 2 * (3 * (2 * TOKENS * 32**2 * 7 // 12) + 2 * TOKENS * 64**2 * 7 // 12)
+    assert found["factorisations"] == 2 * (3 * (4 * 32**3 // 3) + 4 * 64**3 // 3)
+    # a single block of columns: nothing is left for products
+    assert found.get("sweeps", 0) == 0
+    assert sweep_flops(10, 384) == 10 * 384 * 256
+
+
+def test_sweep_products_are_those_that_torch_runs():
+    weight, factor = torch.randn(8, 64), torch.eye(64)
+    mapping = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counted:
+        obs_sweep(weight, factor, lambda scores: scores > 1, block=16)
+    # blocks of 16 before 48, 32, 16 and 0 columns: 2 * 8 * 16 * 96
+    assert counted.get_total_flops() == 2 * 8 * 16 * 96 == sweep_flops(8, 64, block=16)
+
+
+@pytest.mark.parametrize("kind", [Gram, SumSquares, Moments, SequenceMoments])
+def test_statistics_take_what_they_say(kind):
+    statistic = kind()
+    for _ in range(2):
+        statistic.update(torch.randn(2, 16, 24))
+    held = sum(t.numel() * t.element_size() for t in statistic.state().values() if t.dim())
+    needs = kind.needs(24, tokens=TOKENS, batch=32, length=16)
+    # one number per sequence aside; and SumSquares has half of the sums that a statistic may have
+    assert held in (needs.state, needs.state // 2, needs.state + 4 * 8)
+    assert held == needs.state or kind is not Gram
+
+
+def test_memory_of_sparsegpt_by_hand(sizes):
+    found = memory(sizes, job("sparsegpt"), 1000).process
+    gram = 4 * (3 * 32**2 + 64**2)
+    assert found["process"] == 1000
+    assert found["blocks as stored"] == 2 * BLOCK
+    assert found["working copy"] == BLOCK
+    assert found["hidden states"] == TOKENS * 32 * 4 == hidden_bytes(sizes, job("sparsegpt"))
+    deciding = {"statistics": 2 * gram, "at work": 6 * 4 * 64**2, "decision": LINEAR + 4 * LINEAR // 2}
+    # the check of the weights outside the blocks, in parts of 32 MB, outweighs everything in so small a model
+    assert found["at work"] == max(33554432, deciding["at work"]) and "decision" not in found
+    wide = replace(sizes, blocks=tuple(replace(b, inputs=_widened(b.inputs)) for b in sizes.blocks))
+    gram = 4 * 1024 * (3 * 32**2 + 64**2)
+    found = memory(wide, job("sparsegpt"), 0).process
+    assert (found["statistics"], found["at work"]) == (2 * gram, 6 * 4 * (64 * 32) ** 2)
+
+
+def _widened(inputs):
+    return tuple(
+        replace(i, channels=32 * i.channels, matrices=tuple((32 * o, 32 * c) for o, c in i.matrices)) for i in inputs
+    )
+
+
+def test_a_model_in_memory_is_counted_once(tiny_llama):
+    loaded = sizes_of(Source(tiny_llama))
+    assert "model" not in memory(loaded, job("magnitude"), 0).process
+    to_load = sizes_of(Source(tiny_llama), streamed=False)
+    assert memory(to_load, job("magnitude"), 0).process["model"] == OUTSIDE + 2 * BLOCK
+
+
+def test_hidden_states_that_spill_take_two_batches_of_memory_and_four_times_their_size_on_disk(sizes):
+    wide = replace(job("wanda"), samples=1024)
+    spilled = replace(wide, activation_memory=1000)
+    assert memory(sizes, wide, 0).process["hidden states"] == 1024 * 16 * 32 * 4
+    assert memory(sizes, spilled, 0).process["hidden states"] == 2 * 2048 * 32 * 4
+    assert disk(sizes, spilled)["hidden states"] == 4 * 1024 * 16 * 32 * 4
+
+
+def test_on_another_device_memory_is_split(sizes):
+    host = memory(sizes, job("sparsegpt"), 1000)
+    split = memory(sizes, replace(job("sparsegpt"), device="cuda"), 1000)
+    assert host.device == {} and host.device_total == 0
+    assert split.device["working copy"] == BLOCK
+    assert set(split.device) & set(split.process) <= {"at work"}
+    assert split.total < host.total + split.device["at work"]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "format", "size"),
+    [
+        ("magnitude", {}, "dense", OUTSIDE + 2 * BLOCK),
+        ("magnitude", {}, "packed", OUTSIDE + 2 * BLOCK - 2 * 4 * LINEAR // 2 + 2 * LINEAR // 8),
+        ("wanda", {"pattern": "3:4"}, "packed", OUTSIDE + 2 * BLOCK - 3 * 2 * 4 * LINEAR // 4 + 2 * LINEAR // 8),
+        ("magnitude_sp", {"sparsity": 0.25}, "dense", OUTSIDE + 2 * BLOCK - 2 * 4 * LINEAR // 4),
+        ("shortgpt", {"sparsity": 0.5}, "dense", OUTSIDE + BLOCK),
+        ("shortgpt", {"layers": 1}, "dense", OUTSIDE + BLOCK),
+    ],
+)
+def test_the_checkpoint_by_hand_and_as_it_is_written(sizes, tiny_checkpoint, tmp_path, method, options, format, size):
+    wanted = replace(job(method, **options), format=format)
+    assert checkpoint_bytes(sizes, wanted) == size
+    sc.run(
+        {
+            "model": str(tiny_checkpoint),
+            "out": str(tmp_path / "out"),
+            "format": format,
+            "calibration": {"samples": 4, "length": 16},
+            "steps": [{"method": method, "options": options}],
+        }
+    )
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size
+    # the header, and units that can't be split
+    assert written == pytest.approx(size, rel=0.06)
+
+
+def test_disk_holds_cut_blocks_and_the_checkpoint_together(sizes):
+    found = disk(sizes, job("sparsegpt"))
+    plan = 2 * LINEAR // 8 + 4 * 2 * LINEAR // 2
+    assert found == {
+        "checkpoint": OUTSIDE + 2 * BLOCK,
+        "cut blocks": 2 * BLOCK,
+        "plan": 2 * plan,
+        "hidden states": 2 * TOKENS * 32 * 4,
+    }
+
+
+def test_speed_is_bounded_by_what_is_left_to_multiply(sizes):
+    head = 512 * 32
+    assert speed_bound(sizes, job("wanda")) == 1
+    assert speed_bound(sizes, job("shortgpt", layers=1)) == (2 * LINEAR + head) / (LINEAR + head)
+    assert speed_bound(sizes, job("flap", sparsity=0.25)) == (2 * LINEAR + head) / (1.5 * LINEAR + head)
+
+
+def test_time_is_work_over_rates(sizes):
+    machine = Machine(
+        flops=1e3, float32_flops=1e6, factor_flops=1e6, swept=1e6, moved=1e30, read=1e30, written=1e6, ranked=1e30
+    )
+    found = seconds(sizes, job("wanda"), machine)
+    assert found["forwards"] == pytest.approx(3 * TOKENS * (2 * LINEAR + 2 * 16 * 32) / 1e3)
+    hidden = 2 * TOKENS * 32 * 4
+    assert found["write"] == pytest.approx((OUTSIDE + 2 * BLOCK + 2 * BLOCK + hidden) / 1e6)
+    slow_disk = seconds(sizes, job("wanda"), replace(machine, read=1.0))
+    # what computing doesn't hide
+    assert slow_disk["read"] == pytest.approx(sizes.stored - found["forwards"], rel=1e-3)
+    faster = seconds(sizes, job("wanda"), replace(machine, flops=2e3))
+    assert faster["forwards"] == pytest.approx(found["forwards"] / 2)
