@@ -261,9 +261,7 @@ def test_no_option_takes_a_token(cli) -> None:
         assert "--token" not in cli(command, "--help").out
 
 
-def test_what_lies_in_the_cache_is_pushed_with_its_files(
-    logged_in: FakeHub, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_what_lies_in_the_cache_is_pushed_with_its_files(logged_in: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
     # the cache of huggingface_hub holds links to its own blobs
     blobs, linked = tmp_path / "blobs", tmp_path / "snapshots" / "main"
     blobs.mkdir()

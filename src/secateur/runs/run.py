@@ -26,9 +26,9 @@ from secateur.observe.calibration import Tokens, load_tokens
 from secateur.observe.precision import compute_dtype
 from secateur.plans import Plan
 from secateur.recipes import Recipe, Step, load_recipe, make_recipe, merge_reports
+from secateur.remote import is_url
 from secateur.report import Report
 from secateur.report.build import build_report
-from secateur.remote import is_url
 from secateur.runs.folder import RunFolder, StepFolder, read_document, run_path
 from secateur.runs.output import parse_size
 from secateur.runs.pipeline import Output, Resources, StepResult, apply_step, plan_step, prune_step
