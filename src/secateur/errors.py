@@ -16,6 +16,7 @@ SecateurError
 ├── SweepError                some points of a sweep failed
 ├── CorruptFileError          a safetensors file that is damaged, cut short or made to mislead
 ├── OutputError               the output folder exists, or can't be written
+├── RankError                 one of several processes has failed or gone
 └── MissingExtraError         an optional dependency is not installed
 """
 
@@ -89,6 +90,10 @@ class CorruptFileError(SecateurError):
 
 class OutputError(SecateurError):
     """The output exists already or can't be written."""
+
+
+class RankError(SecateurError):
+    """One of the processes that work on a run together has failed or gone."""
 
 
 class MissingExtraError(SecateurError):

@@ -24,6 +24,7 @@ from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.saving import check_push, how_to_load, push
 from secateur.errors import MissingExtraError, UsageError
 from secateur.files import check_output
+from secateur.ranks import join
 
 if TYPE_CHECKING:
     from secateur.recipes import Recipe
@@ -109,7 +110,6 @@ def prune(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    load_plugins(plugin)
     step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget}
     data = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
@@ -124,11 +124,15 @@ def prune(
         "max_shard_size": max_shard_size,
         "activation_memory": activation_memory,
     }
-    job = build_recipe(recipe, _given(top), _given(data), _given(step), parse_options(options or []))
-    html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
-    check_push(push_to_hub, job.out, private=private, overwrite=overwrite)
-    with working(quiet) as progress:
+    ranks = join()
+    with ranks.together(), working(quiet or not ranks.main) as progress:
+        load_plugins(plugin)
+        job = build_recipe(recipe, _given(top), _given(data), _given(step), parse_options(options or []))
+        html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
+        ranks.on_main(lambda: check_push(push_to_hub, job.out, private=private, overwrite=overwrite))
         if dry_run:
+            if ranks.size > 1:
+                raise UsageError(f"--dry-run is for one process, and here are {ranks.size}: leave torchrun out")
             plans = _dry_run(job, trust_remote_code, progress)
         else:
             from secateur.runs.run import Options, run_recipe
@@ -142,8 +146,9 @@ def prune(
                 measure=Measurement(job, progress, measure=measure, prompt=prompt, sample=html),
             )
             done = run_recipe(job, how)
-            assert job.out is not None
-            url = push(job.out, push_to_hub, private=private, overwrite=overwrite) if push_to_hub else None
+            url = ranks.on_main(lambda: _push(job, push_to_hub, private=private, overwrite=overwrite))
+    if not ranks.main:
+        return
     if dry_run:
         _show_dry_run(plans, json)
     else:
@@ -221,6 +226,10 @@ def _check(job: Recipe, *, dry_run: bool, overwrite: bool, report: bool | None) 
     if report and not drawable:
         raise MissingExtraError("report.html needs plotly, which is not installed: pip install 'secateur[report]'")
     return drawable if report is None else report
+
+
+def _push(job: Recipe, repo_id: str | None, *, private: bool, overwrite: bool) -> str | None:
+    return push(job.out, repo_id, private=private, overwrite=overwrite) if repo_id and job.out else None
 
 
 def _dry_run(job: Recipe, trust_remote_code: bool, progress: Any) -> list[Any]:

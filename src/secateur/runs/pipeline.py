@@ -18,6 +18,7 @@ from secateur.models.sources import Source
 from secateur.models.surgery import check_fits
 from secateur.observe.activations import Activations
 from secateur.plans import Plan, Provenance
+from secateur.ranks import ALONE, Ranks
 from secateur.runs.cutting import BlockCutter
 from secateur.runs.folder import DiskKeeper, StepFolder
 from secateur.runs.output import CheckpointWriter, kept_layers
@@ -67,9 +68,11 @@ def prune_step(
     seed: int,
     progress: Progress,
     statistics: Path | None = None,
-) -> StepResult:
+    ranks: Ranks = ALONE,
+) -> StepResult | None:
     """Decide by ``method`` and write the checkpoint to ``step.out``; what is done already is taken as it is.
 
+    All ``ranks`` observe; the first one writes, and has the result.
     Raises Stopped at the next boundary once a signal has come.
     """
     started = time.perf_counter()
@@ -83,9 +86,11 @@ def prune_step(
         versions=library_versions(),
     )
     cutter = BlockCutter(source, provenance, output.format)
-    keeper = DiskKeeper(step, method, cutter)
+    keeper = DiskKeeper(step, method, cutter, ranks)
+    # all have read the journal before one writes to it
+    ranks.meet()
     if not keeper.closed:
-        if not keeper.finished:
+        if not keeper.finished and ranks.main:
             source.check_outside()
         decide(
             method,
@@ -95,13 +100,20 @@ def prune_step(
             batch_tokens=resources.batch_tokens,
             progress=progress,
             keeper=keeper,
-            hidden=Activations(limit=resources.activation_memory, folder=step.path / "hidden"),
+            hidden=Activations(limit=resources.activation_memory, folder=keeper.hidden),
             statistics=statistics,
+            ranks=ranks,
         )
-    plan = keeper.finish()
-    planned = time.perf_counter()
-    plain = _write_cut(step, plan, source, cutter, output, progress)
-    return StepResult(plan, step.out, plain, {"plan": planned - started, "cut": time.perf_counter() - planned})
+
+    def finish() -> StepResult:
+        plan = keeper.finish()
+        planned = time.perf_counter()
+        plain = _write_cut(step, plan, source, cutter, output, progress)
+        return StepResult(plan, step.out, plain, {"plan": planned - started, "cut": time.perf_counter() - planned})
+
+    result = finish() if ranks.main else None
+    ranks.meet()
+    return result
 
 
 def apply_step(step: StepFolder, plan: Plan, source: Source, *, output: Output, progress: Progress) -> StepResult:

@@ -6,24 +6,25 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from secateur.errors import OutputError, SecateurError, UsageError
+from secateur.errors import OutputError, RankError, SecateurError, UsageError
 from secateur.files import check_output, disk_error, finish_folder
 from secateur.methods import make_method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import fingerprint
-from secateur.models.loading import load_model
+from secateur.models.loading import load_model, locate
 from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
 from secateur.models.sources import CheckpointSource, Source
 from secateur.observe.calibration import Tokens, load_tokens
 from secateur.observe.precision import compute_dtype
 from secateur.plans import Plan
+from secateur.ranks import ALONE, Ranks, join
 from secateur.recipes import Recipe, Step, load_recipe, make_recipe, merge_reports
 from secateur.report import Report
 from secateur.report.build import build_report
@@ -70,6 +71,8 @@ def run(
     finished is kept in ``OUT.run`` until the end: after a stop, a crash or a full disk the same call with ``resume``
     goes on from the last finished block and gives the same bytes. ``statistics`` is a folder for statistics that
     several runs share.
+    In a process group, or in processes that torchrun has started, all ranks call this together, share the calibration
+    windows, and get the same report or error; see ``docs/guides/many-devices.md``.
     Raises what ``secateur.plan`` raises, OutputError, and Stopped (a KeyboardInterrupt) when a signal came.
     """
     if not isinstance(recipe, Recipe):
@@ -89,30 +92,42 @@ def run(
 
 def run_recipe(recipe: Recipe, options: Options) -> Report:
     """``run`` with whole options; ``measure`` completes the report before it is written."""
+    ranks = join()
+    with ranks.together():
+        return _run_on(ranks, recipe, options if ranks.main else replace(options, progress=lambda *_: None))
+
+
+def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
     if recipe.model is None or recipe.out is None:
         raise UsageError("a run needs a model and an output folder: give both in the recipe")
     recipe.check_methods()
     out = recipe.out
     check_output(out, options.overwrite)
     previous = read_document(run_path(out)) if options.resume else {}
+    name, remote_code = recipe.model, options.trust_remote_code
+    # what the hub has is fetched once
+    ranks.on_main(lambda: locate(name, recipe.revision, remote_code, options.progress))
     source, tokenizer = open_source(
-        recipe.model,
+        name,
         revision=recipe.revision,
-        device=recipe.device,
-        trust_remote_code=options.trust_remote_code,
+        device=ranks.device(recipe.device),
+        trust_remote_code=remote_code,
         progress=options.progress,
     )
     try:
-        dtype = previous.get("dtype") or str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch.")
+        # it may be a matter of timing, so one rank decides
+        fastest = ranks.on_main(lambda: str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch."))
+        dtype = previous.get("dtype") or fastest
         document = {
             "recipe": recipe.model_dump(mode="json", exclude={"out", "evaluate", "windows"}),
             "model": fingerprint(source).model_dump(),
             "dtype": dtype,
             "versions": library_versions(),
+            "number of ranks": ranks.size,
         }
-        folder = RunFolder(out, document, resume=options.resume, overwrite=options.overwrite)
-        with _kept(folder, options.resume) as stop:
-            runner = _Runner(recipe, options, folder, stop, source, tokenizer, getattr(torch, dtype))
+        folder = RunFolder(out, document, resume=options.resume, overwrite=options.overwrite, ranks=ranks)
+        with _kept(folder, options.resume, ranks) as stop:
+            runner = _Runner(recipe, options, folder, stop, source, tokenizer, getattr(torch, dtype), ranks)
             return runner.run()
     finally:
         source.close()
@@ -128,41 +143,47 @@ class _Runner:
         source: Source,
         tokenizer: PreTrainedTokenizerBase | None,
         dtype: torch.dtype,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._recipe, self._options, self._folder, self._stop = recipe, options, folder, stop
         self._source, self._tokenizer, self._dtype = source, tokenizer, dtype
 
     def run(self) -> Report:
         source, results, reports = self._source, [], []
         for number, step in enumerate(self._recipe.steps, start=1):
-            result = self._step(number, step, source)
-            report = build_report(result.plan, decoder_anatomy(source.model, heads=result.plan.head_unit))
-            report.seconds = dict(result.seconds)
-            results.append(result)
-            reports.append(report)
+            folder = StepFolder(self._folder.step(number), self._stop, _hint(self._folder.out))
+            result = self._step(number, step, source, folder)
+            if result is not None:
+                report = build_report(result.plan, decoder_anatomy(source.model, heads=result.plan.head_unit))
+                report.seconds = dict(result.seconds)
+                results.append(result)
+                reports.append(report)
             if number < len(self._recipe.steps):
                 if source is not self._source:
                     source.close()
-                source, _ = open_source(result.folder, device=self._recipe.device)
+                source, _ = open_source(folder.out, device=self._ranks.device(self._recipe.device))
         self._stop.defer(False)
-        return self._finish(results, merge_reports(reports))
+        return self._ranks.on_main(lambda: self._finish(results, merge_reports(reports)))
 
-    def _step(self, number: int, step: Step, source: Source) -> StepResult:
+    def _step(self, number: int, step: Step, source: Source, folder: StepFolder) -> StepResult | None:
         recipe = self._recipe
         method = make_method(step.method, recipe.method_options(step))
         last = number == len(recipe.steps)
         output = Output(recipe.format if last else "dense", parse_size(recipe.max_shard_size))
         memory = parse_size(recipe.activation_memory) if recipe.activation_memory else None
         return prune_step(
-            StepFolder(self._folder.step(number), self._stop, _hint(self._folder.out)),
+            folder,
             method,
             source,
-            self._tokens(source) if method.statistics else None,
+            # one rank reads, so that a text that is fetched or sampled is the same for all
+            self._ranks.on_main(lambda: self._tokens(source)) if method.statistics else None,
             resources=Resources(self._dtype, activation_memory=memory),
             output=output,
             seed=recipe.calibration.seed,
             progress=self._options.progress,
             statistics=self._options.statistics,
+            ranks=self._ranks,
         )
 
     def _tokens(self, source: Source) -> Tokens:
@@ -259,9 +280,9 @@ def _hint(out: str | Path) -> str:
 
 
 @contextmanager
-def _kept(folder: RunFolder, resumed: bool) -> Iterator[StopRequest]:
+def _kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[StopRequest]:
     """Keep the folder when the block is left early and something is finished in it; remove it otherwise."""
-    with deferred(lambda: _begun(folder)) as stop:
+    with deferred(lambda: _begun(folder), quiet=not ranks.main) as stop:
         try:
             yield stop
         except Stopped:
@@ -273,9 +294,12 @@ def _kept(folder: RunFolder, resumed: bool) -> Iterator[StopRequest]:
             raise
         except Exception as error:
             reason = disk_error(error)
-            keep = _begun(folder) and (bool(reason) or resumed or not isinstance(error, SecateurError))
+            ours = isinstance(error, SecateurError) and not isinstance(error, RankError)
+            keep = _begun(folder) and (bool(reason) or resumed or not ours)
             if not keep:
                 folder.remove()
+            if isinstance(error, RankError) and keep:
+                raise RankError(f"{error}; {_hint(folder.out)}") from error
             if reason:
                 left = _hint(folder.out) if keep else "nothing was left behind"
                 raise OutputError(f"can't write {folder.out}: {reason}; {left}") from error
