@@ -293,7 +293,7 @@ class _Run:
         # rank 0 looks for all: another run may be writing them right now
         if not self.ranks.on_main(lambda: self._kept_from(layer)):
             return None
-        return read_seen(self._statistics_file(layer), self.method.needed_statistics(), self.source.device)
+        return read_seen(self._statistics_file(layer), self.method.needed_statistics(), self.source.device_of(layer))
 
     def _kept_from(self, layer: int) -> bool:
         return all(self._statistics_file(later).is_file() for later in range(layer, self.layers))
@@ -316,7 +316,7 @@ class _Run:
 
     def _target(self, module: str, kind: str, layer: int, *, name: str, columns: Tensor | None = None) -> Target:
         linear = self.source.model.get_submodule(module)
-        weight = self.source.tensor(f"{module}.weight").to(self.source.device)
+        weight = self.source.tensor(f"{module}.weight").to(self.source.device_of(layer))
         weight = weight if isinstance(linear, nn.Linear) else weight.T
         # float64 models are kept as they are: their users want the exact answer
         weight = weight if weight.dtype == torch.float64 else weight.float()

@@ -68,6 +68,9 @@ def prune(
         typer.Option(metavar="NAME", help="Dtype of the calibration forwards (default auto: bfloat16 where faster)."),
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Device (default cpu).")] = None,
+    devices: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Spread the blocks over these devices: cuda:0,cuda:1.")
+    ] = None,
     evaluate: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,6 +121,7 @@ def prune(
         "out": out or None,
         "dtype": dtype,
         "device": device,
+        "devices": devices.split(",") if devices else None,
         "evaluate": evaluate or None,
         "windows": windows,
         "format": format,

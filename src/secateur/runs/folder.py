@@ -178,7 +178,7 @@ class DiskKeeper(Keeper):
         path = self._step.file("seen", layer)
         if not path.is_file():
             return {}
-        return read_seen(path, self._method.needed_statistics(), self._cutter.source.device)
+        return read_seen(path, self._method.needed_statistics(), self._cutter.source.device_of(layer))
 
     def ranked(self, name: str) -> Tensor:
         return self._ranked_files[name].read()

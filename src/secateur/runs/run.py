@@ -110,7 +110,7 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
     source, tokenizer = open_source(
         name,
         revision=recipe.revision,
-        device=ranks.device(recipe.device),
+        device=_devices(recipe, ranks),
         trust_remote_code=remote_code,
         progress=options.progress,
     )
@@ -162,7 +162,7 @@ class _Runner:
             if number < len(self._recipe.steps):
                 if source is not self._source:
                     source.close()
-                source, _ = open_source(folder.out, device=self._ranks.device(self._recipe.device))
+                source, _ = open_source(folder.out, device=_devices(self._recipe, self._ranks))
         self._stop.defer(False)
         return self._ranks.on_main(lambda: self._finish(results, merge_reports(reports)))
 
@@ -273,6 +273,13 @@ def apply_plans(
         finish_folder(result.folder, out)
         folder.remove()
     return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+
+
+def _devices(recipe: Recipe, ranks: Ranks) -> str | list[str]:
+    """Where the blocks of a model are opened."""
+    if recipe.devices and ranks.size > 1:
+        raise UsageError("several devices are for one process: of several ranks, each takes a GPU of its own")
+    return recipe.devices or ranks.device(recipe.device)
 
 
 def _hint(out: str | Path) -> str:
