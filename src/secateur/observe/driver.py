@@ -130,7 +130,7 @@ class BlockWalk:
                 self._calls[ids.shape[0]] = list(self._cast_calls(calls))
 
     def _cast_calls(self, calls: list[_Call]) -> Iterator[_Call]:
-        """The calls in the compute dtype, each on the device of its block; what blocks of a device share stays shared."""
+        """The calls in the compute dtype, each on the device of its block; what blocks share there stays shared."""
         made: dict[tuple[int, torch.device], Tensor] = {}
         for layer, call in enumerate(calls):
             device = self._source.device_of(layer)
