@@ -35,16 +35,16 @@ def counted_windows() -> Iterator[list[int]]:
     LlamaDecoderLayer.forward = forward
     try:
         yield calls
-        del calls[0]
+        del calls[:1]
     finally:
         LlamaDecoderLayer.forward = real
 
 
-def prune(rank: int, recipes: Mapping[str, dict[str, Any]], notes: Path) -> None:
+def prune(rank: int, recipes: Mapping[str, dict[str, Any]], notes: Path, statistics: Path | None = None) -> None:
     """Run every recipe on the ranks together, and note what this one did."""
     for name, recipe in recipes.items():
         with counted_windows() as calls:
-            report = sc.run(recipe)
+            report = sc.run(recipe, statistics=statistics)
         note = {"windows": sum(calls), "largest": max(calls, default=0), "achieved": report.achieved}
         (notes / f"{name}-{rank}.json").write_text(json.dumps(note), encoding="utf8")
 
@@ -75,6 +75,15 @@ def agree(rank: int) -> None:
     assert ranks.device("cpu") == "cpu"
     with pytest.raises(UsageError, match="cuda:0 is one GPU for 2 ranks: give cuda"):
         ranks.device("cuda:0")
+    with pytest.MonkeyPatch.context() as patch:
+        taken: list[int] = []
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "set_device", taken.append)
+        if rank == 0:
+            assert ranks.device("cuda") == "cuda:0" and taken == [0]
+        else:
+            with pytest.raises(UsageError, match="there is no GPU for rank 1: start at most 1 ranks"):
+                ranks.device("cuda")
     ids = torch.arange(14).reshape(7, 2)
     assert torch.equal(ranks.part(ids), ids[:4] if rank == 0 else ids[4:])
     assert ranks.any(rank == 1) and not ranks.any(False)

@@ -154,7 +154,7 @@ def test_examples_run(
         run_block(block, names)
 
 
-def test_only_what_needs_a_network_is_left_out() -> None:
+def test_only_what_needs_a_network_or_gpus_is_left_out() -> None:
     reasons = [b.value for page in PAGES for b in blocks(page) if b.mark == "no-test"]
     assert set(reasons) == {
         "fetches a model from the hub",

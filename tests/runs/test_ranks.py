@@ -206,12 +206,32 @@ def test_a_run_that_fails_on_one_rank_fails_on_both_and_can_go_on(checkpoint, tm
 def test_a_stopped_run_goes_on_with_as_many_ranks_and_gives_the_same_bytes(checkpoint, tmp_path):
     for name in ("stopped", "whole"):
         (tmp_path / name).mkdir()
-    jobs = {name: recipe(checkpoint, "sparsegpt", tmp_path / name / "out", length=64) for name in ("stopped", "whole")}
+    # hidden states in files, which the ranks must not share
+    spilled = {"activation_memory": "1KB"}
+    jobs = {
+        name: {**recipe(checkpoint, "sparsegpt", tmp_path / name / "out", length=64), **spilled}
+        for name in ("stopped", "whole")
+    }
     run_ranks(rank_jobs.stop_by_signal, 2, jobs["stopped"])
     run_ranks(rank_jobs.prune, 2, {"whole": jobs["whole"]}, tmp_path)
     for file in ("model.safetensors", "plan/plan.json", "plan/plan.safetensors"):
         stopped, whole = ((tmp_path / name / "out" / file).read_bytes() for name in ("stopped", "whole"))
         assert stopped == whole, file
+
+
+def test_statistics_that_ranks_keep_serve_one_process_too(checkpoint, tmp_path):
+    kept = tmp_path / "statistics"
+    job = recipe(checkpoint, "flap", tmp_path / "two", length=64)
+    run_ranks(rank_jobs.prune, 2, {"first": job, "second": {**job, "out": str(tmp_path / "two-again")}}, tmp_path, kept)
+    notes = [tmp_path / f"{name}-{rank}.json" for name in ("first", "second") for rank in range(2)]
+    windows = [json.loads(note.read_text())["windows"] for note in notes]
+    assert windows == [LAYERS * SAMPLES // 2] * 2 + [0] * 2
+    with rank_jobs.counted_windows() as calls:
+        sc.run({**job, "out": str(tmp_path / "one")}, statistics=kept)
+    assert calls == [] and len(list(kept.iterdir())) == LAYERS
+    for name in ("two-again", "one"):
+        for file in ("model.safetensors", "plan/plan.safetensors"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
 def test_what_ranks_can_not_do_is_refused_on_all_of_them(checkpoint, tmp_path):
