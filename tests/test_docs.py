@@ -2,7 +2,7 @@
 
 Blocks of a page run in order, in one empty folder, so that a later line can use what an earlier one has written:
 
-- ``secateur …`` and ``python …`` lines of bash blocks are run, and must exit with 0;
+- ``secateur …``, ``python …`` and ``torchrun …`` lines of bash blocks are run, and must exit with 0;
 - Python blocks are executed, and those of one page share their names;
 - a block under ``<!-- file: NAME -->`` is written to that file instead;
 - a block under ``<!-- no-test: reason -->`` is left out, and counted.
@@ -36,6 +36,8 @@ PAGES = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if "r
 MODEL = "smollm2-135m"
 # Shown in the docs but run elsewhere: by a test of its own, by CI, or by the reader's package manager.
 CONFORMANCE = "PYTHONPATH=docs/examples pytest -p quiet tests/conformance -k quiet"
+# programs that start others: the ones of this Python, whatever the path holds
+LAUNCHERS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 NOT_OURS = ("make ", "pip ", "pre-commit ", CONFORMANCE)
 BLOCK = re.compile(
     r"(?:<!-- (?P<mark>no-test|file): (?P<value>.+?) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
@@ -107,8 +109,8 @@ def clean_registry() -> Iterator[None]:
 
 def run_command(line: str) -> None:
     words = shlex.split(line, comments=True)
-    if ">" in words or words[0] == "python":
-        words[0] = sys.executable if words[0] == "python" else words[0]
+    if ">" in words or words[0] in LAUNCHERS:
+        words[:1] = LAUNCHERS.get(words[0], words[:1])
         subprocess.run(shlex.join(words).replace("'>'", ">"), shell=True, check=True)
         return
     assert words[0] == "secateur", f"what is this command? {line}"
@@ -152,9 +154,14 @@ def test_examples_run(
         run_block(block, names)
 
 
-def test_only_what_needs_a_network_is_left_out() -> None:
+def test_only_what_needs_a_network_or_gpus_is_left_out() -> None:
     reasons = [b.value for page in PAGES for b in blocks(page) if b.mark == "no-test"]
-    assert set(reasons) == {"fetches a model from the hub", "talks to the hub", "talks to an object store"}
+    assert set(reasons) == {
+        "fetches a model from the hub",
+        "talks to the hub",
+        "talks to an object store",
+        "needs several GPUs",
+    }
 
 
 def test_what_is_left_out_here_runs_elsewhere() -> None:

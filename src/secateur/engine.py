@@ -21,6 +21,7 @@ from secateur.observe.activations import Activations
 from secateur.observe.calibration import Tokens
 from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen
+from secateur.ranks import ALONE, Ranks
 from secateur.structure import Anatomy, Group, Matrix
 
 Progress = Callable[[str, int, int], None]
@@ -37,13 +38,15 @@ def decide(
     keeper: Keeper | None = None,
     hidden: Activations | None = None,
     statistics: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Keeper:
     """What ``method`` removes from the model of ``source``; ``tokens`` are its calibration windows.
 
     Blocks that ``keeper`` has finished are left out. ``hidden`` are the activations at that point, or empty ones.
     ``statistics`` is a folder in which those of the dense model are kept, and found again, one file per block.
+    Each of the ``ranks`` walks its part of the windows, and all of them decide the same.
     """
-    run = _Run(method, source, tokens, dtype, batch_tokens, progress, keeper or Keeper(), hidden, statistics)
+    run = _Run(method, source, tokens, dtype, batch_tokens, progress, keeper or Keeper(), hidden, statistics, ranks)
     run.decide(method)
     return run.keeper
 
@@ -60,13 +63,14 @@ class _Run:
         keeper: Keeper,
         hidden: Activations | None,
         statistics: Path | None,
+        ranks: Ranks,
     ) -> None:
         if method.statistics and tokens is None:
             raise DataError(f"{method.name} needs calibration data: give a tokenizer and a calibration text")
         self.method, self.source, self.progress, self.keeper = method, source, progress, keeper
         self.anatomy: Anatomy = decoder_anatomy(source.model, heads=getattr(method, "heads", "kv"))
         self.layers = len(source.blocks)
-        self.statistics = statistics
+        self.statistics, self.ranks = statistics, ranks
         self._walk: BlockWalk | None = None
         self._walk_arguments = (tokens, dtype, batch_tokens, hidden)
 
@@ -74,7 +78,8 @@ class _Run:
         """The walk over calibration data, begun when it is first needed; None for a method that takes no data."""
         tokens, dtype, batch_tokens, hidden = self._walk_arguments
         if self._walk is None and self.method.statistics and tokens is not None:
-            self._walk = BlockWalk(self.source, tokens.ids, dtype=dtype, batch_tokens=batch_tokens, hidden=hidden)
+            ids = self.ranks.part(tokens.ids)
+            self._walk = BlockWalk(self.source, ids, dtype=dtype, batch_tokens=batch_tokens, hidden=hidden)
             self.keeper.resume(self._walk)
         return self._walk
 
@@ -237,7 +242,7 @@ class _Run:
             walk = self.walk() if not seen else None
             if walk is not None:
                 seen = {name: walk.observe_block(walk.open(layer), layer, method.needed_statistics())}
-                self._keep_seen(layer, seen)
+                self._complete(layer, seen, dense=True)
             score = method.score(Target(name, "layer", layer, torch.empty(0, 0)), seen.get(name, {}))
             ranked = {name: torch.tensor([score], dtype=torch.float64)}
             self.keeper.keep(layer, Decision(), final=False, walk=self._walk, ranked=ranked)
@@ -274,22 +279,27 @@ class _Run:
         inside = [self._inside(name) for name in modules]
         found = walk.observe(block, layer, inside, self.method.needed_statistics(), advance=advance)
         seen = {full: found[short] for full, short in zip(modules, inside, strict=True)}
-        if advance:
-            self._keep_seen(layer, seen)
+        self._complete(layer, seen, dense=advance)
         return block, seen
+
+    def _complete(self, layer: int, seen: Mapping[str, dict[str, Any]], *, dense: bool) -> None:
+        """Add to the statistics of a block what the other ranks saw; those of the dense model are kept."""
+        self.ranks.merge(seen)
+        if dense and self.statistics is not None and self.ranks.main:
+            self.statistics.mkdir(parents=True, exist_ok=True)
+            write_seen(self._statistics_file(layer), seen)
 
     def _kept_seen(self, layer: int) -> SeenByModule | None:
         """Statistics of the dense model from an earlier run, when those of this block and all later ones are there."""
         if self.statistics is None or self._walk is not None or not self.method.statistics:
             return None
-        if not all(self._statistics_file(later).is_file() for later in range(layer, self.layers)):
+        # rank 0 looks for all: another run may be writing them right now
+        if not self.ranks.on_main(lambda: self._kept_from(layer)):
             return None
-        return read_seen(self._statistics_file(layer), self.method.needed_statistics(), self.source.device)
+        return read_seen(self._statistics_file(layer), self.method.needed_statistics(), self.source.device_of(layer))
 
-    def _keep_seen(self, layer: int, seen: SeenByModule) -> None:
-        if self.statistics is not None:
-            self.statistics.mkdir(parents=True, exist_ok=True)
-            write_seen(self._statistics_file(layer), seen)
+    def _kept_from(self, layer: int) -> bool:
+        return all(self._statistics_file(later).is_file() for later in range(layer, self.layers))
 
     def _statistics_file(self, layer: int) -> Path:
         assert self.statistics is not None
@@ -309,7 +319,7 @@ class _Run:
 
     def _target(self, module: str, kind: str, layer: int, *, name: str, columns: Tensor | None = None) -> Target:
         linear = self.source.model.get_submodule(module)
-        weight = self.source.tensor(f"{module}.weight").to(self.source.device)
+        weight = self.source.tensor(f"{module}.weight").to(self.source.device_of(layer))
         weight = weight if isinstance(linear, nn.Linear) else weight.T
         # float64 models are kept as they are: their users want the exact answer
         weight = weight if weight.dtype == torch.float64 else weight.float()

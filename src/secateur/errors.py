@@ -17,6 +17,7 @@ SecateurError
 ├── CorruptFileError          a safetensors file that is damaged, cut short or made to mislead
 ├── ResourceError             more memory or disk is needed than there is
 ├── OutputError               the output folder exists, or can't be written
+├── RankError                 one of several processes has failed or gone
 └── MissingExtraError         an optional dependency is not installed
 """
 
@@ -94,6 +95,10 @@ class ResourceError(SecateurError):
 
 class OutputError(SecateurError):
     """The output exists already or can't be written."""
+
+
+class RankError(SecateurError):
+    """One of the processes that work on a run together has failed or gone."""
 
 
 class MissingExtraError(SecateurError):

@@ -95,8 +95,17 @@ class Recipe(BaseModel):
     format: Literal["dense", "packed"] = "dense"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "cpu"
+    devices: list[str] = Field(default_factory=list)
     max_shard_size: str = "5GB"
     activation_memory: str | None = None
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Recipe:
+        if self.devices and self.device not in ("cpu", self.devices[0]):
+            raise ValueError("give device or devices, not both")
+        # whatever takes one device takes the first
+        self.device = self.devices[0] if self.devices else self.device
+        return self
 
     def method_options(self, step: Step) -> dict[str, Any]:
         """The options of a step's method, the general arguments among them."""

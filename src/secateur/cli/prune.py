@@ -27,6 +27,7 @@ from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.saving import check_push, how_to_load, push
 from secateur.errors import MissingExtraError, UsageError
 from secateur.files import check_output
+from secateur.ranks import join
 
 if TYPE_CHECKING:
     from secateur.recipes import Recipe
@@ -70,6 +71,9 @@ def prune(
         typer.Option(metavar="NAME", help="Dtype of the calibration forwards (default auto: bfloat16 where faster)."),
     ] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Device (default cpu).")] = None,
+    devices: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Spread the blocks over these devices: cuda:0,cuda:1.")
+    ] = None,
     evaluate: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,7 +121,6 @@ def prune(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    load_plugins(plugin)
     step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget}
     data = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
@@ -126,40 +129,48 @@ def prune(
         "out": out or None,
         "dtype": dtype,
         "device": device,
+        "devices": devices.split(",") if devices else None,
         "evaluate": evaluate or None,
         "windows": windows,
         "format": format,
         "max_shard_size": max_shard_size,
         "activation_memory": activation_memory,
     }
-    job = build_recipe(recipe, given(top), given(data), given(step), parse_options(options or []))
-    html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
-    check_push(push_to_hub, job.out, private=private, overwrite=overwrite)
-    from secateur.cli.estimate import Announcement
-    from secateur.runs.run import Options, planned, run_recipe
+    ranks = join()
+    with ranks.together(), working(quiet or not ranks.main) as progress:
+        load_plugins(plugin)
+        job = build_recipe(recipe, given(top), given(data), given(step), parse_options(options or []))
+        html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
+        ranks.on_main(lambda: check_push(push_to_hub, job.out, private=private, overwrite=overwrite))
+        if dry_run and ranks.size > 1:
+            raise UsageError(f"--dry-run is for one process, and here are {ranks.size}: leave torchrun out")
+        # from here on it takes the heavy libraries
+        from secateur.cli.estimate import Announcement
+        from secateur.runs.run import Options, planned, run_recipe
 
-    how = Options(
-        resume=resume,
-        overwrite=overwrite,
-        html=html,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        # a run that goes on has begun to fill the disk, and has fitted before
-        announce=Announcement(job, quiet) if estimate and not resume and not dry_run else None,
-    )
+        how = Options(
+            resume=resume,
+            overwrite=overwrite,
+            html=html,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            # a run that goes on has begun to fill the disk, and has fitted before
+            announce=Announcement(job, quiet) if estimate and not resume else None,
+            progress=progress,
+            measure=Measurement(job, progress, measure=measure, prompt=prompt, sample=html),
+        )
+        if not dry_run:
+            done = run_recipe(job, how)
+            url = ranks.on_main(lambda: _push(job, push_to_hub, private=private, overwrite=overwrite))
     if dry_run:
         with ExitStack() as temporary:
             with working(quiet) as progress:
                 plans = temporary.enter_context(planned(job, replace(how, progress=progress)))
             _show_dry_run(plans, json)
         return
-    assert job.out is not None
-    with working(quiet) as progress:
-        measurement = Measurement(job, progress, measure=measure, prompt=prompt, sample=html)
-        done = run_recipe(job, replace(how, progress=progress, measure=measurement))
-        url = push(job.out, push_to_hub, private=private, overwrite=overwrite) if push_to_hub else None
-    show_notes(done.notes, quiet)
-    _show_outcome(job, done, json, url)
+    if ranks.main:
+        show_notes(done.notes, quiet)
+        _show_outcome(job, done, json, url)
 
 
 def build_recipe(
@@ -233,6 +244,10 @@ def _check(job: Recipe, *, dry_run: bool, overwrite: bool, report: bool | None) 
     if report and not drawable:
         raise MissingExtraError("report.html needs plotly, which is not installed: pip install 'secateur[report]'")
     return drawable if report is None else report
+
+
+def _push(job: Recipe, repo_id: str | None, *, private: bool, overwrite: bool) -> str | None:
+    return push(job.out, repo_id, private=private, overwrite=overwrite) if repo_id and job.out else None
 
 
 def _show_dry_run(plans: list[Any], json: bool) -> None:

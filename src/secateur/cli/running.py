@@ -14,6 +14,7 @@ from typing import NoReturn
 import typer
 
 from secateur.errors import SecateurError
+from secateur.ranks import started_as_main
 
 INTERRUPTED = 130
 # Typer takes its parser from click, or carries a copy of it; this is the base of its usage errors either way.
@@ -34,13 +35,12 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except SecateurError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(f"error: {error}", error.exit_code, arguments)
     except _ParserError as error:
-        return _fail(_parser_message(error), 2)
+        return _fail(f"error: {_parser_message(error)}", 2, arguments)
     except (KeyboardInterrupt, typer.Abort) as stop:
         # a run that keeps what is done says how to go on
-        print(str(stop) or "interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
+        return _fail(str(stop) or "interrupted; nothing was written", INTERRUPTED, arguments)
     except BrokenPipeError:
         # what reads our output has gone: nobody to tell, and nothing left to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,8 +56,10 @@ def _invoke(arguments: list[str]) -> None:
         command.invoke(context)
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
+    # the ranks of a run fail together, and one of them says why
+    if "prune" not in arguments or started_as_main():
+        print(" ".join(message.split()), file=sys.stderr)
     return code
 
 

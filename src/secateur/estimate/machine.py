@@ -111,14 +111,14 @@ def _seconds(work: Callable[[], object], device: str, trial: float) -> float:
     On a CPU it is the time that this thread, which takes part in all that torch does in parallel, was at work: what
     else keeps the machine busy during a trial of milliseconds tells nothing about the hours after it.
     """
-    clock = time.thread_time if device == "cpu" else time.perf_counter
+    clock = time.thread_time if device.startswith("cpu") else time.perf_counter
     work()
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - started < trial and len(times) < 50):
         begin = clock()
         work()
-        if device != "cpu":
+        if not device.startswith("cpu"):
             torch.accelerator.synchronize(device)
         times.append(clock() - begin)
     return max(median(times), 1e-9)

@@ -56,7 +56,7 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
     most = max(stages, key=lambda stage: sum(stage.values()))
     parts = {name: size for name, size in {**steady, **most}.items() if size}
     device: dict[str, int] = {}
-    if job.device != "cpu":
+    if not job.device.startswith("cpu"):
         device = {name: parts.pop(name) for name in _ON_DEVICE if name in parts}
         parts |= _entering(sizes, job)
     comes_and_goes = sum(size for name, size in parts.items() if name not in ("process", "model"))

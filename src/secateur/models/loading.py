@@ -111,9 +111,14 @@ def quiet() -> Iterator[None]:
 
 def device_of(device: str) -> torch.device:
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError:
         raise UsageError(f"unknown device {device!r}: give cpu, cuda, cuda:0 or mps") from None
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"this machine has no device {device!r} that torch can use: {_first_line(error)}") from None
+    return found
 
 
 def named_on_hub(name: str | Path) -> bool:

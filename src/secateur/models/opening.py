@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,17 +23,19 @@ def open_source(
     name: str | Path,
     *,
     revision: str | None = None,
-    device: str = "cpu",
+    device: str | Sequence[str] = "cpu",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     progress: hub.Progress | None = None,
 ) -> tuple[Source, PreTrainedTokenizerBase | None]:
     """A model, by any name that ``load_model`` takes, and its tokenizer; the dtype is the checkpoint's own.
 
+    Blocks are opened on ``device``, or on several: the first ones on the first device, the last ones on the last.
+
     A GGUF file, pickled weights, and a checkpoint whose tensors transformers puts together from several, are loaded
     as a whole; the source is then in memory. Raises what ``load_model`` raises.
     """
-    target = loading.device_of(device)
+    devices = [loading.device_of(name) for name in ([device] if isinstance(device, str) else device)]
     place = loading.locate(name, revision, trust_remote_code, progress)
     folder = Path(place)
     if folder.is_dir() and (has_safetensors(folder) or not allow_pickle):
@@ -48,18 +51,18 @@ def open_source(
                     set_dtype(model, next(floats, torch.float32))
                     compute_buffers(model)
                     tokenizer = loading.load_tokenizer(place, trust_remote_code)
-                return CheckpointSource(model, stored, target), tokenizer
+                return CheckpointSource(model, stored, devices), tokenizer
     model, tokenizer = loading.load_model(
         name,
         revision=revision,
         dtype="auto",
-        device=device,
+        device=str(devices[0]),
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
         progress=progress,
     )
     model.secateur_name = hub.plain_name(str(name))  # type: ignore[assignment]
-    return Source(model), tokenizer
+    return Source(model, devices), tokenizer
 
 
 def _stored(checkpoint: Checkpoint) -> dict[str, Stored | PackedTensor] | None:

@@ -8,7 +8,7 @@ take the same path.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,16 +31,24 @@ _PART = 1 << 22
 
 
 class Source:
-    """A decoder in memory. ``model`` has its shapes, config and buffers; ``name`` is the prefix of its blocks."""
+    """A decoder in memory. ``model`` has its shapes, config and buffers; ``name`` is the prefix of its blocks.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Blocks are opened on ``devices``, each on one of them and neighbours together; by default where the model lies.
+    """
+
+    def __init__(self, model: PreTrainedModel, devices: Sequence[torch.device] = ()) -> None:
         self.model = model
         self.name, self.blocks = decoder_blocks(model)
+        self._devices = tuple(devices)
 
     @property
     def device(self) -> torch.device:
-        """Where blocks are opened."""
-        return next(self.blocks.parameters()).device
+        """Where the first block is opened, and what lies outside the blocks."""
+        return self._devices[0] if self._devices else next(self.blocks.parameters()).device
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a block is opened."""
+        return self._devices[layer * len(self._devices) // len(self.blocks)] if self._devices else self.device
 
     @property
     def folder(self) -> Path | None:
@@ -87,8 +95,8 @@ class Source:
         return {f"{self.name}.{layer}.{n}": t.detach() for n, t in self.blocks[layer].state_dict().items()}
 
     def open(self, layer: int, dtype: torch.dtype) -> nn.Module:
-        """A working copy of one block in ``dtype`` on the device, in eval mode; writing to it changes nothing else."""
-        return copy.deepcopy(self.blocks[layer]).to(dtype).eval()
+        """A working copy of one block in ``dtype`` on its device, in eval mode; writing to it changes nothing else."""
+        return copy.deepcopy(self.blocks[layer]).to(self.device_of(layer), dtype).eval()
 
     def shell(self, dtype: torch.dtype) -> nn.Module:
         """The base model in ``dtype`` around the source's own blocks, which its caller must not run.
@@ -130,10 +138,11 @@ class CheckpointSource(Source):
     read in the background.
     """
 
-    def __init__(self, model: PreTrainedModel, stored: dict[str, Stored | PackedTensor], device: torch.device) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: PreTrainedModel, stored: dict[str, Stored | PackedTensor], devices: Sequence[torch.device]
+    ) -> None:
+        super().__init__(model, devices)
         self.stored = stored
-        self._device = device
         self._held: tuple[int, dict[str, Tensor]] = (-1, {})
         self._unpacked: tuple[str, Tensor] = ("", torch.empty(0))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
@@ -144,10 +153,6 @@ class CheckpointSource(Source):
         """The weight files."""
         parts = (s if isinstance(s, Stored) else s.values for s in self.stored.values())
         return sorted({part.file for part in parts})
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
 
     @property
     def folder(self) -> Path | None:
@@ -185,18 +190,18 @@ class CheckpointSource(Source):
         self._held, self._ahead = (-1, {}), {}
 
     def open(self, layer: int, dtype: torch.dtype) -> nn.Module:
-        block = copy.deepcopy(self.blocks[layer])
+        block, device = copy.deepcopy(self.blocks[layer]), self.device_of(layer)
         prefix = f"{self.name}.{layer}."
         for name, tensor in self.block_tensors(layer).items():
             cast = dtype if tensor.is_floating_point() else tensor.dtype
             # a copy even where nothing is converted: what is held must stay as it is stored
-            _set(block, name.removeprefix(prefix), tensor.to(self._device, cast, copy=True))
-        return block.to(self._device, dtype).eval()
+            _set(block, name.removeprefix(prefix), tensor.to(device, cast, copy=True))
+        return block.to(device, dtype).eval()
 
     def mapped(self, name: str) -> Tensor:
         stored = self.stored[name]
-        if self._device.type != "cpu" or not isinstance(stored, Stored):
-            return stored.read().to(self._device)
+        if self.device.type != "cpu" or not isinstance(stored, Stored):
+            return stored.read().to(self.device)
         # copy on write: torch has no read-only tensors
         raw = np.memmap(stored.file, dtype=np.uint8, mode="c", offset=stored.start, shape=(stored.size,))
         return torch.from_numpy(raw).view(stored.dtype).reshape(stored.shape)

@@ -37,6 +37,8 @@ class Blocks(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    def device_of(self, layer: int) -> torch.device: ...
+
     def open(self, layer: int, dtype: torch.dtype) -> nn.Module: ...
 
     def shell(self, dtype: torch.dtype) -> nn.Module: ...
@@ -95,7 +97,7 @@ class BlockWalk:
             hidden = self.hidden[i]
             output = self._run(block, layer, i, hidden)
             for statistic in seen.values():
-                statistic.update(torch.cat([hidden, output], dim=-1))
+                statistic.update(torch.cat([hidden.to(output.device), output], dim=-1))
             self.hidden[i] = output
         self.hidden.turn()
         return seen
@@ -109,7 +111,7 @@ class BlockWalk:
 
     def _run(self, block: nn.Module, layer: int, batch: int, hidden: Tensor) -> Tensor:
         call = self._calls[hidden.shape[0]][layer]
-        output = _first(block(hidden, *call.args, **call.kwargs))
+        output = _first(block(hidden.to(self._source.device_of(layer)), *call.args, **call.kwargs))
         if not bool(torch.isfinite(output).all()):
             raise NonFiniteError(
                 f"layer {layer} gives NaN or inf in calibration batch {batch}: try --dtype float32 or check the weights"
@@ -123,10 +125,16 @@ class BlockWalk:
         for ids in self._batches:
             with _recording(self._source.blocks, first, as_tuple) as (hidden, calls):
                 shell(input_ids=ids, use_cache=False)
-            self.hidden.append(_cast(hidden[0], self._dtype))
+            self.hidden.append(_cast(hidden[0], self._dtype, self._source.device))
             if ids.shape[0] not in self._calls:
-                cast = [_Call(_cast(c.args, self._dtype), _cast(c.kwargs, self._dtype)) for c in calls]
-                self._calls[ids.shape[0]] = cast
+                self._calls[ids.shape[0]] = list(self._cast_calls(calls))
+
+    def _cast_calls(self, calls: list[_Call]) -> Iterator[_Call]:
+        """The calls in the compute dtype, each on the device of its block; what blocks share there stays shared."""
+        made: dict[tuple[int, torch.device], Tensor] = {}
+        for layer, call in enumerate(calls):
+            device = self._source.device_of(layer)
+            yield _Call(*(_cast(part, self._dtype, device, made) for part in (call.args, call.kwargs)))
 
 
 @contextmanager
@@ -205,12 +213,18 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors anywhere inside ``value`` in the compute dtype."""
+def _cast(
+    value: Any, dtype: torch.dtype, device: torch.device, made: dict[tuple[int, torch.device], Tensor] | None = None
+) -> Any:
+    """Tensors anywhere inside ``value`` on ``device``, floating ones in ``dtype``; ``made`` holds those done before."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        made = {} if made is None else made
+        place = (id(value), device)
+        if place not in made:
+            made[place] = value.to(device, dtype if value.is_floating_point() else value.dtype)
+        return made[place]
     if isinstance(value, tuple):
-        return tuple(_cast(v, dtype) for v in value)
+        return tuple(_cast(v, dtype, device, made) for v in value)
     if isinstance(value, dict):
-        return {k: _cast(v, dtype) for k, v in value.items()}
+        return {k: _cast(v, dtype, device, made) for k, v in value.items()}
     return value

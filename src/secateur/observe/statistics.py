@@ -97,7 +97,8 @@ class SumSquares(Accumulator):
     """Sum of squares per channel: ``total_C`` float64, ``sequences`` and ``tokens`` seen."""
 
     def __init__(self) -> None:
-        self.total_C = torch.zeros(1, dtype=torch.float64)
+        # no dimension, so that it adds to sums on any device
+        self.total_C = torch.zeros((), dtype=torch.float64)
         self.sequences = 0
         self.tokens = 0
 
@@ -123,8 +124,8 @@ class Moments(Accumulator):
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean_C = torch.zeros(1, dtype=torch.float64)
-        self.m2_C = torch.zeros(1, dtype=torch.float64)
+        self.mean_C = torch.zeros((), dtype=torch.float64)
+        self.m2_C = torch.zeros((), dtype=torch.float64)
 
     def update(self, x_BTC: Tensor) -> None:
         flat = x_BTC.reshape(-1, x_BTC.shape[-1]).float()

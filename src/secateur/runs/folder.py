@@ -7,7 +7,7 @@ OUT.run/
     plan/                block-00000.safetensors, ...: the decision about each block
     weights/             block-00000.safetensors, ...: each block as it will be in the checkpoint
     seen/, ranked/       statistics and scores that the end of the run needs, for methods that decide globally
-    hidden/              the activations that enter the next block
+    hidden/              the activations that enter the next block; those of other ranks than 0 in rank-1/, ...
   step-1/out/            the checkpoint, until it takes its own name
 """
 
@@ -30,6 +30,7 @@ from secateur.methods import Method
 from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen
 from secateur.plans import Plan, Provenance, plan_of_parts
+from secateur.ranks import ALONE, Ranks
 from secateur.remote import is_url, place
 from secateur.runs.cutting import BlockCutter
 from secateur.runs.signals import Stopped, StopRequest
@@ -94,22 +95,27 @@ class StepFolder:
             sync_folder(self.path / room)
         self.journal.add(**entry)
 
-    def check_stop(self, where: str) -> None:
-        """Raise Stopped when a signal has come."""
-        if self._stop.made:
+    def check_stop(self, where: str, ranks: Ranks = ALONE) -> None:
+        """Raise Stopped when a signal has come, to one of ``ranks`` at least."""
+        if ranks.any(self._stop.made):
             raise Stopped(f"stopped after {where}; {self._hint}")
 
 
 class DiskKeeper(Keeper):
     """Keeps every finished block in a folder; see the module's docstring.
 
-    ``cutter`` writes blocks as they will be in the checkpoint, unless ``cut`` is false. Raises Stopped after a block
-    when a signal has come.
+    ``cutter`` writes blocks as they will be in the checkpoint, unless ``cut`` is false. Of several ranks, which share a
+    file system, each keeps its activations in ``hidden``, and the first one keeps all the rest. Raises Stopped after a
+    block when a signal has come.
     """
 
-    def __init__(self, step: StepFolder, method: Method, cutter: BlockCutter, *, cut: bool = True) -> None:
+    def __init__(
+        self, step: StepFolder, method: Method, cutter: BlockCutter, ranks: Ranks = ALONE, *, cut: bool = True
+    ) -> None:
         super().__init__()
-        self._step, self._method, self._cutter, self._cut = step, method, cutter, cut
+        self._step, self._method, self._cutter, self._ranks, self._cut = step, method, cutter, ranks, cut
+        self.hidden = step.path / "hidden" if ranks.main else step.path / "hidden" / f"rank-{ranks.rank}"
+        self.hidden.mkdir(exist_ok=True)
         self.finished = len(step.journal.of("block"))
         self._scores: dict[str, Tensor] = {}
         self._ranked_files: dict[str, Stored] = {}
@@ -122,7 +128,7 @@ class DiskKeeper(Keeper):
         return bool(self._step.journal.of("closed"))
 
     def resume(self, walk: BlockWalk) -> None:
-        state = self._step.file("hidden", self.finished)
+        state = self._state(self.finished)
         if self.finished and state.is_file():
             walk.hidden.restore(state)
 
@@ -136,6 +142,24 @@ class DiskKeeper(Keeper):
         seen: SeenByModule | None = None,
         ranked: Mapping[str, Tensor] | None = None,
     ) -> None:
+        if walk is not None and layer + 1 < self._cutter.layers:
+            walk.hidden.store(self._state(layer + 1))
+            sync_folder(self.hidden)
+        # a block counts as finished only when every rank can go on from there
+        self._ranks.meet()
+        if self._ranks.main:
+            self._write(layer, part, final, seen, ranked)
+        self.finished = layer + 1
+        self._step.check_stop(f"block {layer + 1} of {self._cutter.layers}", self._ranks)
+
+    def _write(
+        self,
+        layer: int,
+        part: Decision,
+        final: bool,
+        seen: SeenByModule | None,
+        ranked: Mapping[str, Tensor] | None,
+    ) -> None:
         write_tensors(self._step.file("plan", layer), _part_tensors(part, self._cutter.provenance), durable=True)
         if seen:
             write_seen(self._step.file("seen", layer), seen)
@@ -143,19 +167,20 @@ class DiskKeeper(Keeper):
             write_tensors(self._step.file("ranked", layer), ranked, durable=True)
         if final and self._cut:
             self._cutter.write(layer, part, self._step.file("weights", layer))
-        if walk is not None and layer + 1 < self._cutter.layers:
-            walk.hidden.store(self._step.file("hidden", layer + 1))
         self._step.add(block=layer, final=final and self._cut, **_part_document(part))
-        self._step.file("hidden", layer).unlink(missing_ok=True)
-        self.finished = layer + 1
+        for state in self._step.path.joinpath("hidden").rglob(self._state(layer).name):
+            state.unlink(missing_ok=True)
         self._remember(layer)
-        self._step.check_stop(f"block {layer + 1} of {self._cutter.layers}")
+
+    def _state(self, layer: int) -> Path:
+        """The file of the activations that enter a block."""
+        return self.hidden / self._step.file("hidden", layer).name
 
     def seen(self, layer: int) -> SeenByModule:
         path = self._step.file("seen", layer)
         if not path.is_file():
             return {}
-        return read_seen(path, self._method.needed_statistics(), self._cutter.source.device)
+        return read_seen(path, self._method.needed_statistics(), self._cutter.source.device_of(layer))
 
     def ranked(self, name: str) -> Tensor:
         return self._ranked_files[name].read()
@@ -164,6 +189,8 @@ class DiskKeeper(Keeper):
         return self._scores
 
     def close(self, parts: Iterator[Decision]) -> None:
+        if not self._ranks.main:
+            return
         documents = []
         for number, part in enumerate(parts):
             path = self._step.path / "plan" / f"whole-{number:05d}.safetensors"
@@ -214,18 +241,27 @@ class RunFolder:
     """``OUT.run`` beside the output: made for a new run, opened again to go on with one that was stopped.
 
     ``document`` says what is being done. Raises OutputError when there is nothing to resume, when the run on disk is
-    another one, or when an unfinished run is there and neither ``resume`` nor ``overwrite`` is given.
+    another one, or when an unfinished run is there and neither ``resume`` nor ``overwrite`` is given. Of several
+    ranks the first makes and removes the folder, and the others open it.
     """
 
-    def __init__(self, out: str | Path, document: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self, out: str | Path, document: Mapping[str, Any], *, resume: bool, overwrite: bool, ranks: Ranks = ALONE
+    ) -> None:
         self.path = run_path(out)
         self.out = out
         self.document = json.loads(json.dumps(document))
         self._parents = [parent for parent in self.path.parents if not parent.exists()]
+        self._ranks = ranks
+        ranks.on_main(lambda: self._open() if resume else self._make(overwrite))
+        if not ranks.main:
+            self._open()
+
+    def _open(self) -> None:
+        self._check_same(read_document(self.path))
+
+    def _make(self, overwrite: bool) -> None:
         head = self.path / "run.json"
-        if resume:
-            self._check_same(read_document(self.path))
-            return
         if head.is_file() and not overwrite:
             raise OutputError(
                 f"{self.path} holds an unfinished run: add --resume to go on with it, or --overwrite to begin again"
@@ -238,7 +274,7 @@ class RunFolder:
             os.replace(temporary, head)
         except OSError as error:
             self.remove()
-            raise OutputError(f"can't write to {out}: {error.strerror or error}") from None
+            raise OutputError(f"can't write to {self.out}: {error.strerror or error}") from None
 
     def step(self, number: int) -> Path:
         """The folder of one step, from 1."""
@@ -248,6 +284,8 @@ class RunFolder:
 
     def remove(self) -> None:
         """Delete the folder, and those above it that were made for it and hold nothing else."""
+        if not self._ranks.main:
+            return
         shutil.rmtree(self.path, ignore_errors=True)
         for parent in self._parents:
             with suppress(OSError):

@@ -18,6 +18,7 @@ from secateur.models.sources import Source
 from secateur.models.surgery import check_fits
 from secateur.observe.activations import Activations
 from secateur.plans import Plan, Provenance
+from secateur.ranks import ALONE, Ranks
 from secateur.runs.cutting import BlockCutter
 from secateur.runs.folder import DiskKeeper, StepFolder
 from secateur.runs.output import CheckpointWriter, kept_layers
@@ -67,8 +68,9 @@ def plan_step(
     seed: int,
     progress: Progress,
     statistics: Path | None = None,
-) -> tuple[Plan, BlockCutter]:
-    """Decide by ``method``; what is done already is taken as it is.
+    ranks: Ranks = ALONE,
+) -> tuple[DiskKeeper, BlockCutter]:
+    """Decide by ``method``; what is done already is taken as it is. All ``ranks`` observe; the first one writes.
 
     Blocks are cut on the way unless ``output`` is None. Masks and values of the plan stay in the folder.
     Raises Stopped at the next boundary once a signal has come.
@@ -83,9 +85,11 @@ def plan_step(
         versions=library_versions(),
     )
     cutter = BlockCutter(source, provenance, output.format if output else "dense")
-    keeper = DiskKeeper(step, method, cutter, cut=output is not None)
+    keeper = DiskKeeper(step, method, cutter, ranks, cut=output is not None)
+    # all have read the journal before one writes to it
+    ranks.meet()
     if not keeper.closed:
-        if not keeper.finished:
+        if not keeper.finished and ranks.main:
             source.check_outside()
         decide(
             method,
@@ -95,10 +99,11 @@ def plan_step(
             batch_tokens=resources.batch_tokens,
             progress=progress,
             keeper=keeper,
-            hidden=Activations(limit=resources.activation_memory, folder=step.path / "hidden"),
+            hidden=Activations(limit=resources.activation_memory, folder=keeper.hidden),
             statistics=statistics,
+            ranks=ranks,
         )
-    return keeper.finish(), cutter
+    return keeper, cutter
 
 
 def prune_step(
@@ -109,14 +114,25 @@ def prune_step(
     *,
     output: Output,
     progress: Progress,
+    ranks: Ranks = ALONE,
     **how: Any,
-) -> StepResult:
-    """``plan_step``, then the checkpoint in ``step.out``; takes the arguments of ``plan_step``."""
+) -> StepResult | None:
+    """``plan_step``, then the checkpoint in ``step.out``; takes the arguments of ``plan_step``.
+
+    The first of the ``ranks`` writes, and has the result.
+    """
     started = time.perf_counter()
-    plan, cutter = plan_step(step, method, source, tokens, output=output, progress=progress, **how)
-    planned = time.perf_counter()
-    plain = _write_cut(step, plan, source, cutter, output, progress)
-    return StepResult(plan, step.out, plain, {"plan": planned - started, "cut": time.perf_counter() - planned})
+    keeper, cutter = plan_step(step, method, source, tokens, output=output, progress=progress, ranks=ranks, **how)
+
+    def finish() -> StepResult:
+        plan = keeper.finish()
+        planned = time.perf_counter()
+        plain = _write_cut(step, plan, source, cutter, output, progress)
+        return StepResult(plan, step.out, plain, {"plan": planned - started, "cut": time.perf_counter() - planned})
+
+    result = finish() if ranks.main else None
+    ranks.meet()
+    return result
 
 
 def apply_step(step: StepFolder, plan: Plan, source: Source, *, output: Output, progress: Progress) -> StepResult:

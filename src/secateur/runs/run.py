@@ -7,24 +7,25 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from secateur.errors import OutputError, SecateurError, UsageError
+from secateur.errors import OutputError, RankError, SecateurError, UsageError
 from secateur.files import check_output, disk_error, finish_folder
 from secateur.methods import Method, make_method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import fingerprint
-from secateur.models.loading import load_model
+from secateur.models.loading import load_model, locate
 from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
 from secateur.models.sources import CheckpointSource, Source
 from secateur.observe.calibration import Tokens, load_tokens
 from secateur.observe.precision import compute_dtype
 from secateur.plans import Plan
+from secateur.ranks import ALONE, Ranks, join
 from secateur.recipes import Recipe, Step, load_recipe, make_recipe, merge_reports
 from secateur.remote import is_url
 from secateur.report import Report
@@ -77,6 +78,8 @@ def run(
     finished is kept in ``OUT.run`` until the end: after a stop, a crash or a full disk the same call with ``resume``
     goes on from the last finished block and gives the same bytes. ``statistics`` is a folder for statistics that
     several runs share.
+    In a process group, or in processes that torchrun has started, all ranks call this together, share the calibration
+    windows, and get the same report or error; see ``docs/guides/many-devices.md``.
     Raises what ``secateur.plan`` raises, OutputError, and Stopped (a KeyboardInterrupt) when a signal came.
     """
     if not isinstance(recipe, Recipe):
@@ -97,26 +100,39 @@ def run(
 
 def run_recipe(recipe: Recipe, options: Options) -> Report:
     """``run`` with whole options; ``measure`` completes the report before it is written."""
+    ranks = join()
+    with ranks.together():
+        return _run_on(ranks, recipe, options if ranks.main else replace(options, progress=lambda *_: None))
+
+
+def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
     if recipe.model is None or recipe.out is None:
         raise UsageError("a run needs a model and an output folder: give both in the recipe")
     recipe.check_methods()
     out = recipe.out
     check_output(out, options.overwrite)
     previous = read_document(run_path(out)) if options.resume else {}
-    source, tokenizer = _open(recipe, options)
+    name, remote_code = recipe.model, options.trust_remote_code
+    # what the hub has is fetched once
+    ranks.on_main(lambda: locate(name, recipe.revision, remote_code, options.progress))
+    source, tokenizer = _open(recipe, options, ranks)
     try:
-        dtype = previous.get("dtype") or str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch.")
+        # it may be a matter of timing, so one rank decides
+        fastest = ranks.on_main(lambda: str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch."))
+        dtype = previous.get("dtype") or fastest
         if options.announce is not None:
-            options.announce(source, getattr(torch, dtype))
+            announce = options.announce
+            ranks.on_main(lambda: announce(source, getattr(torch, dtype)))
         document = {
             "recipe": recipe.model_dump(mode="json", exclude={"out", "evaluate", "windows"}),
             "model": fingerprint(source).model_dump(),
             "dtype": dtype,
             "versions": library_versions(),
+            "number of ranks": ranks.size,
         }
-        folder = RunFolder(out, document, resume=options.resume, overwrite=options.overwrite)
-        with _kept(folder, options.resume) as stop:
-            runner = _Runner(recipe, options, folder, stop, source, tokenizer, getattr(torch, dtype))
+        folder = RunFolder(out, document, resume=options.resume, overwrite=options.overwrite, ranks=ranks)
+        with _kept(folder, options.resume, ranks) as stop:
+            runner = _Runner(recipe, options, folder, stop, source, tokenizer, getattr(torch, dtype), ranks)
             return runner.run()
     finally:
         source.close()
@@ -131,24 +147,24 @@ def planned(recipe: Recipe, options: Options) -> Iterator[list[Plan]]:
     if recipe.model is None:
         raise UsageError("a plan needs a model: give it in the recipe")
     recipe.check_methods()
-    source, tokenizer = _open(recipe, options)
+    source, tokenizer = _open(recipe, options, ALONE)
     with tempfile.TemporaryDirectory(prefix="secateur-") as temporary:
         try:
             dtype = compute_dtype(recipe.dtype, source.device)
             folder = RunFolder(Path(temporary) / "out", {}, resume=False, overwrite=False)
             stop = StopRequest()
             stop.defer(False)
-            yield _Runner(recipe, options, folder, stop, source, tokenizer, dtype).plans()
+            yield _Runner(recipe, options, folder, stop, source, tokenizer, dtype, ALONE).plans()
         finally:
             source.close()
 
 
-def _open(recipe: Recipe, options: Options) -> tuple[Source, PreTrainedTokenizerBase | None]:
+def _open(recipe: Recipe, options: Options, ranks: Ranks) -> tuple[Source, PreTrainedTokenizerBase | None]:
     assert recipe.model is not None
     return open_source(
         recipe.model,
         revision=recipe.revision,
-        device=recipe.device,
+        device=_devices(recipe, ranks),
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
         progress=options.progress,
@@ -165,46 +181,50 @@ class _Runner:
         source: Source,
         tokenizer: PreTrainedTokenizerBase | None,
         dtype: torch.dtype,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._recipe, self._options, self._folder, self._stop = recipe, options, folder, stop
         self._source, self._tokenizer, self._dtype = source, tokenizer, dtype
 
     def run(self) -> Report:
         results, reports = [], []
-        for number, step, source in self._sources(results):
+        for number, step, source in self._sources():
             result = self._step(number, step, source)
-            report = build_report(result.plan, decoder_anatomy(source.model, heads=result.plan.head_unit))
-            report.seconds = dict(result.seconds)
-            results.append(result)
-            reports.append(report)
+            if result is not None:
+                report = build_report(result.plan, decoder_anatomy(source.model, heads=result.plan.head_unit))
+                report.seconds = dict(result.seconds)
+                results.append(result)
+                reports.append(report)
         self._stop.defer(False)
-        return self._finish(results, merge_reports(reports))
+        return self._ranks.on_main(lambda: self._finish(results, merge_reports(reports)))
 
     def plans(self) -> list[Plan]:
         """The plan of every step; only what a later step needs is cut."""
-        results: list[StepResult] = []
         plans: list[Plan] = []
-        for number, step, source in self._sources(results):
+        for number, step, source in self._sources():
             if number < len(self._recipe.steps):
-                results.append(self._step(number, step, source))
-                plans.append(results[-1].plan)
+                result = self._step(number, step, source)
+                assert result is not None
+                plans.append(result.plan)
             else:
-                plans.append(plan_step(*self._what(number, step, source), output=None, **self._how())[0])
+                plans.append(plan_step(*self._what(number, step, source), output=None, **self._how())[0].finish())
         return plans
 
-    def _sources(self, results: list[StepResult]) -> Iterator[tuple[int, Step, Source]]:
+    def _sources(self) -> Iterator[tuple[int, Step, Source]]:
         """Every step with the model that it starts from: that of the user, then what the step before wrote."""
         for number, step in enumerate(self._recipe.steps, start=1):
             if number == 1:
                 yield number, step, self._source
                 continue
-            source, _ = open_source(results[-1].folder, device=self._recipe.device)
+            folder = self._folder.step(number - 1) / "out"
+            source, _ = open_source(folder, device=_devices(self._recipe, self._ranks))
             try:
                 yield number, step, source
             finally:
                 source.close()
 
-    def _step(self, number: int, step: Step, source: Source) -> StepResult:
+    def _step(self, number: int, step: Step, source: Source) -> StepResult | None:
         last = number == len(self._recipe.steps)
         output = Output(self._recipe.format if last else "dense", parse_size(self._recipe.max_shard_size))
         return prune_step(*self._what(number, step, source), output=output, **self._how())
@@ -212,7 +232,9 @@ class _Runner:
     def _what(self, number: int, step: Step, source: Source) -> tuple[StepFolder, Method, Source, Tokens | None]:
         method = make_method(step.method, self._recipe.method_options(step))
         folder = StepFolder(self._folder.step(number), self._stop, _hint(self._folder.out))
-        return folder, method, source, self._tokens(source) if method.statistics else None
+        # one rank reads, so that a text that is fetched or sampled is the same for all
+        tokens = self._ranks.on_main(lambda: self._tokens(source)) if method.statistics else None
+        return folder, method, source, tokens
 
     def _how(self) -> dict[str, Any]:
         memory = self._recipe.activation_memory
@@ -221,6 +243,7 @@ class _Runner:
             "seed": self._recipe.calibration.seed,
             "progress": self._options.progress,
             "statistics": self._options.statistics,
+            "ranks": self._ranks,
         }
 
     def _tokens(self, source: Source) -> Tokens:
@@ -318,14 +341,21 @@ def apply_plans(
     return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
+def _devices(recipe: Recipe, ranks: Ranks) -> str | list[str]:
+    """Where the blocks of a model are opened."""
+    if recipe.devices and ranks.size > 1:
+        raise UsageError("several devices are for one process: of several ranks, each takes a GPU of its own")
+    return recipe.devices or ranks.device(recipe.device)
+
+
 def _hint(out: str | Path) -> str:
     return f"{run_path(out)} holds what is done: the same command with --resume goes on from there"
 
 
 @contextmanager
-def _kept(folder: RunFolder, resumed: bool) -> Iterator[StopRequest]:
+def _kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[StopRequest]:
     """Keep the folder when the block is left early and something is finished in it; remove it otherwise."""
-    with deferred(lambda: _begun(folder)) as stop:
+    with deferred(lambda: _begun(folder), quiet=not ranks.main) as stop:
         try:
             yield stop
         except Stopped:
@@ -338,11 +368,12 @@ def _kept(folder: RunFolder, resumed: bool) -> Iterator[StopRequest]:
         except Exception as error:
             reason = disk_error(error)
             uploading = is_url(folder.out) and isinstance(error, OutputError)
-            keep = _begun(folder) and (bool(reason) or resumed or not isinstance(error, SecateurError))
+            ours = isinstance(error, SecateurError) and not isinstance(error, RankError)
+            keep = _begun(folder) and (bool(reason) or resumed or not ours)
             if not keep:
                 folder.remove()
-            if uploading and keep:
-                raise OutputError(f"{error}; {_hint(folder.out)}") from error
+            if (uploading or isinstance(error, RankError)) and keep:
+                raise type(error)(f"{error}; {_hint(folder.out)}") from error
             if reason and not uploading:
                 left = _hint(folder.out) if keep else "nothing was left behind"
                 raise OutputError(f"can't write {folder.out}: {reason}; {left}") from error

@@ -20,8 +20,9 @@ class StopRequest:
     So does a second signal, and any signal while ``defer(False)`` holds.
     """
 
-    def __init__(self, begun: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, begun: Callable[[], bool] = lambda: True, *, quiet: bool = False) -> None:
         self.made = False
+        self._quiet = quiet
         self._begun = begun
         self._deferring = True
 
@@ -33,13 +34,14 @@ class StopRequest:
         if self.made or not self._deferring or not self._begun():
             raise KeyboardInterrupt
         self.made = True
-        print("stopping after this block; once more stops at once", file=sys.stderr, flush=True)
+        if not self._quiet:
+            print("stopping after this block; once more stops at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
-def deferred(begun: Callable[[], bool]) -> Iterator[StopRequest]:
+def deferred(begun: Callable[[], bool], *, quiet: bool = False) -> Iterator[StopRequest]:
     """Within the block, signals only set the request. Handlers can be changed in the main thread alone."""
-    request = StopRequest(begun)
+    request = StopRequest(begun, quiet=quiet)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
