@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,9 +30,6 @@ from secateur.errors import RecipeError, UsageError, nearest
 from secateur.reading import read_bytes, shown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from secateur.plans import Plan
     from secateur.report import LayerCut, Report
 
 Progress = Callable[[str, int, int], None]
@@ -146,15 +143,6 @@ class Recipe(BaseModel):
         }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The model that all steps gave, one plan per step, and one report of the whole."""
-
-    model: PreTrainedModel
-    plans: list[Plan]
-    report: Report
-
-
 def load_recipe(path: str | Path) -> Recipe:
     """Read and validate a recipe. Raises RecipeError with the file, the place and the nearest valid key."""
     return make_recipe(read_recipe(path), str(path))
@@ -188,50 +176,6 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"{where}: {explain(error.errors()[0], _MODELS)}") from None
-
-
-def plan_steps(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    progress: Progress | None = None,
-) -> list[Plan]:
-    """The plan of every step; ``model`` is left as it is. Raises what ``secateur.plan`` raises."""
-    from secateur import api
-
-    plans: list[Plan] = []
-    current = model
-    for step in recipe.steps:
-        if plans:
-            current = api.apply(plans[-1], current, inplace=current is not model)
-        plans.append(api.plan(current, tokenizer, progress=progress, **recipe.plan_arguments(step)))
-    return plans
-
-
-def run_steps(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    progress: Progress | None = None,
-) -> Outcome:
-    """Run every step on the result of the one before; ``model`` is left as it is.
-
-    Raises what ``secateur.prune`` raises.
-    """
-    from secateur import api
-
-    plans: list[Plan] = []
-    reports: list[Report] = []
-    current = model
-    for step in recipe.steps:
-        inplace = current is not model
-        result = api.prune(current, tokenizer, inplace=inplace, progress=progress, **recipe.plan_arguments(step))
-        current = result.model
-        plans.append(result.plan)
-        reports.append(result.report)
-    return Outcome(current, plans, merge_reports(reports))
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:
