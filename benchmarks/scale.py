@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_result
+from common import finished_rows, write_result
 from processes import measured, own_peak_bytes
 
 from secateur.tensorfiles import Made, write_tensors
@@ -35,8 +35,9 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 TEXT = """
-Every row is one process: `secateur prune` (or `plan apply`) on a random Llama in bfloat16. `peak` is its high-water
-mark of resident memory; `model` the bytes of its weights. A model is never all in memory: the peak is one block, the
+Every row is one process: `secateur prune` (or `plan apply`) on a random Llama in bfloat16. `peak GB` is its
+high-water mark of resident memory, `model GB` its weights, `cpu` its processor seconds (the rows of 3B and 7B ran
+beside other work, so that their wall time says little). A model is never all in memory: the peak is one block, the
 next one being read, a working copy in the compute dtype, and Python with torch. It does not grow with the depth.
 """
 
@@ -51,7 +52,8 @@ def main() -> None:
     wanted = arguments.only or ["3B", "7B", "depth"]
     work = arguments.work or Path(tempfile.mkdtemp(prefix="scale-"))
     work.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    # rows of an earlier run that this one doesn't make again
+    rows = [row for row in finished_rows(arguments.name) if _part_of(row) not in wanted]
     try:
         if "3B" in wanted:
             model = make_checkpoint(work / "3B", **SHAPES["3B"])
@@ -74,7 +76,7 @@ def main() -> None:
                     command = ["prune", str(model), "--method", "wanda", "--sparsity", "0.5"]
                     taken[name].append(run(name, work, [*command, "--samples", "16", "--length", "256"]))
             for found in taken.values():
-                middle = {key: statistics.median(row[key] for row in found) for key in ("seconds", "cpu", "peak")}
+                middle = {key: statistics.median(row[key] for row in found) for key in ("seconds", "cpu", "peak GB")}
                 rows.append({**found[0], **middle})
     finally:
         if arguments.work is None:
@@ -95,7 +97,7 @@ def run(name: str, work: Path, command: list[str], label: str = "") -> dict[str,
         "model": name,
         "what": label or " ".join(word for word in options if word not in (command[0], command[1], "--method")),
         "model GB": SIZES[name] / 1e9,
-        "peak": found.peak_bytes / 1e9,
+        "peak GB": found.peak_bytes / 1e9,
         "seconds": found.seconds,
         "cpu": found.cpu_seconds,
         "output GB": sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9,
@@ -103,6 +105,10 @@ def run(name: str, work: Path, command: list[str], label: str = "") -> dict[str,
     print(row, flush=True)
     shutil.rmtree(out)
     return row
+
+
+def _part_of(row: dict[str, Any]) -> str:
+    return row["model"] if row["model"] in ("3B", "7B") else "depth"
 
 
 SIZES: dict[str, int] = {}
