@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import write_result
+from common import finished_rows, write_result
 
 import secateur as sc
 from secateur.models.sources import Source
@@ -43,7 +43,10 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: both")
     arguments = parser.parse_args()
     model, tokenizer = sc.load(arguments.model)
-    rows = [row for dtype in arguments.dtype or DTYPES for row in _measure(dtype, model, tokenizer, arguments)]
+    dtypes = arguments.dtype or list(DTYPES)
+    # rows of an earlier run in other dtypes stay; every ratio compares times of one run
+    rows = [row for row in finished_rows("cost-smollm2-135m") if row["dtype"] not in dtypes]
+    rows += [row for dtype in dtypes for row in _measure(dtype, model, tokenizer, arguments)]
     device = torch.device("cpu")
     setting = {
         "model": arguments.model,
