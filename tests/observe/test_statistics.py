@@ -110,3 +110,33 @@ def test_gram_caches_a_factorisation_until_more_data_comes():
     gram.update(torch.ones(1, 2, 3))
     gram.cached("factor", 0.1, lambda g: calls.append(1))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("channels", [24, 700])
+def test_a_gram_of_bfloat16_inputs_loses_nothing(channels):
+    before = torch.get_float32_matmul_precision()
+    x = torch.randn(3, 90, channels, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    gram = Gram()
+    gram.update(x[:2])
+    gram.update(x[2:])
+    flat = x.double().reshape(-1, channels)
+    # products of bfloat16 factors are exact in float32: what is left is the rounding of float32 sums
+    torch.testing.assert_close(gram.total_CC.double(), flat.T @ flat, rtol=1e-5, atol=1e-4)
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("kind", [SumSquares, Moments])
+def test_statistics_of_many_rows_are_those_of_a_few(kind):
+    x = torch.randn(2, 1500, 6, generator=torch.Generator().manual_seed(0)) + 5
+    whole, pieces = kind(), kind()
+    whole.update(x)
+    for piece in x.reshape(-1, 1, 6).split(7):
+        pieces.update(piece)
+    flat = x.double().reshape(-1, 6)
+    if isinstance(whole, Moments):
+        for found in (whole, pieces):
+            torch.testing.assert_close(found.mean_C, flat.mean(dim=0), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(found.variance(), flat.var(dim=0), rtol=1e-5, atol=1e-6)
+    else:
+        for found in (whole, pieces):
+            torch.testing.assert_close(found.total_C, flat.square().sum(dim=0), rtol=1e-6, atol=1e-6)
