@@ -1,10 +1,10 @@
 """What ``secateur estimate`` says beside what the run then takes: three models, four methods.
 
-    python benchmarks/estimate.py --work /tmp/estimates
+    python benchmarks/estimate.py --work FOLDER
 
 Both are child processes on this machine. Memory is the kernel's high-water mark of the child. Where other work keeps
 the machine busy, wall time says nothing; the time is therefore judged by the child's processor seconds as well.
-Checkpoints are made in --work (1.5 GB) and kept; run with OMP_NUM_THREADS=1 so that processor seconds are seconds.
+Checkpoints are made in FOLDER (1.5 GB) and kept; run with OMP_NUM_THREADS=1 so that processor seconds are seconds.
 """
 
 from __future__ import annotations

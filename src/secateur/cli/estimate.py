@@ -9,7 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.options import Json, Plugins, Quiet, Revision, TrustRemoteCode, load_plugins
+from secateur.cli.options import (
+    ActivationMemory,
+    Budget,
+    ComputeDtype,
+    Json,
+    Length,
+    MethodName,
+    MethodOptions,
+    Pattern,
+    Plugins,
+    Quiet,
+    RecipeFile,
+    Revision,
+    Samples,
+    Sparsity,
+    StoredFormat,
+    TrustRemoteCode,
+    load_plugins,
+)
 from secateur.cli.output import print_json, show, working
 from secateur.cli.prune import build_recipe, given, parse_options
 from secateur.errors import UsageError
@@ -23,33 +41,18 @@ def estimate(
         str | None,
         typer.Argument(metavar="MODEL", help="As for 'prune'; a folder needs no more than a config.json."),
     ] = None,
-    method: Annotated[str | None, typer.Option(metavar="NAME", help="See 'secateur methods'.")] = None,
-    sparsity: Annotated[
-        float | None, typer.Option("--sparsity", "--ratio", metavar="S", help="Fraction removed, in [0, 1).")
-    ] = None,
-    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights, as in 2:4.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="params|macs|bytes", help="What the sparsity is a fraction of.")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")
-    ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Option of the method, see 'secateur describe'; repeatable."),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration windows (default 64).")] = None,
-    length: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a window (default 512).")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Dtype of the calibration forwards (default auto: bfloat16 where faster)."),
-    ] = None,
+    method: MethodName = None,
+    sparsity: Sparsity = None,
+    pattern: Pattern = None,
+    budget: Budget = None,
+    recipe: RecipeFile = None,
+    options: MethodOptions = None,
+    samples: Samples = None,
+    length: Length = None,
+    dtype: ComputeDtype = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Device (default cpu).")] = None,
-    activation_memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Hidden states larger than this go to a file (default: never)."),
-    ] = None,
-    format: Annotated[str | None, typer.Option(metavar="dense|packed", help="How zeros are stored.")] = None,
+    activation_memory: ActivationMemory = None,
+    format: StoredFormat = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="Where the checkpoint would go: is there room for it?")
     ] = None,

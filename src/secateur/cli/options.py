@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,31 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that wa
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin, .pt): tensors, and nothing else in them.")
 ]
+# what to prune, by what and on what: the same words for every command that asks
+MethodName = Annotated[str | None, typer.Option(metavar="NAME", help="See 'secateur methods'.")]
+Sparsity = Annotated[
+    float | None, typer.Option("--sparsity", "--ratio", metavar="S", help="Fraction removed, in [0, 1).")
+]
+Pattern = Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights, as in 2:4.")]
+Budget = Annotated[str | None, typer.Option(metavar="params|macs|bytes", help="What the sparsity is a fraction of.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")
+]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Option of the method, see 'secateur describe'; repeatable."),
+]
+Samples = Annotated[int | None, typer.Option(metavar="N", help="Calibration windows (default 64).")]
+Length = Annotated[int | None, typer.Option(metavar="N", help="Tokens in a window (default 512).")]
+ComputeDtype = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Dtype of the calibration forwards (default auto: bfloat16 where faster)."),
+]
+ActivationMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Hidden states larger than this go to a file (default: never)."),
+]
+StoredFormat = Annotated[str | None, typer.Option(metavar="dense|packed", help="How zeros are stored.")]
 Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="FILE|MODULE", help="Python code that registers methods; repeatable."),

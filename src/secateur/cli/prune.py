@@ -12,14 +12,25 @@ import typer
 
 from secateur.cli.measuring import Measurement
 from secateur.cli.options import (
+    ActivationMemory,
     AllowPickle,
+    Budget,
+    ComputeDtype,
     Json,
+    Length,
     MaxShardSize,
+    MethodName,
+    MethodOptions,
     Overwrite,
+    Pattern,
     Plugins,
     Quiet,
+    RecipeFile,
     Resume,
     Revision,
+    Samples,
+    Sparsity,
+    StoredFormat,
     TrustRemoteCode,
     load_plugins,
 )
@@ -38,38 +49,26 @@ def prune(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or built-in name (smollm2-135m).")
     ] = None,
-    method: Annotated[str | None, typer.Option(metavar="NAME", help="See 'secateur methods'.")] = None,
-    sparsity: Annotated[
-        float | None, typer.Option("--sparsity", "--ratio", metavar="S", help="Fraction removed, in [0, 1).")
-    ] = None,
-    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights, as in 2:4.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="params|macs|bytes", help="What the sparsity is a fraction of.")
-    ] = None,
+    method: MethodName = None,
+    sparsity: Sparsity = None,
+    pattern: Pattern = None,
+    budget: Budget = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR|URL", help="Folder for the checkpoint, or s3://bucket/folder.")
     ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")
-    ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Option of the method, see 'secateur describe'; repeatable."),
-    ] = None,
+    recipe: RecipeFile = None,
+    options: MethodOptions = None,
     calibration: Annotated[
         str | None,
         typer.Option(metavar="NAME|FILE|DATASET", help="builtin, self, a text/jsonl/parquet file, or a data set."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration windows (default 64).")] = None,
-    length: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a window (default 512).")] = None,
+    samples: Samples = None,
+    length: Length = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random choice (default 0).")] = None,
     text_field: Annotated[
         str | None, typer.Option("--text-field", metavar="NAME", help="Field of a jsonl or parquet file with the text.")
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Dtype of the calibration forwards (default auto: bfloat16 where faster)."),
-    ] = None,
+    dtype: ComputeDtype = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="Device (default cpu).")] = None,
     devices: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Spread the blocks over these devices: cuda:0,cuda:1.")
@@ -83,7 +82,7 @@ def prune(
     windows: Annotated[
         int | None, typer.Option(metavar="N", help="Windows that perplexity reads (default 40).")
     ] = None,
-    format: Annotated[str | None, typer.Option(metavar="dense|packed", help="How zeros are stored.")] = None,
+    format: StoredFormat = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Prompt that both models continue.", show_default=False)
     ] = None,
@@ -100,10 +99,7 @@ def prune(
     ] = None,
     resume: Resume = False,
     max_shard_size: MaxShardSize = None,
-    activation_memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Hidden states larger than this go to a file (default: never)."),
-    ] = None,
+    activation_memory: ActivationMemory = None,
     estimate: Annotated[
         bool,
         typer.Option("--estimate/--no-estimate", help="Say first what it takes, and refuse what can't fit (default)."),
