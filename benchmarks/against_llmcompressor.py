@@ -12,9 +12,9 @@ get the same checkpoint (in float32, and again in bfloat16), prune the same matr
 same tokens: the ids are computed once for llm-compressor, and the hash in secateur's plan must be theirs. What counts
 is the wall time of a process and the kernel's high-water mark of its memory, imports included for both.
 
-Where they differ: secateur also tokenises the text, measures the size of both models and writes the plan and a report;
+Where they differ: secateur also tokenises the text and keeps a journal and the plan, so that a killed run goes on;
 llm-compressor reads one window at a time (its default, `--peer-batch 1`), secateur 2,048 tokens; `--peer-batch 4` gives
-both the same, and by default both are measured.
+both the same, and by default both are measured. Neither measures the models.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Study:
             return [a.peer_python, str(PEER), *what, "--ids", ids, "--batch-size", str(case.batch)]
         data = ["--calibration", a.calibration, "--samples", str(a.samples), "--length", str(a.length)]
         prune = [sys.executable, "-m", "secateur", "prune", *what, *data]
-        return [*prune, "--dtype", case.dtype, "--no-report", "--quiet"]
+        return [*prune, "--dtype", case.dtype, "--no-measure", "--no-report", "--no-estimate", "--quiet"]
 
     def time_all(self) -> dict[Case, list[Run]]:
         """Every repeat runs every case once; outputs of the first repeat stay in ``work/out``.

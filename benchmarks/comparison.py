@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ Load, prune by 50 %, save, as one process. `seconds` is the median of the repeat
 processor time over all cores, `peak MB` the largest resident memory of the process. `faster` says how many times
 longer llm-compressor took (the median of the ratios within a repeat), `memory` what secateur's peak is of its peak.
 The checkpoint has the dtype named and both compute in it; `best` puts the fastest case of each tool side by side.
-`beside` is the part of secateur's time that measures the size of the models, which llm-compressor doesn't do.
 Perplexities are `secateur.evaluate`'s, in float32, for the results of both; `sparsity` counts the zeros in the linear
 weights of the blocks, and `same mask` is the fraction of their entries that both tools treat alike. Rounding differs
 from the first block on and decides more and more close calls further up, so perplexities differ a little even between
@@ -68,8 +66,6 @@ def table(runs: Mapping[Case, Sequence[Run]], work: Path, text: str, windows: in
             row["memory"] = statistics.median(mine.peak_bytes / peer.peak_bytes for peer, mine in pairs)
             ours = work / "out" / Case(case.method, case.dtype).label
             row["same mask"] = same_mask(out, ours, matrices)
-        else:
-            row["beside"] = _seconds_beside(out)
         rows.append({**row, **measure(out, matrices, text, windows, length)})
         print(rows[-1], flush=True)
     return rows
@@ -97,9 +93,3 @@ def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _seconds_beside(out: Path) -> float:
-    """What secateur's own report says of the time it took to measure the models."""
-    report = json.loads((out / "report.json").read_text(encoding="utf8"))
-    return report.get("seconds", {}).get("evaluate", 0.0)

@@ -19,18 +19,20 @@ RATE = 50
 STAGES = (
     ("statistics", r"secateur/observe/statistics\.py|^(accumulate_\w+|calibrate_module) \(.*/pruning/"),
     ("scoring", r"secateur/(methods|criteria|allocate|heal)/|^(sparsify_weight|compress_modules) \(.*/pruning/"),
-    ("writing", r"^save_\w+ \(|^_?write\w* \(.*secateur/|secateur/(models/(saving|card)|files)\.py"),
+    ("writing", r"^save_\w+ \(|^_?write\w* \(.*secateur/"),
+    ("writing", r"secateur/(models/(saving|card|shards)|runs/(cutting|output)|files|manifest)\.py"),
     ("reading", r"^_?(from_pretrained|load_\w+|read_\w+) \(.*(transformers|safetensors|secateur/models)/"),
-    ("reading", r"secateur/(models/loading|tensorfiles)\.py|transformers/core_model_loading\.py"),
+    ("reading", r"secateur/(models/(loading|opening|sources|skeleton|weightless)|tensorfiles)\.py"),
+    ("reading", r"transformers/core_model_loading\.py"),
     ("forwards", r"transformers/models/\w+/modeling_"),
     ("tokens", r"secateur/observe/(calibration|textfiles)\.py|/datasets/|^get_calibration_dataloader \("),
     ("tracing", r"^trace_subgraphs \("),
     ("cutting", r"secateur/models/surgery\.py"),
-    ("driver", r"secateur/(observe/driver|engine)\.py|llmcompressor/pipelines/"),
+    ("driver", r"secateur/(observe/(driver|activations|store)|engine|keeping|runs/\w+)\.py|llmcompressor/pipelines/"),
     ("report", r"secateur/report/"),
 )
 # Looked for in the whole stack first: a forward within an evaluation is evaluation.
-OUTER = (("imports", r"importlib\._bootstrap"), ("evaluation", r"secateur/evaluation/"))
+OUTER = (("imports", r"importlib\._bootstrap"), ("evaluation", r"secateur/(evaluation|estimate)/"))
 ORDER = list(dict.fromkeys([*(name for name, _ in (*OUTER, *STAGES)), "other"]))
 
 

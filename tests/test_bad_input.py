@@ -592,7 +592,7 @@ RESUMABLE = "can't write …out: No space left on device; …out.run holds what 
 FAILURES = {
     "decisions": ("secateur.runs.folder.write_tensors", FULL),
     "blocks": ("secateur.runs.cutting.write_tensors", FULL),
-    "weights": ("secateur.runs.output.write_tensors", FULL),
+    "weights": ("secateur.models.shards.write_tensors", FULL),
     "config": ("transformers.LlamaConfig.save_pretrained", FULL),
     "plan": ("secateur.plans.Plan.write", FULL),
     "tokenizer": ("transformers.PreTrainedTokenizerFast.save_pretrained", FULL_TOKENIZER),

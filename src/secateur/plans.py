@@ -106,10 +106,19 @@ class _Document(BaseModel):
 
 
 class _OnDisk(Mapping[str, Tensor]):
-    """Tensors that are read from a file when they are looked at, and then forgotten."""
+    """Tensors that are read from a file when they are looked at, and then forgotten.
 
-    def __init__(self, stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        self.stored, self.shapes = stored, shapes
+    ``checked`` ones were part of a valid plan when this process, or the run that it goes on with, wrote them.
+    """
+
+    def __init__(
+        self,
+        stored: Mapping[str, Stored],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        checked: bool = False,
+    ) -> None:
+        self.stored, self.shapes, self.checked = stored, shapes, checked
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.stored[name].read()
@@ -169,7 +178,8 @@ class Plan:
             for name, mask in self.masks.items():
                 if mask.dtype != torch.bool:
                     raise PlanError(f"the mask of {name} must be boolean")
-        for name in self.values:
+        checked = isinstance(self.values, _OnDisk) and self.values.checked
+        for name in () if checked else self.values:
             # one at a time: together they may be larger than memory
             value = self.values[name]
             if name not in self.masks or value.numel() != self.kept_entries(name):
@@ -332,7 +342,10 @@ def plan_of_parts(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, Stored],
 ) -> Plan:
-    """A plan from the entries of several files, named as in ``plan.safetensors``; masks and values stay there."""
+    """A plan from the entries of several files, named as in ``plan.safetensors``; masks and values stay there.
+
+    Each file was written from a valid plan, so values, which may be larger than memory, aren't read again.
+    """
     parts = _by_kind(tensors, "the run")
     small = {kind: {n: t.read() for n, t in parts[kind].items()} for kind in ("keep", "bias", "scores")}
     return Plan(
@@ -340,7 +353,7 @@ def plan_of_parts(
         groups=groups,
         keep=small["keep"],
         masks=_OnDisk(parts["mask"], shapes),
-        values=_OnDisk(parts["value"]),
+        values=_OnDisk(parts["value"], checked=True),
         biases=small["bias"],
         scores=small["scores"],
     )

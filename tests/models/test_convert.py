@@ -122,7 +122,11 @@ def test_gguf(tmp_path: Path, tiny_tokenizer) -> None:
     ("options", "error", "sentence"),
     [
         ({"format": "pakced"}, UsageError, "did you mean 'packed'"),
-        ({"max_shard_size": "5"}, UsageError, "max_shard_size must be a size like 5GB or 200MB, got '5'"),
+        (
+            {"max_shard_size": "5 files"},
+            UsageError,
+            "number with a unit such as 5GB or 500MB, got '5 files'",
+        ),
         ({"max_shard_size": "0GB"}, UsageError, "got '0GB'"),
         ({"max_shard_size": "-1GB"}, UsageError, "got '-1GB'"),
     ],

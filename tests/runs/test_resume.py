@@ -239,7 +239,7 @@ def test_an_error_before_anything_is_finished_leaves_nothing(dense, tmp_path):
 
 
 def test_applying_a_plan_resumes_too(dense, tmp_path, monkeypatch):
-    from secateur.runs.run import apply_plans
+    from secateur.runs.applying import apply_plans
 
     sc.run(recipe(dense, tmp_path / "whole", CASES["flap"]))
     plans = [sc.Plan.load(tmp_path / "whole" / "plan")]

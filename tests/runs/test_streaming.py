@@ -15,9 +15,9 @@ from secateur.errors import ModelLoadError, UnsupportedModelError, UsageError
 from secateur.methods import make_method
 from secateur.models import loading
 from secateur.models.opening import open_source
+from secateur.models.shards import parse_size
 from secateur.models.sources import CheckpointSource, Source
 from secateur.runs.folder import StepFolder
-from secateur.runs.output import parse_size
 from secateur.runs.pipeline import Output, Resources, apply_step, prune_step
 from secateur.runs.signals import StopRequest
 

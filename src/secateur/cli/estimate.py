@@ -99,8 +99,8 @@ def _estimate(job: Recipe, memory: str | None, trust_remote_code: bool, progress
     from secateur.estimate.build import estimate_run
     from secateur.estimate.outline import outline
     from secateur.models.loading import device_of
+    from secateur.models.shards import parse_size
     from secateur.observe.precision import compute_dtype
-    from secateur.runs.output import parse_size
 
     assert job.model is not None
     limit = parse_size(memory) if memory else None
@@ -138,7 +138,7 @@ class Announcement:
     def __call__(self, source: Any, dtype: Any) -> None:
         from secateur.estimate.build import check, estimate_run
         from secateur.estimate.sizes import sizes_of
-        from secateur.runs.output import parse_size
+        from secateur.models.shards import parse_size
 
         job, folder = self._job, source.folder
         found = estimate_run(

@@ -90,7 +90,7 @@ def apply(
         raise UsageError(f"--format must be dense or packed, got '{format}'")
     check_output(out, overwrite)
     plans = list(load_plans(plan).values())
-    from secateur.runs.run import apply_plans
+    from secateur.runs.applying import apply_plans
 
     with working(quiet) as progress:
         warned = apply_plans(

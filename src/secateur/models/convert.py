@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
-import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +18,10 @@ from secateur.models.layout import layout_of
 from secateur.models.loading import open_folder, quiet
 from secateur.models.packed import PACKED_VERSION, pack
 from secateur.models.saving import FORMATS, copy_modelling_file, save_model, saved_config
+from secateur.models.shards import parse_size, write_shards
 from secateur.models.skeleton import Checkpoint
-from secateur.models.weightfiles import INDEX, has_safetensors
-from secateur.tensorfiles import Made, Source, write_tensors
+from secateur.models.weightfiles import has_safetensors
+from secateur.tensorfiles import Made, Source
 
 # what belongs to a checkpoint beside its weights and config
 _COMPANIONS = (
@@ -55,14 +52,14 @@ def convert_model(
     """See ``secateur.convert``."""
     if format not in FORMATS:
         raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {format!r}{nearest(format, FORMATS)}")
-    _check_size(max_shard_size)
+    shard_bytes = parse_size(max_shard_size)
     check_output(folder, overwrite)
     source = Path(name).expanduser()
     if source.is_dir() and (source / "config.json").is_file() and has_safetensors(source):
         checkpoint = open_folder(source, trust_remote_code)
         if _streamable(checkpoint):
             with quiet():
-                return _stream(checkpoint, Path(folder), format, max_shard_size, overwrite)
+                return _stream(checkpoint, Path(folder), format, shard_bytes, overwrite)
     model, tokenizer = loading.load_model(
         name, dtype="auto", trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     )
@@ -71,15 +68,10 @@ def convert_model(
         tokenizer,
         folder,
         format=format,
-        max_shard_size=max_shard_size,
+        max_shard_size=shard_bytes,
         overwrite=overwrite,
         base_name=source.name or str(name),
     )
-
-
-def _check_size(size: str) -> None:
-    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", size.upper()):
-        raise UsageError(f"max_shard_size must be a size like 5GB or 200MB, got {size!r}")
 
 
 def _streamable(checkpoint: Checkpoint) -> bool:
@@ -91,14 +83,14 @@ def _streamable(checkpoint: Checkpoint) -> bool:
     return identical and not mapped and not checkpoint.converted and not checkpoint.model.is_custom_code()
 
 
-def _stream(checkpoint: Checkpoint, folder: Path, format: str, max_shard_size: str, overwrite: bool) -> Path:
+def _stream(checkpoint: Checkpoint, folder: Path, format: str, max_shard_size: int, overwrite: bool) -> Path:
     layout = layout_of(checkpoint.model)
     sources, shapes = _packed(checkpoint) if format == "packed" else (_dense(checkpoint), {})
     if shapes:
         layout["packed"] = {"version": PACKED_VERSION, "tensors": shapes}
     config, remote = saved_config(checkpoint.model, layout, _dtype(checkpoint))
     with output_folder(folder, overwrite=overwrite) as path:
-        _write_shards(sources, path, max_shard_size)
+        write_shards(sources, path, max_shard_size)
         config.save_pretrained(str(path))
         if remote:
             copy_modelling_file(path)
@@ -154,22 +146,6 @@ def _dtype(checkpoint: Checkpoint) -> str:
         if stored.dtype.is_floating_point:
             sizes[str(stored.dtype).removeprefix("torch.")] += stored.size
     return sizes.most_common(1)[0][0]
-
-
-def _write_shards(sources: Mapping[str, Source], path: Path, max_shard_size: str) -> None:
-    from huggingface_hub.serialization import split_state_dict_into_shards_factory  # type: ignore[attr-defined]
-
-    split: Any = split_state_dict_into_shards_factory(
-        dict(sources),  # pyright: ignore[reportArgumentType]
-        get_storage_size=lambda source: source.size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    for file, names in split.filename_to_tensors.items():
-        write_tensors(path / file, {name: sources[name] for name in names})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf8")
 
 
 def _copy_companions(source: Path, target: Path) -> None:

@@ -23,6 +23,7 @@ from secateur.models.families import FAMILIES
 from secateur.models.layout import is_stock, layout_of, native_config, plain, stock_accepts
 from secateur.models.loading import check_finite, quiet
 from secateur.models.packed import PACKED_VERSION, pack
+from secateur.models.shards import parse_size
 from secateur.plans import Plan
 from secateur.remote import place
 from secateur.report.numbers import json_ready
@@ -50,7 +51,7 @@ def save_model(
     format: str = "dense",
     overwrite: bool = False,
     base_name: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | int = "5GB",
 ) -> Path | str:
     """Write model, tokenizer, plan, report and model card to ``folder``, all or nothing; returns the folder.
 
@@ -67,7 +68,7 @@ def save_model(
     with output_folder(folder, overwrite=overwrite) as path:
         started = time.perf_counter()
         check_finite(model)
-        remote = _write_model(model, path, format, max_shard_size)
+        remote = _write_model(model, path, format, parse_size(max_shard_size))
         document_folder(
             path,
             folder,
@@ -140,7 +141,7 @@ def _write_report(report: Report, path: Path, html: bool) -> None:
         write_report(report, path / "report.html")
 
 
-def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size: str) -> bool:
+def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size: int) -> bool:
     """Weights, config and generation config; True when the folder needs its modelling file."""
     state_dict, shapes = _unique(model.state_dict()), {}
     if format == "packed":

@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from secateur.errors import UsageError
 from secateur.models.saving import write_config
+from secateur.models.shards import write_shards
 from secateur.models.sources import Source, stored_names
 from secateur.models.surgery import cut_model
 from secateur.models.weightless import published_names, weightless_copy
 from secateur.plans import Plan
-from secateur.tensorfiles import Made, Stored, read_header, write_tensors
+from secateur.tensorfiles import Made, Stored, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str | int) -> int:
-    """``5GB``, ``500MB``, ``2GiB`` or a number of bytes → bytes. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
-        raise UsageError(f"a size is a number with a unit such as 5GB or 500MB, got {text!r}")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def cut_skeleton(plan: Plan, source: Source) -> PreTrainedModel:
     """The cut model on the meta device: its names, shapes and config."""
     return cut_model(plan, weightless_copy(source.model))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the checkpoint: its name there and where its bytes come from."""
-
-    name: str
-    origin: Stored | Made
 
 
 class CheckpointWriter:
@@ -60,32 +39,20 @@ class CheckpointWriter:
         self.target = cut_skeleton(plan, source)
         self.kept = kept_layers(plan, len(source.blocks))
 
-    def write(self, finished: Mapping[str, object], done: Callable[[str, int, int], None]) -> bool:
+    def write(self, finished: Container[str], done: Callable[[str, int, int], None]) -> bool:
         """Write all files; shards named in ``finished`` are there already, ``done`` is told of every other.
 
         Returns whether the folder needs its modelling file.
         """
-        entries, packed = self._entries()
+        tensors, packed = self._tensors()
         remote = write_config(self.target, self._folder, packed)
         if not remote:
-            names = published_names(self.target, [e.name for e in entries])
-            entries = [Entry(names[e.name], e.origin) for e in entries]
-        shards = list(self._shards(entries))
-        files = {}
-        for number, shard in enumerate(shards, start=1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            if name not in finished:
-                write_tensors(self._folder / name, {e.name: e.origin for e in shard}, durable=True)
-                done(name, number, len(shards))
-            files |= {e.name: name for e in shard}
-        if len(shards) > 1:
-            total = sum(e.origin.size for e in entries)
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-            text = json.dumps(index, indent=2) + "\n"
-            (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf8")
+            names = published_names(self.target, list(tensors))
+            tensors = {names[name]: tensor for name, tensor in tensors.items()}
+        write_shards(tensors, self._folder, self._limit, finished=finished, done=done)
         return remote
 
-    def _entries(self) -> tuple[list[Entry], dict[str, list[int]]]:
+    def _tensors(self) -> tuple[dict[str, Stored | Made], dict[str, list[int]]]:
         """What the checkpoint holds, in the order of the model; and the dense shapes of packed tensors."""
         blocks: dict[str, Stored] = {}
         for new, old in enumerate(self.kept):
@@ -93,29 +60,21 @@ class CheckpointWriter:
             for name, stored in read_header(self._block_file(old)).items():
                 blocks[after + name.removeprefix(before)] = stored
         shapes = {n: t for n, t in [*self.target.named_parameters(), *self.target.named_buffers()]}
-        entries, packed = [], {}
+        found: dict[str, Stored | Made] = {}
+        packed = {}
         for name in stored_names(self.target):
             if name in blocks:
-                entries.append(Entry(name, blocks[name]))
+                found[name] = blocks[name]
             elif f"{name}.bitmap" in blocks:
                 packed[name] = list(shapes[name].shape)
-                entries += [Entry(f"{name}.{part}", blocks[f"{name}.{part}"]) for part in ("bitmap", "values")]
+                found |= {part: blocks[part] for part in (f"{name}.bitmap", f"{name}.values")}
             elif name.startswith(f"{self._source.name}."):
                 # a bias that the stock class wants in every layer once the config asks for it
                 shape, dtype = tuple(shapes[name].shape), shapes[name].dtype
-                entries.append(Entry(name, Made(dtype, shape, lambda s=shape, d=dtype: torch.zeros(s, dtype=d))))
+                found[name] = Made(dtype, shape, lambda s=shape, d=dtype: torch.zeros(s, dtype=d))
             else:
-                entries.append(Entry(name, self._source.origin(name)))
-        return entries, packed
-
-    def _shards(self, entries: list[Entry]) -> Iterator[list[Entry]]:
-        shard: list[Entry] = []
-        for entry in entries:
-            if shard and sum(e.origin.size for e in shard) + entry.origin.size > self._limit:
-                yield shard
-                shard = []
-            shard.append(entry)
-        yield shard
+                found[name] = self._source.origin(name)
+        return found, packed
 
 
 def kept_layers(plan: Plan, layers: int) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,33 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from secateur.errors import OutputError, RankError, SecateurError, UsageError
-from secateur.files import check_output, disk_error, finish_folder
+from secateur.errors import UsageError
+from secateur.files import check_output, finish_folder
 from secateur.methods import Method, make_method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import fingerprint
 from secateur.models.loading import load_model, locate
 from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
+from secateur.models.shards import parse_size
 from secateur.models.sources import CheckpointSource, Source
 from secateur.observe.calibration import Tokens, load_tokens
 from secateur.observe.precision import compute_dtype
 from secateur.plans import Plan
 from secateur.ranks import ALONE, Ranks, join
 from secateur.recipes import Recipe, Step, load_recipe, make_recipe, merge_reports
-from secateur.remote import is_url
 from secateur.report import Report
 from secateur.report.build import build_report
 from secateur.runs.folder import RunFolder, StepFolder, read_document, run_path
-from secateur.runs.output import parse_size
-from secateur.runs.pipeline import Output, Resources, StepResult, apply_step, plan_step, prune_step
-from secateur.runs.signals import Stopped, StopRequest, deferred
+from secateur.runs.kept import hint, kept
+from secateur.runs.pipeline import Output, Progress, Resources, StepResult, plan_step, prune_step
+from secateur.runs.signals import StopRequest
 from secateur.versions import library_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Progress = Callable[[str, int, int], None]
 # (the dense model, the compute dtype), before any work
 Announce = Callable[[Source, torch.dtype], None]
 # (the dense model, its tokenizer, folder of the pruned checkpoint, report to complete)
@@ -131,7 +129,7 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
             "number of ranks": ranks.size,
         }
         folder = RunFolder(out, document, resume=options.resume, overwrite=options.overwrite, ranks=ranks)
-        with _kept(folder, options.resume, ranks) as stop:
+        with kept(folder, options.resume, ranks) as stop:
             runner = _Runner(recipe, options, folder, stop, source, tokenizer, getattr(torch, dtype), ranks)
             return runner.run()
     finally:
@@ -231,7 +229,7 @@ class _Runner:
 
     def _what(self, number: int, step: Step, source: Source) -> tuple[StepFolder, Method, Source, Tokens | None]:
         method = make_method(step.method, self._recipe.method_options(step))
-        folder = StepFolder(self._folder.step(number), self._stop, _hint(self._folder.out))
+        folder = StepFolder(self._folder.step(number), self._stop, hint(self._folder.out))
         # one rank reads, so that a text that is fetched or sampled is the same for all
         tokens = self._ranks.on_main(lambda: self._tokens(source)) if method.statistics else None
         return folder, method, source, tokens
@@ -283,102 +281,8 @@ class _Runner:
         return report
 
 
-def apply_plans(
-    plans: list[Plan],
-    model: str | Path,
-    out: str | Path,
-    *,
-    revision: str | None = None,
-    format: str = "dense",
-    max_shard_size: str = "5GB",
-    device: str = "cpu",
-    resume: bool = False,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    progress: Progress | None = None,
-) -> list[str]:
-    """Cut the checkpoint of ``model`` by existing plans, one after the other, block by block; returns warnings.
-
-    Raises PlanMismatchError when the first plan was made for other shapes, and OutputError.
-    """
-    check_output(out, overwrite)
-    source, tokenizer = open_source(
-        model,
-        revision=revision,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        progress=progress,
-    )
-    document = {
-        "plans": [[p.model_dump(mode="json") for p in plan.provenance] for plan in plans],
-        "model": fingerprint(source).model_dump(),
-        "format": format,
-        "max_shard_size": max_shard_size,
-    }
-    folder = RunFolder(out, document, resume=resume, overwrite=overwrite)
-    with _kept(folder, resume) as stop, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        for number, plan in enumerate(plans, start=1):
-            last = number == len(plans)
-            result = apply_step(
-                StepFolder(folder.step(number), stop, _hint(out)),
-                plan,
-                source,
-                output=Output(format if last else "dense", parse_size(max_shard_size)),
-                progress=progress or (lambda stage, done, total: None),
-            )
-            source.close()
-            if not last:
-                source, _ = open_source(result.folder, device=device)
-        document_folder(
-            result.folder, out, tokenizer=tokenizer, plans=plans, report=None, html=False, format=format,
-            plain=result.plain,
-        )  # fmt: skip
-        finish_folder(result.folder, out)
-        folder.remove()
-    return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-
-
 def _devices(recipe: Recipe, ranks: Ranks) -> str | list[str]:
     """Where the blocks of a model are opened."""
     if recipe.devices and ranks.size > 1:
         raise UsageError("several devices are for one process: of several ranks, each takes a GPU of its own")
     return recipe.devices or ranks.device(recipe.device)
-
-
-def _hint(out: str | Path) -> str:
-    return f"{run_path(out)} holds what is done: the same command with --resume goes on from there"
-
-
-@contextmanager
-def _kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[StopRequest]:
-    """Keep the folder when the block is left early and something is finished in it; remove it otherwise."""
-    with deferred(lambda: _begun(folder), quiet=not ranks.main) as stop:
-        try:
-            yield stop
-        except Stopped:
-            raise
-        except KeyboardInterrupt:
-            if _begun(folder):
-                raise Stopped(f"stopped; {_hint(folder.out)}") from None
-            folder.remove()
-            raise
-        except Exception as error:
-            reason = disk_error(error)
-            uploading = is_url(folder.out) and isinstance(error, OutputError)
-            ours = isinstance(error, SecateurError) and not isinstance(error, RankError)
-            keep = _begun(folder) and (bool(reason) or resumed or not ours)
-            if not keep:
-                folder.remove()
-            if (uploading or isinstance(error, RankError)) and keep:
-                raise type(error)(f"{error}; {_hint(folder.out)}") from error
-            if reason and not uploading:
-                left = _hint(folder.out) if keep else "nothing was left behind"
-                raise OutputError(f"can't write {folder.out}: {reason}; {left}") from error
-            raise
-
-
-def _begun(folder: RunFolder) -> bool:
-    return any(journal.stat().st_size for journal in folder.path.glob("step-*/journal.jsonl"))

@@ -28,9 +28,9 @@ from torch.distributed.tensor import DTensor
 from secateur.errors import UsageError, require_extra
 from secateur.models.decoders import decoder_blocks
 from secateur.models.weightless import weightless_copy
+from secateur.ranks import join
 from secateur.train.masks import check_zero, clear_masked, masks_of, pack_rows, packed_shape, shard_like, unpack_rows
-from secateur.train.ranks import check_group, on_main
-from secateur.train.shards import Contents, check_same, checkpoint_library, read_contents, read_sharded, write_sharded
+from secateur.train.shards import check_same, checkpoint_library, read_contents, read_sharded, write_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,7 +56,7 @@ def fsdp2_accelerator(
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     if "LOCAL_RANK" not in os.environ:
-        check_group()
+        _check_group()
         raise UsageError("the process group has no ranks for Accelerate: set RANK, LOCAL_RANK and WORLD_SIZE")
     _, blocks = decoder_blocks(model)
     wrapped = {
@@ -93,11 +93,13 @@ class Sharded:
     ) -> None:
         require_extra("accelerate", "train", "sharded training")
         checkpoint_library()
-        check_group()
+        _check_group()
         _check_accelerator(accelerator)
         masks = masks_of(plan, model)
         # only rank 0 is sure to have the weights: with cpu_ram_efficient_loading the others receive theirs
-        on_main(lambda: check_zero(model, masks))
+        self._ranks = join()
+        with self._ranks.together():
+            self._ranks.on_main(lambda: check_zero(model, masks))
         self._blank = weightless_copy(model)
         if optimizer is not None:
             optimizer.register_step_post_hook(lambda *_: self.step_masks())
@@ -127,7 +129,7 @@ class Sharded:
         The state of the optimizer is not part of it. Raises OutputError when the folder exists or can't be written.
         """
         self._reshard()
-        write_sharded(folder, self._blank, self._weights, self._masks, overwrite=overwrite)
+        write_sharded(self._ranks, folder, self._blank, self._weights, self._masks, overwrite=overwrite)
 
     def load(self, folder: str | Path) -> None:
         """Take weights and masks from what any number of ranks saved; the masks replace those of the plan.
@@ -135,7 +137,8 @@ class Sharded:
         Raises ModelLoadError when the checkpoint is damaged or of a model of other widths, which is found out before
         anything is changed unless the disk fails half-way.
         """
-        contents = Contents.model_validate(on_main(lambda: read_contents(Path(folder)).model_dump()))
+        with self._ranks.together():
+            contents = self._ranks.on_main(lambda: read_contents(Path(folder)))
         check_same(contents, self._weights, folder)
         self._reshard()
         masks = {}
@@ -152,7 +155,7 @@ class Sharded:
         # with both options the tensors are gathered one by one, and only rank 0 keeps them
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(self.model, options=options)
-        if dist.get_rank() != 0:
+        if not self._ranks.main:
             return None
         model = copy.deepcopy(self._blank)
         model.load_state_dict(state, assign=True)
@@ -164,9 +167,9 @@ class Sharded:
         masks = {}
         for name, packed in self._masks.items():
             whole = packed.full_tensor() if isinstance(packed, DTensor) else packed
-            if dist.get_rank() == 0:
+            if self._ranks.main:
                 masks[name] = unpack_rows(whole.cpu(), tuple(self._weights[name].shape))
-        return masks if dist.get_rank() == 0 else None
+        return masks if self._ranks.main else None
 
     def _sharded_weights(self) -> dict[str, Tensor]:
         """Parameters by name, tied ones once, and the buffers that a checkpoint holds."""
@@ -181,6 +184,11 @@ class Sharded:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _check_group() -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise UsageError("there is no process group: start the script with torchrun or accelerate launch")
 
 
 def _check_accelerator(accelerator: Accelerator) -> None:

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor
 
 from secateur.errors import MissingExtraError, ModelLoadError, OutputError
+from secateur.files import output_folder
 from secateur.models import weightless
 from secateur.models.saving import write_config
-from secateur.train.ranks import on_main, shared_output
+from secateur.ranks import Ranks
 from secateur.versions import library_versions
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def empty_model(folder: str | Path) -> PreTrainedModel:
 
 
 def write_sharded(
+    ranks: Ranks,
     folder: str | Path,
     model: PreTrainedModel,
     weights: Mapping[str, Tensor],
@@ -93,13 +95,23 @@ def write_sharded(
     Raises OutputError on every rank when the folder exists or can't be written.
     """
     dcp = checkpoint_library()
-    with shared_output(folder, overwrite) as path:
+    with _shared_output(ranks, folder, overwrite) as path:
         writer = dcp.HuggingFaceStorageWriter(str(path / "shards"), save_distributed=True)
         try:
             dcp.save(_entries(weights, masks), storage_writer=writer)
         except dcp.CheckpointException as error:
             raise OutputError(f"can't write {folder}: {_first_failure(error)}; nothing was left behind") from error
-        on_main(lambda: _describe(path, model, weights, masks))
+        ranks.on_main(lambda: _describe(path, ranks.size, model, weights, masks))
+
+
+@contextmanager
+def _shared_output(ranks: Ranks, folder: str | Path, overwrite: bool) -> Generator[Path, None, None]:
+    """``output_folder`` for all ranks together: one temporary folder on a file system that they share."""
+    with ranks.together(), ExitStack() as stack:
+        yield ranks.on_main(lambda: stack.enter_context(output_folder(folder, overwrite)))
+        # everybody has written before the folder takes its name, and it has its name before anybody goes on
+        ranks.meet()
+        ranks.on_main(stack.close)
 
 
 def read_contents(folder: Path) -> Contents:
@@ -158,11 +170,13 @@ def _entries(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict
     return {f"weight/{n}": t for n, t in weights.items()} | {f"mask/{n}": t for n, t in masks.items()}
 
 
-def _describe(path: Path, model: PreTrainedModel, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+def _describe(
+    path: Path, ranks: int, model: PreTrainedModel, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+) -> None:
     write_config(model, path, {})
     contents = Contents(
         format_version=FORMAT_VERSION,
-        ranks=dist.get_world_size(),
+        ranks=ranks,
         versions=library_versions(),
         weights={name: _weight(tensor) for name, tensor in weights.items()},
         masks={name: tuple(weights[name].shape) for name in masks},

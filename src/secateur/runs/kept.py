@@ -1,0 +1,50 @@
+"""What becomes of a run's folder when the run ends early, and what the user is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from secateur.errors import OutputError, RankError, SecateurError
+from secateur.files import disk_error
+from secateur.ranks import ALONE, Ranks
+from secateur.remote import is_url
+from secateur.runs.folder import RunFolder, run_path
+from secateur.runs.signals import Stopped, StopRequest, deferred
+
+
+def hint(out: str | Path) -> str:
+    return f"{run_path(out)} holds what is done: the same command with --resume goes on from there"
+
+
+@contextmanager
+def kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[StopRequest]:
+    """Keep the folder when the block is left early and something is finished in it; remove it otherwise."""
+    with deferred(lambda: _begun(folder), quiet=not ranks.main) as stop:
+        try:
+            yield stop
+        except Stopped:
+            raise
+        except KeyboardInterrupt:
+            if _begun(folder):
+                raise Stopped(f"stopped; {hint(folder.out)}") from None
+            folder.remove()
+            raise
+        except Exception as error:
+            reason = disk_error(error)
+            uploading = is_url(folder.out) and isinstance(error, OutputError)
+            ours = isinstance(error, SecateurError) and not isinstance(error, RankError)
+            keep = _begun(folder) and (bool(reason) or resumed or not ours)
+            if not keep:
+                folder.remove()
+            if (uploading or isinstance(error, RankError)) and keep:
+                raise type(error)(f"{error}; {hint(folder.out)}") from error
+            if reason and not uploading:
+                left = hint(folder.out) if keep else "nothing was left behind"
+                raise OutputError(f"can't write {folder.out}: {reason}; {left}") from error
+            raise
+
+
+def _begun(folder: RunFolder) -> bool:
+    return any(journal.stat().st_size for journal in folder.path.glob("step-*/journal.jsonl"))
