@@ -2,6 +2,7 @@
 
 import json
 import struct
+import weakref
 
 import pytest
 import torch
@@ -103,3 +104,24 @@ def test_oversized_and_short_files_are_refused(tmp_path):
         read_header(path)
     with pytest.raises(CorruptFileError, match="can't read"):
         read_header(tmp_path / "none")
+
+
+def test_at_most_two_tensors_are_made_before_they_are_written(tmp_path):
+    alive, most = 0, 0
+
+    def make() -> torch.Tensor:
+        nonlocal alive, most
+        tensor = torch.zeros(1 << 20)
+        alive += 1
+        most = max(most, alive)
+        weakref.finalize(tensor, gone)
+        return tensor
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    made = {f"{number:02}": Made(torch.float32, (1 << 20,), make) for number in range(20)}
+    write_tensors(tmp_path / "file.safetensors", made)
+    assert len(load_file(tmp_path / "file.safetensors")) == 20
+    assert most <= 3 and alive == 0  # the last may still be on its way out

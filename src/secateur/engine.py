@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from secateur.allocate import lowest_of_all, parse_pattern
 from secateur.allocate.units import Limits
-from secateur.errors import BudgetError, DataError, NonFiniteError, UnsupportedModelError, UsageError
+from secateur.errors import BudgetError, DataError, UnsupportedModelError, UsageError
 from secateur.keeping import Decision, Keeper, SeenByModule
 from secateur.methods import LayerMethod, Method, Target, UnitMethod, WeightMethod
 from secateur.models.decoders import decoder_anatomy, unknown_family
-from secateur.models.sources import Source
+from secateur.models.sources import Source, check_finite
 from secateur.observe.activations import Activations
 from secateur.observe.calibration import Tokens
 from secateur.observe.driver import BlockWalk
@@ -123,7 +123,7 @@ class _Run:
         part.notes += notes
         if weight is None:
             return target.weight * keep
-        _check_finite(weight, matrix.module, matrix.layer, "compensated weights")
+        check_finite(weight, matrix.module, matrix.layer, "compensated weights")
         kept = (weight.T if matrix.transposed else weight)[stored]
         part.values[matrix.tensor] = kept.to(self.source.tensor(matrix.tensor).dtype).cpu()
         return weight
@@ -187,7 +187,7 @@ class _Run:
         found = {}
         for group in groups:
             scores = method.score(self._group_target(group), seen.get(group.reader or "", {}))
-            _check_finite(scores, group.name, group.layer, "scores")
+            check_finite(scores, group.name, group.layer, "scores")
             found[group.name] = scores.float().cpu()
         return found
 
@@ -207,7 +207,7 @@ class _Run:
                 continue
             bias = method.compensate(self._group_target(group), seen.get(group.reader or "", {}), gone)
             if bias is not None:
-                _check_finite(bias, group.name, group.layer, "bias compensation")
+                check_finite(bias, group.name, group.layer, "bias compensation")
                 part.biases[f"{group.reader}.bias"] = bias.float().cpu()
 
     def _silence(self, block: nn.Module, groups: list[Group], part: Decision) -> None:
@@ -250,7 +250,7 @@ class _Run:
 
     def _drop_lowest(self, group: Group, count: int) -> Iterator[Decision]:
         ranked = torch.cat([self.keeper.ranked(f"layers.{layer}") for layer in range(group.units)])
-        _check_finite(ranked, "layers", 0, "scores")
+        check_finite(ranked, "layers", 0, "scores")
         yield Decision(
             groups={"layers": group.units},
             keep={"layers": ranked.argsort(stable=True)[count:].sort().values},
@@ -264,7 +264,7 @@ class _Run:
         for layer in range(self.keeper.finished, self.layers):
             for name, tensor in self.source.block_tensors(layer).items():
                 if tensor.is_floating_point():
-                    _check_finite(tensor, name, layer, "weights")
+                    check_finite(tensor, name, layer, "weights")
             yield layer
             self.progress(stage, layer + 1, self.layers)
 
@@ -333,13 +333,6 @@ def _check_pattern(pattern: str, matrices: list[Matrix]) -> None:
             raise UsageError(
                 f"pattern {pattern} needs a multiple of {rule.m} inputs, {matrix.module} has {matrix.shape[1]}"
             )
-
-
-def _check_finite(values: Tensor, where: str, layer: int, what: str) -> None:
-    # NaN and inf both show in the extremes, which takes no temporary of the tensor's size
-    if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
-        bad = int((~torch.isfinite(values)).sum())
-        raise NonFiniteError(f"layer {layer}, {where}: {bad} of {values.numel()} {what} are NaN or inf")
 
 
 def _complement(kept: Tensor, units: int) -> Tensor:

@@ -415,7 +415,7 @@ def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     if packed.dtype != torch.uint8 or packed.numel() != (count + 7) // 8:
         raise PlanError(f"a bit mask of shape {tuple(shape)} needs {(count + 7) // 8} bytes, got {packed.numel()}")
     bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
-    return torch.from_numpy(bits.astype(bool)).reshape(shape)
+    return torch.from_numpy(bits.view(bool)).reshape(shape)
 
 
 def read_document(folder: Path) -> _Document:

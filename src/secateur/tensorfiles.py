@@ -11,8 +11,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,6 +107,11 @@ class Made:
     @classmethod
     def of(cls, tensor: Tensor) -> Made:
         return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    def made(self) -> Made:
+        """The same with the tensor there already."""
+        tensor = self.make()
+        return Made(self.dtype, self.shape, lambda: tensor)
 
     @property
     def size(self) -> int:
@@ -204,7 +211,8 @@ def _check_layout(found: Mapping[str, Stored], start: int, total: int) -> None:
 def write_tensors(path: str | Path, tensors: Mapping[str, Source | Tensor], *, durable: bool = False) -> int:
     """Write a safetensors file; returns its size in bytes. Tensors are made or copied one at a time.
 
-    With ``durable`` the bytes are on the disk when this returns. Raises OSError.
+    While one is written, the next one is made in the background. With ``durable`` the bytes are on the disk when this
+    returns. Raises OSError.
     """
     sources = {n: Made.of(t) if isinstance(t, Tensor) else t for n, t in tensors.items()}
     order = sorted(sources, key=lambda name: (_ORDER[NAMES[sources[name].dtype]], name))
@@ -218,12 +226,22 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Source | Tensor], *, d
     raw += b" " * (-len(raw) % 8)
     with open(path, "wb", buffering=0) as file:
         _write(file, struct.pack("<Q", len(raw)) + raw)
-        for name in order:
-            for chunk in sources[name].chunks():
+        for source in _made_ahead([sources[name] for name in order]):
+            for chunk in source.chunks():
                 _write(file, chunk)
         if durable:
             os.fsync(file.fileno())
     return 8 + len(raw) + end
+
+
+def _made_ahead(sources: Sequence[Source]) -> Iterator[Source]:
+    """The sources in their order, each made while the one before it is in use: making one often means reading it."""
+    with ThreadPoolExecutor(1, thread_name_prefix="make-ahead") as pool:
+        ahead: Future[Source] | None = None
+        for source, following in zip_longest(sources, sources[1:]):
+            ready = ahead.result() if ahead is not None else source
+            ahead = pool.submit(following.made) if isinstance(following, Made) else None
+            yield ready
 
 
 def _write(file: Any, data: bytes | memoryview) -> None:

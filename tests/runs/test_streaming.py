@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,21 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(UsageError, match="a size is a number with a unit"):
         parse_size(text)
+
+
+def test_a_plan_applied_to_weights_that_are_not_finite_writes_nothing(tiny_checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from secateur.errors import NonFiniteError
+    from secateur.runs.applying import apply_plans
+
+    model, _ = sc.load(tiny_checkpoint)
+    plan = sc.plan(model, method="magnitude", sparsity=0.5)
+    bad = tmp_path / "bad"
+    shutil.copytree(tiny_checkpoint, bad)
+    weights = load_file(bad / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, bad / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"layer 1, model\.layers\.1\.mlp\.up_proj\.weight: 1 of \d+ weights"):
+        apply_plans([plan], bad, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]

@@ -90,9 +90,13 @@ class Source:
             itemsize = part.element_size()
         return entries, zeros, itemsize
 
+    def block_names(self, layer: int) -> list[str]:
+        """Full names of all tensors of one block."""
+        return [f"{self.name}.{layer}.{name}" for name in self.blocks[layer].state_dict()]
+
     def block_tensors(self, layer: int) -> dict[str, Tensor]:
         """All tensors of one block by full name, as they are stored; not to be written to."""
-        return {f"{self.name}.{layer}.{n}": t.detach() for n, t in self.blocks[layer].state_dict().items()}
+        return {name: self.tensor(name) for name in self.block_names(layer)}
 
     def open(self, layer: int, dtype: torch.dtype) -> nn.Module:
         """A working copy of one block in ``dtype`` on its device, in eval mode; writing to it changes nothing else."""
@@ -174,6 +178,9 @@ class CheckpointSource(Source):
         stored = self.stored[name]
         return stored if isinstance(stored, Stored) else Made(stored.dtype, stored.shape, stored.read)
 
+    def block_names(self, layer: int) -> list[str]:
+        return [name for name in self.stored if name.startswith(f"{self.name}.{layer}.")]
+
     def block_tensors(self, layer: int) -> dict[str, Tensor]:
         if self._held[0] != layer:
             self._held = (-1, {})
@@ -211,8 +218,7 @@ class CheckpointSource(Source):
         self._reader.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, layer: int) -> dict[str, Tensor]:
-        prefix = f"{self.name}.{layer}."
-        return {name: stored.read() for name, stored in self.stored.items() if name.startswith(prefix)}
+        return {name: self.stored[name].read() for name in self.block_names(layer)}
 
 
 class PackedTensor:
@@ -233,6 +239,14 @@ def stored_names(model: PreTrainedModel) -> Iterator[str]:
     for name, _ in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored:
             yield name
+
+
+def check_finite(values: Tensor, where: str, layer: int, what: str) -> None:
+    """Raises NonFiniteError when a floating tensor of a block holds NaN or inf."""
+    # both show in the extremes, which takes no temporary of the tensor's size
+    if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+        bad = int((~torch.isfinite(values)).sum())
+        raise NonFiniteError(f"layer {layer}, {where}: {bad} of {values.numel()} {what} are NaN or inf")
 
 
 def _prefix(model: PreTrainedModel) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from secateur.keeping import Decision
 from secateur.models.decoders import decoder_anatomy, is_transposed
 from secateur.models.packed import pack
-from secateur.models.sources import Source
+from secateur.models.sources import Source, check_finite
 from secateur.models.surgery import Cut
 from secateur.plans import Plan, Provenance
 from secateur.tensorfiles import Made, write_tensors
@@ -29,10 +29,9 @@ class BlockCutter:
         """Cut one block and write it, durable when this returns; names are those of the dense model."""
         plan = part if isinstance(part, Plan) else self._plan_of(part)
         cut = Cut(plan, self.source.model, self._anatomy)
-        dense = self.source.block_tensors(layer)
         prefix = f"{self.source.name}.{layer}."
-        names = dict.fromkeys([*dense, *(name for name in cut.touched if name.startswith(prefix))])
-        tensors = {name: self._made(cut, name, dense) for name in names}
+        names = [*self.source.block_names(layer), *(name for name in cut.touched if name.startswith(prefix))]
+        tensors = {name: self._made(cut, name, layer) for name in dict.fromkeys(names)}
         if self._format == "packed":
             ready: dict[str, Tensor] = {}
             for name, made in tensors.items():
@@ -42,14 +41,22 @@ class BlockCutter:
         else:
             write_tensors(path, tensors, durable=True)
 
-    def _made(self, cut: Cut, name: str, dense: Mapping[str, Tensor]) -> Made:
-        old, module = dense.get(name), name.rpartition(".")[0]
-        if old is not None:
-            return Made(old.dtype, cut.shape(name, old.shape), partial(_make, cut, name, old, old))
+    def _made(self, cut: Cut, name: str, layer: int) -> Made:
+        if name in self.source.block_names(layer):
+            old = self.source.origin(name)
+            return Made(old.dtype, cut.shape(name, old.shape), partial(self._make, cut, name, layer))
         # a bias that the dense model lacks: one entry for every output
-        weight = dense[f"{module}.weight"]
+        module = name.rpartition(".")[0]
+        weight = self.source.origin(f"{module}.weight")
         outputs = weight.shape[1 if is_transposed(self.source.model.get_submodule(module)) else 0]
-        return Made(weight.dtype, (outputs,), partial(_make, cut, name, None, weight))
+        return Made(weight.dtype, (outputs,), lambda: cut.tensor(name, None, torch.empty(0, dtype=weight.dtype)))
+
+    def _make(self, cut: Cut, name: str, layer: int) -> Tensor:
+        # read only now, unless the block is in memory anyway
+        old = self.source.tensor(name)
+        if old.is_floating_point():
+            check_finite(old, name, layer, "weights")
+        return cut.tensor(name, old, old) if name in cut.touched else old
 
     def _plan_of(self, part: Decision) -> Plan:
         return Plan(
@@ -60,9 +67,3 @@ class BlockCutter:
             values=part.values,
             biases=part.biases,
         )
-
-
-def _make(cut: Cut, name: str, old: Tensor | None, weight: Tensor) -> Tensor:
-    if old is not None and name not in cut.touched:
-        return old
-    return cut.tensor(name, old, weight)
