@@ -1,0 +1,120 @@
+"""torch.export, with its many ways to fail turned into one sentence each."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from secateur.errors import UnsupportedModelError, UsageError
+
+
+def export(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> torch.export.ExportedProgram:
+    """The flat functional ATen graph of ``module`` in evaluation mode; the module is left as it is.
+
+    Raises UsageError when the module doesn't run on these inputs, UnsupportedModelError when it can't be exported.
+    """
+    with evaluation_mode(module), quiet(), no_fast_path():
+        try:
+            program = torch.export.export(
+                module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+            )
+            return program.run_decompositions({})
+        except Exception as error:
+            _check_runs(module, args, kwargs, error)
+            raise UnsupportedModelError(_sentence(module, error)) from None
+
+
+def _check_runs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, error: Exception) -> None:
+    """Tell a module that doesn't run on the inputs from one that can't be exported."""
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+    if isinstance(error, DynamicOutputShapeException) or type(error).__module__.startswith("torch.fx"):
+        return
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            module(*_empty_like(args), **_empty_like(dict(kwargs or {})))
+    except (RuntimeError, TypeError, ValueError, IndexError) as problem:
+        if "data-dependent" in str(problem) or isinstance(problem, DynamicOutputShapeException):
+            return
+        name = type(module).__name__
+        raise UsageError(f"{name} doesn't run on the example inputs: {_first_line(problem)}") from None
+    except Exception:  # what fake tensors can't do says nothing about the module
+        return
+
+
+def _empty_like(value: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype), value)
+
+
+def _sentence(module: nn.Module, error: Exception) -> str:
+    """Which line of the user's model stands in the way."""
+    text = str(error)
+    line = re.search(r'File "([^"]+)", line (\d+), in (\w+)(?!.*File ")', text, re.DOTALL)
+    frames = [f for f in _frames(error) if "/torch/" not in f[0]]
+    where = f" at {line[1]}:{line[2]}" if line and "/torch/" not in line[1] else ""
+    if frames:
+        where = f" at {frames[-1][0]}:{frames[-1][1]}"
+    return f"{type(module).__name__} can't be exported{where}: {_first_line(error)}"
+
+
+def _frames(error: BaseException) -> Iterator[tuple[str, int]]:
+    tb = error.__traceback__
+    while tb is not None:
+        path = tb.tb_frame.f_code.co_filename
+        if "secateur/structure" not in path:
+            yield path, tb.tb_lineno
+        tb = tb.tb_next
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Every sub-module in evaluation mode, and back as it was."""
+    before = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before.items():
+            part.training = training
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Attention modules of torch compute step by step, not as one fused operator that hides its dimensions."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before

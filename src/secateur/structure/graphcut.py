@@ -1,0 +1,209 @@
+"""The cut graph: the exported program with smaller parameters and its sizes rewritten; and the reference it must equal.
+
+Every tensor of the cut graph is computed once more on fake tensors and must have the shape that the labels foresee, so
+what is handed back runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from secateur.errors import UnsupportedModelError
+from secateur.structure.exporting import quiet
+from secateur.structure.resize import Cut, Unfit, named_arguments, resized
+from secateur.structure.trace import Trace, Value, attribute, describe, sizes
+
+
+def cut_tensor(cut: Cut, value: Value, tensor: Tensor) -> Tensor:
+    """The tensor without what leaves; itself when nothing does. A parameter stays one."""
+    result = tensor.detach()
+    for dim, labels in enumerate(value.dims):
+        index = cut.index(labels)
+        if index is not None:
+            result = result.index_select(dim, index.to(result.device))
+    if result.shape == tensor.shape:
+        return tensor
+    return nn.Parameter(result, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else result
+
+
+def zero_tensor(cut: Cut, value: Value, tensor: Tensor) -> Tensor:
+    """The tensor with zeros at what leaves."""
+    for dim, labels in enumerate(value.dims):
+        gone = ~cut.kept(labels)
+        if gone.any():
+            tensor = tensor.index_fill(dim, torch.from_numpy(gone.nonzero()[0]).to(tensor.device), 0)
+    return tensor
+
+
+def cut_graph(cut: Cut) -> fx.GraphModule:
+    """The network as a ``GraphModule`` with the parameters' own names, which trains and can be exported again.
+
+    Raises UnsupportedModelError when a call can't be written for the new sizes.
+    """
+    made = cut.trace.program.module(check_guards=False)
+    done: dict[int, Tensor] = {}
+    by_node: dict[fx.Node, fx.Node] = {}
+    for old, new in zip(cut.trace.graph.nodes, list(made.graph.nodes), strict=True):  # type: ignore[union-attr]
+        by_node[old] = new
+        if old.op == "get_attr":
+            _replace(cut, made, old, done)
+        elif old.op == "call_function" and hasattr(old.target, "_schema"):
+            _rewrite(cut, made, by_node, old)  # type: ignore[arg-type]
+    _check(cut, made, by_node)  # type: ignore[arg-type]
+    made.recompile()  # type: ignore[operator]
+    return made  # type: ignore[return-value]
+
+
+def _replace(cut: Cut, made: nn.Module, node: fx.Node, done: dict[int, Tensor]) -> None:
+    """Put the cut tensor of a ``get_attr`` in place; nothing is shared with the module that was traced."""
+    name, value = str(node.target), cut.trace.parameters.get(str(node.target))
+    if value is None:
+        return
+    tensor = attribute(made, name)
+    if id(tensor) not in done:
+        result = cut_tensor(cut, value, tensor)
+        if result is tensor:
+            copied = tensor.detach().clone()
+            result = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+        done[id(tensor)] = done[id(result)] = result
+    path, _, leaf = name.rpartition(".")
+    setattr(made.get_submodule(path), leaf, done[id(tensor)])
+
+
+def _rewrite(cut: Cut, made: fx.GraphModule, by_node: Mapping[fx.Node, fx.Node], old: fx.Node) -> None:
+    try:
+        found = resized(cut, old)
+    except Unfit as error:
+        raise UnsupportedModelError(f"can't cut through {describe(old)}: {error}") from None
+    if found is None:
+        return
+    new = by_node[old]
+    target, arguments = found
+    with made.graph.inserting_before(new):
+        arguments = {name: _with_constants(made, argument) for name, argument in arguments.items()}
+    names = [a.name for a in target._schema.arguments if not a.kwarg_only]
+    given = dict(fx.map_arg(arguments, lambda n: by_node.get(n, n)))
+    positional = [given.pop(name) for name in names[: _leading(names, given)]]
+    new.target, new.args, new.kwargs = target, tuple(positional), given
+
+
+def _leading(names: list[str], given: Mapping[str, Any]) -> int:
+    """How many of the operator's first arguments are given."""
+    return next((i for i, name in enumerate(names) if name not in given), len(names))
+
+
+def _with_constants(made: fx.GraphModule, argument: Any) -> Any:
+    """New constants become buffers of the module."""
+    if isinstance(argument, list | tuple):
+        return [_with_constants(made, a) for a in argument]
+    if not isinstance(argument, Tensor):
+        return argument
+    number = sum(1 for name, _ in made.named_buffers() if name.startswith("kept_index_"))
+    made.register_buffer(f"kept_index_{number}", argument)
+    return made.graph.get_attr(f"kept_index_{number}")
+
+
+def _check(cut: Cut, made: fx.GraphModule, by_node: Mapping[fx.Node, fx.Node]) -> None:
+    """Run the cut graph on fake tensors: every output must have the shape that its labels foresee."""
+    mode = next((n.meta["val"].fake_mode for n in made.graph.nodes if hasattr(n.meta.get("val"), "fake_mode")), None)
+    mode = mode or FakeTensorMode()
+    mode.allow_non_fake_inputs = True
+    values: dict[fx.Node, Any] = {}
+    dense = {new: old for old, new in by_node.items()}
+    with mode, quiet(), torch.no_grad():
+        for new in made.graph.nodes:
+            if new.op == "placeholder":
+                values[new] = new.meta.get("val")
+            elif new.op == "get_attr":
+                found = attribute(made, str(new.target))
+                values[new] = mode.from_tensor(found.detach()) if isinstance(found, Tensor) else found
+            elif new.op == "call_function":
+                values[new] = _fake(dense[new], new, values)
+                new.meta["val"] = values[new]
+                _compare(cut, dense[new], values[new])
+
+
+def _fake(old: fx.Node, new: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((new.args, new.kwargs), lambda n: values[n])
+    try:
+        return new.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedModelError(f"can't cut through {describe(old)}: {first}") from None
+
+
+def _compare(cut: Cut, old: fx.Node, result: Any) -> None:
+    expected = cut.trace.values[old]
+    results = list(result) if isinstance(result, list | tuple) else [result]
+    for value, one in zip([expected] if isinstance(expected, Value) else expected, results, strict=False):
+        if isinstance(one, Tensor) and list(sizes(one)) != cut.shape(value):
+            raise UnsupportedModelError(
+                f"can't cut through {describe(old)}: it gives {list(sizes(one))} where {cut.shape(value)} is due"
+            )
+
+
+class Reference(fx.Interpreter):
+    """The dense graph in which everything that leaves is zero: what a cut must compute.
+
+    Where an average runs over positions that leave, it is taken over those that stay.
+    """
+
+    def __init__(self, trace: Trace, removed: set[int], module: fx.GraphModule | None = None) -> None:
+        super().__init__(module or trace.program.module(check_guards=False), garbage_collect_values=True)  # type: ignore[arg-type]
+        self._cut = Cut(trace, removed)
+        self._dense: dict[fx.Node, fx.Node] = dict(zip(list(self.graph.nodes), trace.graph.nodes, strict=True))  # type: ignore[union-attr]
+
+    def run_node(self, n: fx.Node) -> Any:
+        old = self._dense[n]
+        value = self._cut.trace.values.get(old)
+        if old.op == "call_function" and old in self._cut.trace.averaging and self._touched(old):
+            result = self._spread(self._compact(n, old), value)
+        else:
+            result = super().run_node(n)
+        return self._zeroed(result, value)
+
+    def _touched(self, old: fx.Node) -> bool:
+        values = [self._cut.trace.values.get(i) for i in old.all_input_nodes]
+        return any(isinstance(v, Value) and self._cut.touches(v) for v in values)
+
+    def _compact(self, n: fx.Node, old: fx.Node) -> Any:
+        """Run one call on what stays of its inputs only."""
+        env = {new: self.env[new] for new in n.all_input_nodes}
+        for new in n.all_input_nodes:
+            value = self._cut.trace.values[self._dense[new]]
+            if isinstance(value, Value):
+                env[new] = cut_tensor(self._cut, value, env[new])
+        found = resized(self._cut, old)
+        own = named_arguments(n)
+        if found is not None:
+            own |= {name: a for name, a in found[1].items() if not _holds_nodes(a)}
+        return old.target(**fx.map_arg(own, lambda node: env[node]))  # type: ignore[operator]
+
+    def _spread(self, result: Any, value: Any) -> Any:
+        """Put what was computed back among zeros."""
+        if not isinstance(result, Tensor):
+            return type(result)(self._spread(r, v) for r, v in zip(result, value, strict=True))
+        for dim, labels in enumerate(value.dims):
+            index = self._cut.index(labels)
+            if index is not None and result.shape[dim] == len(index):
+                shape = [*result.shape[:dim], len(labels), *result.shape[dim + 1 :]]
+                result = result.new_zeros(shape).index_copy(dim, index, result)
+        return result
+
+    def _zeroed(self, result: Any, value: Any) -> Any:
+        if isinstance(result, list | tuple) and isinstance(value, list):
+            return type(result)(self._zeroed(r, v) for r, v in zip(result, value, strict=False))
+        if isinstance(result, Tensor) and isinstance(value, Value) and tuple(result.shape) == value.shape:
+            return zero_tensor(self._cut, value, result)
+        return result
+
+
+def _holds_nodes(argument: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.map_arg(argument, found.append)
+    return bool(found)

@@ -1,0 +1,271 @@
+"""New arguments for the operators of a cut graph: sizes, bounds and counts that stood in the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+from torch._ops import OpOverload
+
+from secateur.structure.trace import Trace, Value, hint
+from secateur.structure.units import Labels
+
+Resizer = Callable[["Cut", fx.Node, dict[str, Any]], "OpOverload | None"]
+"""Changes the arguments of a call in place; returns the operator that must take its place, if one must."""
+
+RESIZERS: dict[str, Resizer] = {}
+
+
+class Cut:
+    """Which positions stay when ``removed`` units have left."""
+
+    def __init__(self, trace: Trace, removed: Iterable[int]) -> None:
+        self.trace = trace
+        self._flags = trace.units.flags(removed)
+        self._kept: dict[int, tuple[Labels, NDArray[np.bool_]]] = {}
+
+    def kept(self, labels: Labels) -> NDArray[np.bool_]:
+        """[positions] bool: True stays."""
+        if id(labels) not in self._kept:
+            # the array is held, so that its id stays its own
+            gone = np.any(self._flags[self.trace.units.table(labels)], axis=1)
+            self._kept[id(labels)] = (labels, np.logical_not(gone))
+        return self._kept[id(labels)][1]
+
+    def size(self, labels: Labels) -> int:
+        return int(self.kept(labels).sum())
+
+    def shape(self, value: Value) -> list[int]:
+        return [self.size(labels) for labels in value.dims]
+
+    def index(self, labels: Labels) -> torch.Tensor | None:
+        """Kept positions, ascending int64, or None when all stay."""
+        kept = self.kept(labels)
+        return None if kept.all() else torch.from_numpy(kept.nonzero()[0])
+
+    def touches(self, value: Value) -> bool:
+        return any(not self.kept(labels).all() for labels in value.dims)
+
+    def renumber(self, labels: Labels, at: int) -> int:
+        """Where position ``at``, which may be the end, lies among the kept ones."""
+        return int(self.kept(labels)[:at].sum())
+
+
+def resizer(*names: str) -> Callable[[Resizer], Resizer]:
+    """Register how the arguments of an operator follow a cut."""
+
+    def register(function: Resizer) -> Resizer:
+        RESIZERS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def resized(cut: Cut, node: fx.Node) -> tuple[Any, dict[str, Any]] | None:
+    """(operator, all arguments by name) of a call whose arguments change with the cut, or None. Raises Unfit.
+
+    Nodes stay nodes; a tensor among the arguments is a new constant.
+    """
+    schema = node.target._schema  # type: ignore[union-attr]
+    change = RESIZERS.get(schema.name)
+    if change is None:
+        return None
+    arguments = named_arguments(node)
+    target = change(cut, node, arguments)
+    return target or node.target, arguments
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments that a call gives, by the names of the operator's schema."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _numbers(cut: Cut, node: fx.Node, old: list[Any]) -> list[Any]:
+    """The shape of the output; sizes that are dynamic stay as they are computed, or are -1 when they came from it."""
+    shape = cut.shape(cut.trace.value(node))
+    extra = len(shape) - len(old)
+    return [o if isinstance(o, fx.Node) or o == -1 else n for o, n in zip(old, shape[extra:], strict=True)]
+
+
+@resizer(
+    "aten::view",
+    "aten::reshape",
+    "aten::_unsafe_view",
+    "aten::expand",
+    "aten::new_zeros",
+    "aten::new_ones",
+    "aten::new_full",
+    "aten::new_empty",
+    "aten::zeros",
+    "aten::ones",
+    "aten::full",
+    "aten::empty",
+    "aten::_reshape_alias",
+    "aten::view_copy",
+    "aten::broadcast_to",
+)
+def _size(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    name = "shape" if "shape" in arguments else "size"
+    arguments[name] = _numbers(cut, node, list(arguments[name]))
+
+
+@resizer("aten::slice", "aten::slice_scatter")
+def _bounds(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> OpOverload | None:
+    dim = arguments.get("dim", 0)
+    labels = cut.trace.value(node.args[0]).dims[dim]  # type: ignore[arg-type]
+    if cut.kept(labels).all():
+        return None
+    start, end, step = (arguments.get(n) for n in ("start", "end", "step"))
+    chosen = range(len(labels))[slice(hint(start), hint(end), step)]
+    if (step or 1) != 1:
+        if "src" in arguments:
+            raise Unfit(f"it writes every {step}. position")
+        # every n-th position of fewer is another pattern
+        index = _renumbered(cut, labels, torch.tensor(chosen))
+        arguments.clear()
+        arguments |= {"self": node.args[0], "dim": dim, "index": index}
+        return torch.ops.aten.index_select.default
+    arguments["start"] = cut.renumber(labels, chosen.start)
+    arguments["end"] = cut.renumber(labels, max(chosen.stop, chosen.start))
+    return None
+
+
+def _renumbered(cut: Cut, labels: Labels, index: torch.Tensor) -> torch.Tensor:
+    """A constant index into a dimension, without what leaves and by the new numbers."""
+    kept = torch.from_numpy(cut.kept(labels))
+    index = index.long() % len(labels)
+    return (kept.cumsum(0) - 1)[index[kept[index]]]
+
+
+@resizer("aten::index_select")
+def _index_select(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    labels = cut.trace.value(node.args[0]).dims[arguments["dim"]]  # type: ignore[arg-type]
+    index = cut.trace.constant(arguments["index"])
+    if index is not None and not cut.kept(labels).all():
+        arguments["index"] = _renumbered(cut, labels, index)
+
+
+@resizer("aten::index", "aten::_unsafe_index")
+def _index(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    indices = list(arguments["indices"])
+    for dim, one in enumerate(indices):
+        labels = cut.trace.value(node.args[0]).dims[dim]  # type: ignore[arg-type]
+        if one is not None and not cut.kept(labels).all():
+            index = cut.trace.constant(one)
+            assert index is not None, "a computed index keeps the dimension"
+            indices[dim] = _renumbered(cut, labels, index)
+    arguments["indices"] = indices
+
+
+@resizer("aten::split", "aten::unsafe_split")
+def _by_sizes(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> OpOverload | None:
+    dim = arguments.get("dim", 0)
+    labels = cut.trace.value(node.args[0]).dims[dim]  # type: ignore[arg-type]
+    if cut.kept(labels).all():
+        return None
+    arguments.clear()
+    sizes = [cut.size(v.dims[dim]) for v in cut.trace.values[node]]  # type: ignore[union-attr]
+    arguments |= {"self": node.args[0], "split_sizes": sizes, "dim": dim}
+    return torch.ops.aten.split_with_sizes.default
+
+
+class Unfit(Exception):
+    """A call can't be written for the cut sizes."""
+
+
+@resizer("aten::narrow")
+def _narrow(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    labels = cut.trace.value(node.args[0]).dims[arguments["dim"]]  # type: ignore[arg-type]
+    start, length = arguments["start"], arguments["length"]
+    arguments["start"] = cut.renumber(labels, start)
+    arguments["length"] = cut.renumber(labels, start + length) - arguments["start"]
+
+
+@resizer("aten::split_with_sizes", "aten::split_with_sizes_copy")
+def _parts(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    dim = arguments.get("dim", 0)
+    arguments["split_sizes"] = [cut.size(v.dims[dim]) for v in cut.trace.values[node]]  # type: ignore[union-attr]
+
+
+@resizer("aten::constant_pad_nd", "aten::pad")
+def _pad(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    x = cut.trace.value(node.args[0])  # type: ignore[arg-type]
+    amounts = list(arguments["pad"])
+    for back in range(len(amounts) // 2):
+        labels = x.dims[len(x.dims) - 1 - back]
+        for side, lost in ((0, slice(None, None)), (1, slice(None, None, -1))):
+            amount = amounts[2 * back + side]
+            if amount < 0:
+                amounts[2 * back + side] = -int(cut.kept(labels)[lost][:-amount].sum())
+    arguments["pad"] = amounts
+
+
+@resizer("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution")
+@resizer("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d")
+def _groups(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    groups = arguments.get("groups", 1)
+    if groups == 1:
+        return
+    weight = cut.trace.value(node.args[1])  # type: ignore[arg-type]
+    x = cut.trace.value(node.args[0])  # type: ignore[arg-type]
+    transposed = arguments.get("transposed") or "conv_transpose" in node.target._schema.name  # type: ignore[union-attr]
+    spatial = len(weight.dims) - 2
+    channels = cut.size(x.dims[-spatial - 1])
+    if transposed:
+        kept = cut.kept(weight.dims[0]).reshape(groups, -1).any(axis=1).sum()
+        arguments["groups"] = int(kept)
+    else:
+        arguments["groups"] = channels // cut.size(weight.dims[1])
+
+
+@resizer("aten::group_norm", "aten::native_group_norm")
+def _group_norm(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    channels = cut.trace.value(node.args[0]).dims[1]  # type: ignore[arg-type]
+    name = "num_groups" if "num_groups" in arguments else "group"
+    kept = cut.kept(channels).reshape(arguments[name], -1)
+    arguments[name] = int(kept.any(axis=1).sum())
+    if "C" in arguments:
+        arguments["C"] = int(kept.sum())
+
+
+@resizer("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", "aten::_fused_rms_norm")
+def _normalized(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    dims = cut.trace.value(node.args[0]).dims  # type: ignore[arg-type]
+    count = len(arguments["normalized_shape"])
+    arguments["normalized_shape"] = [cut.size(labels) for labels in dims[-count:]]
+
+
+@resizer("aten::scaled_dot_product_attention")
+def _scale(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    """Scores were divided by the root of the old head size, which fewer lanes must not change."""
+    lanes = cut.trace.value(node.args[0]).dims[-1]  # type: ignore[arg-type]
+    if arguments.get("scale") is None and not cut.kept(lanes).all():
+        arguments["scale"] = len(lanes) ** -0.5
+
+
+@resizer("aten::repeat", "aten::tile")
+def _times(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    x, out = cut.trace.value(node.args[0]), cut.trace.value(node)  # type: ignore[arg-type]
+    name = "repeats" if "repeats" in arguments else "dims"
+    extra = len(out.dims) - len(x.dims)
+    arguments[name] = [
+        cut.size(labels) // (cut.size(x.dims[d - extra]) if d >= extra else 1) for d, labels in enumerate(out.dims)
+    ]
+
+
+@resizer("aten::unflatten")
+def _unflatten(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    out = cut.trace.value(node)
+    dim, count = arguments["dim"], len(arguments["sizes"])
+    arguments["sizes"] = [cut.size(labels) for labels in out.dims[dim : dim + count]]
+
+
+@resizer("aten::channel_shuffle", "aten::native_channel_shuffle")
+def _shuffle_groups(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    kept = cut.kept(cut.trace.value(node.args[0]).dims[1]).reshape(arguments["groups"], -1)  # type: ignore[arg-type]
+    arguments["groups"] = int(kept.any(axis=1).sum())

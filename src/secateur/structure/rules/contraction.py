@@ -1,0 +1,86 @@
+"""Products of matrices: a summed index joins its two operands, a free one goes on into the output."""
+
+from __future__ import annotations
+
+from secateur.structure.rules.elementwise import aligned
+from secateur.structure.trace import Call, NoRule, Trace, Value, rule
+from secateur.structure.units import Labels
+
+
+@rule("aten::linear")
+def linear(trace: Trace, call: Call) -> Value:
+    x, weight, bias = call["input"], call["weight"], call["bias"]
+    if len(weight.dims) != 2:
+        raise NoRule("its weight is a vector")
+    outputs, inputs = weight.dims
+    trace.units.join(x.dims[-1], inputs)
+    if bias is not None:
+        trace.units.join(outputs, bias.dims[0])
+    trace.count(call, *x.dims[:-1], outputs, inputs)
+    return Value((*x.dims[:-1], outputs))
+
+
+@rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot")
+def matmul(trace: Trace, call: Call) -> Value:
+    a = call["self"]
+    b = next(call[n] for n in ("other", "mat2", "vec", "tensor") if n in call.arguments)
+    return _product(trace, call, a, b)
+
+
+@rule("aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::addmv")
+def add_product(trace: Trace, call: Call) -> Value:
+    operands = call.values()
+    if call.name == "aten::addbmm":
+        raise NoRule("it sums over the batch")
+    product = _product(trace, call, operands[1], operands[2])
+    return aligned(trace, [product, operands[0]], call.shape)
+
+
+def _product(trace: Trace, call: Call, a: Value, b: Value) -> Value:
+    rows, columns = a.dims[-2:-1], b.dims[-1:] if len(b.dims) > 1 else ()
+    summed_a, summed_b = a.dims[-1], b.dims[-2] if len(b.dims) > 1 else b.dims[-1]
+    trace.units.join(summed_a, summed_b)
+    shape = call.shape[: len(call.shape) - len(rows) - len(columns)]
+    batch = aligned(trace, [Value(a.dims[:-2]), Value(b.dims[:-2])], shape)
+    trace.count(call, *batch.dims, *rows, summed_a, *columns)
+    if len(a.dims) > 2 and len(b.dims) > 2:
+        # two activations with a batch of matrices: attention of some kind, and these are inside its heads
+        trace.lanes += [summed_a, *rows, *columns]
+    return Value((*batch.dims, *rows, *columns))
+
+
+@rule("aten::einsum")
+def einsum(trace: Trace, call: Call) -> Value:
+    equation, operands = call["equation"].replace(" ", ""), call["tensors"]
+    inputs, arrow, output = equation.partition("->")
+    if "..." in equation or not arrow:
+        raise NoRule(f"its equation {equation!r} leaves dimensions unnamed")
+    by_letter: dict[str, Labels] = {}
+    for letters, value in zip(inputs.split(","), operands, strict=True):
+        for letter, labels in zip(letters, value.dims, strict=True):
+            known = by_letter.setdefault(letter, labels)
+            if len(known) != len(labels):
+                raise NoRule("it broadcasts a dimension")
+            trace.units.join(known, labels)
+    trace.count(call, *by_letter.values())
+    if len(operands) == 2 and len(set(inputs) & set(output)) > 3:
+        trace.lanes += [by_letter[c] for c in by_letter if not all(c in part for part in inputs.split(","))]
+    return Value(tuple(by_letter[letter] for letter in output))
+
+
+@rule("aten::bilinear")
+def bilinear(trace: Trace, call: Call) -> Value:
+    x, y, weight, bias = call["input1"], call["input2"], call["weight"], call["bias"]
+    trace.units.join(x.dims[-1], weight.dims[1])
+    trace.units.join(y.dims[-1], weight.dims[2])
+    if bias is not None:
+        trace.units.join(weight.dims[0], bias.dims[0])
+    trace.count(call, *x.dims[:-1], *weight.dims)
+    return Value((*x.dims[:-1], weight.dims[0]))
+
+
+@rule("aten::embedding")
+def embedding(trace: Trace, call: Call) -> Value:
+    weight, indices = call["weight"], call["indices"]
+    trace.units.pin(weight.dims[0], f"{call.where} looks its rows up")
+    return Value((*indices.dims, weight.dims[1]))

@@ -1,0 +1,62 @@
+"""Recurrent layers: unit h of the hidden state owns row h of every gate and column h of the recurrent weight."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from secateur.structure.trace import Call, Trace, Value, rule
+from secateur.structure.units import Labels
+
+GATES = {"aten::lstm": 4, "aten::gru": 3, "aten::rnn_tanh": 1, "aten::rnn_relu": 1}
+
+
+@rule("aten::lstm.input", "aten::gru.input", "aten::rnn_tanh.input", "aten::rnn_relu.input")
+def recurrent(trace: Trace, call: Call) -> list[Value]:
+    x, states, parameters = call["input"], call["hx"], call["params"]
+    gates = GATES[call.name]
+    directions = 2 if call["bidirectional"] else 1
+    states = states if isinstance(states, list) else [states]
+    layers = call["num_layers"]
+    each = len(parameters) // (layers * directions)
+    inputs: Labels = x.dims[-1]
+    hidden: list[Labels] = []
+    for layer in range(layers):
+        hidden = []
+        for direction in range(directions):
+            at = (layer * directions + direction) * each
+            hidden.append(_cell(trace, call, parameters[at : at + each], inputs, gates, bool(call["has_biases"]), x))
+        inputs = np.concatenate(hidden)
+    everything = [h for h in hidden]
+    for labels in everything[1:]:
+        # states of the two directions lie in one tensor
+        trace.units.join(everything[0], labels)
+    last = parameters[each - 1 - (each % 2)]
+    cell = everything[0]
+    for at in range(0, layers * directions):
+        weight = parameters[at * each]
+        _same_hidden(trace, weight, cell, gates)
+    for state in states:
+        trace.units.join(state.dims[-1], cell if len(state.dims[-1]) == len(cell) else last.dims[0])
+    batch = x.dims[:-1]
+    output = Value((*batch, np.concatenate(everything) if directions == 2 else cell))
+    return [output, *(Value((*states[0].dims[:-1], cell)) for _ in call.shapes[1:])]
+
+
+def _cell(
+    trace: Trace, call: Call, parameters: list[Value], inputs: Labels, gates: int, biased: bool, x: Value
+) -> Labels:
+    w_input, w_hidden, *rest = parameters
+    hidden = w_hidden.dims[1]
+    trace.units.join(w_input.dims[1], inputs)
+    for rows in (w_input.dims[0], w_hidden.dims[0], *(b.dims[0] for b in rest[:2] if biased)):
+        trace.units.join(rows, np.tile(hidden, gates))
+    if len(rest) > (2 if biased else 0):
+        trace.units.pin(hidden, "a projected hidden state")
+    trace.count(call, *x.dims[:-1], w_input.dims[0], w_input.dims[1])
+    trace.count(call, *x.dims[:-1], w_hidden.dims[0], w_hidden.dims[1])
+    return hidden
+
+
+def _same_hidden(trace: Trace, weight: Value, hidden: Labels, gates: int) -> None:
+    """All layers and directions have one hidden size."""
+    trace.units.join(weight.dims[0], np.tile(hidden, gates))

@@ -1,0 +1,358 @@
+"""Tracing: the graph of any module, with the labels of every dimension of every tensor in it.
+
+``torch.export`` runs the module once on fake tensors and gives a flat graph of ATen operators; then the rule of every
+operator (``structure/rules``) says which positions of its inputs and outputs leave together. An operator without a rule
+keeps everything that it touches, and is listed with the line of the user's code that called it. Nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateur.errors import UsageError
+from secateur.structure.exporting import export
+from secateur.structure.units import Labels, Units
+
+Rule = Callable[["Trace", "Call"], "Value | Sequence[Value]"]
+
+R = TypeVar("R", bound="Callable[[Trace, Call], Value | Sequence[Value]]")
+
+RULES: dict[str, Rule] = {}
+"""Operator (``aten::view`` or, for one overload, ``aten::slice.Tensor``) → its rule."""
+
+
+def rule(*operators: str) -> Callable[[R], R]:
+    """Register the rule of an operator, as in ``@sc.rule("my::op")``.
+
+    A rule gets the trace and the call, says on ``trace.units`` what leaves together, and returns the value of the
+    output, one per output. Raises UsageError for an operator that has a rule already.
+    """
+
+    def register(function: R) -> R:
+        for name in operators:
+            if name in RULES:
+                raise UsageError(f"operator {name} has a rule already")
+            RULES[name] = function
+        return function
+
+    return register
+
+
+class NoRule(Exception):
+    """A rule can't say what leaves together in this call; everything that it touches stays."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor in the graph: labels [size] of every dimension."""
+
+    dims: tuple[Labels, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(labels) for labels in self.dims)
+
+    def with_dim(self, dim: int, labels: Labels) -> Value:
+        """The same with other labels along ``dim``."""
+        dims = list(self.dims)
+        dims[dim] = labels
+        return Value(tuple(dims))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call: its arguments by the names of the operator's schema, tensors as ``Value``."""
+
+    node: fx.Node
+    name: str
+    arguments: Mapping[str, Any]
+    shapes: tuple[tuple[int, ...], ...]
+    """Shapes of the outputs; a dynamic size has its example's."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shapes[0]
+
+    def values(self) -> list[Value]:
+        """The tensors among the arguments, in order."""
+        return [v for _, v in self.places()]
+
+    def places(self) -> list[tuple[str, Value]]:
+        """The same with the names of their arguments."""
+        found = []
+        for name, argument in self.arguments.items():
+            many = argument if isinstance(argument, list | tuple) else [argument]
+            found += [(name, value) for value in many if isinstance(value, Value)]
+        return found
+
+    @property
+    def where(self) -> str:
+        """``op (module, file:line)`` for messages."""
+        return describe(self.node)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates of one call: the product of the sizes of ``factors`` times ``times``."""
+
+    node: fx.Node
+    factors: tuple[Labels, ...]
+    times: int = 1
+
+
+@dataclass
+class Trace:
+    """A traced module. ``parameters`` maps the names of parameters, buffers and constants to their values."""
+
+    module: nn.Module
+    program: torch.export.ExportedProgram
+    graph: fx.Graph
+    units: Units = field(default_factory=Units)
+    values: dict[fx.Node, Value | list[Value]] = field(default_factory=dict)
+    parameters: dict[str, Value] = field(default_factory=dict)
+    work: list[Work] = field(default_factory=list)
+    lanes: list[Labels] = field(default_factory=list)
+    """Labels of dimensions inside attention heads."""
+    inexact: list[tuple[Labels, str]] = field(default_factory=list)
+    """Labels over which an average runs: zeroing them is not removing them."""
+    averaging: set[fx.Node] = field(default_factory=set)
+    """The calls that average."""
+    unknown: dict[str, list[str]] = field(default_factory=dict)
+    """Operators that keep what they touch → where they are called."""
+    _constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
+
+    # -- words for rules -----------------------------------------------------------------------------------------
+
+    def fixed(self, shape: Sequence[int], why: str) -> Value:
+        """A tensor of which nothing can leave."""
+        return Value(tuple(self.units.fixed(n, why) for n in shape))
+
+    def count(self, call: Call, *factors: Labels, times: int = 1) -> None:
+        """Note the multiply-accumulates of a call."""
+        self.work.append(Work(call.node, factors, times))
+
+    def averages(self, call: Call, labels: Labels, what: str) -> None:
+        """Note that a call, ``what``, runs over these positions."""
+        self.inexact.append((labels, what))
+        self.averaging.add(call.node)
+
+    def constant(self, node: fx.Node | Any) -> Tensor | None:
+        """The tensor that a node gives whatever the inputs and the parameters are, or None."""
+        if not isinstance(node, fx.Node):
+            return None
+        if node not in self._constants:
+            self._constants[node] = None
+            self._constants[node] = self._evaluate(node)
+        return self._constants[node]
+
+    def _evaluate(self, node: fx.Node) -> Tensor | None:
+        if node.op == "get_attr":
+            given = attribute(node.graph.owning_module, str(node.target))  # type: ignore[arg-type]
+            constant = isinstance(given, Tensor) and not isinstance(given, nn.Parameter) and not given.is_meta
+            return given if constant else None
+        example = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(example, Tensor) or example.numel() > 1 << 24:
+            return None
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return None
+        inputs = [self.constant(n) for n in node.all_input_nodes]
+        if any(i is None for i in inputs):
+            return None
+        by_node = dict(zip(node.all_input_nodes, inputs, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: by_node[n])
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    # -- what is known at the end --------------------------------------------------------------------------------
+
+    def distinct_parameters(self) -> dict[str, tuple[Labels, ...]]:
+        """Labels of every parameter, buffer and constant, a tied one under its first name only."""
+        seen: set[int] = set()
+        found = {}
+        for name, value in self.parameters.items():
+            if id(value) not in seen:
+                seen.add(id(value))
+                found[name] = value.dims
+        return found
+
+    def value(self, node: fx.Node) -> Value:
+        """The value of a node with one output."""
+        found = self.values[node]
+        return found if isinstance(found, Value) else found[0]
+
+    def calls(self) -> Iterator[fx.Node]:
+        """The nodes that compute, in order."""
+        yield from (n for n in self.graph.nodes if n.op == "call_function")
+
+
+def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, **options: Any) -> Trace:
+    """Trace ``module`` called with ``args`` and ``kwargs``; it is left as it is. Raises UnsupportedModelError."""
+    import secateur.structure.rules  # noqa: F401  (registers them)
+
+    program = export(module, args, kwargs, **options)
+    found = Trace(module, program, program.module(check_guards=False).graph)  # type: ignore[arg-type]
+    tensors: dict[int, Value] = {}
+    for node in found.graph.nodes:
+        if node.op == "placeholder":
+            found.values[node] = found.fixed(sizes(node.meta.get("val")), "input of the network")
+        elif node.op == "get_attr":
+            found.values[node] = _place_tensor(found, node, tensors)
+        elif node.op == "call_function":
+            found.values[node] = _apply_rule(found, node)
+    for node in found.graph.output_node().all_input_nodes:
+        _pin(found, found.values[node], "output of the network")
+    return found
+
+
+def _place_tensor(trace: Trace, node: fx.Node, tensors: dict[int, Value]) -> Value | list[Value]:
+    """Labels of a parameter, a buffer or a constant are fresh; a tied tensor has one value."""
+    tensor = attribute(node.graph.owning_module, str(node.target))  # type: ignore[arg-type]
+    if not isinstance(tensor, Tensor):
+        return []
+    if id(tensor) not in tensors:
+        one = "a dimension of size 1"
+        tensors[id(tensor)] = Value(
+            tuple(trace.units.fresh(n) if n > 1 else trace.units.fixed(n, one) for n in tensor.shape)
+        )
+    trace.parameters[str(node.target)] = tensors[id(tensor)]
+    return tensors[id(tensor)]
+
+
+def attribute(module: nn.Module, name: str) -> Any:
+    """``module.a.b.c`` for ``"a.b.c"``."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
+def _apply_rule(trace: Trace, node: fx.Node) -> Value | list[Value]:
+    if node.target is operator.getitem:
+        source = trace.values[node.args[0]]  # type: ignore[index]
+        return source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
+    outputs = node.meta.get("val")
+    if not _holds_tensors(outputs):
+        return []
+    call = _bind(trace, node)
+    try:
+        found = _find(node)(trace, call)
+    except NoRule as error:
+        return _freeze(trace, call, str(error))
+    values = [found] if isinstance(found, Value) else list(found)
+    if tuple(v.shape for v in values) != call.shapes:
+        return _freeze(trace, call, "its rule doesn't fit this call")
+    for labels in (labels for value in values for labels in value.dims if len(labels) == 1):
+        # such a dimension broadcasts, so it means another thing than a larger one that was cut
+        trace.units.pin(labels, "a dimension of size 1")
+    return values if isinstance(outputs, list | tuple) else values[0]
+
+
+def _find(node: fx.Node) -> Rule:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        raise NoRule("it is no operator")
+    full = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
+    for name in (full, schema.name):
+        if name in RULES:
+            return RULES[name]
+    if torch.Tag.pointwise in node.target.tags:  # type: ignore[union-attr]
+        return RULES["pointwise"]
+    raise NoRule("it has no rule")
+
+
+def _freeze(trace: Trace, call: Call, why: str) -> list[Value] | Value:
+    """Keep everything that a call touches."""
+    reason = f"{call.where} keeps what it touches: {why}"
+    trace.unknown.setdefault(call.name, []).append(call.where)
+    for value in call.values():
+        _pin(trace, value, reason)
+    values = [trace.fixed(shape, reason) for shape in call.shapes]
+    return values if isinstance(call.node.meta["val"], list | tuple) else values[0]
+
+
+def _pin(trace: Trace, value: Value | Sequence[Value], why: str) -> None:
+    for one in [value] if isinstance(value, Value) else value:
+        for labels in one.dims:
+            trace.units.pin(labels, why)
+
+
+def _bind(trace: Trace, node: fx.Node) -> Call:
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    named = dict(zip(names, node.args, strict=False)) if schema else {str(i): a for i, a in enumerate(node.args)}
+    for argument in schema.arguments if schema else ():
+        if argument.has_default_value():
+            named.setdefault(argument.name, argument.default_value)
+    named |= node.kwargs
+    arguments = {name: _with_values(trace, argument) for name, argument in named.items()}
+    outputs = node.meta["val"]
+    shapes = tuple(sizes(o) for o in (outputs if isinstance(outputs, list | tuple) else [outputs]))
+    return Call(node, schema.name if schema else str(node.target), arguments, shapes)
+
+
+def _with_values(trace: Trace, argument: Any) -> Any:
+    """Tensors become values, dynamic sizes those of the example."""
+
+    def look_up(node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        return trace.values[node] if _holds_tensors(value) else hint(value)
+
+    if isinstance(argument, fx.Node):
+        return look_up(argument)
+    if isinstance(argument, list | tuple):
+        return [_with_values(trace, a) for a in argument]
+    return argument
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(isinstance(v, Tensor) for v in value)
+    return isinstance(value, Tensor)
+
+
+def hint(size: Any) -> Any:
+    """A size as a number: that of the example where it is dynamic."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else int(size)
+    return size
+
+
+def sizes(example: Any) -> tuple[int, ...]:
+    """The shape of a fake tensor in numbers; () for what isn't one."""
+    return tuple(hint(n) for n in example.shape) if isinstance(example, Tensor) else ()
+
+
+def describe(node: fx.Node) -> str:
+    """``aten::view (blocks.0.attn, model.py:97)``."""
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name if schema is not None else getattr(node.target, "__name__", str(node.target))
+    places = [p for p in (module_of(node), source_line(node)) if p]
+    return f"{name} ({', '.join(places)})" if places else name
+
+
+def module_of(node: fx.Node) -> str:
+    """Path of the innermost module that made this call."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(list(stack.values())))[0] if stack else ""
+    return path.removeprefix("L['self'].").removeprefix("L['self']")
+
+
+def source_line(node: fx.Node) -> str:
+    """``file.py:97`` of the innermost line of code outside torch that made this call."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    calls = [line.split('"') for line in lines if line.startswith('File "')]
+    outside = [c for c in calls if "/torch/" not in c[1]] or calls
+    if not outside:
+        return ""
+    path, rest = outside[-1][1], outside[-1][2]
+    return f"{path.rsplit('/', 1)[-1]}:{rest.split('line ')[1].split(',')[0]}"
