@@ -38,7 +38,7 @@ def add_product(trace: Trace, call: Call) -> Value:
 
 def _product(trace: Trace, call: Call, a: Value, b: Value) -> Value:
     rows, columns = a.dims[-2:-1], b.dims[-1:] if len(b.dims) > 1 else ()
-    summed_a, summed_b = a.dims[-1], b.dims[-2] if len(b.dims) > 1 else b.dims[-1]
+    summed_a, summed_b = a.dims[-1], b.dims[max(0, len(b.dims) - 2)]
     trace.units.join(summed_a, summed_b)
     shape = call.shape[: len(call.shape) - len(rows) - len(columns)]
     batch = aligned(trace, [Value(a.dims[:-2]), Value(b.dims[:-2])], shape)
