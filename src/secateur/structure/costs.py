@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.structure.anatomy import Cost
-from secateur.structure.trace import Trace
+from secateur.structure.traced import Traced
 from secateur.structure.units import Labels
 
 
@@ -26,15 +26,15 @@ class _Term:
 class Costs:
     """Parameters, multiply-accumulates of one call on the example inputs, and bytes of parameters, of a trace."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Traced) -> None:
         self._units = trace.units
         self._arrays: list[Labels] = []
         self._numbers: dict[int, int] = {}
-        parameters = dict(trace.module.named_parameters(remove_duplicate=False))
+        sizes = trace.element_sizes()
         self._terms = [
-            _Term(self._factors(dims), params=1, bytes=parameters[name].element_size())
+            _Term(self._factors(dims), params=1, bytes=sizes[name])
             for name, dims in trace.distinct_parameters().items()
-            if name in parameters
+            if name in sizes
         ]
         self._terms += [_Term(self._factors(work.factors), macs=work.times) for work in trace.work]
 

@@ -1,10 +1,11 @@
-"""Groups of a traced module: units that visit the same dimensions of the same tensors, named by who makes them."""
+"""Groups of a traced network: units that visit the same dimensions of the same tensors, named by who makes them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,17 @@ import torch
 from secateur.errors import UsageError
 from secateur.structure.anatomy import Anatomy, Frozen, Group, Slices
 from secateur.structure.costs import Costs
-from secateur.structure.trace import Trace
+from secateur.structure.traced import Traced
 
 HEADS = ("outer", "inner", "both")
 
 
 @dataclass(frozen=True)
 class TracedAnatomy(Anatomy):
-    """An anatomy with the trace it came from. ``ids`` are the units' representatives, by group."""
+    """An anatomy with the trace it came from, of its front end's own type. ``ids`` are the units' representatives, by
+    group."""
 
-    trace: Trace | None = None
+    trace: Any = None
     ids: Mapping[str, tuple[int, ...]] | None = None
     costs: Costs | None = None
 
@@ -32,9 +34,9 @@ class TracedAnatomy(Anatomy):
 
 
 def traced_anatomy(
-    trace: Trace, *, heads: str = "outer", ignore: Iterable[str] = (), model_type: str | None = None
+    trace: Traced, *, heads: str = "outer", ignore: Iterable[str] = (), model_type: str | None = None
 ) -> TracedAnatomy:
-    """Everything that can be cut in a traced module.
+    """Everything that can be cut in a traced network.
 
     ``heads`` is what leaves where a dimension is made of heads and lanes: whole heads (``outer``), the same lane of
     every head (``inner``), or ``both``. ``ignore`` are patterns of module or parameter names that stay as they are.
@@ -62,7 +64,7 @@ def traced_anatomy(
         for (name, members), cost, slices in zip(found.items(), single, _slices(trace, found), strict=True)
     ]
     return TracedAnatomy(
-        model_type=model_type or type(trace.module).__name__,
+        model_type=model_type or trace.title,
         num_layers=0,
         groups=tuple(groups),
         matrices=(),
@@ -75,11 +77,11 @@ def traced_anatomy(
     )
 
 
-def _pin_ignored(trace: Trace, patterns: Sequence[str]) -> None:
+def _pin_ignored(trace: Traced, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         found = [n for n in trace.parameters if _matches(n, pattern)]
         if not found:
-            raise UsageError(f"ignore={pattern!r} matches no parameter of {type(trace.module).__name__}")
+            raise UsageError(f"ignore={pattern!r} matches no parameter of {trace.title}")
         for name in found:
             for labels in trace.parameters[name].dims:
                 trace.units.pin(labels, f"ignored by {pattern!r}")
@@ -89,7 +91,7 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def _grouped(trace: Trace) -> dict[str, list[int]]:
+def _grouped(trace: Traced) -> dict[str, list[int]]:
     """Units by name of their group. The units of a group have as many positions in the same dimensions."""
     places = [labels for dims in trace.distinct_parameters().values() for labels in dims]
     signature = np.zeros(len(trace.units.flags(())), dtype=np.uint64)
@@ -111,18 +113,19 @@ def _grouped(trace: Trace) -> dict[str, list[int]]:
     return _named(trace, list(by_signature.values()))
 
 
-def _named(trace: Trace, groups: list[list[int]]) -> dict[str, list[int]]:
-    """Named by the first parameter along whose first dimension they lie: the module that makes them."""
+def _named(trace: Traced, groups: list[list[int]]) -> dict[str, list[int]]:
+    """Named by the first parameter that makes them, as a rule the one along whose first dimension they lie."""
     makers: dict[int, str] = {}
     others: dict[int, str] = {}
     for name, dims in trace.distinct_parameters().items():
+        base, made = trace.maker(name)
         for dim, labels in enumerate(dims):
-            into = makers if dim == 0 else others
+            into = makers if dim == made else others
             for unit in np.unique(trace.units.table(labels)).tolist():
-                into.setdefault(unit, name)
+                into.setdefault(unit, base)
     named: dict[str, list[int]] = {}
     for members in groups:
-        base = (makers.get(members[0]) or others[members[0]]).removesuffix(".weight")
+        base = makers.get(members[0]) or others[members[0]]
         name, number = base, 2
         while name in named:
             name, number = f"{base}#{number}", number + 1
@@ -130,7 +133,7 @@ def _named(trace: Trace, groups: list[list[int]]) -> dict[str, list[int]]:
     return named
 
 
-def _slices(trace: Trace, groups: Mapping[str, list[int]]) -> list[tuple[Slices, ...]]:
+def _slices(trace: Traced, groups: Mapping[str, list[int]]) -> list[tuple[Slices, ...]]:
     """For every group, in order, the positions of its units in every dimension that they visit."""
     size = len(trace.units.flags(()))
     group_of, rank = np.full(size, -1), np.zeros(size, dtype=np.int64)
@@ -151,7 +154,7 @@ def _slices(trace: Trace, groups: Mapping[str, list[int]]) -> list[tuple[Slices,
     return [tuple(parts) for parts in found]
 
 
-def _policy(trace: Trace, heads: str) -> dict[int, str]:
+def _policy(trace: Traced, heads: str) -> dict[int, str]:
     """Units that stay because of ``heads``, and why."""
     units = trace.units
     lanes = {u for labels in trace.lanes for u in np.unique(units.table(labels)).tolist()}
@@ -170,7 +173,7 @@ def _policy(trace: Trace, heads: str) -> dict[int, str]:
     return stays
 
 
-def _inexact(trace: Trace) -> dict[int, str]:
+def _inexact(trace: Traced) -> dict[int, str]:
     """Units over which an average runs, and what it is."""
     found: dict[int, str] = {}
     for labels, what in trace.inexact:
@@ -179,7 +182,7 @@ def _inexact(trace: Trace) -> dict[int, str]:
     return found
 
 
-def _frozen(trace: Trace) -> list[Frozen]:
+def _frozen(trace: Traced) -> list[Frozen]:
     """Dimensions of parameters of which nothing can leave."""
     found = []
     for name, dims in trace.distinct_parameters().items():

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import fx
 from torch._ops import OpOverload
 
-from secateur.structure.trace import Trace, Value, hint
+from secateur.structure.kept import Kept
+from secateur.structure.trace import Trace, hint
 from secateur.structure.units import Labels
 
 Resizer = Callable[["Cut", fx.Node, dict[str, Any]], "OpOverload | None"]
@@ -20,39 +19,12 @@ Resizer = Callable[["Cut", fx.Node, dict[str, Any]], "OpOverload | None"]
 RESIZERS: dict[str, Resizer] = {}
 
 
-class Cut:
-    """Which positions stay when ``removed`` units have left."""
+class Cut(Kept):
+    """What stays of a traced module."""
 
     def __init__(self, trace: Trace, removed: Iterable[int]) -> None:
+        super().__init__(trace.units, removed)
         self.trace = trace
-        self._flags = trace.units.flags(removed)
-        self._kept: dict[int, tuple[Labels, NDArray[np.bool_]]] = {}
-
-    def kept(self, labels: Labels) -> NDArray[np.bool_]:
-        """[positions] bool: True stays."""
-        if id(labels) not in self._kept:
-            # the array is held, so that its id stays its own
-            gone = np.any(self._flags[self.trace.units.table(labels)], axis=1)
-            self._kept[id(labels)] = (labels, np.logical_not(gone))
-        return self._kept[id(labels)][1]
-
-    def size(self, labels: Labels) -> int:
-        return int(self.kept(labels).sum())
-
-    def shape(self, value: Value) -> list[int]:
-        return [self.size(labels) for labels in value.dims]
-
-    def index(self, labels: Labels) -> torch.Tensor | None:
-        """Kept positions, ascending int64, or None when all stay."""
-        kept = self.kept(labels)
-        return None if kept.all() else torch.from_numpy(kept.nonzero()[0])
-
-    def touches(self, value: Value) -> bool:
-        return any(not self.kept(labels).all() for labels in value.dims)
-
-    def renumber(self, labels: Labels, at: int) -> int:
-        """Where position ``at``, which may be the end, lies among the kept ones."""
-        return int(self.kept(labels)[:at].sum())
 
 
 def resizer(*names: str) -> Callable[[Resizer], Resizer]:

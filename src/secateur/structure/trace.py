@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, fx, nn
 
 from secateur.errors import UsageError
 from secateur.structure.exporting import export
-from secateur.structure.units import Labels, Units
+from secateur.structure.traced import Call, NoRule, Traced, Value
+
+__all__ = ["RULES", "Call", "NoRule", "Trace", "Value", "rule", "trace"]
 
 Rule = Callable[["Trace", "Call"], "Value | Sequence[Value]"]
 
@@ -44,109 +47,15 @@ def rule(*operators: str) -> Callable[[R], R]:
     return register
 
 
-class NoRule(Exception):
-    """A rule can't say what leaves together in this call; everything that it touches stays."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor in the graph: labels [size] of every dimension."""
-
-    dims: tuple[Labels, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(len(labels) for labels in self.dims)
-
-    def with_dim(self, dim: int, labels: Labels) -> Value:
-        """The same with other labels along ``dim``."""
-        dims = list(self.dims)
-        dims[dim] = labels
-        return Value(tuple(dims))
-
-
-@dataclass(frozen=True)
-class Call:
-    """One operator call: its arguments by the names of the operator's schema, tensors as ``Value``."""
-
-    node: fx.Node
-    name: str
-    arguments: Mapping[str, Any]
-    shapes: tuple[tuple[int, ...], ...]
-    """Shapes of the outputs; a dynamic size has its example's."""
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.arguments.get(name, default)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.shapes[0]
-
-    def values(self) -> list[Value]:
-        """The tensors among the arguments, in order."""
-        return [v for _, v in self.places()]
-
-    def places(self) -> list[tuple[str, Value]]:
-        """The same with the names of their arguments."""
-        found = []
-        for name, argument in self.arguments.items():
-            many = argument if isinstance(argument, list | tuple) else [argument]
-            found += [(name, value) for value in many if isinstance(value, Value)]
-        return found
-
-    @property
-    def where(self) -> str:
-        """``op (module, file:line)`` for messages."""
-        return describe(self.node)
-
-
-@dataclass(frozen=True)
-class Work:
-    """Multiply-accumulates of one call: the product of the sizes of ``factors`` times ``times``."""
-
-    node: fx.Node
-    factors: tuple[Labels, ...]
-    times: int = 1
-
-
 @dataclass
-class Trace:
-    """A traced module. ``parameters`` maps the names of parameters, buffers and constants to their values."""
+class Trace(Traced):
+    """A traced module."""
 
     module: nn.Module
     program: torch.export.ExportedProgram
     graph: fx.Graph
-    units: Units = field(default_factory=Units)
     values: dict[fx.Node, Value | list[Value]] = field(default_factory=dict)
-    parameters: dict[str, Value] = field(default_factory=dict)
-    work: list[Work] = field(default_factory=list)
-    lanes: list[Labels] = field(default_factory=list)
-    """Labels of dimensions inside attention heads."""
-    inexact: list[tuple[Labels, str]] = field(default_factory=list)
-    """Labels over which an average runs: zeroing them is not removing them."""
-    averaging: set[fx.Node] = field(default_factory=set)
-    """The calls that average."""
-    unknown: dict[str, list[str]] = field(default_factory=dict)
-    """Operators that keep what they touch → where they are called."""
     _constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
-
-    # -- words for rules -----------------------------------------------------------------------------------------
-
-    def fixed(self, shape: Sequence[int], why: str) -> Value:
-        """A tensor of which nothing can leave."""
-        return Value(tuple(self.units.fixed(n, why) for n in shape))
-
-    def count(self, call: Call, *factors: Labels, times: int = 1) -> None:
-        """Note the multiply-accumulates of a call."""
-        self.work.append(Work(call.node, factors, times))
-
-    def averages(self, call: Call, labels: Labels, what: str) -> None:
-        """Note that a call, ``what``, runs over these positions."""
-        self.inexact.append((labels, what))
-        self.averaging.add(call.node)
 
     def constant(self, node: fx.Node | Any) -> Tensor | None:
         """The tensor that a node gives whatever the inputs and the parameters are, or None."""
@@ -177,15 +86,13 @@ class Trace:
 
     # -- what is known at the end --------------------------------------------------------------------------------
 
-    def distinct_parameters(self) -> dict[str, tuple[Labels, ...]]:
-        """Labels of every parameter, buffer and constant, a tied one under its first name only."""
-        seen: set[int] = set()
-        found = {}
-        for name, value in self.parameters.items():
-            if id(value) not in seen:
-                seen.add(id(value))
-                found[name] = value.dims
-        return found
+    @property
+    def title(self) -> str:
+        return type(self.module).__name__
+
+    def element_sizes(self) -> dict[str, int]:
+        named = self.module.named_parameters(remove_duplicate=False)
+        return {name: parameter.element_size() for name, parameter in named}
 
     def value(self, node: fx.Node) -> Value:
         """The value of a node with one output."""
@@ -212,7 +119,7 @@ def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
         elif node.op == "call_function":
             found.values[node] = _apply_rule(found, node)
     for node in found.graph.output_node().all_input_nodes:
-        _pin(found, found.values[node], "output of the network")
+        found.pin(found.values[node], "output of the network")
     return found
 
 
@@ -222,10 +129,7 @@ def _place_tensor(trace: Trace, node: fx.Node, tensors: dict[int, Value]) -> Val
     if not isinstance(tensor, Tensor):
         return []
     if id(tensor) not in tensors:
-        one = "a dimension of size 1"
-        tensors[id(tensor)] = Value(
-            tuple(trace.units.fresh(n) if n > 1 else trace.units.fixed(n, one) for n in tensor.shape)
-        )
+        tensors[id(tensor)] = trace.fresh(tensor.shape)
     trace.parameters[str(node.target)] = tensors[id(tensor)]
     return tensors[id(tensor)]
 
@@ -244,46 +148,25 @@ def _apply_rule(trace: Trace, node: fx.Node) -> Value | list[Value]:
     if not _holds_tensors(outputs):
         return []
     call = _bind(trace, node)
-    try:
-        found = _find(node)(trace, call)
-    except NoRule as error:
-        return _freeze(trace, call, str(error))
-    values = [found] if isinstance(found, Value) else list(found)
-    if tuple(v.shape for v in values) != call.shapes:
-        return _freeze(trace, call, "its rule doesn't fit this call")
-    for labels in (labels for value in values for labels in value.dims if len(labels) == 1):
-        # such a dimension broadcasts, so it means another thing than a larger one that was cut
-        trace.units.pin(labels, "a dimension of size 1")
+    values = trace.ruled(call, _look_up(node))
     return values if isinstance(outputs, list | tuple) else values[0]
 
 
-def _find(node: fx.Node) -> Rule:
+def _look_up(node: fx.Node) -> Rule:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        raise NoRule("it is no operator")
+        return partial(_none, why="it is no operator")
     full = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     for name in (full, schema.name):
         if name in RULES:
             return RULES[name]
     if torch.Tag.pointwise in node.target.tags:  # type: ignore[union-attr]
         return RULES["pointwise"]
-    raise NoRule("it has no rule")
+    return partial(_none, why="it has no rule")
 
 
-def _freeze(trace: Trace, call: Call, why: str) -> list[Value] | Value:
-    """Keep everything that a call touches."""
-    reason = f"{call.where} keeps what it touches: {why}"
-    trace.unknown.setdefault(call.name, []).append(call.where)
-    for value in call.values():
-        _pin(trace, value, reason)
-    values = [trace.fixed(shape, reason) for shape in call.shapes]
-    return values if isinstance(call.node.meta["val"], list | tuple) else values[0]
-
-
-def _pin(trace: Trace, value: Value | Sequence[Value], why: str) -> None:
-    for one in [value] if isinstance(value, Value) else value:
-        for labels in one.dims:
-            trace.units.pin(labels, why)
+def _none(trace: Trace, call: Call, why: str) -> Value:
+    raise NoRule(why)
 
 
 def _bind(trace: Trace, node: fx.Node) -> Call:
@@ -297,7 +180,7 @@ def _bind(trace: Trace, node: fx.Node) -> Call:
     arguments = {name: _with_values(trace, argument) for name, argument in named.items()}
     outputs = node.meta["val"]
     shapes = tuple(sizes(o) for o in (outputs if isinstance(outputs, list | tuple) else [outputs]))
-    return Call(node, schema.name if schema else str(node.target), arguments, shapes)
+    return Call(node, schema.name if schema else str(node.target), arguments, shapes, describe)
 
 
 def _with_values(trace: Trace, argument: Any) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from secateur.structure.trace import Call, Trace, Value, rule
+from secateur.structure.traced import Traced
 from secateur.structure.units import Labels
 
 ONE = "a dimension of size 1"
 
 
-def aligned(trace: Trace, values: list[Value], shape: tuple[int, ...]) -> Value:
+def aligned(trace: Traced, values: list[Value], shape: tuple[int, ...]) -> Value:
     """Operands broadcast to ``shape``: in each dimension those of full size leave together."""
     dims: list[Labels] = []
     for back, size in enumerate(reversed(shape), start=1):

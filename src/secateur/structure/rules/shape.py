@@ -8,6 +8,7 @@ import numpy as np
 
 from secateur.structure.rules.elementwise import ONE, aligned
 from secateur.structure.trace import Call, NoRule, Trace, Value, rule
+from secateur.structure.traced import Traced
 from secateur.structure.units import Labels
 
 
@@ -20,7 +21,7 @@ def view(trace: Trace, call: Call) -> Value:
     return Value(tuple(reshaped(trace, list(x.dims), call.shape)))
 
 
-def reshaped(trace: Trace, dims: list[Labels], shape: tuple[int, ...]) -> list[Labels]:
+def reshaped(trace: Traced, dims: list[Labels], shape: tuple[int, ...]) -> list[Labels]:
     """Labels after a reshape: dimensions are merged and split in the smallest blocks that have equal sizes."""
     found: list[Labels] = []
     i = o = 0
@@ -40,7 +41,7 @@ def reshaped(trace: Trace, dims: list[Labels], shape: tuple[int, ...]) -> list[L
     return found
 
 
-def _block(trace: Trace, dims: list[Labels], shape: tuple[int, ...]) -> list[Labels]:
+def _block(trace: Traced, dims: list[Labels], shape: tuple[int, ...]) -> list[Labels]:
     one = trace.units.fixed(1, ONE)
     sizes = [n for n in shape if n != 1]
     inside = [labels for labels in dims if len(labels) != 1]
