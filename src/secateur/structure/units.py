@@ -187,17 +187,20 @@ class Units:
                 self._hang(b, a)
             return
         theirs = self.units_of(b)
+        if not mine or not theirs:
+            why = self.reason(a) or self.reason(b) or "it is coupled to positions that stay"
+            for label in (a, b, *mine, *theirs):
+                self._pin_root(self._root(label), why)
+            return
+        # by its units: one of its factors may hang on b, and would then lie inside itself
+        self._bound[a] = self.factors_of(a)
         self._hang(b, a)
         self._bound.pop(b)
         only_mine, only_theirs = mine - theirs, theirs - mine
         if len(only_mine) == 1 and len(only_theirs) == 1:
             self._join_special(*only_mine, *only_theirs)
         elif only_mine or only_theirs:
-            if not mine or not theirs:
-                for unit in mine | theirs:
-                    self._pin_root(self._root(unit), "it is coupled to positions that stay")
-            else:
-                self._join_all(mine | theirs)
+            self._join_all(mine | theirs)
 
     def _join_all(self, units: frozenset[int]) -> None:
         first, *others = sorted(units)
