@@ -101,7 +101,8 @@ def _grouped(trace: Traced) -> dict[str, list[int]]:
         units, at, counts = np.unique(table.reshape(-1), return_index=True, return_counts=True)
         signature[units] = (
             signature[units] * np.uint64(6364136223846793005)
-            + np.uint64(number) * np.uint64(1442695040888963407)
+            # wraps around like the product above, which numpy only does silently for arrays
+            + np.uint64(number * 1442695040888963407 % (1 << 64))
             + counts.astype(np.uint64)
         )
         for unit, position in zip(units.tolist(), (at // table.shape[1]).tolist(), strict=True):
