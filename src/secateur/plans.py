@@ -124,6 +124,10 @@ class _OnDisk(Mapping[str, Tensor]):
         tensor = self.stored[name].read()
         return tensor if self.shapes is None else unpack_bits(tensor, self.shapes[name])
 
+    def __contains__(self, name: object) -> bool:
+        # what a Mapping does otherwise is to read the tensor
+        return name in self.stored
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
 
@@ -341,14 +345,16 @@ def plan_of_parts(
     groups: Mapping[str, int],
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, Stored],
+    kept: Mapping[str, int],
 ) -> Plan:
     """A plan from the entries of several files, named as in ``plan.safetensors``; masks and values stay there.
 
-    Each file was written from a valid plan, so values, which may be larger than memory, aren't read again.
+    ``kept`` are the ``kept_entries`` of each mask. Each file was written from a valid plan, so masks and values, which
+    may be larger than memory, aren't read again.
     """
     parts = _by_kind(tensors, "the run")
     small = {kind: {n: t.read() for n, t in parts[kind].items()} for kind in ("keep", "bias", "scores")}
-    return Plan(
+    plan = Plan(
         provenance=(provenance,),
         groups=groups,
         keep=small["keep"],
@@ -357,6 +363,8 @@ def plan_of_parts(
         biases=small["bias"],
         scores=small["scores"],
     )
+    plan._kept.update(kept)
+    return plan
 
 
 @dataclass(frozen=True)

@@ -206,13 +206,14 @@ class DiskKeeper(Keeper):
         tensors: dict[str, Stored] = {}
         for file in sorted((self._step.path / "plan").glob("*.safetensors")):
             tensors |= read_header(file)
-        groups, shapes, notes = {}, {}, []
+        groups, shapes, kept, notes = {}, {}, {}, []
         for entry in entries:
             groups |= entry["groups"]
             shapes |= {name: tuple(shape) for name, shape in entry["masks"].items()}
+            kept |= entry["kept"]
             notes += entry["notes"]
         provenance = self._cutter.provenance.model_copy(update={"notes": tuple(notes)})
-        return plan_of_parts(provenance, groups, shapes, tensors)
+        return plan_of_parts(provenance, groups, shapes, tensors, kept)
 
     def _remember(self, layer: int) -> None:
         stored = read_header(self._step.file("plan", layer))
@@ -234,7 +235,12 @@ def _part_tensors(part: Decision, provenance: Provenance) -> dict[str, Any]:
 
 
 def _part_document(part: Decision) -> dict[str, Any]:
-    return {"groups": part.groups, "masks": {n: list(m.shape) for n, m in part.masks.items()}, "notes": part.notes}
+    return {
+        "groups": part.groups,
+        "masks": {n: list(m.shape) for n, m in part.masks.items()},
+        "kept": {n: int(m.count_nonzero()) for n, m in part.masks.items()},
+        "notes": part.notes,
+    }
 
 
 class RunFolder:
