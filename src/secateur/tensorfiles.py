@@ -11,12 +11,11 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +25,8 @@ from secateur.errors import CorruptFileError
 # the library's own limit
 MAX_HEADER_BYTES = 100_000_000
 _CHUNK_BYTES = 1 << 23
+
+Item = TypeVar("Item")
 
 # in the library's order: tensors lie by dtype, the widest first, then by name, so that each is aligned
 _TORCH_DTYPES = {
@@ -86,14 +87,10 @@ class Stored:
         return math.prod(self.shape)
 
     def chunks(self) -> Iterator[memoryview]:
-        """The raw bytes in pieces; each piece is valid until the next is asked for."""
-        buffer = memoryview(bytearray(min(self.size, _CHUNK_BYTES)))
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.start)
-            for done in range(0, self.size, _CHUNK_BYTES):
-                piece = buffer[: min(_CHUNK_BYTES, self.size - done)]
-                _read_into(file, piece, self.file)
-                yield piece
+        """The raw bytes in pieces, each read when it is asked for."""
+        count = _CHUNK_BYTES // self.dtype.itemsize
+        for first in range(0, self.numel, count):
+            yield _bytes_of(self.read_flat(first, min(count, self.numel - first)))
 
 
 @dataclass(frozen=True)
@@ -108,16 +105,12 @@ class Made:
     def of(cls, tensor: Tensor) -> Made:
         return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
-    def made(self) -> Made:
-        """The same with the tensor there already."""
-        tensor = self.make()
-        return Made(self.dtype, self.shape, lambda: tensor)
-
     @property
     def size(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def chunks(self) -> Iterator[memoryview]:
+        """The raw bytes, made when they are asked for."""
         tensor = self.make().detach().cpu().contiguous()
         if tensor.dtype != self.dtype or tuple(tensor.shape) != self.shape:
             raise RuntimeError(f"promised {self.dtype} {self.shape}, made {tensor.dtype} {tuple(tensor.shape)}")
@@ -211,8 +204,8 @@ def _check_layout(found: Mapping[str, Stored], start: int, total: int) -> None:
 def write_tensors(path: str | Path, tensors: Mapping[str, Source | Tensor], *, durable: bool = False) -> int:
     """Write a safetensors file; returns its size in bytes. Tensors are made or copied one at a time.
 
-    While one is written, the next one is made in the background. With ``durable`` the bytes are on the disk when this
-    returns. Raises OSError.
+    While one is written, the next one is made or read in the background. With ``durable`` the bytes are on the disk when
+    this returns. Raises OSError.
     """
     sources = {n: Made.of(t) if isinstance(t, Tensor) else t for n, t in tensors.items()}
     order = sorted(sources, key=lambda name: (_ORDER[NAMES[sources[name].dtype]], name))
@@ -226,22 +219,20 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Source | Tensor], *, d
     raw += b" " * (-len(raw) % 8)
     with open(path, "wb", buffering=0) as file:
         _write(file, struct.pack("<Q", len(raw)) + raw)
-        for source in _made_ahead([sources[name] for name in order]):
-            for chunk in source.chunks():
-                _write(file, chunk)
+        for chunk in ahead(chunk for name in order for chunk in sources[name].chunks()):
+            _write(file, chunk)
         if durable:
             os.fsync(file.fileno())
     return 8 + len(raw) + end
 
 
-def _made_ahead(sources: Sequence[Source]) -> Iterator[Source]:
-    """The sources in their order, each made while the one before it is in use: making one often means reading it."""
-    with ThreadPoolExecutor(1, thread_name_prefix="make-ahead") as pool:
-        ahead: Future[Source] | None = None
-        for source, following in zip_longest(sources, sources[1:]):
-            ready = ahead.result() if ahead is not None else source
-            ahead = pool.submit(following.made) if isinstance(following, Made) else None
-            yield ready
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each fetched in the background while the one before it is in use; none may be None."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 def _write(file: Any, data: bytes | memoryview) -> None:
