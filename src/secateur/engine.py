@@ -263,8 +263,7 @@ class _Run:
         """The blocks that are not finished yet, each checked when its turn comes."""
         for layer in range(self.keeper.finished, self.layers):
             for name, tensor in self.source.block_tensors(layer).items():
-                if tensor.is_floating_point():
-                    check_finite(tensor, name, layer, "weights")
+                self.source.check(name, tensor, layer)
             yield layer
             self.progress(stage, layer + 1, self.layers)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,15 +18,17 @@ MANIFEST_VERSION = 1
 _CHUNK_BYTES = 1 << 20
 
 
-def write_manifest(folder: str | Path) -> None:
+def write_manifest(folder: str | Path, known: Mapping[str, str] | None = None) -> None:
     """Write ``manifest.json``, the last file of an output folder. Raises OutputError.
 
     It maps the path of every other file below the folder (relative, with ``/``, sorted) to its size and SHA-256.
+    ``known`` are hashes by path that were taken while the file was written; the others are read for theirs.
     """
-    folder = Path(folder)
+    folder, known = Path(folder), known or {}
     try:
         files = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in listed(folder)
+            name: {"bytes": (folder / name).stat().st_size, "sha256": known.get(name) or sha256(folder / name)}
+            for name in listed(folder)
         }
     except OSError as error:
         raise OutputError(f"can't read {folder} for its manifest: {error.strerror or error}") from error

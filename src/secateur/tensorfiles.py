@@ -7,6 +7,7 @@ turn comes. What is written equals what the library would write, byte for byte.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -201,11 +202,42 @@ def _check_layout(found: Mapping[str, Stored], start: int, total: int) -> None:
         raise ValueError(f"its tensors end at byte {end}, the file has {total}")
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Source | Tensor], *, durable: bool = False) -> int:
+class Tally:
+    """What is known of a file from writing it: its SHA-256, and how many entries of its floating tensors are zero."""
+
+    def __init__(self) -> None:
+        self.zeros: dict[str, int] = {}
+        self._hash = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what was written so far, as hexadecimal digits."""
+        return self._hash.hexdigest()
+
+    def add(self, raw: bytes | memoryview) -> None:
+        """The next bytes of the file."""
+        self._hash.update(raw)
+
+    def count(self, name: str, dtype: torch.dtype, raw: memoryview) -> None:
+        """The next bytes of a tensor."""
+        # eight bits are no weights of ours, and torch doesn't count them
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            entries = torch.frombuffer(raw, dtype=dtype)
+            self.zeros[name] = self.zeros.get(name, 0) + count_zeros(entries)
+
+
+def count_zeros(tensor: Tensor) -> int:
+    """How many entries are zero."""
+    return tensor.numel() - int(torch.count_nonzero(tensor))
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Source | Tensor], *, durable: bool = False, tally: Tally | None = None
+) -> int:
     """Write a safetensors file; returns its size in bytes. Tensors are made or copied one at a time.
 
     While one is written, the next one is made or read in the background. With ``durable`` the bytes are on the disk when
-    this returns. Raises OSError.
+    this returns. ``tally`` sees all that is written. Raises OSError.
     """
     sources = {n: Made.of(t) if isinstance(t, Tensor) else t for n, t in tensors.items()}
     order = sorted(sources, key=lambda name: (_ORDER[NAMES[sources[name].dtype]], name))
@@ -218,9 +250,15 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Source | Tensor], *, d
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     with open(path, "wb", buffering=0) as file:
-        _write(file, struct.pack("<Q", len(raw)) + raw)
-        for chunk in ahead(chunk for name in order for chunk in sources[name].chunks()):
+        head = struct.pack("<Q", len(raw)) + raw
+        _write(file, head)
+        if tally is not None:
+            tally.add(head)
+        for name, chunk in ahead((name, chunk) for name in order for chunk in sources[name].chunks()):
             _write(file, chunk)
+            if tally is not None:
+                tally.add(chunk)
+                tally.count(name, sources[name].dtype, chunk)
         if durable:
             os.fsync(file.fileno())
     return 8 + len(raw) + end

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +11,7 @@ if TYPE_CHECKING:
     from secateur.models.sources import Source
     from secateur.recipes import Recipe
     from secateur.report import Report
+    from secateur.runs.pipeline import StepResult
 
 DEFAULT_PROMPT = "The most important thing about gardening is"
 PROMPT_TOKENS = 40
@@ -32,16 +32,18 @@ class Measurement:
     prompt: str | None = None
     sample: bool = False
 
-    def __call__(self, source: Source, tokenizer: PreTrainedTokenizerBase | None, folder: Path, report: Report) -> None:
+    def __call__(
+        self, source: Source, tokenizer: PreTrainedTokenizerBase | None, result: StepResult, report: Report
+    ) -> None:
         if not self._loads(source):
-            self._count(source, folder, report)
+            self._count(source, result, report)
             return
         from secateur import api
 
         dense: Any = source.model
         if source.folder is not None:
             dense, _ = api.load(source.folder, dtype="auto", device=self.job.device)
-        pruned, _ = api.load(folder, dtype="auto", device=self.job.device)
+        pruned, _ = api.load(result.folder, dtype="auto", device=self.job.device)
         table = api.evaluate(
             {"dense": dense, "pruned": pruned},
             tokenizer,
@@ -67,11 +69,13 @@ class Measurement:
         size = sum(p.numel() * p.element_size() for p in source.model.parameters())
         return bool(self.job.evaluate or self.prompt) or size <= SMALL_BYTES
 
-    def _count(self, source: Source, folder: Path, report: Report) -> None:
+    def _count(self, source: Source, result: StepResult, report: Report) -> None:
         from secateur.evaluation.size import stored_size
         from secateur.models.opening import open_source
 
-        pruned, _ = open_source(folder)
+        pruned, _ = open_source(result.folder)
+        for tally in result.tallies.values():
+            pruned.know(tally.zeros)
         try:
             report.metrics = stored_size({"dense": source, "pruned": pruned})
         finally:

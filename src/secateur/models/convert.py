@@ -90,14 +90,14 @@ def _stream(checkpoint: Checkpoint, folder: Path, format: str, max_shard_size: i
         layout["packed"] = {"version": PACKED_VERSION, "tensors": shapes}
     config, remote = saved_config(checkpoint.model, layout, _dtype(checkpoint))
     with output_folder(folder, overwrite=overwrite) as path:
-        write_shards(sources, path, max_shard_size)
+        tallies = write_shards(sources, path, max_shard_size)
         config.save_pretrained(str(path))
         if remote:
             copy_modelling_file(path)
         _copy_companions(checkpoint.folder, path)
         card = model_card(folder.name, base_name=checkpoint.folder.name, format=format, remote=remote)
         (path / "README.md").write_text(card, encoding="utf8")
-        write_manifest(path)
+        write_manifest(path, {name: tally.sha256 for name, tally in tallies.items()})
     return folder
 
 

@@ -28,6 +28,7 @@ from secateur.plans import Plan
 from secateur.remote import place
 from secateur.report.numbers import json_ready
 from secateur.report.report import BYTES_ON_DISK
+from secateur.tensorfiles import Tally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -96,10 +97,12 @@ def document_folder(
     plain: bool,
     base_name: str = "",
     started: float | None = None,
+    tallies: Mapping[str, Tally] | None = None,
 ) -> None:
     """Everything in a checkpoint but weights and config: tokenizer, plans, report, model card, manifest.
 
     ``path`` is where the files lie now, ``folder`` the name that they will have. Plans that are there are replaced.
+    ``tallies`` are those of the weight files that were written just now, by name.
     """
     started = time.perf_counter() if started is None else started
     if tokenizer is not None:
@@ -112,7 +115,7 @@ def document_folder(
     name = base_name or (plans[0].model.name if plans else "")
     card = model_card(Path(folder).name, base_name=name, plans=plans, report=report, format=format, remote=not plain)
     (path / "README.md").write_text(card, encoding="utf8")
-    write_manifest(path)
+    write_manifest(path, {name: tally.sha256 for name, tally in (tallies or {}).items()})
 
 
 def _write_plans(plans: Sequence[Plan], path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur.errors import UsageError
 from secateur.models.weightfiles import INDEX
-from secateur.tensorfiles import Source, write_tensors
+from secateur.tensorfiles import Source, Tally, write_tensors
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
@@ -32,11 +32,12 @@ def write_shards(
     *,
     finished: Container[str] = (),
     done: Callable[[str, int, int], None] = lambda file, number, total: None,
-) -> None:
+) -> dict[str, Tally]:
     """Write ``tensors``, in their order, to files of at most ``max_shard_size`` bytes, and the index if they are many.
 
     Each file is on the disk before ``done`` is told of it; files named in ``finished`` are there already. Only a
-    tensor that is larger than the limit makes a file that is. Raises OSError.
+    tensor that is larger than the limit makes a file that is. Returns what is known of every file that was written,
+    by its name. Raises OSError.
     """
     from huggingface_hub.serialization import split_state_dict_into_shards_factory  # type: ignore[attr-defined]
 
@@ -46,10 +47,13 @@ def write_shards(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
+    tallies: dict[str, Tally] = {}
     for number, (file, names) in enumerate(split.filename_to_tensors.items(), start=1):
         if file not in finished:
-            write_tensors(folder / file, {name: tensors[name] for name in names}, durable=True)
+            tallies[file] = Tally()
+            write_tensors(folder / file, {n: tensors[n] for n in names}, durable=True, tally=tallies[file])
             done(file, number, len(split.filename_to_tensors))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf8")
+    return tallies

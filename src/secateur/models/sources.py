@@ -8,7 +8,8 @@ take the same path.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from secateur.errors import NonFiniteError
 from secateur.models.decoders import decoder_blocks
 from secateur.models.modeling_secateur import unpack_tensor
-from secateur.tensorfiles import Made, Stored
+from secateur.tensorfiles import Made, Stored, count_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +41,8 @@ class Source:
         self.model = model
         self.name, self.blocks = decoder_blocks(model)
         self._devices = tuple(devices)
+        # zero entries of the tensors that were looked at
+        self._zeros: dict[str, int] = {}
 
     @property
     def device(self) -> torch.device:
@@ -73,22 +76,35 @@ class Source:
         return Made.of(self.tensor(name))
 
     def check_outside(self) -> None:
-        """Look at every floating tensor outside the blocks, part by part. Raises NonFiniteError."""
+        """Look at every tensor outside the blocks, part by part. Raises NonFiniteError."""
         for name in self.outside:
-            count = _named(self.model, name).numel()
-            for first in range(0, count, _PART):
-                part = self.part(name, first, min(_PART, count - first))
-                if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            zeros = 0
+            for part in self._parts(name):
+                if not all_finite(part):
                     raise NonFiniteError(f"{name}: {int((~torch.isfinite(part)).sum())} or more weights are NaN or inf")
+                zeros += count_zeros(part)
+            self._zeros[name] = zeros
+
+    def check(self, name: str, tensor: Tensor, layer: int) -> None:
+        """Look at a tensor of a block, unless it was looked at before. Raises NonFiniteError."""
+        if name not in self._zeros:
+            check_finite(tensor, name, layer, "weights")
+            self._zeros[name] = count_zeros(tensor)
+
+    def know(self, zeros: Mapping[str, int]) -> None:
+        """Take over how many entries of tensors are zero, by their names in the files."""
 
     def count(self, name: str) -> tuple[int, int, int]:
-        """(entries, zeros among them, bytes of one entry) of a tensor, read part by part."""
-        entries, zeros, itemsize = _named(self.model, name).numel(), 0, 0
-        for first in range(0, entries, _PART):
-            part = self.part(name, first, min(_PART, entries - first))
-            zeros += part.numel() - int(torch.count_nonzero(part))
-            itemsize = part.element_size()
-        return entries, zeros, itemsize
+        """(entries, zeros among them, bytes of one entry) of a tensor, read part by part if it must be read."""
+        if name not in self._zeros:
+            self._zeros[name] = sum(map(count_zeros, self._parts(name)))
+        origin = self.origin(name)
+        return math.prod(origin.shape), self._zeros[name], origin.dtype.itemsize
+
+    def _parts(self, name: str) -> Iterator[Tensor]:
+        count = _named(self.model, name).numel()
+        for first in range(0, count, _PART):
+            yield self.part(name, first, min(_PART, count - first))
 
     def block_names(self, layer: int) -> list[str]:
         """Full names of all tensors of one block."""
@@ -178,6 +194,13 @@ class CheckpointSource(Source):
         stored = self.stored[name]
         return stored if isinstance(stored, Stored) else Made(stored.dtype, stored.shape, stored.read)
 
+    def know(self, zeros: Mapping[str, int]) -> None:
+        for name, stored in self.stored.items():
+            # what a packed tensor leaves out is zero too
+            held = stored if isinstance(stored, Stored) else stored.values
+            if held.name in zeros:
+                self._zeros[name] = math.prod(stored.shape) - held.numel + zeros[held.name]
+
     def block_names(self, layer: int) -> list[str]:
         return [name for name in self.stored if name.startswith(f"{self.name}.{layer}.")]
 
@@ -241,10 +264,16 @@ def stored_names(model: PreTrainedModel) -> Iterator[str]:
             yield name
 
 
+def all_finite(values: Tensor) -> bool:
+    """False when there is NaN or inf."""
+    # both show in the extremes, which takes no temporary of the tensor's size
+    floating = values.is_floating_point() and values.numel()
+    return not floating or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
 def check_finite(values: Tensor, where: str, layer: int, what: str) -> None:
     """Raises NonFiniteError when a floating tensor of a block holds NaN or inf."""
-    # both show in the extremes, which takes no temporary of the tensor's size
-    if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+    if not all_finite(values):
         bad = int((~torch.isfinite(values)).sum())
         raise NonFiniteError(f"layer {layer}, {where}: {bad} of {values.numel()} {what} are NaN or inf")
 

@@ -67,7 +67,7 @@ def apply_plans(
                 source, _ = open_source(result.folder, device=device)
         document_folder(
             result.folder, out, tokenizer=tokenizer, plans=plans, report=None, html=False, format=format,
-            plain=result.plain,
+            plain=result.plain, tallies=result.tallies,
         )  # fmt: skip
         finish_folder(result.folder, out)
         folder.remove()

@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.keeping import Decision
 from secateur.models.decoders import decoder_anatomy, is_transposed
 from secateur.models.packed import pack
-from secateur.models.sources import Source, check_finite
+from secateur.models.sources import Source
 from secateur.models.surgery import Cut
 from secateur.plans import Plan, Provenance
 from secateur.tensorfiles import Made, write_tensors
@@ -54,8 +54,7 @@ class BlockCutter:
     def _make(self, cut: Cut, name: str, layer: int) -> Tensor:
         # read only now, unless the block is in memory anyway
         old = self.source.tensor(name)
-        if old.is_floating_point():
-            check_finite(old, name, layer, "weights")
+        self.source.check(name, old, layer)
         return cut.tensor(name, old, old) if name in cut.touched else old
 
     def _plan_of(self, part: Decision) -> Plan:

@@ -14,7 +14,7 @@ from secateur.models.sources import Source, stored_names
 from secateur.models.surgery import cut_model
 from secateur.models.weightless import published_names, weightless_copy
 from secateur.plans import Plan
-from secateur.tensorfiles import Made, Stored, read_header
+from secateur.tensorfiles import Made, Stored, Tally, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,18 +39,17 @@ class CheckpointWriter:
         self.target = cut_skeleton(plan, source)
         self.kept = kept_layers(plan, len(source.blocks))
 
-    def write(self, finished: Container[str], done: Callable[[str, int, int], None]) -> bool:
+    def write(self, finished: Container[str], done: Callable[[str, int, int], None]) -> tuple[bool, dict[str, Tally]]:
         """Write all files; shards named in ``finished`` are there already, ``done`` is told of every other.
 
-        Returns whether the folder needs its modelling file.
+        Returns whether the folder needs its modelling file, and what is known of the shards that were written.
         """
         tensors, packed = self._tensors()
         remote = write_config(self.target, self._folder, packed)
         if not remote:
             names = published_names(self.target, list(tensors))
             tensors = {names[name]: tensor for name, tensor in tensors.items()}
-        write_shards(tensors, self._folder, self._limit, finished=finished, done=done)
-        return remote
+        return remote, write_shards(tensors, self._folder, self._limit, finished=finished, done=done)
 
     def _tensors(self) -> tuple[dict[str, Stored | Made], dict[str, list[int]]]:
         """What the checkpoint holds, in the order of the model; and the dense shapes of packed tensors."""

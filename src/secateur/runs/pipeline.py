@@ -22,6 +22,7 @@ from secateur.ranks import ALONE, Ranks
 from secateur.runs.cutting import BlockCutter
 from secateur.runs.folder import DiskKeeper, StepFolder
 from secateur.runs.output import CheckpointWriter, kept_layers
+from secateur.tensorfiles import Tally
 from secateur.versions import library_versions
 
 if TYPE_CHECKING:
@@ -49,11 +50,15 @@ class Resources:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave: its plan, the folder of the checkpoint, whether it is plain, seconds by stage."""
+    """What a step gave: its plan, the folder of the checkpoint, whether it is plain, seconds by stage.
+
+    ``tallies`` are those of the weight files that this process wrote, by name.
+    """
 
     plan: Plan
     folder: Path
     plain: bool
+    tallies: Mapping[str, Tally]
     seconds: Mapping[str, float]
 
 
@@ -127,8 +132,8 @@ def prune_step(
     def finish() -> StepResult:
         plan = keeper.finish()
         planned = time.perf_counter()
-        plain = _write_cut(step, plan, source, cutter, output, progress)
-        return StepResult(plan, step.out, plain, {"plan": planned - started, "cut": time.perf_counter() - planned})
+        written = _write_cut(step, plan, source, cutter, output, progress)
+        return StepResult(plan, step.out, *written, {"plan": planned - started, "cut": time.perf_counter() - planned})
 
     result = finish() if ranks.main else None
     ranks.meet()
@@ -139,17 +144,18 @@ def apply_step(step: StepFolder, plan: Plan, source: Source, *, output: Output, 
     """Cut ``source`` by an existing plan. Raises PlanMismatchError when it was made for other shapes."""
     started = time.perf_counter()
     check_fits(plan, fingerprint(source))
+    provenance = next(p for p in plan.provenance if p.options.get("heads") == plan.head_unit or plan.head_unit == "kv")
+    cutter = BlockCutter(source, provenance, output.format)
     if not step.journal.entries:
         source.check_outside()
-    provenance = next(p for p in plan.provenance if p.options.get("heads") == plan.head_unit or plan.head_unit == "kv")
-    plain = _write_cut(step, plan, source, BlockCutter(source, provenance, output.format), output, progress)
-    return StepResult(plan, step.out, plain, {"cut": time.perf_counter() - started})
+    written = _write_cut(step, plan, source, cutter, output, progress)
+    return StepResult(plan, step.out, *written, {"cut": time.perf_counter() - started})
 
 
 def _write_cut(
     step: StepFolder, plan: Plan, source: Source, cutter: BlockCutter, output: Output, progress: Progress
-) -> bool:
-    """The blocks that aren't written yet, then the checkpoint; True when stock transformers loads it."""
+) -> tuple[bool, Mapping[str, Tally]]:
+    """The blocks that aren't written yet, then the checkpoint; whether stock transformers loads it, and its tallies."""
     kept, written = kept_layers(plan, cutter.layers), step.written()
     for done, layer in enumerate(kept, start=1):
         if layer not in written:
@@ -164,4 +170,5 @@ def _write_cut(
         step.check_stop(f"writing {number} of {count} files")
 
     writer = CheckpointWriter(source, plan, partial(step.file, "weights"), step.out, output.max_shard_size)
-    return not writer.write(step.journal.of("shard"), shard_done)
+    remote, tallies = writer.write(step.journal.of("shard"), shard_done)
+    return not remote, tallies

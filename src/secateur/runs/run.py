@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 # (the dense model, the compute dtype), before any work
 Announce = Callable[[Source, torch.dtype], None]
-# (the dense model, its tokenizer, folder of the pruned checkpoint, report to complete)
-Measure = Callable[[Source, "PreTrainedTokenizerBase | None", Path, Report], None]
+# (the dense model, its tokenizer, what the last step gave, report to complete)
+Measure = Callable[[Source, "PreTrainedTokenizerBase | None", StepResult, Report], None]
 
 
 @dataclass
@@ -264,7 +264,7 @@ class _Runner:
         last = results[-1]
         if self._options.measure is not None:
             started = time.perf_counter()
-            self._options.measure(self._source, self._tokenizer, last.folder, report)
+            self._options.measure(self._source, self._tokenizer, last, report)
             report.seconds["evaluate"] = time.perf_counter() - started
         document_folder(
             last.folder,
@@ -275,6 +275,7 @@ class _Runner:
             html=self._options.html,
             format=self._recipe.format,
             plain=last.plain,
+            tallies=last.tallies,
         )
         finish_folder(last.folder, self._folder.out)
         self._folder.remove()
