@@ -236,8 +236,8 @@ def write_tensors(
 ) -> int:
     """Write a safetensors file; returns its size in bytes. Tensors are made or copied one at a time.
 
-    While one is written, the next one is made or read in the background. With ``durable`` the bytes are on the disk when
-    this returns. ``tally`` sees all that is written. Raises OSError.
+    While one is written, the next one is made or read in the background. With ``durable`` the bytes are on the disk
+    when this returns. ``tally`` sees all that is written. Raises OSError.
     """
     sources = {n: Made.of(t) if isinstance(t, Tensor) else t for n, t in tensors.items()}
     order = sorted(sources, key=lambda name: (_ORDER[NAMES[sources[name].dtype]], name))
@@ -254,7 +254,7 @@ def write_tensors(
         _write(file, head)
         if tally is not None:
             tally.add(head)
-        for name, chunk in ahead((name, chunk) for name in order for chunk in sources[name].chunks()):
+        for name, chunk in ahead((n, chunk) for n in order for chunk in sources[n].chunks()):
             _write(file, chunk)
             if tally is not None:
                 tally.add(chunk)

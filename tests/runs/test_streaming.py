@@ -4,20 +4,24 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import secateur as sc
 from families import FAMILY_CONFIGS, make_tiny, tiny_ids
 from runs import plan_for, tokens_of
-from secateur.errors import ModelLoadError, UnsupportedModelError, UsageError
+from secateur.errors import ModelLoadError, NonFiniteError, UnsupportedModelError, UsageError
 from secateur.methods import make_method
 from secateur.models import loading
 from secateur.models.opening import open_source
 from secateur.models.shards import parse_size
 from secateur.models.sources import CheckpointSource, Source
+from secateur.runs.applying import apply_plans
+from secateur.runs.checking import outside_checked
 from secateur.runs.folder import StepFolder
 from secateur.runs.pipeline import Output, Resources, apply_step, prune_step
 from secateur.runs.signals import StopRequest
@@ -188,19 +192,51 @@ def test_sizes_that_are_none(text):
         parse_size(text)
 
 
-def test_a_plan_applied_to_weights_that_are_not_finite_writes_nothing(tiny_checkpoint, tmp_path):
-    from safetensors.torch import load_file, save_file
+def spoilt(folder: Path, copy: Path, name: str) -> Path:
+    """A copy of a checkpoint in which one entry of a tensor is NaN."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
-    from secateur.errors import NonFiniteError
-    from secateur.runs.applying import apply_plans
 
+UP = "model.layers.1.mlp.up_proj.weight"
+NOT_FINITE = {
+    UP: rf"layer 1, {re.escape(UP)}: 1 of \d+ weights",
+    "model.norm.weight": r"^model\.norm\.weight: 1 or more weights are NaN or inf",
+    "model.embed_tokens.weight": r"^model\.embed_tokens\.weight: 1 or more weights are NaN or inf",
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_a_plan_applied_to_weights_that_are_not_finite_writes_nothing(name, tiny_checkpoint, tmp_path):
     model, _ = sc.load(tiny_checkpoint)
     plan = sc.plan(model, method="magnitude", sparsity=0.5)
-    bad = tmp_path / "bad"
-    shutil.copytree(tiny_checkpoint, bad)
-    weights = load_file(bad / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(weights, bad / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NonFiniteError, match=r"layer 1, model\.layers\.1\.mlp\.up_proj\.weight: 1 of \d+ weights"):
+    bad = spoilt(tiny_checkpoint, tmp_path / "bad", name)
+    with pytest.raises(NonFiniteError, match=NOT_FINITE[name]):
         apply_plans([plan], bad, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_left(name, tiny_checkpoint, tmp_path):
+    bad = spoilt(tiny_checkpoint, tmp_path / "bad", name)
+    job = {"model": str(bad), "out": str(tmp_path / "out"), "calibration": {"samples": 2, "length": 32}}
+    with pytest.raises(NonFiniteError, match=NOT_FINITE[name]):
+        sc.run({**job, "steps": [{"method": "wanda"}]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+def test_what_is_found_outside_the_blocks_ends_the_work_on_them(tiny_checkpoint, tmp_path):
+    source, _ = open_source(spoilt(tiny_checkpoint, tmp_path / "bad", "model.norm.weight"))
+    steps = []
+    with (
+        pytest.raises(NonFiniteError, match=r"^model\.norm"),
+        outside_checked(source, lambda *step: steps.append(step)) as report,
+    ):
+        while len(steps) < 1000:
+            report("prune", len(steps) + 1, 1000)
+            time.sleep(0.01)
+    assert len(steps) < 1000
+    source.close()

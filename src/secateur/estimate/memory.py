@@ -13,8 +13,8 @@ from secateur.estimate.job import Job
 from secateur.estimate.sizes import BlockSizes, Sizes
 from secateur.methods import UnitMethod, WeightMethod
 
-# Outside tensors are looked at in parts of 2^22 entries: the part, and the temporaries of isfinite.
-_CHECK_BYTES = (1 << 22) * 8
+# outside tensors are looked at beside all else, in parts of 2^20 entries
+_CHECKED = 1 << 20
 # bytes per entry of the matrix at work on top of its float32 copy: scores, the running count of ties, booleans
 _SCORING = 4 + 8 + 6
 # the matrix that is being repaired, its mask, and the new values that stay
@@ -78,7 +78,7 @@ def _model(sizes: Sizes, block: BlockSizes) -> dict[str, int]:
     if not sizes.streamed:
         return {"model": 0 if sizes.loaded else sizes.stored}
     ahead = min(2, len(sizes.blocks))
-    return {"blocks as stored": ahead * block.stored}
+    return {"blocks as stored": ahead * block.stored, "weights being checked": _CHECKED * sizes.itemsize}
 
 
 def _walk(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
@@ -92,13 +92,11 @@ def _walk(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
 
 
 def _entering(sizes: Sizes, job: Job) -> dict[str, int]:
-    check = {"at work": _CHECK_BYTES}
     if not job.observes or not sizes.streamed:
-        return check
+        return {}
     # Heaps' law for how many different words a text has
     rows = min(sizes.vocabulary, job.tokens, int(10 * job.tokens**0.6))
-    mapped = min(sizes.embedding, rows * _PAGES)
-    return max(check, {"embedding rows": mapped}, key=lambda stage: sum(stage.values()))
+    return {"embedding rows": min(sizes.embedding, rows * _PAGES)}
 
 
 def _observing(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:

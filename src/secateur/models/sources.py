@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 # entries that are looked at together
-_PART = 1 << 22
+_PART = 1 << 20
 
 
 class Source:
@@ -75,11 +76,13 @@ class Source:
         """A tensor as something that can be written to a file."""
         return Made.of(self.tensor(name))
 
-    def check_outside(self) -> None:
-        """Look at every tensor outside the blocks, part by part. Raises NonFiniteError."""
+    def check_outside(self, stop: Event) -> None:
+        """Look at every tensor outside the blocks, part by part, until ``stop`` is set. Raises NonFiniteError."""
         for name in self.outside:
             zeros = 0
             for part in self._parts(name):
+                if stop.is_set():
+                    return
                 if not all_finite(part):
                     raise NonFiniteError(f"{name}: {int((~torch.isfinite(part)).sum())} or more weights are NaN or inf")
                 zeros += count_zeros(part)

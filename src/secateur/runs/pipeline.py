@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from secateur.models.surgery import check_fits
 from secateur.observe.activations import Activations
 from secateur.plans import Plan, Provenance
 from secateur.ranks import ALONE, Ranks
+from secateur.runs.checking import Progress, outside_checked
 from secateur.runs.cutting import BlockCutter
 from secateur.runs.folder import DiskKeeper, StepFolder
 from secateur.runs.output import CheckpointWriter, kept_layers
@@ -27,8 +29,6 @@ from secateur.versions import library_versions
 
 if TYPE_CHECKING:
     from secateur.observe.calibration import Tokens
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,21 @@ def plan_step(
     keeper = DiskKeeper(step, method, cutter, ranks, cut=output is not None)
     # all have read the journal before one writes to it
     ranks.meet()
-    if not keeper.closed:
-        if not keeper.finished and ranks.main:
-            source.check_outside()
-        decide(
-            method,
-            source,
-            tokens,
-            dtype=resources.dtype,
-            batch_tokens=resources.batch_tokens,
-            progress=progress,
-            keeper=keeper,
-            hidden=Activations(limit=resources.activation_memory, folder=keeper.hidden),
-            statistics=statistics,
-            ranks=ranks,
-        )
+    # again when a run goes on: it may have died before all was looked at
+    with outside_checked(source, progress) if ranks.main else nullcontext(progress) as report:
+        if not keeper.closed:
+            decide(
+                method,
+                source,
+                tokens,
+                dtype=resources.dtype,
+                batch_tokens=resources.batch_tokens,
+                progress=report,
+                keeper=keeper,
+                hidden=Activations(limit=resources.activation_memory, folder=keeper.hidden),
+                statistics=statistics,
+                ranks=ranks,
+            )
     return keeper, cutter
 
 
@@ -146,9 +146,8 @@ def apply_step(step: StepFolder, plan: Plan, source: Source, *, output: Output, 
     check_fits(plan, fingerprint(source))
     provenance = next(p for p in plan.provenance if p.options.get("heads") == plan.head_unit or plan.head_unit == "kv")
     cutter = BlockCutter(source, provenance, output.format)
-    if not step.journal.entries:
-        source.check_outside()
-    written = _write_cut(step, plan, source, cutter, output, progress)
+    with outside_checked(source, progress) as report:
+        written = _write_cut(step, plan, source, cutter, output, report)
     return StepResult(plan, step.out, *written, {"cut": time.perf_counter() - started})
 
 
