@@ -11,7 +11,7 @@ SOURCE = Path(secateur.__file__).parent
 
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
-BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", "ranks", ""}
+BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", "ranks", "ahead", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "structure": {"plans"},
     "keeping": set(),
     "plans": set(),
+    "ahead": set(),
     "errors": set(),
     "files": set(),
     "reading": set(),

@@ -2,7 +2,6 @@
 
 import json
 import struct
-import threading
 import weakref
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur.errors import CorruptFileError
-from secateur.tensorfiles import DTYPES, Made, ahead, read_header, write_tensors
+from secateur.tensorfiles import DTYPES, Made, read_header, write_tensors
 
 
 def tensors():
@@ -107,33 +106,8 @@ def test_oversized_and_short_files_are_refused(tmp_path):
         read_header(tmp_path / "none")
 
 
-def test_the_next_item_is_fetched_while_one_is_in_use():
-    fetched = [threading.Event() for _ in range(5)]
-
-    def items():
-        for number, event in enumerate(fetched):
-            event.set()
-            yield number
-
-    seen = []
-    for number in ahead(items()):
-        # nobody asks for it before this one is done
-        assert all(event.wait(timeout=30) for event in fetched[: number + 2])
-        assert not any(event.is_set() for event in fetched[number + 2 :])
-        seen.append(number)
-    assert seen == list(range(5))
-
-
-def test_what_fails_in_the_background_fails_here():
-    def items():
-        yield 0
-        raise ValueError("spoilt")
-
-    with pytest.raises(ValueError, match="spoilt"):
-        list(ahead(items()))
-
-
-def test_at_most_two_tensors_are_made_before_they_are_written(tmp_path):
+def test_at_most_two_large_tensors_are_made_before_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.ahead.AHEAD_BYTES", 1)
     alive, most = 0, 0
 
     def make() -> torch.Tensor:

@@ -13,21 +13,20 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from secateur.ahead import Task, ahead
 from secateur.errors import CorruptFileError
 
 # the library's own limit
 MAX_HEADER_BYTES = 100_000_000
-_CHUNK_BYTES = 1 << 23
-
-Item = TypeVar("Item")
+_PIECE_BYTES = 1 << 23
 
 # in the library's order: tensors lie by dtype, the widest first, then by name, so that each is aligned
 _TORCH_DTYPES = {
@@ -87,11 +86,15 @@ class Stored:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def chunks(self) -> Iterator[memoryview]:
-        """The raw bytes in pieces, each read when it is asked for."""
-        count = _CHUNK_BYTES // self.dtype.itemsize
-        for first in range(0, self.numel, count):
-            yield _bytes_of(self.read_flat(first, min(count, self.numel - first)))
+    def pieces(self) -> Iterator[Task[memoryview]]:
+        """The raw bytes, piece by piece, each to be read."""
+        most = _PIECE_BYTES // self.dtype.itemsize
+        for first in range(0, self.numel, most):
+            count = min(most, self.numel - first)
+            yield count * self.dtype.itemsize, partial(self._raw, first, count)
+
+    def _raw(self, first: int, count: int) -> memoryview:
+        return _bytes_of(self.read_flat(first, count))
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,15 @@ class Made:
     def size(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def chunks(self) -> Iterator[memoryview]:
-        """The raw bytes, made when they are asked for."""
+    def pieces(self) -> Iterator[Task[memoryview]]:
+        """The raw bytes in one piece, to be made."""
+        yield self.size, self._raw
+
+    def _raw(self) -> memoryview:
         tensor = self.make().detach().cpu().contiguous()
         if tensor.dtype != self.dtype or tuple(tensor.shape) != self.shape:
             raise RuntimeError(f"promised {self.dtype} {self.shape}, made {tensor.dtype} {tuple(tensor.shape)}")
-        if tensor.numel():
-            yield _bytes_of(tensor)
+        return _bytes_of(tensor)
 
 
 Source = Stored | Made
@@ -221,7 +226,7 @@ class Tally:
     def count(self, name: str, dtype: torch.dtype, raw: memoryview) -> None:
         """The next bytes of a tensor."""
         # eight bits are no weights of ours, and torch doesn't count them
-        if dtype.is_floating_point and dtype.itemsize > 1:
+        if dtype.is_floating_point and dtype.itemsize > 1 and len(raw):
             entries = torch.frombuffer(raw, dtype=dtype)
             self.zeros[name] = self.zeros.get(name, 0) + count_zeros(entries)
 
@@ -231,16 +236,21 @@ def count_zeros(tensor: Tensor) -> int:
     return tensor.numel() - int(torch.count_nonzero(tensor))
 
 
+def in_order(sources: Mapping[str, Source]) -> list[str]:
+    """The names of tensors in the order in which a file holds them."""
+    return sorted(sources, key=lambda name: (_ORDER[NAMES[sources[name].dtype]], name))
+
+
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Source | Tensor], *, durable: bool = False, tally: Tally | None = None
 ) -> int:
     """Write a safetensors file; returns its size in bytes. Tensors are made or copied one at a time.
 
-    While one is written, the next one is made or read in the background. With ``durable`` the bytes are on the disk
+    While one is written, those after it are made or read in the background. With ``durable`` the bytes are on the disk
     when this returns. ``tally`` sees all that is written. Raises OSError.
     """
     sources = {n: Made.of(t) if isinstance(t, Tensor) else t for n, t in tensors.items()}
-    order = sorted(sources, key=lambda name: (_ORDER[NAMES[sources[name].dtype]], name))
+    order = in_order(sources)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
@@ -254,23 +264,15 @@ def write_tensors(
         _write(file, head)
         if tally is not None:
             tally.add(head)
-        for name, chunk in ahead((n, chunk) for n in order for chunk in sources[n].chunks()):
-            _write(file, chunk)
+        pieces = [(name, piece) for name in order for piece in sources[name].pieces()]
+        for (name, _), piece in zip(pieces, ahead(task for _, task in pieces), strict=True):
+            _write(file, piece)
             if tally is not None:
-                tally.add(chunk)
-                tally.count(name, sources[name].dtype, chunk)
+                tally.add(piece)
+                tally.count(name, sources[name].dtype, piece)
         if durable:
             os.fsync(file.fileno())
     return 8 + len(raw) + end
-
-
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each fetched in the background while the one before it is in use; none may be None."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
 
 
 def _write(file: Any, data: bytes | memoryview) -> None:

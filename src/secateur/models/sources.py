@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur.ahead import ahead
 from secateur.errors import NonFiniteError
 from secateur.models.decoders import decoder_blocks
 from secateur.models.modeling_secateur import unpack_tensor
@@ -150,6 +152,9 @@ class Source:
         """One tensor of which only the rows that are looked at take memory, where that is possible."""
         return self.tensor(name)
 
+    def expect(self, names: Iterable[str]) -> None:
+        """These tensors will be asked for, once each and in this order: read them ahead."""
+
     def close(self) -> None:
         """Stop reading ahead."""
 
@@ -170,6 +175,8 @@ class CheckpointSource(Source):
         self._unpacked: tuple[str, Tensor] = ("", torch.empty(0))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self._expected: deque[str] = deque()
+        self._coming = ahead(())
 
     @property
     def files(self) -> list[Path]:
@@ -183,7 +190,18 @@ class CheckpointSource(Source):
 
     def tensor(self, name: str) -> Tensor:
         held = self._held[1].get(name)
-        return held if held is not None else self.stored[name].read()
+        if held is not None:
+            return held
+        if self._expected and self._expected[0] == name:
+            self._expected.popleft()
+            return next(self._coming)
+        return self.stored[name].read()
+
+    def expect(self, names: Iterable[str]) -> None:
+        self._expected = deque(name for name in names if name not in self._held[1])
+        stored = [self.stored[name] for name in self._expected]
+        self._coming.close()
+        self._coming = ahead((part.size, part.read) for part in stored)
 
     def part(self, name: str, first: int, count: int) -> Tensor:
         stored = self.stored[name]
@@ -221,6 +239,7 @@ class CheckpointSource(Source):
     def release(self) -> None:
         """Forget the block that is held, and what was read ahead."""
         self._held, self._ahead = (-1, {}), {}
+        self.expect(())
 
     def open(self, layer: int, dtype: torch.dtype) -> nn.Module:
         block, device = copy.deepcopy(self.blocks[layer]), self.device_of(layer)
@@ -253,6 +272,7 @@ class PackedTensor:
     def __init__(self, bitmap: Stored, values: Stored, shape: tuple[int, ...]) -> None:
         self.bitmap, self.values, self.shape, self.dtype = bitmap, values, shape, values.dtype
         self.name = bitmap.name.removesuffix(".bitmap")
+        self.size = math.prod(shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
         """The dense tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from secateur.models.packed import pack
 from secateur.models.sources import Source
 from secateur.models.surgery import Cut
 from secateur.plans import Plan, Provenance
-from secateur.tensorfiles import Made, write_tensors
+from secateur.tensorfiles import Made, in_order, write_tensors
 
 
 class BlockCutter:
@@ -25,6 +26,11 @@ class BlockCutter:
         self.layers = len(source.blocks)
         self._anatomy = decoder_anatomy(source.model, heads=Plan((provenance,)).head_unit)
 
+    def expect(self, layers: Iterable[int]) -> None:
+        """These blocks will be cut, one after the other: what isn't in memory is read ahead, tensor by tensor."""
+        origins = [{n: self.source.origin(n) for n in self.source.block_names(layer)} for layer in layers]
+        self.source.expect(name for block in origins for name in in_order(block))
+
     def write(self, layer: int, part: Decision | Plan, path: Path) -> None:
         """Cut one block and write it, durable when this returns; names are those of the dense model."""
         plan = part if isinstance(part, Plan) else self._plan_of(part)
@@ -34,9 +40,9 @@ class BlockCutter:
         tensors = {name: self._made(cut, name, layer) for name in dict.fromkeys(names)}
         if self._format == "packed":
             ready: dict[str, Tensor] = {}
-            for name, made in tensors.items():
+            for name in in_order(tensors):
                 # one at a time, so that dense and packed forms of the whole block are never there together
-                ready |= pack({name: made.make()})[0]
+                ready |= pack({name: tensors[name].make()})[0]
             write_tensors(path, ready, durable=True)
         else:
             write_tensors(path, tensors, durable=True)
