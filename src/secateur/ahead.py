@@ -7,9 +7,8 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-# What waits to be used takes at most this much beside the piece that is made, unless a single piece is larger: a tenth
-# of a second of a slow disk.
-AHEAD_BYTES = 1 << 24
+# What waits to be used takes at most this much beside the piece that is made, unless a single piece is larger.
+AHEAD_BYTES = 1 << 23
 
 Value = TypeVar("Value")
 # (bytes of the result, what gives it)

@@ -178,7 +178,9 @@ class _Run:
     def _allocate_all(self, method: UnitMethod, groups: list[Group], total: int) -> Iterator[Decision]:
         part = Decision()
         self._allocate(method, groups, self.keeper.scores(), total, part)
-        for layer in range(self.layers):
+        # of what a method has no use for, nothing is read
+        compensates = type(method).compensate is not UnitMethod.compensate
+        for layer in range(self.layers) if compensates else ():
             members = [g for g in groups if g.layer == layer]
             self._compensate(method, members, self.keeper.seen(layer), part)
         yield part
