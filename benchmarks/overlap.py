@@ -25,7 +25,8 @@ from scale import SHAPES, make_checkpoint
 
 TEXT = """
 `ratio` is (time on the slow disk − start) / max(`read`, `compute`): 1 is perfect overlap, and without any it would be
-(`read` + `compute`) / max(`read`, `compute`), the last column. Seconds.
+(`read` + `compute`) / max(`read`, `compute`), the last column. Seconds. `GB read` is what the run reads, `own` the part
+of it that the run had written: cut blocks and masks, copied into the checkpoint.
 """
 
 
@@ -76,6 +77,8 @@ def _row(samples: int, fast: list[dict[str, Any]], slow: list[dict[str, Any]], r
     streamed = middle(slow, "seconds") - middle(slow, "start")
     return {
         "windows of 256": samples,
+        "GB read": middle(slow, "bytes") / 1e9,
+        "own": middle(slow, "own") / 1e9,
         "read": read,
         "compute": compute,
         "slow disk": streamed,
