@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from secateur.evaluation import Table
+    from secateur.modules import Example
     from secateur.plans import Plan
     from secateur.report import Report
     from secateur.structure import Anatomy
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 class Result:
     """What ``prune`` returns: the cut model, the plan that cut it, and the report."""
 
-    model: PreTrainedModel
+    model: Any
     plan: Plan
     report: Report
 
@@ -61,19 +63,42 @@ def load(
     return model, tokenizer
 
 
-def anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:
+def anatomy(
+    model: PreTrainedModel | nn.Module,
+    *,
+    heads: str | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
+) -> Anatomy:
     """What can be cut in ``model``: groups by name, unit counts, cost per unit, what is frozen and why.
 
-    ``heads``: ``kv`` cuts whole key-value heads with their queries, ``query`` one query head of each.
-    Raises UnsupportedModelError.
+    A decoder of transformers is known by its family. Any other module is traced, called with ``example_inputs`` and
+    ``example_kwargs``; parameters whose names match a pattern of ``ignore`` (``head.*``) then stay whole.
+    ``heads`` of a decoder: ``kv`` (default) cuts whole key-value heads with their queries, ``query`` one query head of
+    each; of a traced module: ``outer`` (default) whole heads, ``inner`` the same lane of every head, or ``both``.
+    Raises UsageError or UnsupportedModelError.
     """
-    from secateur.models.decoders import decoder_anatomy
+    if example_inputs is None and example_kwargs is None:
+        from secateur.models.decoders import decoder_anatomy
 
-    return decoder_anatomy(model, heads=heads)
+        return decoder_anatomy(model, heads=heads or "kv")  # type: ignore[arg-type]
+    from secateur.modules import module_anatomy
+
+    return module_anatomy(model, _example(example_inputs, example_kwargs), heads=heads or "outer", ignore=ignore)
+
+
+def _example(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> Example:
+    from secateur.errors import UsageError
+    from secateur.modules import Example
+
+    if args is not None and not isinstance(args, tuple | list):
+        raise UsageError(f"example_inputs must be a tuple of what the module is called with, got {type(args).__name__}")
+    return Example(tuple(args or ()), kwargs)
 
 
 def plan(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     method: str,
@@ -89,6 +114,11 @@ def plan(
     batch_tokens: int = 2048,
     options: Mapping[str, Any] | None = None,
     statistics: str | Path | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    data: Any = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    ignore: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """Decide what to cut; ``model`` is left as it is.
@@ -98,10 +128,13 @@ def plan(
     tokens are read. ``dtype`` is that of the calibration forwards. ``options`` are the method's own.
     ``statistics`` is a folder in which statistics of the dense model are kept, and found again by later plans that
     need the same ones. ``progress`` is called with (stage, done, total). The same arguments give the same plan.
+    With ``example_inputs`` (or ``example_kwargs``) any module is traced instead, and ``method`` removes coupled
+    channels; ``data`` are then batches and ``loss(module, batch)`` is their mean loss, by default the cross-entropy of
+    a classifier on (inputs, class indices), for methods that need gradients; ``ignore`` as in ``anatomy``.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
     from secateur.engine import decide
-    from secateur.methods import make_method
+    from secateur.methods import check_for_decoders, make_method
     from secateur.models.fingerprint import fingerprint
     from secateur.models.sources import Source
     from secateur.observe.calibration import load_tokens
@@ -111,12 +144,20 @@ def plan(
     from secateur.versions import library_versions
 
     chosen = make_method(method, method_options(method, options, sparsity, pattern, budget, seed))
+    if example_inputs is not None or example_kwargs is not None:
+        from secateur.modules import module_anatomy, plan_module
+
+        example = _example(example_inputs, example_kwargs)
+        traced = module_anatomy(model, example, heads=getattr(chosen, "heads", "outer"), ignore=ignore)
+        return plan_module(chosen, traced, example, data=data, loss=loss, ignore=ignore, seed=seed)
+    check_for_decoders(chosen)
+    decoder: PreTrainedModel = model  # type: ignore[assignment]
     tokens = None
     if chosen.statistics:
         tokens = load_tokens(
-            calibration, tokenizer, samples=samples, length=length, seed=seed, text_field=text_field, model=model
+            calibration, tokenizer, samples=samples, length=length, seed=seed, text_field=text_field, model=decoder
         )
-    source = Source(model)
+    source = Source(decoder)
     compute, mine = compute_dtype(dtype, source.device), fingerprint(source)
     decision = decide(
         chosen,
@@ -180,18 +221,24 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     return None
 
 
-def apply(plan: Plan, model: PreTrainedModel, *, inplace: bool = False, mask: bool = False) -> PreTrainedModel:
+def apply(plan: Plan, model: Any, *, inplace: bool = False, mask: bool = False) -> Any:
     """The cut model. ``mask=True`` keeps the dense shapes and zeroes the same slices instead.
 
+    A module that was traced is traced again, on inputs of the shapes that the plan was made with. It keeps its class
+    where its own code can follow the new sizes; otherwise the result is a ``torch.fx.GraphModule``.
     Raises PlanMismatchError when the plan was made for other shapes.
     """
+    if plan.provenance[0].inputs is not None:
+        from secateur.modules import apply_to_module
+
+        return apply_to_module(plan, model, inplace=inplace, mask=mask).module
     from secateur.models.surgery import apply_plan
 
     return apply_plan(plan, model, inplace=inplace, mask=mask)
 
 
 def prune(
-    model: PreTrainedModel,
+    model: PreTrainedModel | nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     method: str,
@@ -199,7 +246,12 @@ def prune(
     inplace: bool = False,
     **arguments: Any,
 ) -> Result:
-    """``plan`` and ``apply`` in one call; takes the arguments of ``plan``."""
+    """``plan`` and ``apply`` in one call; takes the arguments of ``plan``.
+
+    ``sc.prune(module, example_inputs=(x,), method="spa_l1", sparsity=0.3)`` prunes any network.
+    """
+    if arguments.get("example_inputs") is not None or arguments.get("example_kwargs") is not None:
+        return _prune_module(model, method, sparsity, inplace, **arguments)
     import time
 
     from secateur.report.build import build_report
@@ -207,10 +259,42 @@ def prune(
     start = time.perf_counter()
     made = plan(model, tokenizer, method=method, sparsity=sparsity, **arguments)
     planned = time.perf_counter()
-    report = build_report(made, anatomy(model, heads=made.head_unit))
+    report = build_report(made, anatomy(model, heads=made.head_unit))  # type: ignore[arg-type]
     cut = apply(made, model, inplace=inplace)
     report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
     return Result(model=cut, plan=made, report=report)
+
+
+def _prune_module(
+    module: Any,
+    method: str,
+    sparsity: float | None,
+    inplace: bool,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    budget: str | None = None,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    **learning: Any,
+) -> Result:
+    """As ``prune``, with one trace for plan and cut; ``learning`` are ``data`` and ``loss``."""
+    import time
+
+    from secateur.methods import make_method
+    from secateur.modules import apply_to_module, module_anatomy, module_report, plan_module
+
+    start = time.perf_counter()
+    chosen = make_method(method, method_options(method, options, sparsity, None, budget, seed))
+    example = _example(example_inputs, example_kwargs)
+    traced = module_anatomy(module, example, heads=getattr(chosen, "heads", "outer"), ignore=ignore)
+    made = plan_module(chosen, traced, example, ignore=ignore, seed=seed, **learning)
+    planned = time.perf_counter()
+    cut = apply_to_module(made, module, anatomy=traced, example=example, inplace=inplace)
+    report = module_report(made, traced, cut)
+    report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
+    return Result(model=cut.module, plan=made, report=report)
 
 
 def evaluate(

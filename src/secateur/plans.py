@@ -80,6 +80,17 @@ class CalibrationInfo(BaseModel):
     sha256: str
 
 
+class ExampleInputs(BaseModel):
+    """The example inputs that a module was traced with: shapes and types, enough to trace it again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    spec: str
+    """How the leaves make (args, kwargs): a tree of torch.utils._pytree as JSON."""
+    leaves: tuple[dict[str, Any], ...]
+    """``{"shape", "dtype"}`` of a tensor, ``{"value"}`` of anything else."""
+
+
 class Provenance(BaseModel):
     """How a plan came to be; enough to make it again."""
 
@@ -94,6 +105,13 @@ class Provenance(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What the user should know: damping that had to be raised, rows that tied, layers left alone."""
+    inputs: ExampleInputs | None = None
+    """Of a traced module; None for decoders, whose groups come from their architecture."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent_inputs(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # plans for decoders keep the bytes that they had before there were traced modules
+        return {key: value for key, value in handler(self).items() if key != "inputs" or value is not None}
 
 
 class _Document(BaseModel):

@@ -114,11 +114,12 @@ class Recipe(BaseModel):
     def check_methods(self) -> None:
         """Look every method and option up, before anything is loaded. Raises UsageError."""
         from secateur.allocate import parse_pattern
-        from secateur.methods import make_method
+        from secateur.methods import check_for_decoders, make_method
 
         for number, step in enumerate(self.steps, start=1):
             try:
                 method = make_method(step.method, self.method_options(step))
+                check_for_decoders(method)
                 if pattern := getattr(method, "pattern", ""):
                     parse_pattern(pattern)
             except UsageError as error:

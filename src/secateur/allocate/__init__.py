@@ -1,9 +1,12 @@
-"""Where the sparsity goes: mask rules for single weights, allocators for units."""
+"""Where the sparsity goes: mask rules for single weights, allocators for units and coupled channels."""
 
+from secateur.allocate.channels import SCOPES as CHANNEL_SCOPES
+from secateur.allocate.channels import allocate_channels
 from secateur.allocate.masks import MaskRule, NofM, PerMatrix, PerRow, lowest_of_all, mask_rule, parse_pattern
 from secateur.allocate.units import Allocator, GlobalAllocator, ManualAllocator, UniformAllocator
 
 __all__ = [
+    "CHANNEL_SCOPES",
     "Allocator",
     "GlobalAllocator",
     "ManualAllocator",
@@ -12,6 +15,7 @@ __all__ = [
     "PerMatrix",
     "PerRow",
     "UniformAllocator",
+    "allocate_channels",
     "lowest_of_all",
     "mask_rule",
     "parse_pattern",

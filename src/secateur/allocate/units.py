@@ -19,6 +19,9 @@ from torch import Tensor
 from secateur.errors import BudgetError
 from secateur.structure import Cost, Group
 
+# kinds of units of which a rounded number is kept
+ROUNDED = ("neuron", "channel")
+
 Scores = Mapping[str, Tensor]
 Kept = dict[str, Tensor]
 
@@ -33,7 +36,7 @@ class Limits:
 
     def cost(self, cost: Cost) -> int:
         """The cost of something in the unit of the budget."""
-        return int(getattr(cost, self.budget))
+        return 1 if self.budget == "channels" else int(getattr(cost, self.budget))
 
 
 class Allocator(Protocol):
@@ -58,8 +61,8 @@ class Bundle:
 def bundles(group: Group, scores_U: Tensor, limits: Limits) -> list[Bundle]:
     """The units of a group in bundles, best first.
 
-    A bundle holds ``round_to`` neurons, or one query head of every key-value group; a remainder that doesn't fill
-    a bundle is the worst one.
+    A bundle holds ``round_to`` neurons or channels, or one query head of every key-value group; a remainder that
+    doesn't fill a bundle is the worst one.
     """
     if group.balance > 1:
         parts_PU = scores_U.reshape(group.balance, -1)
@@ -68,12 +71,13 @@ def bundles(group: Group, scores_U: Tensor, limits: Limits) -> list[Bundle]:
         chunks = list(units.T)
     else:
         order = scores_U.argsort(descending=True, stable=True)
-        chunks = list(order.split(limits.round_to if group.kind == "neuron" else 1))
+        chunks = list(order.split(limits.round_to if group.kind in ROUNDED else 1))
     each = limits.cost(group.cost)
     return [Bundle(group.name, c, float(scores_U[c].double().mean()), each * len(c)) for c in chunks]
 
 
-def _kept(chosen: Sequence[Bundle], groups: Sequence[Group]) -> Kept:
+def kept_units(chosen: Sequence[Bundle], groups: Sequence[Group]) -> Kept:
+    """Units of the chosen bundles by group, ascending."""
     kept: dict[str, list[Tensor]] = {g.name: [] for g in groups}
     for bundle in chosen:
         kept[bundle.group].append(bundle.units)
@@ -126,7 +130,7 @@ class GlobalAllocator:
         count = _nearest(base, [b.cost for b in free], target)
         if self.strict and self.sparsity > 0:
             count = max(0, count - 1)
-        return _kept(forced + free[:count], groups)
+        return kept_units(forced + free[:count], groups)
 
 
 def _nearest(base: int, costs: Sequence[int], target: float) -> int:
@@ -153,7 +157,7 @@ class UniformAllocator:
             layers.setdefault(group.layer, []).append(group)
         share = total / len(layers)
         chosen = [b for members in layers.values() for b in self._layer(scores, members, share, limits)]
-        return _kept(chosen, groups)
+        return kept_units(chosen, groups)
 
     def _layer(self, scores: Scores, groups: Sequence[Group], share: float, limits: Limits) -> list[Bundle]:
         ordered = {g.name: bundles(g, scores[g.name], limits) for g in groups}
@@ -218,7 +222,7 @@ class ManualAllocator:
         chosen: list[Bundle] = []
         for (kind, _), members in pools.items():
             chosen += self._pool(scores, members, counts[kind], limits)
-        return _kept(chosen, groups)
+        return kept_units(chosen, groups)
 
     def _pool(self, scores: Scores, groups: Sequence[Group], remove: int, limits: Limits) -> list[Bundle]:
         forced, free = [], []

@@ -5,25 +5,33 @@ lazy: a name resolves to a module the first time it is asked for.
 """
 
 from secateur.methods.base import (
+    ChannelMethod,
+    Coupled,
     Descriptor,
     LayerMethod,
     Method,
+    Part,
     Seen,
     Target,
     UnitMethod,
     WeightMethod,
+    check_for_decoders,
     option,
 )
 from secateur.methods.registry import describe, get_method, list_methods, make_method, register
 
 __all__ = [
+    "ChannelMethod",
+    "Coupled",
     "Descriptor",
     "LayerMethod",
     "Method",
+    "Part",
     "Seen",
     "Target",
     "UnitMethod",
     "WeightMethod",
+    "check_for_decoders",
     "describe",
     "get_method",
     "list_methods",

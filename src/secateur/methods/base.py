@@ -14,19 +14,20 @@ from typing import Any, ClassVar, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from secateur.allocate import Allocator, MaskRule
-from secateur.errors import OptionError, nearest
+from secateur.allocate import CHANNEL_SCOPES, Allocator, MaskRule
+from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
+from secateur.errors import OptionError, UsageError, nearest
 from secateur.observe import Statistic
 
 DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
-    "object": ("weights", "heads_and_neurons", "layers"),
+    "object": ("weights", "heads_and_neurons", "layers", "channels"),
     "granularity": ("element", "structured_group", "layer"),
     "when": ("post",),
-    "score": ("magnitude", "activation", "second_order", "similarity", "random"),
+    "score": ("magnitude", "activation", "gradient", "second_order", "similarity", "random"),
     "allocation": ("uniform", "global"),
     "recovery": ("none", "bias", "least_squares"),
-    "data": ("none", "unlabelled_calibration"),
-    "supervision": ("none",),
+    "data": ("none", "unlabelled_calibration", "labelled_calibration"),
+    "supervision": ("none", "labels"),
     "speedup": ("none", "memory_only", "real"),
 }
 
@@ -88,6 +89,39 @@ class Target:
     def units(self) -> int:
         """Number of units that are scored."""
         return self.columns.shape[0]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The slices of one parameter that belong to the units of a coupled group.
+
+    ``weight`` is the whole parameter, ``index`` [units, width] the positions along ``dim`` of each unit. ``role`` is
+    ``weight`` (two dimensions or more), ``scale`` (the weight of a norm) or ``bias``. ``gradient`` is that of the
+    loss, ``curvature`` the product of its Hessian with the gradient, both shaped like the weight, and empty for
+    methods whose ``needs`` don't name them.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+    role: str
+    weight: Tensor
+    gradient: Tensor = field(default_factory=lambda: torch.empty(0))
+    curvature: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def per_unit(self, scores: Tensor) -> Tensor:
+        """Scores of all entries of the parameter, as rows of the units, [units, entries of one unit]."""
+        gathered = scores.movedim(self.dim, 0)[self.index.to(scores.device)]
+        return gathered.flatten(1)
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """A group of coupled channels as a criterion sees it."""
+
+    name: str
+    units: int
+    parts: tuple[Part, ...]
 
 
 Seen = Mapping[str, Any]
@@ -183,6 +217,65 @@ class LayerMethod(Method):
     def score(self, target: Target, seen: Seen) -> float:
         """Score of one block, higher = keep."""
         raise NotImplementedError(f"{type(self).__name__} must define score()")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelMethod(Method):
+    """Removes coupled channels of any network, found by tracing it.
+
+    ``importance`` scores single parameters; what is coupled is put together by ``reduction`` and brought to one
+    scale by ``normalizer`` (SPA, arXiv:2403.18955, §4). ``needs`` names what it wants beside the weights:
+    ``gradient``, ``curvature``. With ``per_batch`` scores of single batches are averaged, without, gradients are.
+    """
+
+    sparsity: float = option(0.3, "fraction of the budget that is removed", ge=0, lt=1)
+    budget: str = option(
+        "params", "what the sparsity is a fraction of", choices=("params", "macs", "bytes", "channels")
+    )
+    scope: str = option(
+        "global", "all channels are ranked together, or every group loses the same share", choices=CHANNEL_SCOPES
+    )
+    reduction: str = option(
+        "sum", "how scores of coupled slices and their entries are put together", choices=tuple(REDUCTIONS)
+    )
+    normalizer: str = option("mean", "what the scores of a group are divided by", choices=tuple(NORMALIZERS))
+    heads: str = option(
+        "outer",
+        "what leaves of attention: whole heads, the same lane of every head, or both",
+        choices=("outer", "inner", "both"),
+    )
+    min_keep: int = option(1, "channels that every group keeps at least", unit="channels", ge=1)
+    round_to: int = option(1, "kept channels are a multiple of this", unit="channels", ge=1)
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    per_batch: ClassVar[bool] = False
+
+    def importance(self, part: Part) -> Tensor | None:
+        """Score of every entry of a parameter, shaped like it, higher = keep; None leaves the parameter out."""
+        raise NotImplementedError(f"{type(self).__name__} must define importance() or score()")
+
+    def score(self, group: Coupled) -> Tensor | None:
+        """Score of every unit of a group, [units] float64, higher = keep; None keeps the whole group."""
+        reduce = REDUCTIONS[self.reduction]
+        rows = []
+        for part in group.parts:
+            scores = self.importance(part)
+            if scores is not None:
+                rows.append(reduce(part.per_unit(scores.double())))
+        return reduce(torch.stack(rows, dim=1)) if rows else None
+
+    def normalized(self, scores_U: Tensor) -> Tensor:
+        """The scores of one group on the scale on which groups compete."""
+        return NORMALIZERS[self.normalizer](scores_U)
+
+
+def check_for_decoders(method: Method) -> None:
+    """Raises UsageError for a method that removes channels of traced modules, for which a decoder has other words."""
+    if method.descriptor.object == "channels":
+        raise UsageError(
+            f"{method.name} removes coupled channels of a traced module: call secateur.prune with example_inputs, or"
+            " take a method for language models ('secateur methods' shows them all)"
+        )
 
 
 def _check_option(method: str, spec: dataclasses.Field[Any], value: Any, hint: Any) -> None:

@@ -23,14 +23,13 @@ class TracedAnatomy(Anatomy):
     """An anatomy with the trace it came from, of its front end's own type. ``ids`` are the units' representatives, by
     group."""
 
-    trace: Any = None
-    ids: Mapping[str, tuple[int, ...]] | None = None
-    costs: Costs | None = None
+    trace: Any
+    ids: Mapping[str, tuple[int, ...]]
+    costs: Costs
 
     def units_removed(self, removed: Mapping[str, torch.Tensor]) -> set[int]:
         """Representatives of the units that leave."""
-        ids = self.ids or {}
-        return {ids[name][int(u)] for name, units in removed.items() for u in units}
+        return {self.ids[name][int(u)] for name, units in removed.items() for u in units}
 
 
 def traced_anatomy(

@@ -1,0 +1,36 @@
+"""From scores of single parameters to scores of coupled groups: reductions and normalisers.
+
+Source: SPA (arXiv:2403.18955) §4; the mean as normaliser also in DepGraph (arXiv:2301.12900) §3.3.
+U units of a group, E entries of one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from secateur.criteria import standardise
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x_UE: x_UE.sum(dim=1),
+    "mean": lambda x_UE: x_UE.mean(dim=1),
+    "max": lambda x_UE: x_UE.amax(dim=1),
+    "first": lambda x_UE: x_UE[:, 0],
+}
+"""Entries of every unit → one number per unit."""
+
+
+def _divided(scores_U: Tensor, by: Tensor) -> Tensor:
+    """Scores relative to ``by``; a group in which all is zero stays zero."""
+    return scores_U / by if float(by) != 0 else scores_U
+
+
+NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda s_U: s_U,
+    "mean": lambda s_U: _divided(s_U, s_U.mean().abs()),
+    "max": lambda s_U: _divided(s_U, s_U.abs().max()),
+    "sum": lambda s_U: _divided(s_U, s_U.sum().abs()),
+    "standardise": standardise,
+}
+"""Scores of one group → scores that compete with those of other groups."""

@@ -1,0 +1,303 @@
+"""Pruning any module: trace, score, allocate, plan, cut. The engine of methods that remove coupled channels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+
+from secateur.allocate import allocate_channels
+from secateur.allocate.units import Limits
+from secateur.errors import DataError, NonFiniteError, PlanMismatchError, UnsupportedModelError, UsageError
+from secateur.methods import ChannelMethod, Coupled, Method, Part
+from secateur.observe.gradients import Learned, Loss, cross_entropy, learned
+from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance
+from secateur.report import Metric, Report
+from secateur.report.build import build_report
+from secateur.structure import Group
+from secateur.structure.exporting import evaluation_mode
+from secateur.structure.graphcut import cut_graph, zero_tensor
+from secateur.structure.groups import TracedAnatomy, traced_anatomy
+from secateur.structure.modulecut import Different, cut_module, shell
+from secateur.structure.resize import Cut
+from secateur.structure.trace import attribute, trace
+from secateur.versions import library_versions
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a module is called with when it is traced."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+
+    def recorded(self) -> ExampleInputs:
+        """Shapes and types, for the plan."""
+        leaves, spec = tree_flatten((self.args, dict(self.kwargs or {})))
+        return ExampleInputs(spec=treespec_dumps(spec), leaves=tuple(map(_described, leaves)))
+
+    @classmethod
+    def of(cls, inputs: ExampleInputs) -> Example:
+        """Inputs of the same shapes and types; all zeros."""
+        leaves = [
+            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"])) if "shape" in leaf else leaf["value"]
+            for leaf in inputs.leaves
+        ]
+        args, kwargs = tree_unflatten(leaves, treespec_loads(inputs.spec))
+        return cls(tuple(args), kwargs)
+
+
+def _described(leaf: Any) -> dict[str, Any]:
+    if isinstance(leaf, Tensor):
+        return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+    if leaf is None or isinstance(leaf, bool | int | float | str):
+        return {"value": leaf}
+    raise UsageError(f"example inputs must be tensors and plain values, got {type(leaf).__name__}")
+
+
+def module_anatomy(module: nn.Module, example: Example, *, heads: str = "outer", ignore: Sequence[str] = ()) -> Any:
+    """The groups of coupled channels of a module. Raises UsageError or UnsupportedModelError."""
+    if not isinstance(example.args, tuple) or not isinstance(module, nn.Module):
+        raise UsageError("example_inputs must be a tuple of what the module is called with")
+    return traced_anatomy(trace(module, example.args, example.kwargs), heads=heads, ignore=ignore)
+
+
+def plan_module(
+    method: Method,
+    anatomy: TracedAnatomy,
+    example: Example,
+    *,
+    data: Any = None,
+    loss: Loss | None = None,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+) -> Plan:
+    """Decide which channels leave a traced module, which is left as it is.
+
+    Raises UsageError, DataError, NonFiniteError or BudgetError.
+    """
+    if not isinstance(method, ChannelMethod):
+        raise UsageError(f"{method.name} doesn't remove channels of modules: 'secateur methods' shows which methods do")
+    module = anatomy.trace.module
+    scores = _scores(method, anatomy, data, loss)
+    groups = [g for g in anatomy if g.name in scores]
+    if not groups:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no channels that {method.name} can remove: see its anatomy for the reasons"
+        )
+    keep = _allocated(method, anatomy, groups, scores)
+    provenance = Provenance(
+        method=method.name,
+        options=method.options() | ({"ignore": list(ignore)} if ignore else {}),
+        model=module_fingerprint(module),
+        seed=seed,
+        dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
+        versions=library_versions(),
+        notes=tuple(f"{name} keeps what it touches: {places[0]}" for name, places in anatomy.trace.unknown.items()),
+        inputs=example.recorded(),
+    )
+    return Plan(
+        provenance=(provenance,),
+        groups={g.name: g.units for g in groups},
+        keep=keep,
+        scores={g.name: scores[g.name].float() for g in groups},
+    )
+
+
+def _scores(method: ChannelMethod, anatomy: TracedAnatomy, data: Any, loss: Loss | None) -> dict[str, Tensor]:
+    """Scores of all groups that may be cut, on one scale."""
+    module = anatomy.trace.module
+    told: list[Learned] = [{}]
+    if method.needs:
+        if data is None:
+            raise DataError(f"{method.name} needs data: give data= (batches) and, for anything but a classifier, loss=")
+        with evaluation_mode(module):
+            told = learned(module, data, loss or cross_entropy, method.needs, method.per_batch)
+    found: dict[str, list[Tensor]] = {}
+    for one in told:
+        for group in anatomy.of_kind("channel"):
+            scores = method.score(_coupled(module, group, one))
+            if scores is None:
+                continue
+            if not bool(torch.isfinite(scores).all()):
+                raise NonFiniteError(f"scores of {group.name} hold NaN or inf")
+            found.setdefault(group.name, []).append(scores.detach().double().cpu())
+    return {name: method.normalized(torch.stack(many).mean(dim=0)) for name, many in found.items()}
+
+
+def _coupled(module: nn.Module, group: Group, told: Learned) -> Coupled:
+    parts = []
+    for part in group.slices:
+        parameter = attribute(module, part.tensor)
+        if not isinstance(parameter, nn.Parameter):
+            continue
+        learned_of = {kind: tensors[part.tensor] for kind, tensors in told.items() if part.tensor in tensors}
+        role = _role(module, part.tensor, parameter)
+        parts.append(Part(part.tensor, part.dim, part.index, role, parameter.detach(), **learned_of))
+    return Coupled(group.name, group.units, tuple(parts))
+
+
+def _role(module: nn.Module, name: str, parameter: Tensor) -> str:
+    path, _, leaf = name.rpartition(".")
+    if leaf == "weight" and isinstance(module.get_submodule(path), NORMS):
+        return "scale"
+    return "weight" if parameter.dim() > 1 else "bias"
+
+
+def _allocated(
+    method: ChannelMethod, anatomy: TracedAnatomy, groups: Sequence[Group], scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    units = {g.name: g.units for g in groups}
+
+    def cost(keep: Mapping[str, Tensor]) -> int:
+        if method.budget == "channels":
+            return sum(len(kept) for kept in keep.values())
+        removed = anatomy.units_removed({n: _complement(kept, units[n]) for n, kept in keep.items()})
+        return int(getattr(anatomy.costs.without(removed), method.budget))
+
+    if method.sparsity == 0:
+        return {g.name: torch.arange(g.units) for g in groups}
+    limits = Limits(budget=method.budget, min_keep=method.min_keep, round_to=method.round_to)
+    return allocate_channels(scores, groups, method.sparsity, method.scope, limits, cost)
+
+
+def _complement(kept: Tensor, units: int) -> Tensor:
+    gone = torch.ones(units, dtype=torch.bool)
+    gone[kept] = False
+    return gone.nonzero().flatten()
+
+
+def module_fingerprint(module: nn.Module) -> Fingerprint:
+    """Class, hash of all names and shapes, hash of all values."""
+    shapes, weights = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            shapes.update(f"{name}:{list(tensor.shape)};".encode())
+            if not tensor.is_meta:
+                weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    name = type(module).__name__
+    return Fingerprint(
+        architecture=name, shapes=shapes.hexdigest(), weights=weights.hexdigest(), num_layers=0, name=name
+    )
+
+
+@dataclass(frozen=True)
+class CutModule:
+    """A cut module; ``graph_because`` says why it is a ``GraphModule`` and not the user's own class."""
+
+    module: nn.Module
+    graph_because: str | None = None
+
+
+def apply_to_module(
+    plan: Plan,
+    module: nn.Module,
+    *,
+    anatomy: TracedAnatomy | None = None,
+    example: Example | None = None,
+    inplace: bool = False,
+    mask: bool = False,
+) -> CutModule:
+    """Cut a module, or zero what would leave. Raises PlanMismatchError, UsageError or UnsupportedModelError."""
+    provenance = plan.provenance[0]
+    if module_fingerprint(module).shapes != plan.model.shapes:
+        raise PlanMismatchError(
+            f"the plan was made for {plan.model.architecture} with parameters of other shapes than this module's"
+        )
+    if example is None:
+        assert provenance.inputs is not None
+        example = Example.of(provenance.inputs)
+    options = provenance.options
+    heads, ignore = options.get("heads", "outer"), tuple(options.get("ignore", ()))
+    traced = module_anatomy(module, example, heads=heads, ignore=ignore) if anatomy is None else anatomy
+    for name, units in plan.groups.items():
+        if name not in traced or traced[name].units != units:
+            raise PlanMismatchError(f"this module has no group {name} of {units} channels, which the plan speaks of")
+    removed = traced.units_removed({name: plan.removed(name) for name in plan.keep})
+    cut = Cut(traced.trace, removed)
+    if mask:
+        return CutModule(_masked(cut, module if inplace else _copied(module)))
+    graph = cut_graph(cut)
+    try:
+        made = cut_module(cut, graph, example.args, dict(example.kwargs or {}))
+    except Different as reason:
+        if inplace:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} can't be cut in place: {reason}; without inplace the result is a GraphModule"
+            ) from None
+        return CutModule(graph, str(reason))
+    if inplace:
+        _adopt(module, made)
+        return CutModule(module)
+    _own(made, module)
+    return CutModule(made)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    made = shell(module)
+    _own(made, module)
+    return made
+
+
+def _own(made: nn.Module, module: nn.Module) -> None:
+    """Give a copy tensors of its own where it shares them."""
+    shared = {id(t) for t in (*module.parameters(), *module.buffers())}
+    done: dict[int, Tensor] = {}
+    for part in made.modules():
+        for store in cast("tuple[dict[str, Any], ...]", (part._parameters, part._buffers)):
+            for name, tensor in store.items():
+                if tensor is None or id(tensor) not in shared:
+                    continue
+                if id(tensor) not in done:
+                    copied = tensor.detach().clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    done[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
+                store[name] = done[id(tensor)]
+
+
+def _adopt(module: nn.Module, made: nn.Module) -> None:
+    """Bring the caller's module to the state of its cut copy."""
+    for mine, theirs in zip(module.modules(), made.modules(), strict=True):
+        for name, value in theirs.__dict__.items():
+            if name != "_modules":
+                mine.__dict__[name] = value
+
+
+def _masked(cut: Cut, module: nn.Module) -> nn.Module:
+    done: set[int] = set()
+    with torch.no_grad():
+        for name, value in cut.trace.parameters.items():
+            try:
+                tensor = attribute(module, name)
+            except AttributeError:
+                continue  # a constant that export made
+            if isinstance(tensor, Tensor) and id(tensor) not in done and cut.touches(value):
+                done.add(id(tensor))
+                tensor.copy_(zero_tensor(cut, value, tensor))
+    return module
+
+
+def module_report(plan: Plan, anatomy: TracedAnatomy, made: CutModule) -> Report:
+    """What left, and what the network costs before and after."""
+    report = build_report(plan, anatomy)
+    removed = anatomy.units_removed({name: plan.removed(name) for name in plan.keep})
+    before, after = anatomy.total, anatomy.costs.without(removed)
+    budget = plan.provenance[0].options["budget"]
+    report.achieved = (
+        1 - sum(map(len, plan.keep.values())) / max(sum(plan.groups.values()), 1)
+        if budget == "channels"
+        else 1 - getattr(after, budget) / max(getattr(before, budget), 1)
+    )
+    for field, name, unit in (("params", "parameters", ""), ("macs", "MACs", ""), ("bytes", "bytes of weights", "B")):
+        values = {"dense": float(getattr(before, field)), "pruned": float(getattr(after, field))}
+        report.metrics.append(Metric(name, unit, values, higher_is_better=False, protocol="counted on the graph"))
+    if made.graph_because:
+        report.notes.append(f"a GraphModule, since the module's own code couldn't follow: {made.graph_because}")
+    return report

@@ -1,0 +1,92 @@
+"""What a loss tells about parameters: its gradient, and the product of its Hessian with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from secateur.errors import DataError, NonFiniteError
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(module, batch) → the mean loss of the batch, a scalar."""
+
+Learned = dict[str, dict[str, Tensor]]
+"""``gradient`` or ``curvature`` → parameter name → tensor shaped like the parameter."""
+
+
+def cross_entropy(module: nn.Module, batch: Any) -> Tensor:
+    """The loss of a classifier on a batch (inputs, class indices)."""
+    if not isinstance(batch, Sequence) or len(batch) != 2:
+        raise DataError("batches must be pairs (inputs, class indices); give loss= for batches of another form")
+    inputs, labels = batch
+    return F.cross_entropy(module(inputs), labels)
+
+
+def learned(module: nn.Module, data: Any, loss: Loss, needs: Sequence[str], per_batch: bool) -> list[Learned]:
+    """What every batch tells, or all of them together: gradients are then the mean over batches.
+
+    The module is in evaluation mode and its ``.grad`` aren't touched. Raises DataError without data, NonFiniteError.
+    """
+    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    found: list[Learned] = []
+    count = 0
+    for batch in batches(data):
+        # fused attention has no second derivative
+        with sdpa_kernel(SDPBackend.MATH) if "curvature" in needs else nullcontext():
+            one = _of_batch(module, batch, loss, parameters, needs)
+        count += 1
+        if per_batch or count == 1:
+            found.append(one)
+            continue
+        for kind, tensors in one.items():
+            for name, tensor in tensors.items():
+                found[0][kind][name] += tensor
+    if not found:
+        raise DataError("the data that was given is empty, and this method needs some")
+    for one in found:
+        for kind, tensors in one.items():
+            for name, tensor in tensors.items():
+                tensor /= 1 if per_batch else count
+                if not bool(torch.isfinite(tensor).all()):
+                    raise NonFiniteError(f"the {kind} of {name} holds NaN or inf: look at the data and the loss")
+    return found
+
+
+def _of_batch(
+    module: nn.Module, batch: Any, loss: Loss, parameters: Mapping[str, Tensor], needs: Sequence[str]
+) -> Learned:
+    value = loss(module, batch)
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        raise DataError("loss(module, batch) must return a scalar tensor")
+    curved = "curvature" in needs
+    gradients = torch.autograd.grad(value, list(parameters.values()), create_graph=curved, allow_unused=True)
+    found = {"gradient": _named(parameters, gradients)}
+    if curved:
+        used = {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
+        inner = sum(((g.detach() * g).sum() for g in used.values()), torch.zeros(()))
+        found["curvature"] = _named(
+            parameters, torch.autograd.grad(inner, list(parameters.values()), allow_unused=True)
+        )
+    return {kind: tensors for kind, tensors in found.items() if kind in needs}
+
+
+def _named(parameters: Mapping[str, Tensor], tensors: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """A parameter that the loss doesn't depend on has a gradient of zero."""
+    return {
+        name: torch.zeros_like(p) if tensor is None else tensor.detach().clone()
+        for (name, p), tensor in zip(parameters.items(), tensors, strict=True)
+    }
+
+
+def batches(data: Any) -> Iterator[Any]:
+    """The batches of whatever holds some: a loader, a list, or one batch (a tuple of tensors)."""
+    if isinstance(data, Tensor) or (isinstance(data, tuple) and data and isinstance(data[0], Tensor)):
+        yield data
+        return
+    yield from data

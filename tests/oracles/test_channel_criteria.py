@@ -1,0 +1,169 @@
+"""Scores of methods that prune traced modules, against numbers worked out by hand or by a plain second computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from channel_networks import Residual
+from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
+from secateur.methods import Coupled, Part, make_method
+from secateur.modules import Example, module_anatomy, plan_module
+from secateur.observe.gradients import learned
+
+
+class Chain(nn.Module):
+    """Two linear layers around a norm: the smallest network with one group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.uniform_(self.norm.bias, -0.5, 0.5)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.norm(self.a(x))))
+
+
+@pytest.fixture
+def chain():
+    module = Chain().double().eval()
+    x = torch.randn(6, 3, dtype=torch.double, generator=torch.Generator().manual_seed(3))
+    return module, x, torch.tensor([0, 1, 1, 0, 1, 0])
+
+
+def scores(method, module, x, data=None, **options):
+    chosen = make_method(method, {"sparsity": 0.3, **options})
+    example = Example((x,))
+    plan = plan_module(chosen, module_anatomy(module, example), example, data=data)
+    assert list(plan.scores) == ["a"]
+    return plan.scores["a"]
+
+
+def test_spa_l1_sums_all_coupled_entries_and_divides_by_the_mean(chain):
+    module, x, _ = chain
+    s = module.a.weight.abs().sum(1) + module.a.bias.abs() + module.norm.weight.abs() + module.norm.bias.abs()
+    s = s + module.b.weight.abs().sum(0)
+    assert torch.allclose(scores("spa_l1", module, x), (s / s.mean()).float())
+
+
+def test_depgraph_l2_is_the_mean_over_layers_without_biases(chain):
+    module, x, _ = chain
+    parts = [module.a.weight.square().sum(1), module.norm.weight.square(), module.b.weight.square().sum(0)]
+    s = torch.stack(parts).mean(0)
+    assert torch.allclose(scores("depgraph_l2", module, x), (s / s.mean()).float())
+
+
+def test_slimming_is_the_scale_of_the_norm(chain):
+    module, x, _ = chain
+    assert torch.allclose(scores("slimming", module, x), module.norm.weight.abs().float())
+
+
+def gradients(module, x, y):
+    loss = nn.functional.cross_entropy(module(x), y)
+    return dict(zip(dict(module.named_parameters()), torch.autograd.grad(loss, list(module.parameters())), strict=True))
+
+
+def test_snip_is_theta_times_its_gradient(chain):
+    module, x, y = chain
+    g = gradients(module, x, y)
+    s = {n: (p * g[n]).abs() for n, p in module.named_parameters()}
+    total = s["a.weight"].sum(1) + s["a.bias"] + s["norm.weight"] + s["norm.bias"] + s["b.weight"].sum(0)
+    found = scores("spa_snip", module, x, data=[(x, y)])
+    assert torch.allclose(found, (total / total.mean()).float())
+    # scaling the loss changes no score
+    assert torch.allclose(found, scaled(module, x, y))
+
+
+def scaled(module, x, y):
+    chosen = make_method("spa_snip", {"sparsity": 0.3})
+    example = Example((x,))
+    loss = lambda m, batch: 7 * nn.functional.cross_entropy(m(batch[0]), batch[1])  # noqa: E731
+    return plan_module(chosen, module_anatomy(module, example), example, data=[(x, y)], loss=loss).scores["a"]
+
+
+def test_taylor_gate_is_the_squared_sum_of_output_times_gradient(chain):
+    module, x, y = chain
+    seen = {}
+    hook = module.norm.register_forward_hook(lambda m, i, o: (o.retain_grad(), seen.update(o=o))[0])
+    nn.functional.cross_entropy(module(x), y).backward()
+    hook.remove()
+    gate = (seen["o"] * seen["o"].grad).sum(0)
+    module.zero_grad(set_to_none=True)
+    assert torch.allclose(scores("taylor", module, x, data=[(x, y)]), gate.square().float())
+
+
+def test_taylor_averages_squares_over_batches(chain):
+    module, x, y = chain
+    halves = [(x[:3], y[:3]), (x[3:], y[3:])]
+    single = [scores("taylor", module, x, data=[half]) for half in halves]
+    assert torch.allclose(scores("taylor", module, x, data=halves), torch.stack(single).mean(0))
+
+
+def test_a_channel_without_outgoing_weights_has_no_taylor_importance(chain):
+    module, x, y = chain
+    with torch.no_grad():
+        module.b.weight[:, 2] = 0
+    found = scores("taylor", module, x, data=[(x, y)])
+    assert float(found[2]) == 0 and float(found.sum()) > 0
+
+
+def test_grasp_and_crop_on_a_quadratic_loss():
+    # L = th^T A th / 2 with A = diag(1, 2), th = (1, 1): g = (1, 2), Hg = (1, 4), so -th * Hg = (-1, -4)
+    class Quadratic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.theta = nn.Parameter(torch.ones(2))
+
+    def loss(module, batch):
+        return 0.5 * (module.theta.square() * torch.tensor([1.0, 2.0])).sum()
+
+    module = Quadratic()
+    told = learned(module, [None], loss, ("gradient", "curvature"), per_batch=False)[0]
+    assert told["gradient"]["theta"].tolist() == [1.0, 2.0] and told["curvature"]["theta"].tolist() == [1.0, 4.0]
+    part = Part(
+        "theta",
+        0,
+        torch.tensor([[0], [1]]),
+        "weight",
+        module.theta.detach(),
+        **{kind: tensors["theta"] for kind, tensors in told.items()},
+    )
+    group = Coupled("theta", 2, (part,))
+    # higher = keep: index 0 leaves first
+    assert make_method("spa_grasp").score(group).tolist() == [1.0, 4.0]
+    module.theta.data[1] = -1.0
+    told = learned(module, [None], loss, ("curvature",), per_batch=False)[0]["curvature"]["theta"]
+    part = Part("theta", 0, torch.tensor([[0], [1]]), "weight", module.theta.detach(), curvature=told)
+    assert make_method("spa_crop").score(Coupled("theta", 2, (part,))).tolist() == [1.0, 4.0]
+
+
+def test_gradients_are_the_mean_over_batches(chain):
+    module, x, y = chain
+    halves = [(x[:3], y[:3]), (x[3:], y[3:])]
+    told = learned(module, halves, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), ("gradient",), False)[0]
+    whole = gradients(module, x, y)
+    assert all(torch.allclose(told["gradient"][n], g) for n, g in whole.items())
+
+
+def test_reductions_and_normalisers():
+    entries = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 2.0]], dtype=torch.double)
+    assert {n: f(entries).tolist() for n, f in REDUCTIONS.items()} == {
+        "sum": [6.0, 6.0], "mean": [2.0, 2.0], "max": [3.0, 4.0], "first": [1.0, 4.0],
+    }  # fmt: skip
+    s = torch.tensor([1.0, 3.0, -1.0], dtype=torch.double)
+    assert {n: f(s).tolist() for n, f in NORMALIZERS.items() if n != "standardise"} == {
+        "none": [1.0, 3.0, -1.0], "mean": [1.0, 3.0, -1.0], "max": [1 / 3, 1.0, -1 / 3], "sum": [1 / 3, 1.0, -1 / 3],
+    }  # fmt: skip
+    assert NORMALIZERS["mean"](torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_residual_stream_is_scored_by_all_its_layers():
+    module = Residual().eval()
+    x = torch.zeros(1, 3, 12, 12)
+    plan = sc.plan(module, example_inputs=(x,), method="slimming", sparsity=0.2)
+    stream = module.stem[1].weight.abs() + module.bn2.weight.abs()
+    assert torch.allclose(plan.scores["stem.0"], stream.detach().float())
