@@ -252,6 +252,16 @@ def test_equal_heads_are_told_from_equal_lanes():
     assert len({*units.roots(heads).tolist(), *units.roots(lanes).tolist()}) == 5
 
 
+def test_grids_that_share_no_factor_are_joined_dimension_by_dimension():
+    # key heads × repeats with value heads × repeats, as grouped-query attention expands both
+    units = Units()
+    keys, first, values, second = (units.fresh(n) for n in (3, 2, 3, 2))
+    units.join(units.grid([keys, first]), units.grid([values, second]))
+    assert units.roots(keys).tolist() == units.roots(values).tolist()
+    assert units.roots(first).tolist() == units.roots(second).tolist()
+    assert len({*units.roots(keys).tolist(), *units.roots(first).tolist()}) == 5
+
+
 def test_a_dimension_that_is_no_grid_becomes_one():
     units = Units()
     flat = units.fresh(6)

@@ -194,12 +194,16 @@ class Units:
             return
         # by its units: one of its factors may hang on b, and would then lie inside itself
         self._bound[a] = self.factors_of(a)
+        factors = self.factors_of(b)
         self._hang(b, a)
         self._bound.pop(b)
-        only_mine, only_theirs = mine - theirs, theirs - mine
-        if len(only_mine) == 1 and len(only_theirs) == 1:
-            self._join_special(*only_mine, *only_theirs)
-        elif only_mine or only_theirs:
+        only_mine = [u for u in self.factors_of(a) if u not in theirs]
+        only_theirs = [u for u in factors if u not in mine]
+        if len(only_mine) == len(only_theirs):
+            # dimension by dimension: heads with heads, and their repeats with repeats
+            for one, other in zip(only_mine, only_theirs, strict=True):
+                self._join_special(one, other)
+        else:
             self._join_all(mine | theirs)
 
     def _join_all(self, units: frozenset[int]) -> None:
