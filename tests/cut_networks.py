@@ -7,6 +7,7 @@ intermediate tensors: the user's own module, with zeros in its parameters and bu
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from secateur.structure.graphcut import Reference, cut_graph
 from secateur.structure.groups import TracedAnatomy, traced_anatomy
 from secateur.structure.resize import Cut
 from secateur.structure.trace import Trace, trace
+
+# pytest formats every message of torch.export's own log, which takes as long as all the rest
+logging.getLogger("torch.__trace").propagate = False
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -96,8 +100,22 @@ def pruned(
     module: nn.Module, inputs: tuple[Any, ...], removed: Mapping[str, Iterable[int]] | None = None, **options: Any
 ) -> Pruned:
     """Cut these units, or random ones of all groups. Raises SecateurError."""
-    anatomy = anatomy_of(module, inputs, **options)
-    chosen = choose(anatomy) if removed is None else {n: torch.as_tensor(list(u)) for n, u in removed.items()}
+    return pruned_anatomy(module, inputs, anatomy_of(module, inputs, **options), removed)
+
+
+def pruned_anatomy(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    anatomy: TracedAnatomy,
+    removed: Mapping[str, Iterable[int]] | None = None,
+    fraction: float = 0.4,
+    seed: int = 0,
+) -> Pruned:
+    """The same for what was traced already."""
+    if removed is None:
+        chosen = choose(anatomy, fraction, seed)
+    else:
+        chosen = {n: torch.as_tensor(list(u)) for n, u in removed.items()}
     assert anatomy.trace is not None
     graph = cut_graph(Cut(anatomy.trace, anatomy.units_removed(chosen)))
     return Pruned(module, inputs, anatomy, chosen, graph)
