@@ -69,6 +69,9 @@ def aligned(trace: Traced, values: list[Value], shape: tuple[int, ...]) -> Value
     "aten::max.other",
     "aten::min.other",
     "aten::_autocast_to_reduced_precision",
+    "aten::__and__",
+    "aten::__or__",
+    "aten::__xor__",
 )
 def elementwise(trace: Trace, call: Call) -> Value | list[Value]:
     found = []
