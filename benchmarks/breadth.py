@@ -1,0 +1,180 @@
+"""How many architectures can be cut exactly, beside Torch-Pruning.
+
+    python benchmarks/breadth.py
+
+needs torchvision, timm and torch-pruning, which secateur doesn't. Every model runs in a process of its own, which may
+run out of time or memory without harm; rows are kept as they come, so a killed run goes on where it was. ``--again``
+runs those of some classes once more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import breadth_check
+import zoo
+from common import write_result
+
+LIBRARIES = {"secateur": breadth_check.secateur, "torch-pruning": breadth_check.torch_pruning}
+COLUMNS = ("source", "model", "secateur", "error", "macs fall", "params fall", "averages", "form", "reason")
+LEAST = 0.15
+"""Fall of multiply-accumulates that a cut of 30 % should bring."""
+TIMES = ("export s", "trace s", "group s", "cut s", "module s")
+
+TEXT = """
+Every model is random, in float64, on a small image (the first of 64, 96, ... that it takes) or on a few tokens; biases,
+scales and statistics that start as constants get noise, so that nothing is hidden behind a zero. 30 % of all channels
+leave: those with the smallest L1 norm of their slices relative to the mean of their group, of all groups together, one
+of each staying. Then the smaller network must run, and its output must equal that of the dense network in which the
+same slices are masked, to 1e-3 of the largest output. `macs fall` is what torch's own counter says of both networks.
+
+For secateur:
+
+- exact: it does. Where an average runs over a dimension that was cut (`averages`: norms, means), the masked network
+  takes it over what stays, since zeros that are averaged aren't the same as entries that are gone.
+- refused: it is left as it is, with the reason in one sentence. wrong: it differs. fails: an error that isn't ours.
+- form: `module` where a copy of the user's own module was cut and its export proved equal to the cut graph, call by
+  call; `graph` where only the exported graph can carry the new sizes, mostly since its code holds sizes as numbers.
+
+Torch-Pruning (`MagnitudePruner`, global, group L1) gets the same module, fraction and inputs, and is told which layers
+make the output. It is run as it is on any model: not with what its examples set by hand for single architectures
+(numbers of heads, attributes of attention modules to change afterwards), which would make some of its failures run.
+
+- exact: it runs and equals the dense network with zeros for the parameters that it removed, or our reference for the
+  units that it removed. differs: it runs and equals neither. A scale of attention that follows the smaller heads
+  is one cause, which training can mend; a cut of the wrong channels is another.
+- runs: it runs, but there is nothing to hold it to: it normalises over what was cut, and what was cut isn't a set of
+  units of ours. fails: it raises, removes nothing, or gives outputs of another shape.
+
+Which entries of a parameter are left is read off their values, which are all different.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("patterns", nargs="*", help="like 'timm/*' or '*/resnet18'; all models by default")
+    parser.add_argument("--rows", type=Path, default=Path(tempfile.gettempdir()) / "secateur-breadth.jsonl")
+    parser.add_argument("--library", choices=tuple(LIBRARIES), action="append")
+    parser.add_argument("--again", default="", help="classes to run again, such as 'wrong,fails'; 'all' for every one")
+    parser.add_argument("--fraction", type=float, default=0.3, help="of the channels that leave")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds of one model")
+    parser.add_argument("--memory", type=float, default=16, help="GB of address space of one model")
+    parser.add_argument("--table", action="store_true", help="only write the result from the rows")
+    arguments = parser.parse_args()
+    known = read_rows(arguments.rows)
+    if not arguments.table:
+        run_all(arguments, known)
+    write(known, arguments.fraction)
+
+
+def read_rows(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The last row of every model and library."""
+    lines = path.read_text(encoding="utf8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(row["source"], row["model"], row["library"]): row for row in rows}
+
+
+def run_all(arguments: argparse.Namespace, known: dict[tuple[str, str, str], dict[str, Any]]) -> None:
+    _import_all()
+    again = arguments.again.split(",")
+    for entry in zoo.entries(arguments.patterns):
+        for library in arguments.library or LIBRARIES:
+            key = (entry.source, entry.name, library)
+            if key in known and "all" not in again and known[key]["class"] not in again:
+                continue
+            row = {"source": entry.source, "model": entry.name, "library": library}
+            row |= in_process(library, entry, arguments)
+            known[key] = row
+            with arguments.rows.open("a", encoding="utf8") as sink:
+                sink.write(json.dumps(row) + "\n")
+            print(*key, row["class"], row.get("error", ""), row.get("reason", ""), f"{row['seconds']:.0f}s", flush=True)
+
+
+def _import_all() -> None:
+    """Before the first fork: importing takes longer than most models."""
+    import timm  # noqa: F401
+    import torch._dynamo
+    import torch_pruning  # noqa: F401
+    import torchvision.models  # noqa: F401
+    import transformers  # noqa: F401
+
+
+def in_process(library: str, entry: zoo.Entry, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The row of one model from a fork of this process, or why there is none."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    start = time.monotonic()
+    child = context.Process(target=_work, args=(library, entry, arguments, sender))
+    child.start()
+    sender.close()
+    try:
+        row = receiver.recv() if receiver.poll(arguments.timeout) else {"class": "fails", "reason": "out of time"}
+    except EOFError:
+        row = {"class": "fails", "reason": "its process died"}
+    if child.is_alive() and row.get("reason") == "out of time":
+        child.kill()
+    child.join()
+    return {**row, "seconds": time.monotonic() - start}
+
+
+def _work(library: str, entry: zoo.Entry, arguments: argparse.Namespace, sender: Any) -> None:
+    limit = int(arguments.memory * 1e9)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of other people's models
+    try:
+        row = LIBRARIES[library](entry, arguments.fraction)
+    except Exception as error:  # a row must come whatever happens
+        import traceback
+
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "secateur" in f.filename]
+        at = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
+        row = {"class": "fails", "reason": breadth_check.first_line(error) + at}
+    sender.send(row)
+
+
+def write(known: dict[tuple[str, str, str], dict[str, Any]], fraction: float) -> None:
+    """The table of all rows that there are, in the order of the models."""
+    order = {(e.source, e.name): n for n, e in enumerate(zoo.entries())}
+    models = sorted({key[:2] for key in known if key[:2] in order}, key=order.__getitem__)
+    table = [_table_row(known, source, name) for source, name in models]
+    versions = {p: importlib.metadata.version(p) for p in ("torchvision", "timm", "torch-pruning")}
+    setting = {"removed": fraction, "tolerance": breadth_check.TOLERANCE, "seed": 0, "others": versions}
+    write_result("breadth", "Architectures that can be cut", setting, table, TEXT + summary(known, models))
+
+
+def _table_row(known: dict[tuple[str, str, str], dict[str, Any]], source: str, name: str) -> dict[str, Any]:
+    ours, theirs = (known.get((source, name, library), {}) for library in LIBRARIES)
+    row = {**ours, "secateur": ours.get("class", ""), "source": source, "model": name}
+    found = {column: row.get(column, "") for column in (*COLUMNS[:-1], *TIMES)}
+    found |= {"torch-pruning": theirs.get("class", ""), "its macs fall": theirs.get("macs fall", "")}
+    reasons = [ours.get("reason"), theirs.get("reason") and f"torch-pruning: {theirs['reason']}", ours.get("note")]
+    return {**found, "reason": "; ".join(r.replace("|", "/") for r in reasons if r)}
+
+
+def summary(known: dict[tuple[str, str, str], dict[str, Any]], models: list[tuple[str, str]]) -> str:
+    """Counts by library and source, as a table in Markdown."""
+    classes = ("exact", "refused", "runs", "differs", "wrong", "fails")
+    heads = ["library", "source", "models", *classes, f"exact and macs fall {LEAST:.0%}"]
+    lines = ["", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for library in LIBRARIES:
+        for source in ("all", *dict.fromkeys(source for source, _ in models)):
+            rows = [r for k, r in known.items() if k[2] == library and k[:2] in models and source in ("all", k[0])]
+            counts = Counter(r["class"] for r in rows)
+            enough = sum(r["class"] == "exact" and r.get("macs fall", 0) >= LEAST for r in rows)
+            cells = [library, source, len(rows), *(counts[c] for c in classes), enough]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
