@@ -103,7 +103,7 @@ def run_all(arguments: argparse.Namespace, known: dict[tuple[str, str, str], dic
 def _import_all() -> None:
     """Before the first fork: importing takes longer than most models."""
     import timm  # noqa: F401
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     import torch_pruning  # noqa: F401
     import torchvision.models  # noqa: F401
     import transformers  # noqa: F401
