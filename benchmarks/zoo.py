@@ -145,19 +145,23 @@ def _segmenter(name: str) -> Case:
 
 
 def timm_names() -> list[str]:
-    """The smallest models of every module file of timm 1.0.31; ``timm_models.txt`` is made by ``choose_timm``."""
+    """Small models of every module file of timm; ``timm_models.txt`` holds what ``choose_timm`` gives for 1.0.31."""
     return (Path(__file__).parent / "timm_models.txt").read_text(encoding="utf8").split()
 
 
-def choose_timm(each: int = 2) -> list[str]:
-    """The ``each`` models with fewest parameters of every module file of timm, by file."""
+def choose_timm() -> list[str]:
+    """The model with fewest parameters of every module file, and the next one where it has less than 100 million."""
     import timm
 
     def size(name: str) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in timm.create_model(name).parameters())
 
-    return [n for m in timm.list_modules() for n in sorted(timm.list_models(module=m), key=size)[:each]]
+    chosen = []
+    for module in timm.list_modules():
+        first, *others = sorted((size(n), n) for n in timm.list_models(module=module))
+        chosen += [first[1], *(name for params, name in others[:1] if params < 100e6)]
+    return chosen
 
 
 def _timm() -> Iterator[Entry]:
