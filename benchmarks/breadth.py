@@ -36,7 +36,8 @@ Every model is random, in float64, on a small image (the first of 64, 96, ... th
 scales and statistics that start as constants get noise, so that nothing is hidden behind a zero. 30 % of all channels
 leave: those with the smallest L1 norm of their slices relative to the mean of their group, of all groups together, one
 of each staying. Then the smaller network must run, and its output must equal that of the dense network in which the
-same slices are masked, to 1e-3 of the largest output. `macs fall` is what torch's own counter says of both networks.
+same slices are masked, to 1e-3 of the largest output and of what the cut changes in it. `macs fall` is what torch's own
+counter says of both networks.
 
 For secateur:
 

@@ -23,7 +23,7 @@ from secateur.structure.modulecut import Different, cut_module
 from secateur.structure.resize import Cut
 
 TOLERANCE = 1e-3
-"""Largest error, relative to the largest output, of a cut that counts as exact."""
+"""Largest error of a cut that counts as exact: relative to the largest output, and to what the cut changes in it."""
 
 Row = dict[str, Any]
 
@@ -88,7 +88,7 @@ def secateur(entry: Entry, fraction: float) -> Row:
         wanted = tensors_of(Reference(found, removed, program).run(*leaves))
     row["error"] = max(relative_error(got, wanted), relative_error(unmasked, dense))
     row["effect"] = relative_error(wanted, dense)
-    row["class"] = "exact" if row["error"] <= TOLERANCE else "wrong"
+    row["class"] = "exact" if row["error"] <= TOLERANCE * min(1, row["effect"]) else "wrong"
     with _timed(row, "module s"):
         row |= _own_module(cut, graph, case)
     return row
@@ -241,8 +241,9 @@ def _judged(case: Case, pruned: nn.Module, got: list[Tensor], dense: list[Tensor
         return {"class": "runs", "reason": "its parameters aren't parts of the dense ones"}
     if all(all(len(k) == n for k, n in zip(dims, shape, strict=True)) for dims, shape in kept.values()):
         return {"class": "fails", "reason": "it removes nothing"}
+    tolerance = TOLERANCE * min(1, relative_error(got, dense))
     error = relative_error(got, zeroed_outputs(case, kept))
-    if error <= TOLERANCE:
+    if error <= tolerance:
         return {"class": "exact", "error": error}
     try:
         found = tracing.trace(case.module, case.args, case.kwargs)
@@ -256,7 +257,7 @@ def _judged(case: Case, pruned: nn.Module, got: list[Tensor], dense: list[Tensor
     with torch.no_grad():
         reference = Reference(found, removed).run(*tree_leaves((case.args, dict(case.kwargs))))
     error = relative_error(got, tensors_of(reference))
-    return {"class": "exact" if error <= TOLERANCE else "differs", "error": error}
+    return {"class": "exact" if error <= tolerance else "differs", "error": error}
 
 
 Kept = dict[str, tuple[list[np.ndarray], tuple[int, ...]]]

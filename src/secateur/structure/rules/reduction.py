@@ -42,7 +42,7 @@ def average(trace: Trace, call: Call) -> list[Value]:
 @rule("aten::softmax", "aten::_softmax", "aten::log_softmax", "aten::_log_softmax", "aten::_safe_softmax")
 @rule("aten::cumsum", "aten::cumprod", "aten::logcumsumexp", "aten::logsumexp", "aten::prod", "aten::argmax")
 @rule("aten::argmin", "aten::max.dim", "aten::min.dim", "aten::median.dim", "aten::all", "aten::argsort", "aten::sort")
-@rule("aten::topk", "aten::max.default", "aten::min.default", "aten::max", "aten::min", "aten::kthvalue")
+@rule("aten::topk", "aten::max.default", "aten::min.default", "aten::max", "aten::min", "aten::kthvalue", "aten::diff")
 def every_entry_counts(trace: Trace, call: Call) -> list[Value]:
     """The dimension it runs over stays: without one of its entries the others' results would change."""
     x = call.values()[0]
