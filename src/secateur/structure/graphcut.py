@@ -147,10 +147,6 @@ def _compare(cut: Cut, old: fx.Node, result: Any) -> None:
             )
 
 
-VIEWS = {torch.ops.aten.view.default: torch.ops.aten.reshape.default}
-"""What needs certain strides, and the same that doesn't."""
-
-
 class Reference(fx.Interpreter):
     """The dense graph in which everything that leaves is zero: what a cut must compute.
 
@@ -172,8 +168,10 @@ class Reference(fx.Interpreter):
         return self._zeroed(result, value)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        # zeros are filled into tensors whose strides the graph doesn't foresee
-        return super().call_function(VIEWS.get(target, target), args, kwargs)
+        if target is torch.ops.aten.view.default:
+            # zeros are filled into tensors whose strides the graph doesn't foresee
+            target = torch.ops.aten.reshape.default
+        return super().call_function(target, args, kwargs)
 
     def _touched(self, old: fx.Node) -> bool:
         values = [self._cut.trace.values.get(i) for i in old.all_input_nodes]
