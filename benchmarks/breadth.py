@@ -54,8 +54,10 @@ make the output. It is run as it is on any model: not with what its examples set
 - exact: it runs and equals the dense network with zeros for the parameters that it removed, or our reference for the
   units that it removed. differs: it runs and equals neither. A scale of attention that follows the smaller heads
   is one cause, which training can mend; a cut of the wrong channels is another.
+- fails: it raises, removes nothing, gives outputs of another shape, or isn't done in five times the time of secateur and
+  a minute.
 - runs: it runs, but there is nothing to hold it to: it normalises over what was cut, and what was cut isn't a set of
-  units of ours. fails: it raises, removes nothing, or gives outputs of another shape.
+  units of ours.
 
 Which entries of a parameter are left is read off their values, which are all different.
 """
@@ -94,7 +96,10 @@ def run_all(arguments: argparse.Namespace, known: dict[tuple[str, str, str], dic
             if key in known and "all" not in again and known[key]["class"] not in again:
                 continue
             row = {"source": entry.source, "model": entry.name, "library": library}
-            row |= in_process(library, entry, arguments)
+            # ours is a yardstick for how long a model takes to build and run
+            ours = known.get((*key[:2], "secateur"), {}).get("seconds", arguments.timeout)
+            limit = arguments.timeout if library == "secateur" else min(arguments.timeout, max(60, 5 * ours))
+            row |= in_process(library, entry, limit, arguments)
             known[key] = row
             with arguments.rows.open("a", encoding="utf8") as sink:
                 sink.write(json.dumps(row) + "\n")
@@ -110,7 +115,7 @@ def _import_all() -> None:
     import transformers  # noqa: F401
 
 
-def in_process(library: str, entry: zoo.Entry, arguments: argparse.Namespace) -> dict[str, Any]:
+def in_process(library: str, entry: zoo.Entry, limit: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """The row of one model from a fork of this process, or why there is none."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -119,11 +124,11 @@ def in_process(library: str, entry: zoo.Entry, arguments: argparse.Namespace) ->
     child.start()
     sender.close()
     try:
-        row = receiver.recv() if receiver.poll(arguments.timeout) else {"class": "fails", "reason": "out of time"}
+        out_of_time = {"class": "fails", "reason": f"out of time after {limit:.0f} s"}
+        row = receiver.recv() if receiver.poll(limit) else out_of_time
     except EOFError:
         row = {"class": "fails", "reason": "its process died"}
-    if child.is_alive() and row.get("reason") == "out of time":
-        child.kill()
+    child.kill()
     child.join()
     return {**row, "seconds": time.monotonic() - start}
 
