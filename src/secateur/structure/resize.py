@@ -225,9 +225,11 @@ def _times(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     x, out = cut.trace.value(node.args[0]), cut.trace.value(node)  # type: ignore[arg-type]
     name = "repeats" if "repeats" in arguments else "dims"
     extra = len(out.dims) - len(x.dims)
-    arguments[name] = [
+    times = [
         cut.size(labels) // (cut.size(x.dims[d - extra]) if d >= extra else 1) for d, labels in enumerate(out.dims)
     ]
+    # tile may name the last dimensions only
+    arguments[name] = times[len(times) - len(arguments[name]) :]
 
 
 @resizer("aten::unflatten")

@@ -51,6 +51,12 @@ def index(trace: Trace, call: Call) -> Value:
     return Value((*free[:at], *made, *free[at:]))
 
 
+@rule("aten::one_hot")
+def one_hot(trace: Trace, call: Call) -> Value:
+    """A new dimension, of which the entries are told by their positions."""
+    return Value((*call["self"].dims, trace.units.fixed(call.shape[-1], f"{call.where} numbers its positions")))
+
+
 @rule("aten::gather")
 def gather(trace: Trace, call: Call) -> Value:
     x, index, dim = call["self"], call["index"], call["dim"] % len(call["self"].dims)
