@@ -25,6 +25,7 @@ EXPORTED = [
     "prune",
     "push",
     "register",
+    "rule",
     "run",
     "save",
     "verify",

@@ -30,6 +30,7 @@ _HOMES = {
     "list_methods": "secateur.methods",
     "describe": "secateur.methods",
     "register": "secateur.methods",
+    "rule": "secateur.structure.trace",
     "Plan": "secateur.plans",
     "SecateurError": "secateur.errors",
 }
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan
     from secateur.runs.run import run
+    from secateur.structure.trace import rule
 
 
 def __getattr__(name: str) -> Any:
