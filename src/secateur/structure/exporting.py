@@ -5,15 +5,32 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_map_only
 
 from secateur.errors import UnsupportedModelError, UsageError
+from secateur.structure.functional import make_functional
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported program. ``decomposed``: torch made it functional, otherwise ``graph_module`` does."""
+
+    program: torch.export.ExportedProgram
+    decomposed: bool
+
+    def graph_module(self) -> fx.GraphModule:
+        """The program as a module with a flat functional graph: a new one, of the same nodes, with every call."""
+        made: Any = self.program.module(check_guards=False)
+        if not self.decomposed:
+            make_functional(made.graph)
+        return made
 
 
 def export(
@@ -21,10 +38,12 @@ def export(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     *,
+    known: Callable[[fx.Node], bool],
     dynamic_shapes: Any = None,
-) -> torch.export.ExportedProgram:
+) -> Exported:
     """The flat functional ATen graph of ``module`` in evaluation mode; the module is left as it is.
 
+    ``known`` tells whether an operator can be left as it is; others are taken apart where torch can.
     Raises UsageError when the module doesn't run on these inputs, UnsupportedModelError when it can't be exported.
     """
     with evaluation_mode(module), quiet(), no_fast_path():
@@ -32,7 +51,11 @@ def export(
             program = torch.export.export(
                 module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
             )
-            return program.run_decompositions({})
+            found = Exported(program, decomposed=False)
+            graph: Any = program.module(check_guards=False)
+            if make_functional(graph.graph) and all(known(n) for n in graph.graph.nodes if n.op == "call_function"):
+                return found
+            return Exported(program.run_decompositions({}), decomposed=True)
         except Exception as error:
             _check_runs(module, args, kwargs, error)
             raise UnsupportedModelError(_sentence(module, error)) from None

@@ -45,7 +45,7 @@ def cut_graph(cut: Cut) -> fx.GraphModule:
 
     Raises UnsupportedModelError when a call can't be written for the new sizes.
     """
-    made = cut.trace.program.module(check_guards=False)
+    made = cut.trace.exported.graph_module()
     done: dict[int, Tensor] = {}
     by_node: dict[fx.Node, fx.Node] = {}
     for old, new in zip(cut.trace.graph.nodes, list(made.graph.nodes), strict=True):  # type: ignore[union-attr]
@@ -154,7 +154,7 @@ class Reference(fx.Interpreter):
     """
 
     def __init__(self, trace: Trace, removed: set[int], module: fx.GraphModule | None = None) -> None:
-        super().__init__(module or trace.program.module(check_guards=False), garbage_collect_values=True)  # type: ignore[arg-type]
+        super().__init__(module or trace.exported.graph_module(), garbage_collect_values=True)
         self._cut = Cut(trace, removed)
         self._dense: dict[fx.Node, fx.Node] = dict(zip(list(self.graph.nodes), trace.graph.nodes, strict=True))  # type: ignore[union-attr]
 

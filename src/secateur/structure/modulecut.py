@@ -19,7 +19,7 @@ from secateur.errors import SecateurError
 from secateur.structure.exporting import export
 from secateur.structure.graphcut import cut_tensor
 from secateur.structure.resize import RESIZERS, Cut, named_arguments, resized
-from secateur.structure.trace import Value, attribute, describe, hint, module_of, sizes
+from secateur.structure.trace import Value, attribute, describe, has_rule, hint, module_of, sizes
 
 # the shape of the output says everything that these arguments say
 _BY_SHAPE = ("view", "reshape", "_unsafe_view", "expand", "split", "split_with_sizes", "unsafe_split", "repeat")
@@ -186,7 +186,7 @@ def _prove(graph: fx.GraphModule, module: nn.Module, args: Any, kwargs: Mapping[
     for part in module.modules():
         part.__dict__.pop("_secateur_edited", None)
     try:
-        again = export(module, args, kwargs).module(check_guards=False)
+        again = export(module, args, kwargs, known=has_rule).graph_module()
     except SecateurError as error:
         raise Different(str(error)) from None
     pairs: dict[fx.Node, fx.Node] = {}

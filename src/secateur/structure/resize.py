@@ -134,7 +134,7 @@ def _index(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     arguments["indices"] = indices
 
 
-@resizer("aten::split", "aten::unsafe_split")
+@resizer("aten::split", "aten::unsafe_split", "aten::chunk", "aten::unsafe_chunk", "aten::tensor_split")
 def _by_sizes(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> OpOverload | None:
     dim = arguments.get("dim", 0)
     labels = cut.trace.value(node.args[0]).dims[dim]  # type: ignore[arg-type]
@@ -235,7 +235,8 @@ def _times(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
 @resizer("aten::unflatten")
 def _unflatten(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     out = cut.trace.value(node)
-    dim, count = arguments["dim"], len(arguments["sizes"])
+    count = len(arguments["sizes"])
+    dim = arguments["dim"] % (len(out.dims) - count + 1)
     arguments["sizes"] = [cut.size(labels) for labels in out.dims[dim : dim + count]]
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from secateur.errors import UsageError
-from secateur.structure.exporting import export
+from secateur.structure.exporting import Exported, export
 from secateur.structure.traced import Call, NoRule, Traced, Value
 
 __all__ = ["RULES", "Call", "NoRule", "Trace", "Value", "rule", "trace"]
@@ -52,7 +51,7 @@ class Trace(Traced):
     """A traced module."""
 
     module: nn.Module
-    program: torch.export.ExportedProgram
+    exported: Exported
     graph: fx.Graph
     values: dict[fx.Node, Value | list[Value]] = field(default_factory=dict)
     _constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
@@ -108,8 +107,8 @@ def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
     """Trace ``module`` called with ``args`` and ``kwargs``; it is left as it is. Raises UnsupportedModelError."""
     import secateur.structure.rules  # noqa: F401  (registers them)
 
-    program = export(module, args, kwargs, **options)
-    found = Trace(module, program, program.module(check_guards=False).graph)  # type: ignore[arg-type]
+    exported = export(module, args, kwargs, known=has_rule, **options)
+    found = Trace(module, exported, exported.graph_module().graph)
     tensors: dict[int, Value] = {}
     for node in found.graph.nodes:
         if node.op == "placeholder":
@@ -134,6 +133,13 @@ def _place_tensor(trace: Trace, node: fx.Node, tensors: dict[int, Value]) -> Val
     return tensors[id(tensor)]
 
 
+def has_rule(node: fx.Node) -> bool:
+    """Whether it is known what a call couples."""
+    if node.target is operator.getitem or not _holds_tensors(node.meta.get("val")):
+        return True
+    return _look_up(node) is not _unknown
+
+
 def attribute(module: nn.Module, name: str) -> Any:
     """``module.a.b.c`` for ``"a.b.c"``."""
     path, _, leaf = name.rpartition(".")
@@ -155,18 +161,16 @@ def _apply_rule(trace: Trace, node: fx.Node) -> Value | list[Value]:
 def _look_up(node: fx.Node) -> Rule:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return partial(_none, why="it is no operator")
+        return _unknown
     full = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     for name in (full, schema.name):
         if name in RULES:
             return RULES[name]
-    if torch.Tag.pointwise in node.target.tags:  # type: ignore[union-attr]
-        return RULES["pointwise"]
-    return partial(_none, why="it has no rule")
+    return RULES["pointwise"] if torch.Tag.pointwise in node.target.tags else _unknown  # type: ignore[union-attr]
 
 
-def _none(trace: Trace, call: Call, why: str) -> Value:
-    raise NoRule(why)
+def _unknown(trace: Trace, call: Call) -> Value:
+    raise NoRule("it has no rule")
 
 
 def _bind(trace: Trace, node: fx.Node) -> Call:
