@@ -34,11 +34,13 @@ class Different(Exception):
 def cut_module(cut: Cut, graph: fx.GraphModule, args: Any, kwargs: Mapping[str, Any]) -> nn.Module:
     """A copy of the traced module, cut; proved to equal ``graph``. Raises Different, with the reason."""
     problem: Different | None = None
-    for chosen in (_any_attribute, _size_attribute):
+    for edits in _attempts(cut):
         module = shell(cut.trace.module)
         _put_tensors(cut, module)
+        for (path, name), value in edits.items():
+            setattr(module.get_submodule(path), name, value)
+        # parameters know better than a guess
         _state_sizes(module)
-        _edit_attributes(cut, module, chosen)
         try:
             _prove(graph, module, args, kwargs)
             return module
@@ -110,13 +112,44 @@ def _state_attention(part: nn.MultiheadAttention) -> None:
     part.kdim = part.vdim = part.embed_dim = part.out_proj.weight.shape[0]
 
 
-def _edit_attributes(cut: Cut, module: nn.Module, chosen: Any) -> None:
-    """Change the integers that the calls whose sizes change were made with."""
+Edits = dict[tuple[str, str], Any]
+"""(path of a module, name of an attribute) → its new value."""
+
+
+def _attempts(cut: Cut) -> Iterator[Edits]:
+    """The sets of attributes that may have to change, the likeliest first."""
+    found = _candidates(cut)
+    tried: list[Edits] = []
+    for named_for_sizes in (False, True):
+        for choice in range(2):
+            edits = {
+                place: values[min(choice, len(values) - 1)]
+                for place, values in found.items()
+                if not named_for_sizes or any(part in place[1] for part in _SIZE_NAMES)
+            }
+            if edits not in tried:
+                tried.append(edits)
+                yield edits
+
+
+def _candidates(cut: Cut) -> dict[tuple[str, str], list[Any]]:
+    """Attributes that hold a number which the cut changes in a call of their module, and what it becomes there.
+
+    Two dimensions of one size may become two different sizes: then an attribute has several candidates.
+    """
+    found: dict[tuple[str, str], list[Any]] = {}
     for node in cut.trace.calls():
         for old, new in _changes(cut, node):
-            for part in _owners(module, module_of(node)):
-                if _edit(part, old, new, chosen):
+            for path, part in _owners(cut.trace.module, module_of(node)):
+                names = [n for n, v in part.__dict__.items() if not n.startswith("_") and _same(v, old)]
+                for name in names:
+                    value = tuple(new) if isinstance(part.__dict__[name], tuple) else new
+                    known = found.setdefault((path, name), [])
+                    if value not in known:
+                        known.append(value)
+                if names:
                     break
+    return found
 
 
 def _changes(cut: Cut, node: fx.Node) -> Iterator[tuple[Any, Any]]:
@@ -142,30 +175,14 @@ def _changes(cut: Cut, node: fx.Node) -> Iterator[tuple[Any, Any]]:
                 yield len(labels), cut.size(labels)
 
 
-def _owners(module: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The module at a path, then those around it."""
+def _owners(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The module at a path, then those around it, each with its path."""
     names = path.split(".") if path else []
     for depth in range(len(names), -1, -1):
         try:
-            yield module.get_submodule(".".join(names[:depth]))
+            yield ".".join(names[:depth]), module.get_submodule(".".join(names[:depth]))
         except AttributeError:
             continue
-
-
-def _edit(part: nn.Module, old: Any, new: Any, chosen: Any) -> bool:
-    """Change the attributes that hold ``old``; True when there is one, or one that an earlier call changed."""
-    edited = part.__dict__.setdefault("_secateur_edited", {})
-    found = False
-    for name, value in list(part.__dict__.items()):
-        if name.startswith("_") or not chosen(name):
-            continue
-        if name in edited:
-            found = found or edited[name] == (old, new)
-        elif _same(value, old):
-            setattr(part, name, tuple(new) if isinstance(value, tuple) else new)
-            edited[name] = (old, new)
-            found = True
-    return found
 
 
 def _same(value: Any, old: Any) -> bool:
@@ -174,17 +191,7 @@ def _same(value: Any, old: Any) -> bool:
     return type(value) is int and value == old
 
 
-def _any_attribute(name: str) -> bool:
-    return True
-
-
-def _size_attribute(name: str) -> bool:
-    return any(part in name for part in _SIZE_NAMES)
-
-
 def _prove(graph: fx.GraphModule, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-    for part in module.modules():
-        part.__dict__.pop("_secateur_edited", None)
     try:
         again = export(module, args, kwargs, known=has_rule).graph_module()
     except SecateurError as error:
