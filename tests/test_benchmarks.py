@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -106,3 +107,26 @@ def test_best_compares_the_fastest_of_each_tool(study):
     assert row["tool"] == "secateur b / peer a"
     assert row["faster"] == 3.0
     assert row["memory"] == pytest.approx(400 / 900)
+
+
+def test_what_is_left_of_a_parameter_is_read_off_its_values(study):
+    """Rows and columns that another library removed are found again, and other changes are told from cuts."""
+    check = study("breadth_check")
+    dense, cut = torch.nn.Linear(5, 4), torch.nn.Linear(3, 2)
+    rows, columns = torch.tensor([0, 3]), torch.tensor([1, 2, 4])
+    with torch.no_grad():
+        cut.weight.copy_(dense.weight[rows][:, columns])
+        cut.bias.copy_(dense.bias[rows])
+    kept = check.survivors(dense, cut)
+    assert [positions.tolist() for positions in kept["weight"][0]] == [[0, 3], [1, 2, 4]]
+    assert [positions.tolist() for positions in kept["bias"][0]] == [[0, 3]]
+    with torch.no_grad():
+        cut.weight[0, 0] += 1
+    assert check.survivors(dense, cut) is None
+
+
+def test_another_shape_is_no_small_error(study):
+    check = study("breadth_check")
+    ones = torch.ones(2, 3)
+    assert check.relative_error([ones], [2 * ones]) == 0.5
+    assert check.relative_error([ones[:, :2]], [ones]) == check.relative_error([ones / 0], [ones]) == float("inf")
