@@ -66,10 +66,23 @@ class Masked(nn.Module):
         return self.second(x.masked_fill((x > 0.5) & (x < 1.5), 0.0))
 
 
+class FromTheEnd(nn.Module):
+    """Heads are taken by a list of numbers that count from the end, as Falcon takes its only key-value head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.first, self.second = 5, nn.Linear(4, 15), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.first(x).reshape(len(x), self.num_heads, -1)
+        return self.second(heads[:, [-3, -1]].flatten(1))
+
+
 NETWORKS = {
     Differences: images(2, 5, 4),
     Numbered: tokens(2, 5, below=6),
     Tiled: images(2, 3, 4, 4),
+    FromTheEnd: images(2, 4),
     ChannelsLast: images(2, 3, 3, 4),
     Masked: images(2, 5, 4),
 }
@@ -82,8 +95,9 @@ def test_they_are_cut(kind):
     check(found)
 
 
-def test_a_tile_in_the_own_module():
-    found = pruned(randomised(Tiled()), NETWORKS[Tiled])
+@pytest.mark.parametrize(("kind", "units"), {Tiled: [1, 4], FromTheEnd: [0]}.items(), ids=["Tiled", "FromTheEnd"])
+def test_the_own_module_is_cut(kind, units):
+    found = pruned(randomised(kind()), NETWORKS[kind], {"first": units})
     module = cut_module(found.cut, found.graph, found.inputs, {})
     with torch.no_grad():
         assert torch.equal(module(*found.inputs), found.graph(*found.inputs))

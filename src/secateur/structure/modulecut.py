@@ -246,14 +246,22 @@ def _shapes(node: fx.Node) -> Any:
 def _same_input(
     graph: nn.Module, again: nn.Module, one: fx.Node, other: fx.Node, pairs: Mapping[fx.Node, fx.Node]
 ) -> bool:
+    if pairs.get(one) is other:
+        return True
+    one, other = _copied(one), _copied(other)
     if one.op != "get_attr" or other.op != "get_attr":
-        return pairs.get(one) is other
+        return False
     first, second = attribute(graph, str(one.target)), attribute(again, str(other.target))
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
         return str(one.target) == str(other.target)
     if first.is_meta or second.is_meta or str(one.target) == str(other.target):
         return first.shape == second.shape
     return first.shape == second.shape and torch.equal(first, second)
+
+
+def _copied(node: fx.Node) -> fx.Node:
+    """The constant of which a node is a copy, or the node: an index that a cut renumbered needs no copy."""
+    return node.all_input_nodes[0] if _kind(node) in ("aten::clone", "aten::lift_fresh_copy") else node
 
 
 def _plain(node: fx.Node) -> Any:

@@ -110,8 +110,10 @@ def _bounds(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> OpOverload | 
 def _renumbered(cut: Cut, labels: Labels, index: torch.Tensor) -> torch.Tensor:
     """A constant index into a dimension, without what leaves and by the new numbers."""
     kept = torch.from_numpy(cut.kept(labels))
-    index = index.long() % len(labels)
-    return (kept.cumsum(0) - 1)[index[kept[index]]]
+    index = index.long()
+    index = index[kept[index]]
+    # counted from the end where it was, as the edited module does
+    return (kept.cumsum(0) - 1)[index] - torch.where(index < 0, kept.sum(), 0)
 
 
 @resizer("aten::index_select")
