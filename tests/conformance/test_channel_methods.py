@@ -183,3 +183,16 @@ def test_a_plan_for_another_module_is_refused():
     plan = sc.plan(module, example_inputs=(x,), method="spa_l1", sparsity=0.3)
     with pytest.raises(PlanMismatchError, match="other shapes"):
         sc.apply(plan, Residual(width=8))
+
+
+# -- what one reads ----------------------------------------------------------------------------------------------------
+
+
+def test_anatomy_and_plan_print_groups_by_name(cli, tmp_path):
+    module, x, _ = made("residual")
+    shown = str(sc.anatomy(module, example_inputs=(x,)))
+    assert "stem.0" in shown and "conv1.weight[0]" in shown and "output of the network" in shown
+    plan = sc.plan(module, example_inputs=(x,), method="spa_l1", sparsity=0.4)
+    run = cli("plan", "show", plan.save(tmp_path / "plan"))
+    kept = len(plan.keep["stem.0"])
+    assert run.code == 0 and "stem.0" in run.out and f"{kept}" in run.out

@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from secateur.report.coupled import coupled_head, coupled_table, kept_table
 from secateur.report.numbers import (
     MISSING,
     change_from,
@@ -94,6 +95,8 @@ def anatomy_table(anatomy: Anatomy) -> Table:
 
 def anatomy_text(anatomy: Anatomy) -> str:
     """``anatomy_table`` as plain text under a line with the size of the model."""
+    if not anatomy.num_layers:
+        return plain_text(Group(Text(coupled_head(anatomy)), Text(), coupled_table(anatomy, _table())))
     total, blocks = anatomy.total, anatomy.blocks
     head = (
         f"{anatomy.model_type}, {anatomy.num_layers} layers, {format_count(total.params)} parameters "
@@ -105,6 +108,9 @@ def anatomy_text(anatomy: Anatomy) -> str:
 def plan_table(plan: Plan) -> RenderableType:
     """What a plan keeps, layer by layer (equal layers folded); where it comes from; what to know about it."""
     parts: list[RenderableType] = [Text(line) for line in _provenance_lines(plan.provenance)]
+    if plan.provenance[0].inputs is not None:
+        parts += [Text(), kept_table(plan, _table()), Text()]
+        return Group(*parts, *(_note(note) for source in plan.provenance for note in source.notes))
     units = {name: f"{len(kept):,}/{plan.groups[name]:,}" for name, kept in plan.keep.items() if _LAYER.search(name)}
     sparsity = {name.removesuffix(".weight"): plan.sparsity(name) for name in plan.masks}
     if units or sparsity:
