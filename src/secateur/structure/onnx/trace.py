@@ -1,0 +1,186 @@
+"""Tracing an ONNX graph: the rule of every operator says which positions leave together, as in torch graphs.
+
+An operator without a rule, and If, Loop and Scan, keep everything that they touch and are listed by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from secateur.errors import UsageError
+from secateur.structure.onnx.network import (
+    Array,
+    Network,
+    Node,
+    attributes,
+    inputs_of,
+    operator,
+    subgraphs,
+)
+from secateur.structure.onnx.shapes import Shapes, doubled, example_inputs
+from secateur.structure.traced import Call, NoRule, Traced, Value
+from secateur.structure.units import Labels
+
+Rule = Callable[["OnnxTrace", Call], "Value | Sequence[Value]"]
+
+RULES: dict[str, tuple[Rule, tuple[int, ...]]] = {}
+"""Operator → its rule, and which inputs hold settings (sizes, axes, bounds) instead of data."""
+
+
+def rule(*operators: str, settings: Sequence[int] = ()) -> Callable[[Rule], Rule]:
+    """Register the rule of an ONNX operator.
+
+    ``call["inputs"]`` are its values, None for one that isn't given; ``call.node`` is the node's number.
+    """
+
+    def register(function: Rule) -> Rule:
+        for name in operators:
+            if name in RULES:
+                raise UsageError(f"operator {name} has a rule already")
+            RULES[name] = (function, tuple(settings))
+        return function
+
+    return register
+
+
+@dataclass
+class OnnxTrace(Traced):
+    """A traced ONNX graph. ``values`` are those of the tensors whose shapes are known, by name."""
+
+    network: Network
+    shapes: Shapes
+    larger: Shapes
+    """The same with larger dynamic sizes."""
+    values: dict[str, Value] = field(default_factory=dict)
+    _made: set[int] = field(default_factory=set)
+    _users: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return self.network.title
+
+    def element_sizes(self) -> dict[str, int]:
+        """Initialisers of floating point count as parameters, statistics of norms among them; single numbers don't."""
+        found = {}
+        for name in self.parameters:
+            array = self.network.array(name)
+            if array.dtype.kind not in "iubSUO" and array.ndim:
+                found[name] = array.itemsize
+        return found
+
+    def static(self, name: str) -> Array | None:
+        """[entries] bool of a tensor with known entries: False changes with dynamic sizes. None when not known."""
+        here, there = self.shapes.known.get(name), self.larger.known.get(name)
+        if here is None:
+            return None
+        if there is None or here.shape != there.shape:
+            return np.zeros(here.shape, dtype=bool)
+        return here == there
+
+    def constant(self, call: Call, at: int) -> Array | None:
+        """The entries of an input when they are the same whatever the network is fed, or None."""
+        inputs = self.network.node(call.node).input
+        name = inputs[at] if at < len(inputs) else ""
+        static = self.static(name) if name else None
+        return self.shapes.known[name] if static is not None and static.all() else None
+
+    def makes(self, labels: Labels) -> None:
+        """Along this dimension of a weight lie the channels that it makes."""
+        self._made.add(id(labels))
+
+    def maker(self, name: str) -> tuple[str, int]:
+        dims = self.parameters[name].dims
+        along = next((d for d, labels in enumerate(dims) if id(labels) in self._made), 0)
+        if re.match(r"onnx::|val_|const|_|\d", name):  # exporters number what had no name
+            return self._users.get(name, name), along
+        return name.removesuffix(".weight"), along
+
+
+def trace_onnx(network: Network, inputs: Mapping[str, Sequence[int]] | None = None) -> OnnxTrace:
+    """Trace a model. ``inputs`` are example sizes of its inputs where it leaves them open. Raises UsageError."""
+    import secateur.structure.onnx.rules  # noqa: F401  (registers them)
+
+    sizes = example_inputs(network, inputs or {})
+    found = OnnxTrace(network=network, shapes=Shapes(network, sizes), larger=Shapes(network, doubled(network, sizes)))
+    for info in network.inputs:
+        shape = found.shapes.shape(info.name)
+        if shape is not None:
+            found.values[info.name] = found.fixed(shape, "input of the network")
+    for number, node in enumerate(network.nodes):
+        found.shapes.add(node)
+        found.larger.add(node)
+        _visit(found, number, node)
+    for info in network.model.graph.output:
+        _place(found, info.name, "")
+        if info.name in found.values:
+            found.pin(found.values[info.name], "output of the network")
+    return found
+
+
+def _visit(trace: OnnxTrace, number: int, node: Node) -> None:
+    for name in inputs_of(node):
+        _place(trace, name, _module(node))
+    given = [trace.values.get(name) if name else None for name in inputs_of(node)]
+    outputs = [name for name in node.output if name]
+    shapes = [trace.shapes.shape(name) for name in outputs]
+    here = tuple(s for s in shapes if s is not None)
+    call = Call(number, operator(node), {"inputs": given, **attributes(node)}, here, trace.network.describe)
+    unknown = next((n for n in inputs_of(node) if n and n not in trace.values), None)
+    missing = next((n for n, s in zip(outputs, shapes, strict=True) if s is None), None)
+    if unknown or missing:
+        values = trace.freeze(call, f"the shape of {unknown or missing} isn't known")
+    else:
+        function, settings = RULES.get(call.name, (partial(_none, closed=bool(subgraphs(node))), ()))
+        trace.pin([v for at in settings if (v := _at(given, at)) is not None], f"{call.where} reads sizes from it")
+        values = _quietly(trace, call, function) if _computed(trace, outputs) else trace.ruled(call, function)
+    trace.values |= dict(zip([n for n, s in zip(outputs, shapes, strict=True) if s is not None], values, strict=True))
+
+
+def _place(trace: OnnxTrace, name: str, user: str) -> None:
+    """Labels of an initialiser at its first use."""
+    if name in trace.values or name not in trace.network.initializers:
+        return
+    trace.values[name] = trace.parameters[name] = trace.fresh(tuple(trace.network.initializers[name].dims))
+    trace._users[name] = user
+
+
+def _module(node: Node) -> str:
+    """``encoder/fc1`` for the node ``/encoder/fc1/MatMul``."""
+    path, _, leaf = node.name.strip("/").rpartition("/")
+    return path if path and leaf.startswith(node.op_type) else node.name or node.output[0]
+
+
+def _at(given: Sequence[Value | None], at: int) -> Value | None:
+    return given[at] if at < len(given) else None
+
+
+def _computed(trace: OnnxTrace, outputs: Sequence[str]) -> bool:
+    return bool(outputs) and all(name in trace.shapes.known for name in outputs)
+
+
+def _quietly(trace: OnnxTrace, call: Call, function: Rule) -> list[Value]:
+    """An operator between sizes isn't worth listing, with or without a rule."""
+    listed = {name: list(places) for name, places in trace.unknown.items()}
+    values = trace.ruled(call, function)
+    trace.unknown = listed
+    return values
+
+
+def _none(trace: OnnxTrace, call: Call, closed: bool) -> Value:
+    raise NoRule("it holds a graph of its own" if closed else "it has no rule")
+
+
+def operands(call: Call, count: int) -> list[Any]:
+    """The first inputs of a call, None for those that it goes without."""
+    return [*call["inputs"], *[None] * count][:count]
+
+
+def shared(function: Callable[..., Any], trace: OnnxTrace, call: Call, name: str, **arguments: Any) -> Any:
+    """What the rule of an ATen operator says, with ONNX's arguments under ATen's names."""
+    return function(trace, replace(call, name=name, arguments=arguments))
