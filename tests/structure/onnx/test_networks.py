@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("onnxruntime")
-
-from onnx_models import Net, holds  # noqa: E402
+from onnx_models import Net, holds
 
 
 def groups(anatomy) -> dict[str, int]:

@@ -79,6 +79,9 @@ class Cutter:
         self.trace, self.kept = trace, kept
         self.model = _copy(trace.network.model, with_nodes=False)
         self.graph = self.model.graph
+        for name, value in trace.parameters.items():
+            if 0 in kept.shape(value) and 0 not in value.shape:
+                raise UsageError(f"these units together are all there is along one dimension of {name}: keep some")
         self._names = {n for node in trace.network.nodes for n in (*node.input, *node.output)} | set(trace.values)
         sizes = {i.name: trace.shapes.shape(i.name) or () for i in trace.network.inputs}
         self._cut_initializers()
@@ -171,19 +174,25 @@ class Cutter:
         here = self.shapes.known.get(old)
         if here is not None and here.shape == entries.shape and np.array_equal(here, entries):
             return
+        made = entries if here is None else entries.astype(here.dtype)
         static = self.trace.static(old) if old else None
-        made = self._constant(entries if here is None else entries.astype(here.dtype))
-        if static is not None and static.shape == entries.shape and not static.all():
-            from onnx import helper
-
-            mask, name = self._constant(static), self._fresh("resized")
-            node = helper.make_node("Where", [mask, made, old], [name], name=name)
-            self.graph.node.append(node)
-            self.shapes.add(node)
-            made = name
+        if static is None or here is None or static.shape != entries.shape or static.all():
+            name = self._constant(made)
+        else:
+            name = self._called("Where", self._constant(static), self._constant(made), self._scaled(old, made, static))
         while len(self.node.input) <= at:
             self.node.input.append("")
-        self.node.input[at] = made
+        self.node.input[at] = name
+
+    def _scaled(self, old: str, entries: Array, static: Array) -> str:
+        """Computed sizes, times the part that stays of dimensions that are merged with dynamic ones."""
+        here = self.shapes.known[old]
+        if (static | (here == entries)).all() or here.dtype.kind != "i" or (here <= 0).any():
+            return old
+        common = np.where(static, here, np.gcd(here, entries))
+        times, parts = np.where(static, 1, entries // common), np.where(static, 1, here // common)
+        grown = self._called("Mul", old, self._constant(times.astype(here.dtype)))
+        return self._called("Div", grown, self._constant(parts.astype(here.dtype)))
 
     def set(self, values: Mapping[str, Any]) -> None:
         """Give attributes these values; None takes one away."""
@@ -191,13 +200,18 @@ class Cutter:
 
     def take(self, axis: int, index: Array) -> None:
         """Look positions of the first input up before the call."""
+        self.node.input[0] = self._called("Gather", self.node.input[0], self._constant(index), axis=axis)
+
+    def _called(self, kind: str, *inputs: str, **given: int) -> str:
+        """The output of a call more."""
         from onnx import helper
 
-        name = self._fresh("taken")
-        node = helper.make_node("Gather", [self.node.input[0], self._constant(index)], [name], name=name, axis=axis)
+        name = self._fresh(kind.lower())
+        node = helper.make_node(kind, inputs, [name], name=name)
+        set_attributes(node, given)
         self.graph.node.append(node)
         self.shapes.add(node)
-        self.node.input[0] = name
+        return name
 
     def _bypass(self) -> None:
         from onnx import helper
@@ -207,7 +221,7 @@ class Cutter:
     def _constant(self, entries: Array) -> str:
         from onnx import numpy_helper
 
-        tensor = numpy_helper.from_array(np.ascontiguousarray(entries), self._fresh("cut"))
+        tensor = numpy_helper.from_array(entries, self._fresh("cut"))
         self.graph.initializer.append(tensor)
         self.shapes.given(tensor.name, tensor)
         return tensor.name
@@ -243,4 +257,4 @@ def _put(tensor: onnx.TensorProto, array: Array) -> None:
     from onnx import numpy_helper
 
     name = tensor.name
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    tensor.CopyFrom(numpy_helper.from_array(array, name))

@@ -86,7 +86,44 @@ def network(model: onnx.ModelProto, title: str) -> Network:
         else:
             tensor.name = node.output[0]
             graph.initializer.append(tensor)
+    _untie(graph)
     return Network(laid_out, title)
+
+
+def _untie(graph: onnx.GraphProto) -> None:
+    """A vector that several calls read becomes one vector for each.
+
+    Exporters store equal vectors once (all biases of zeros are one), which would couple layers that have nothing to do
+    with each other. Larger tensors that are shared stay so: copies would make the model larger.
+    """
+    vectors = {t.name: t for t in graph.initializer if len(t.dims) == 1 and t.data_type in FLOATING}
+    for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in vectors:
+            vectors[node.output[0]] = vectors[node.input[0]]
+    names = {t.name for t in graph.initializer} | {name for node in graph.node for name in (*node.input, *node.output)}
+    seen: set[str] = set()
+    for node in graph.node:
+        for at, name in enumerate(node.input):
+            if name not in vectors or node.op_type == "Identity":
+                continue
+            original = vectors[name]
+            if original.name in seen:
+                made = f"{name}_{len(seen)}"
+                while made in names:
+                    made += "_"
+                names.add(made)
+                graph.initializer.add().CopyFrom(original)
+                graph.initializer[-1].name = node.input[at] = made
+            else:
+                node.input[at] = original.name
+            seen.add(node.input[at])
+    read = {name for node in graph.node for name in inputs_of(node)} | {o.name for o in graph.output}
+    for at in reversed([i for i, n in enumerate(graph.node) if n.output[0] in vectors and n.output[0] not in read]):
+        del graph.node[at]
+
+
+FLOATING = (1, 10, 11, 16)
+"""Entries of float32, float16, float64 and bfloat16."""
 
 
 def _constant(node: Node) -> onnx.TensorProto | None:

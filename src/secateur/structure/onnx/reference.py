@@ -109,7 +109,7 @@ class _Writer:
         from onnx import numpy_helper
 
         name = self._name("constant")
-        self._graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self._graph.initializer.append(numpy_helper.from_array(array, name))
         return name
 
     def _name(self, base: str) -> str:

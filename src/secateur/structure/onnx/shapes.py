@@ -17,6 +17,10 @@ from secateur.structure.onnx.network import Array, Network, attributes, operator
 if TYPE_CHECKING:
     import onnx
 
+LIKE_INPUT = {"GroupNormalization", "MeanVarianceNormalization", "SimplifiedLayerNormalization"} | {
+    f"com.microsoft::{name}" for name in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")
+}
+"""Operators of which ONNX doesn't infer the output, which is of the first input's type."""
 LARGEST = 1 << 16
 """Entries beyond which a computed constant isn't computed here."""
 RANDOM = {
@@ -78,7 +82,9 @@ class Shapes:
         """Go on by one node; returns what ONNX says against it, if it does."""
         problem = self._infer(node)
         for name in node.output:
-            if name and self.shape(name) is None and name in self._declared:
+            if name and self.shape(name) is None and operator(node) in LIKE_INPUT and node.input[0] in self.types:
+                self.types[name] = self.types[node.input[0]]
+            elif name and self.shape(name) is None and name in self._declared:
                 self.types[name] = self._sized(self._declared[name])
         self._compute(node)
         return problem
@@ -127,13 +133,14 @@ class Shapes:
         if node.domain not in ("", "ai.onnx") or node.op_type in RANDOM or subgraphs(node) or not names:
             return
         shapes = [self.shape(name) for name in node.output if name]
-        if not all(name in self.known for name in names) or any(s is None or np.prod(s) > LARGEST for s in shapes):
+        if not all(name in self.known for name in names) or any(s and np.prod(s) > LARGEST for s in shapes):
             return
         self._run(node, names)
         if any(name in self.derived for name in names):
             self.derived |= {name for name in node.output if name in self.known}
 
     def _run(self, node: onnx.NodeProto, names: Sequence[str]) -> None:
+        from onnx import helper
         from onnx.reference import ReferenceEvaluator
 
         try:
@@ -142,7 +149,13 @@ class Shapes:
                 found = made.run(None, {name: self.known[name] for name in names})
         except Exception:  # onnx's own evaluator lacks an operator: then the entries just aren't known
             return
-        self.known |= {name: np.asarray(a) for name, a in zip(node.output, found, strict=False) if name}  # type: ignore[arg-type]
+        for name, entries in zip(node.output, found, strict=False):
+            array = np.asarray(entries)
+            if name and array.dtype.kind in "biuf" and array.size <= LARGEST:
+                self.known[name] = array
+                self.types[name] = helper.make_tensor_type_proto(
+                    helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
+                )
 
 
 def example_inputs(network: Network, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

@@ -151,9 +151,13 @@ def _place(trace: OnnxTrace, name: str, user: str) -> None:
 
 
 def _module(node: Node) -> str:
-    """``encoder/fc1`` for the node ``/encoder/fc1/MatMul``."""
+    """``encoder.fc1`` for the node ``/encoder/fc1/MatMul``, or as torch's exporter says."""
+    said = next((e.value for e in node.metadata_props if e.key == "pkg.torch.onnx.name_scopes"), "")
+    scopes = re.findall(r"'([^']*)'", said)
+    if len(scopes) > 1 and scopes[-2]:
+        return scopes[-2]
     path, _, leaf = node.name.strip("/").rpartition("/")
-    return path if path and leaf.startswith(node.op_type) else node.name or node.output[0]
+    return path.replace("/", ".") if path and leaf.startswith(node.op_type) else node.name or node.output[0]
 
 
 def _at(given: Sequence[Value | None], at: int) -> Value | None:
