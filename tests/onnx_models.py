@@ -121,6 +121,6 @@ def holds(
         foretold = anatomy.costs.without(anatomy.units_removed(removed))
         total = onnx_anatomy(cut, **options).total
         assert foretold.params < anatomy.total.params and foretold.bytes < anatomy.total.bytes
-        assert total == foretold
+        assert total == foretold, (total, foretold)
     assert model.SerializeToString() == before
     return anatomy

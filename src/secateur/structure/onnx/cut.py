@@ -17,7 +17,7 @@ from secateur.errors import UnsupportedModelError, UsageError
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.kept import Kept
 from secateur.structure.onnx.anatomy import onnx_trace
-from secateur.structure.onnx.network import Array, Network, Node, attributes, inputs_of, operator, set_attributes
+from secateur.structure.onnx.network import OURS, Array, Network, Node, attributes, inputs_of, operator, set_attributes
 from secateur.structure.onnx.resize import RESIZERS, Instead
 from secateur.structure.onnx.shapes import Shapes
 from secateur.structure.onnx.trace import OnnxTrace
@@ -228,7 +228,7 @@ class Cutter:
 
     def _fresh(self, base: str) -> str:
         number = 0
-        while (name := f"secateur_{base}_{number}") in self._names:
+        while (name := f"{OURS}{base}_{number}") in self._names:
             number += 1
         self._names.add(name)
         return name

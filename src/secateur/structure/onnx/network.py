@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Node: TypeAlias = "onnx.NodeProto"
 Array = NDArray[Any]
 
+OURS = "secateur_"
+"""How the names of tensors begin that a cut adds."""
+
 
 @dataclass(frozen=True)
 class Network:

@@ -61,8 +61,9 @@ class _Writer:
             if made != name:
                 value = touched[name]
                 mask = np.ones([1] * len(value.dims), dtype=bool)
-                for d, labels in enumerate(value.dims):
-                    mask = mask & self._kept.kept(labels).reshape([-1 if i == d else 1 for i in range(len(value.dims))])
+                for d, index in self._axes(value):
+                    along = [-1 if i == d else 1 for i in range(len(value.dims))]
+                    mask = mask & np.isin(np.arange(len(value.dims[d])), index).reshape(along)
                 zero = self._constant(np.zeros((), dtype=helper.tensor_dtype_to_np_dtype(kinds[name])))
                 self._add("Where", [self._constant(mask), made, zero], name)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from secateur.errors import UsageError
 from secateur.structure.onnx.network import (
+    OURS,
     Array,
     Network,
     Node,
@@ -66,11 +67,14 @@ class OnnxTrace(Traced):
         return self.network.title
 
     def element_sizes(self) -> dict[str, int]:
-        """Initialisers of floating point count as parameters, statistics of norms among them; single numbers don't."""
+        """Initialisers of floating point count as parameters, statistics of norms among them.
+
+        Scalars don't, and neither does what an earlier cut wrote in.
+        """
         found = {}
         for name in self.parameters:
             array = self.network.array(name)
-            if array.dtype.kind not in "iubSUO" and array.ndim:
+            if array.dtype.kind not in "iubSUO" and array.ndim and not name.startswith(OURS):
                 found[name] = array.itemsize
         return found
 
@@ -98,8 +102,9 @@ class OnnxTrace(Traced):
         dims = self.parameters[name].dims
         along = next((d for d, labels in enumerate(dims) if id(labels) in self._made), 0)
         if re.match(r"onnx::|val_|const|_|\d", name):  # exporters number what had no name
-            return self._users.get(name, name), along
-        return name.removesuffix(".weight"), along
+            name = self._users.get(name, name)
+        # TensorFlow's begins with the layer and goes on with what is done to the variable
+        return re.sub(r"\.weight$|(/(ReadVariableOp|merged_input|Cast|convolution|MatMul))*:0$", "", name), along
 
 
 def trace_onnx(network: Network, inputs: Mapping[str, Sequence[int]] | None = None) -> OnnxTrace:
