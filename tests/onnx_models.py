@@ -58,7 +58,7 @@ class Net:
         product = self("MatMul", x, self.weight(inputs, outputs, name=name and f"{name}.weight"))
         return self("Add", product, self.weight(outputs, name=name and f"{name}.bias"))
 
-    def model(self, *outputs: str, inferred: bool = True, shape: list[int] | None = None) -> onnx.ModelProto:
+    def model(self, *outputs: str, inferred: bool = True, shape: list[int | str] | None = None) -> onnx.ModelProto:
         infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in outputs]
         graph = helper.make_graph(self.nodes, "net", self.inputs, infos, self.initializers)
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=10)

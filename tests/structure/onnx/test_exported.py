@@ -1,4 +1,4 @@
-"""Networks as exporters write them: torch (both ways), Keras, scikit-learn."""
+"""Networks as exporters write them: torch (both ways), Keras, JAX, scikit-learn."""
 
 from __future__ import annotations
 
@@ -128,6 +128,16 @@ def test_keras() -> None:
     close(run(model, {"image": given["images"]}), [given["outputs"]])
     anatomy = holds(model, feeds={"image": given["images"]})
     assert {g.name: g.units for g in anatomy.groups} == {"net_1/stem_1": 8, "net_1/point_1": 12, "net_1/hidden_1": 10}
+    assert not anatomy.trace.unknown
+
+
+def test_jax() -> None:
+    """Norms come as the sums and roots that they are made of."""
+    model, given = onnx.load(EXPORTED / "jax_net.onnx"), np.load(EXPORTED / "jax_net.npz")
+    feeds = {model.graph.input[0].name: given["images"]}
+    close(run(model, feeds), [given["outputs"]])
+    anatomy = holds(model, feeds=feeds)
+    assert [(g.units, bool(g.inexact)) for g in anatomy.groups] == [(8, False), (12, True), (20, False)]
     assert not anatomy.trace.unknown
 
 
