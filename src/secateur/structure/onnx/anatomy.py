@@ -11,7 +11,7 @@ import torch
 from secateur.errors import UsageError, require_extra
 from secateur.structure.groups import TracedAnatomy, traced_anatomy
 from secateur.structure.onnx.files import load_onnx
-from secateur.structure.onnx.network import Array, network
+from secateur.structure.onnx.network import Array, copied, network
 from secateur.structure.onnx.trace import OnnxTrace, trace_onnx
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def onnx_anatomy(
     title = "the ONNX model"
     if isinstance(model, str | Path):
         title, model = Path(model).name, load_onnx(model)
+    else:
+        model = copied(model)
     return traced_anatomy(trace_onnx(network(model, title), inputs), heads=heads, ignore=ignore)
 
 

@@ -17,7 +17,17 @@ from secateur.errors import UnsupportedModelError, UsageError
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.kept import Kept
 from secateur.structure.onnx.anatomy import onnx_trace
-from secateur.structure.onnx.network import OURS, Array, Network, Node, attributes, inputs_of, operator, set_attributes
+from secateur.structure.onnx.network import (
+    OURS,
+    Array,
+    Network,
+    Node,
+    attributes,
+    copied,
+    inputs_of,
+    operator,
+    set_attributes,
+)
 from secateur.structure.onnx.resize import RESIZERS, Instead
 from secateur.structure.onnx.shapes import Shapes
 from secateur.structure.onnx.trace import OnnxTrace
@@ -45,7 +55,7 @@ def mask_onnx(anatomy: TracedAnatomy, removed: Removed) -> onnx.ModelProto:
     """
     trace = onnx_trace(anatomy)
     kept = Kept(trace.units, units_of(anatomy, removed))
-    model = _copy(trace.network.model)
+    model = copied(trace.network.model)
     for tensor in model.graph.initializer:
         value = trace.values.get(tensor.name)
         if value is not None and tensor.name in trace.element_sizes() and kept.touches(value):
@@ -77,7 +87,7 @@ class Cutter:
 
     def __init__(self, trace: OnnxTrace, kept: Kept) -> None:
         self.trace, self.kept = trace, kept
-        self.model = _copy(trace.network.model, with_nodes=False)
+        self.model = _without_graph(trace.network.model)
         self.graph = self.model.graph
         for name, value in trace.parameters.items():
             if 0 in kept.shape(value) and 0 not in value.shape:
@@ -94,10 +104,12 @@ class Cutter:
     # -- the graph -----------------------------------------------------------------------------------------------
 
     def _cut_initializers(self) -> None:
-        for tensor in self.graph.initializer:
-            value = self.trace.values.get(tensor.name)
+        for old in self.trace.network.model.graph.initializer:
+            value, tensor = self.trace.values.get(old.name), self.graph.initializer.add(name=old.name)
             if value is not None and self.kept.touches(value):
-                _put(tensor, self.compact(self.trace.network.array(tensor.name), value))
+                _put(tensor, self.compact(self.trace.network.array(old.name), value))
+            else:
+                tensor.CopyFrom(old)
 
     def compact(self, array: Array, value: Value) -> Array:
         """An array without what leaves."""
@@ -109,7 +121,7 @@ class Cutter:
 
     def _write(self, number: int) -> None:
         old = self.trace.network.node(number)
-        self.node = _copied(old)
+        self.node = copied(old)
         values = [self.trace.values.get(name) if name else None for name in old.input]
         self.outputs = [v for name in old.output if (v := self.trace.values.get(name)) is not None]
         call = Call(number, operator(old), {"inputs": values, **attributes(old)}, (), self.trace.network.describe)
@@ -234,22 +246,27 @@ class Cutter:
         return name
 
 
-def _copy(model: onnx.ModelProto, with_nodes: bool = True) -> onnx.ModelProto:
+def _without_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model with the same head, inputs and outputs, and no nodes or weights yet: those may be many gigabytes."""
     import onnx
 
     made = onnx.ModelProto()
-    made.CopyFrom(model)
-    if not with_nodes:
-        del made.graph.node[:]
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            _give(made, field.name, value)
+    for field, value in model.graph.ListFields():
+        if field.name not in ("node", "initializer"):
+            _give(made.graph, field.name, value)
     return made
 
 
-def _copied(node: Node) -> Node:
-    import onnx
-
-    made = onnx.NodeProto()
-    made.CopyFrom(node)
-    return made
+def _give(message: Any, name: str, value: Any) -> None:
+    if hasattr(value, "extend"):
+        getattr(message, name).extend(value)
+    elif hasattr(value, "CopyFrom"):
+        getattr(message, name).CopyFrom(value)
+    else:
+        setattr(message, name, value)
 
 
 def _put(tensor: onnx.TensorProto, array: Array) -> None:

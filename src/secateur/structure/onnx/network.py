@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Node: TypeAlias = "onnx.NodeProto"
 Array = NDArray[Any]
+M = TypeVar("M", bound=Any)
 
 OURS = "secateur_"
 """How the names of tensors begin that a cut adds."""
@@ -28,7 +29,6 @@ class Network:
 
     model: onnx.ModelProto
     title: str
-    _arrays: dict[str, Array] = field(default_factory=dict)
 
     @cached_property
     def initializers(self) -> dict[str, onnx.TensorProto]:
@@ -63,21 +63,16 @@ class Network:
         """The entries of an initialiser."""
         from onnx import numpy_helper
 
-        if name not in self._arrays:
-            self._arrays[name] = numpy_helper.to_array(self.initializers[name])
-        return self._arrays[name]
+        return numpy_helper.to_array(self.initializers[name])
 
 
 def network(model: onnx.ModelProto, title: str) -> Network:
-    """Lay out a model, which is left as it is. Raises UnsupportedModelError."""
-    import onnx
+    """Lay out a model, which is changed. Raises UnsupportedModelError."""
     from onnx import inliner
 
     if model.functions:
         model = inliner.inline_local_functions(model)
-    laid_out = onnx.ModelProto()
-    laid_out.CopyFrom(model)
-    graph = laid_out.graph
+    graph = model.graph
     if graph.sparse_initializer:
         raise UnsupportedModelError(f"{title} holds sparse initialisers; store them dense to cut it")
     nodes = list(graph.node)
@@ -90,7 +85,7 @@ def network(model: onnx.ModelProto, title: str) -> Network:
             tensor.name = node.output[0]
             graph.initializer.append(tensor)
     _untie(graph)
-    return Network(laid_out, title)
+    return Network(model, title)
 
 
 def _untie(graph: onnx.GraphProto) -> None:
@@ -144,6 +139,13 @@ def _constant(node: Node) -> onnx.TensorProto | None:
         if name in given:
             return numpy_helper.from_array(np.array(given[name], dtype=dtype))
     return numpy_helper.from_array(np.array(given["value_ints"], dtype=np.int64)) if "value_ints" in given else None
+
+
+def copied(message: M) -> M:
+    """A model or a node of its own."""
+    made = type(message)()
+    made.CopyFrom(message)
+    return made
 
 
 def _domain(name: str) -> str:

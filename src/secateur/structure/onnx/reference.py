@@ -14,7 +14,7 @@ from secateur.structure.groups import TracedAnatomy
 from secateur.structure.kept import Kept
 from secateur.structure.onnx.anatomy import onnx_trace
 from secateur.structure.onnx.cut import Cutter, Removed, mask_onnx, units_of
-from secateur.structure.onnx.network import Array, Node
+from secateur.structure.onnx.network import Array, Node, copied
 from secateur.structure.traced import Value
 
 if TYPE_CHECKING:
@@ -69,10 +69,7 @@ class _Writer:
 
     def compacted(self, node: Node, touched: dict[str, Value]) -> None:
         """A node that works on what stays only, and its results spread among zeros."""
-        from onnx import NodeProto
-
-        own = NodeProto()
-        own.CopyFrom(node)
+        own = copied(node)
         for at, name in enumerate(node.input):
             for axis, index in self._axes(touched.get(name)):
                 own.input[at] = self._add("Gather", [own.input[at], self._constant(index)], axis=axis)

@@ -15,6 +15,7 @@ import numpy as np
 
 from secateur.errors import UsageError
 from secateur.structure.onnx.network import (
+    FLOATING,
     OURS,
     Array,
     Network,
@@ -71,11 +72,13 @@ class OnnxTrace(Traced):
 
         Scalars don't, and neither does what an earlier cut wrote in.
         """
+        from onnx import helper
+
         found = {}
         for name in self.parameters:
-            array = self.network.array(name)
-            if array.dtype.kind not in "iubSUO" and array.ndim and not name.startswith(OURS):
-                found[name] = array.itemsize
+            tensor = self.network.initializers[name]
+            if tensor.data_type in FLOATING and tensor.dims and not name.startswith(OURS):
+                found[name] = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         return found
 
     def static(self, name: str) -> Array | None:
