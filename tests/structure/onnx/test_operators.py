@@ -80,6 +80,20 @@ IMAGES: dict[str, Body] = {
         net.constant(np.int8(0)),
     ),
     "GridSample": lambda net, x: net("GridSample", x, net.weight(2, 3, 3, 2)),
+    "GatherND": lambda net, x: net(
+        "Unsqueeze",
+        net(
+            "Transpose",
+            net("GatherND", net("Transpose", x, perm=[2, 3, 0, 1]), net.constant(np.array([[0, 1], [2, 2]]))),
+            perm=[1, 2, 0],
+        ),
+        net.ints(3),
+    ),
+    "ScatterND": lambda net, x: net(
+        "Transpose",
+        net("ScatterND", net("Transpose", x, perm=[2, 3, 0, 1]), net.constant(np.array([[0, 1]])), net.weight(1, 2, 8)),
+        perm=[2, 3, 0, 1],
+    ),
     "Gather by constants": lambda net, x: net(
         "Gather", x, net("Squeeze", net("NonZero", net.weight(8, positive=True)), net.ints(0)), axis=1
     ),
@@ -170,12 +184,32 @@ def test_group_norm_whose_scales_are_of_groups() -> None:
         close(run(found, feeds_for(anatomy)), run(expected, feeds_for(anatomy)))
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("heads", ["outer", "inner"])
+def test_attention_as_one_operator(kv_heads: int, merged: bool, heads: str) -> None:
+    net = Net(2, 5, 6, opset=23)
+    widths = {"q": 12, "k": 3 * kv_heads, "v": 3 * kv_heads}
+    q, k, v = (net.dense("x", 6, width, name=name) for name, width in widths.items())
+    if merged:
+        mixed = net("Attention", q, k, v, q_num_heads=4, kv_num_heads=kv_heads, is_causal=1)
+    else:
+        q, k, v = (net("Reshape", t, net.ints(2, 5, -1, 3)) for t in (q, k, v))
+        q, k, v = (net("Transpose", t, perm=[0, 2, 1, 3]) for t in (q, k, v))
+        mixed = net("Reshape", net("Transpose", net("Attention", q, k, v), perm=[0, 2, 1, 3]), net.ints(0, 0, -1))
+    anatomy = holds(net.model(net.dense(mixed, 12, 3, name="o")), heads=heads)
+    units = {g.units for g in anatomy.groups if g.frozen is None}
+    assert units == ({3} if heads == "inner" else {kv_heads, 4 // kv_heads} - {1})
+
+
 FROZEN = {
     "LRN": lambda net, x: net("LRN", x, size=3),
-    "ScatterND": lambda net, x: net(
-        "ScatterND", x, net.constant(np.zeros((1, 1), dtype=np.int64)), net.weight(1, 8, 6, 6)
+    "ScatterElements": lambda net, x: net(
+        "ScatterElements", x, net.constant(np.zeros((2, 8, 1, 1), dtype=np.int64)), net.weight(2, 8, 1, 1), axis=3
     ),
-    "NonZero": lambda net, x: net("ScatterND", x, net("Transpose", net("NonZero", x)), net.weight(1)),
+    "NonZero": lambda net, x: net(
+        "Add", x, net("Cast", net("ReduceMax", net("NonZero", x), keepdims=0), to=TensorProto.FLOAT)
+    ),
     "Softmax": lambda net, x: net("Softmax", x, axis=1),
 }
 
@@ -187,7 +221,7 @@ def test_operators_that_keep_what_they_touch(name: str) -> None:
     anatomy = onnx_anatomy(net.model(net.conv(FROZEN[name](net, x), 8, 3, name="z")))
     assert not any(part.tensor == "a.weight" for group in anatomy.groups for part in group.slices)
     assert any(frozen.name == "a.weight dim 0" and name in frozen.reason for frozen in anatomy.frozen)
-    assert (name in anatomy.trace.unknown) == (name in ("LRN", "ScatterND", "NonZero"))
+    assert (name in anatomy.trace.unknown) == (name in ("LRN", "ScatterElements", "NonZero"))
 
 
 def test_if_keeps_what_its_branches_read() -> None:

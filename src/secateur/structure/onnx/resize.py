@@ -219,3 +219,16 @@ def _norm_groups(edit: Edit) -> None:
 @resizer("LSTM", "GRU", "RNN")
 def _hidden(edit: Edit) -> None:
     edit.set({"hidden_size": edit.kept.size(edit.call["inputs"][2].dims[2])})
+
+
+@resizer("Attention")
+def _heads(edit: Edit) -> None:
+    """Scores were divided by the root of the old head size, which fewer lanes must not change."""
+    q, k, *_ = edit.call["inputs"]
+    merged = len(q.dims) == 3
+    if not edit.call.get("scale"):
+        lanes = len(q.dims[-1]) // (edit.call["q_num_heads"] if merged else 1)
+        edit.set({"scale": lanes**-0.5})
+    if merged:
+        for name, value in (("q_num_heads", q), ("kv_num_heads", k)):
+            edit.set({name: _nonempty(edit, value.dims[-1], edit.call[name])})

@@ -136,6 +136,29 @@ def gather_elements(trace: OnnxTrace, call: Call) -> Value:
     return shared(indexing.gather, trace, call, "aten::gather", self=x, index=index, dim=call.get("axis", 0))
 
 
+@rule("GatherND", settings=(1,))
+def gather_slices(trace: OnnxTrace, call: Call) -> Value:
+    """Positions along the first dimensions are looked up; those behind go through."""
+    x, index = call["inputs"]
+    behind = x.dims[call.get("batch_dims", 0) + index.shape[-1] :]
+    why = f"{call.where} looks positions up in it"
+    trace.pin(Value(x.dims[: len(x.dims) - len(behind)]), why)
+    return Value((*trace.fixed(call.shape[: len(call.shape) - len(behind)], why).dims, *behind))
+
+
+@rule("ScatterND", settings=(1,))
+def scatter_slices(trace: OnnxTrace, call: Call) -> Value:
+    """Positions along the first dimensions are written to; those behind go through."""
+    x, index, updates = call["inputs"]
+    behind = x.dims[index.shape[-1] :]
+    why = f"{call.where} writes into it"
+    trace.pin(Value(x.dims[: index.shape[-1]]), why)
+    trace.pin(Value(updates.dims[: len(updates.dims) - len(behind)]), why)
+    for mine, theirs in zip(behind, updates.dims[len(updates.dims) - len(behind) :], strict=True):
+        trace.units.join(mine, theirs)
+    return x
+
+
 @rule("Pad", settings=(1, 2, 3))
 def pad(trace: OnnxTrace, call: Call) -> Value:
     x = call["inputs"][0]
