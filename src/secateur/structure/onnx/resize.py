@@ -196,13 +196,8 @@ def _resize(edit: Edit) -> None:
 
 @resizer("Conv", "ConvTranspose")
 def _groups(edit: Edit) -> None:
-    x, weight, *_ = edit.call["inputs"]
-    groups = edit.call.get("group", 1)
-    if groups == 1:
-        return
-    if edit.call.name == "Conv":
-        edit.set({"group": edit.kept.size(x.dims[1]) // edit.kept.size(weight.dims[1])})
-    else:
+    groups, weight = edit.call.get("group", 1), edit.call["inputs"][1]
+    if groups > 1:
         edit.set({"group": _nonempty(edit, weight.dims[0], groups)})
 
 
