@@ -45,11 +45,11 @@ ALLOWED: dict[str, set[str]] = {
         "structure",
         "plans",
     },
-    "modules": {"methods", "report", "allocate", "observe", "structure", "plans"},
+    "networks": {"methods", "report", "allocate", "observe", "structure", "plans"},
     "train": {"models", "structure", "plans"},
     "api": {
         "engine",
-        "modules",
+        "networks",
         "methods",
         "models",
         "evaluation",

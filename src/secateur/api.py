@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from secateur.evaluation import Table
-    from secateur.modules import Example
+    from secateur.methods import Method
+    from secateur.networks.kinds import Network
+    from secateur.networks.modules import Example
     from secateur.plans import Plan
     from secateur.report import Report
     from secateur.structure import Anatomy
     from secateur.verification import Finding
+
+
+ExampleInputs = Sequence[Any] | Mapping[str, Sequence[int]] | None
+"""What a module is called with when it is traced; for ONNX models sizes by name of the input."""
 
 
 @dataclass(frozen=True)
@@ -64,33 +70,42 @@ def load(
 
 
 def anatomy(
-    model: PreTrainedModel | nn.Module,
+    model: Any,
     *,
     heads: str | None = None,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: ExampleInputs = None,
     example_kwargs: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
 ) -> Anatomy:
     """What can be cut in ``model``: groups by name, unit counts, cost per unit, what is frozen and why.
 
-    A decoder of transformers is known by its family. Any other module is traced, called with ``example_inputs`` and
-    ``example_kwargs``; parameters whose names match a pattern of ``ignore`` (``head.*``) then stay whole.
+    A decoder of transformers is known by its family. Any other module is traced, called with ``example_inputs``, a
+    tuple, and ``example_kwargs``. An .onnx file or ``onnx.ModelProto`` is read as it is; ``example_inputs`` are then
+    the sizes of inputs by name, where the model leaves them open. Parameters whose names match a pattern of ``ignore``
+    (``head.*``) stay whole.
     ``heads`` of a decoder: ``kv`` (default) cuts whole key-value heads with their queries, ``query`` one query head of
     each; of a traced module: ``outer`` (default) whole heads, ``inner`` the same lane of every head, or ``both``.
     Raises UsageError or UnsupportedModelError.
     """
+    from secateur.networks.kinds import is_onnx
+
+    if is_onnx(model):
+        from secateur.structure.onnx import onnx_anatomy
+
+        sizes: Any = example_inputs
+        return onnx_anatomy(model, inputs=sizes, heads=heads or "outer", ignore=ignore)
     if example_inputs is None and example_kwargs is None:
         from secateur.models.decoders import decoder_anatomy
 
         return decoder_anatomy(model, heads=heads or "kv")  # type: ignore[arg-type]
-    from secateur.modules import module_anatomy
+    from secateur.networks.modules import module_anatomy
 
-    return module_anatomy(model, _example(example_inputs, example_kwargs), heads=heads or "outer", ignore=ignore)
+    return module_anatomy(model, _example(example_inputs, example_kwargs), heads=heads or "outer", ignore=ignore)  # type: ignore[arg-type]
 
 
-def _example(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> Example:
+def _example(args: ExampleInputs, kwargs: Mapping[str, Any] | None) -> Example:
     from secateur.errors import UsageError
-    from secateur.modules import Example
+    from secateur.networks.modules import Example
 
     if args is not None and not isinstance(args, tuple | list):
         raise UsageError(f"example_inputs must be a tuple of what the module is called with, got {type(args).__name__}")
@@ -114,7 +129,7 @@ def plan(
     batch_tokens: int = 2048,
     options: Mapping[str, Any] | None = None,
     statistics: str | Path | None = None,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: ExampleInputs = None,
     example_kwargs: Mapping[str, Any] | None = None,
     data: Any = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -128,9 +143,10 @@ def plan(
     tokens are read. ``dtype`` is that of the calibration forwards. ``options`` are the method's own.
     ``statistics`` is a folder in which statistics of the dense model are kept, and found again by later plans that
     need the same ones. ``progress`` is called with (stage, done, total). The same arguments give the same plan.
-    With ``example_inputs`` (or ``example_kwargs``) any module is traced instead, and ``method`` removes coupled
-    channels; ``data`` are then batches and ``loss(module, batch)`` is their mean loss, by default the cross-entropy of
-    a classifier on (inputs, class indices), for methods that need gradients; ``ignore`` as in ``anatomy``.
+    With ``example_inputs`` (or ``example_kwargs``) any module is traced instead, and so is an .onnx file, and
+    ``method`` removes coupled channels; ``data`` are then batches and ``loss(module, batch)`` is their mean loss, by
+    default the cross-entropy of a classifier on (inputs, class indices), for methods that need gradients; ``ignore``
+    as in ``anatomy``.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
     from secateur.engine import decide
@@ -144,12 +160,9 @@ def plan(
     from secateur.versions import library_versions
 
     chosen = make_method(method, method_options(method, options, sparsity, pattern, budget, seed))
-    if example_inputs is not None or example_kwargs is not None:
-        from secateur.modules import module_anatomy, plan_module
-
-        example = _example(example_inputs, example_kwargs)
-        traced = module_anatomy(model, example, heads=getattr(chosen, "heads", "outer"), ignore=ignore)
-        return plan_module(chosen, traced, example, data=data, loss=loss, ignore=ignore, seed=seed)
+    if _is_network(model, example_inputs, example_kwargs):
+        network = _open_network(model, chosen, example_inputs, example_kwargs, ignore)
+        return network.plan(chosen, data=data, loss=loss, ignore=ignore, seed=seed)
     check_for_decoders(chosen)
     decoder: PreTrainedModel = model  # type: ignore[assignment]
     tokens = None
@@ -228,8 +241,14 @@ def apply(plan: Plan, model: Any, *, inplace: bool = False, mask: bool = False) 
     where its own code can follow the new sizes; otherwise the result is a ``torch.fx.GraphModule``.
     Raises PlanMismatchError when the plan was made for other shapes.
     """
+    from secateur.networks.kinds import is_onnx
+
+    if is_onnx(model):
+        from secateur.networks.onnx import apply_to_onnx
+
+        return apply_to_onnx(plan, model, mask=mask)
     if plan.provenance[0].inputs is not None:
-        from secateur.modules import apply_to_module
+        from secateur.networks.modules import apply_to_module
 
         return apply_to_module(plan, model, inplace=inplace, mask=mask).module
     from secateur.models.surgery import apply_plan
@@ -248,10 +267,11 @@ def prune(
 ) -> Result:
     """``plan`` and ``apply`` in one call; takes the arguments of ``plan``.
 
-    ``sc.prune(module, example_inputs=(x,), method="spa_l1", sparsity=0.3)`` prunes any network.
+    ``sc.prune(module, example_inputs=(x,), method="spa_l1", sparsity=0.3)`` prunes any module, and
+    ``sc.prune("net.onnx", method="spa_l1", sparsity=0.3)`` any ONNX model; its result is an ``onnx.ModelProto``.
     """
-    if arguments.get("example_inputs") is not None or arguments.get("example_kwargs") is not None:
-        return _prune_module(model, method, sparsity, inplace, **arguments)
+    if _is_network(model, arguments.get("example_inputs"), arguments.get("example_kwargs")):
+        return _prune_network(model, method, sparsity, inplace, **arguments)
     import time
 
     from secateur.report.build import build_report
@@ -265,36 +285,57 @@ def prune(
     return Result(model=cut, plan=made, report=report)
 
 
-def _prune_module(
-    module: Any,
+def _is_network(model: Any, args: ExampleInputs, kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether this is traced, and not a decoder that is known by its family."""
+    from secateur.networks.kinds import is_onnx
+
+    return args is not None or kwargs is not None or is_onnx(model)
+
+
+def _open_network(
+    model: Any, method: Method, args: ExampleInputs, kwargs: Mapping[str, Any] | None, ignore: Sequence[str]
+) -> Network:
+    from secateur.networks.kinds import is_onnx
+    from secateur.networks.modules import ModuleNetwork
+    from secateur.networks.onnx import OnnxNetwork
+
+    heads = getattr(method, "heads", "outer")
+    if is_onnx(model):
+        return OnnxNetwork.open(model, args, heads=heads, ignore=ignore)
+    return ModuleNetwork.open(model, _example(args, kwargs), heads=heads, ignore=ignore)
+
+
+def _prune_network(
+    model: Any,
     method: str,
     sparsity: float | None,
     inplace: bool,
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: ExampleInputs = None,
     example_kwargs: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     budget: str | None = None,
     ignore: Sequence[str] = (),
     seed: int = 0,
-    **learning: Any,
+    data: Any = None,
+    loss: Any = None,
 ) -> Result:
-    """As ``prune``, with one trace for plan and cut; ``learning`` are ``data`` and ``loss``."""
+    """As ``prune``, with one trace for plan and cut."""
     import time
 
     from secateur.methods import make_method
-    from secateur.modules import apply_to_module, module_anatomy, module_report, plan_module
+    from secateur.networks.deciding import network_report
 
     start = time.perf_counter()
     chosen = make_method(method, method_options(method, options, sparsity, None, budget, seed))
-    example = _example(example_inputs, example_kwargs)
-    traced = module_anatomy(module, example, heads=getattr(chosen, "heads", "outer"), ignore=ignore)
-    made = plan_module(chosen, traced, example, ignore=ignore, seed=seed, **learning)
+    network = _open_network(model, chosen, example_inputs, example_kwargs, ignore)
+    made = network.plan(chosen, data=data, loss=loss, ignore=ignore, seed=seed)
     planned = time.perf_counter()
-    cut = apply_to_module(made, module, anatomy=traced, example=example, inplace=inplace)
-    report = module_report(made, traced, cut)
+    cut, notes = network.cut(made, inplace=inplace)
+    report = network_report(made, network.anatomy)
+    report.notes += notes
     report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
-    return Result(model=cut.module, plan=made, report=report)
+    return Result(model=cut, plan=made, report=report)
 
 
 def evaluate(

@@ -10,7 +10,7 @@ import secateur as sc
 from channel_networks import Residual
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
 from secateur.methods import Coupled, Part, make_method
-from secateur.modules import Example, module_anatomy, plan_module
+from secateur.networks.modules import Example, module_anatomy, plan_module
 from secateur.observe.gradients import learned
 
 

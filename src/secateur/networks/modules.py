@@ -1,4 +1,4 @@
-"""Pruning any module: trace, score, allocate, plan, cut. The engine of methods that remove coupled channels."""
+"""Any torch module: traced, planned, and cut as itself or as a graph."""
 
 from __future__ import annotations
 
@@ -11,22 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
-from secateur.allocate import allocate_channels
-from secateur.allocate.units import Limits
-from secateur.errors import DataError, NonFiniteError, PlanMismatchError, UnsupportedModelError, UsageError
-from secateur.methods import ChannelMethod, Coupled, Method, Part
+from secateur.errors import DataError, PlanMismatchError, UnsupportedModelError, UsageError
+from secateur.methods import Method
+from secateur.networks.deciding import channel_method, decide_channels
 from secateur.observe.gradients import Learned, Loss, cross_entropy, learned
-from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance
-from secateur.report import Metric, Report
-from secateur.report.build import build_report
-from secateur.structure import Group
+from secateur.plans import ExampleInputs, Fingerprint, Plan
 from secateur.structure.exporting import evaluation_mode
 from secateur.structure.graphcut import cut_graph, zero_tensor
 from secateur.structure.groups import TracedAnatomy, traced_anatomy
 from secateur.structure.modulecut import Different, cut_module, shell
 from secateur.structure.resize import Cut
 from secateur.structure.trace import attribute, trace
-from secateur.versions import library_versions
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -83,65 +78,48 @@ def plan_module(
 
     Raises UsageError, DataError, NonFiniteError or BudgetError.
     """
-    if not isinstance(method, ChannelMethod):
-        raise UsageError(f"{method.name} doesn't remove channels of modules: 'secateur methods' shows which methods do")
-    module = anatomy.trace.module
-    scores = _scores(method, anatomy, data, loss)
-    groups = [g for g in anatomy if g.name in scores]
-    if not groups:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no channels that {method.name} can remove: see its anatomy for the reasons"
-        )
-    keep = _allocated(method, anatomy, groups, scores)
-    provenance = Provenance(
-        method=method.name,
-        options=method.options() | ({"ignore": list(ignore)} if ignore else {}),
-        model=module_fingerprint(module),
-        seed=seed,
-        dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
-        versions=library_versions(),
-        notes=tuple(f"{name} keeps what it touches: {places[0]}" for name, places in anatomy.trace.unknown.items()),
-        inputs=example.recorded(),
-    )
-    return Plan(
-        provenance=(provenance,),
-        groups={g.name: g.units for g in groups},
-        keep=keep,
-        scores={g.name: scores[g.name].float() for g in groups},
-    )
-
-
-def _scores(method: ChannelMethod, anatomy: TracedAnatomy, data: Any, loss: Loss | None) -> dict[str, Tensor]:
-    """Scores of all groups that may be cut, on one scale."""
-    module = anatomy.trace.module
+    chosen, module = channel_method(method), anatomy.trace.module
     told: list[Learned] = [{}]
-    if method.needs:
+    if chosen.needs:
         if data is None:
             raise DataError(f"{method.name} needs data: give data= (batches) and, for anything but a classifier, loss=")
         with evaluation_mode(module):
-            told = learned(module, data, loss or cross_entropy, method.needs, method.per_batch)
-    found: dict[str, list[Tensor]] = {}
-    for one in told:
-        for group in anatomy.of_kind("channel"):
-            scores = method.score(_coupled(module, group, one))
-            if scores is None:
-                continue
-            if not bool(torch.isfinite(scores).all()):
-                raise NonFiniteError(f"scores of {group.name} hold NaN or inf")
-            found.setdefault(group.name, []).append(scores.detach().double().cpu())
-    return {name: method.normalized(torch.stack(many).mean(dim=0)) for name, many in found.items()}
+            told = learned(module, data, loss or cross_entropy, chosen.needs, chosen.per_batch)
+    return decide_channels(
+        chosen,
+        anatomy,
+        dict(module.named_parameters(remove_duplicate=False)),
+        lambda name, parameter: _role(module, name, parameter),
+        model=module_fingerprint(module),
+        inputs=example.recorded(),
+        told=told,
+        ignore=ignore,
+        seed=seed,
+    )
 
 
-def _coupled(module: nn.Module, group: Group, told: Learned) -> Coupled:
-    parts = []
-    for part in group.slices:
-        parameter = attribute(module, part.tensor)
-        if not isinstance(parameter, nn.Parameter):
-            continue
-        learned_of = {kind: tensors[part.tensor] for kind, tensors in told.items() if part.tensor in tensors}
-        role = _role(module, part.tensor, parameter)
-        parts.append(Part(part.tensor, part.dim, part.index, role, parameter.detach(), **learned_of))
-    return Coupled(group.name, group.units, tuple(parts))
+@dataclass(frozen=True)
+class ModuleNetwork:
+    """A traced torch module."""
+
+    anatomy: TracedAnatomy
+    example: Example
+
+    @classmethod
+    def open(cls, module: nn.Module, example: Example, *, heads: str, ignore: Sequence[str]) -> ModuleNetwork:
+        """Trace it. Raises UsageError or UnsupportedModelError."""
+        return cls(module_anatomy(module, example, heads=heads, ignore=ignore), example)
+
+    def plan(self, method: Method, *, data: Any, loss: Any, ignore: Sequence[str], seed: int) -> Plan:
+        """See ``plan_module``."""
+        return plan_module(method, self.anatomy, self.example, data=data, loss=loss, ignore=ignore, seed=seed)
+
+    def cut(self, plan: Plan, *, inplace: bool) -> tuple[nn.Module, list[str]]:
+        """See ``apply_to_module``; a note says why a module became a graph."""
+        module = self.anatomy.trace.module
+        made = apply_to_module(plan, module, anatomy=self.anatomy, example=self.example, inplace=inplace)
+        why = made.graph_because
+        return made.module, [f"a GraphModule, since the module's own code couldn't follow: {why}"] if why else []
 
 
 def _role(module: nn.Module, name: str, parameter: Tensor) -> str:
@@ -149,29 +127,6 @@ def _role(module: nn.Module, name: str, parameter: Tensor) -> str:
     if leaf == "weight" and isinstance(module.get_submodule(path), NORMS):
         return "scale"
     return "weight" if parameter.dim() > 1 else "bias"
-
-
-def _allocated(
-    method: ChannelMethod, anatomy: TracedAnatomy, groups: Sequence[Group], scores: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    units = {g.name: g.units for g in groups}
-
-    def cost(keep: Mapping[str, Tensor]) -> int:
-        if method.budget == "channels":
-            return sum(len(kept) for kept in keep.values())
-        removed = anatomy.units_removed({n: _complement(kept, units[n]) for n, kept in keep.items()})
-        return int(getattr(anatomy.costs.without(removed), method.budget))
-
-    if method.sparsity == 0:
-        return {g.name: torch.arange(g.units) for g in groups}
-    limits = Limits(budget=method.budget, min_keep=method.min_keep, round_to=method.round_to)
-    return allocate_channels(scores, groups, method.sparsity, method.scope, limits, cost)
-
-
-def _complement(kept: Tensor, units: int) -> Tensor:
-    gone = torch.ones(units, dtype=torch.bool)
-    gone[kept] = False
-    return gone.nonzero().flatten()
 
 
 def module_fingerprint(module: nn.Module) -> Fingerprint:
@@ -282,22 +237,3 @@ def _masked(cut: Cut, module: nn.Module) -> nn.Module:
                 done.add(id(tensor))
                 tensor.copy_(zero_tensor(cut, value, tensor))
     return module
-
-
-def module_report(plan: Plan, anatomy: TracedAnatomy, made: CutModule) -> Report:
-    """What left, and what the network costs before and after."""
-    report = build_report(plan, anatomy)
-    removed = anatomy.units_removed({name: plan.removed(name) for name in plan.keep})
-    before, after = anatomy.total, anatomy.costs.without(removed)
-    budget = plan.provenance[0].options["budget"]
-    report.achieved = (
-        1 - sum(map(len, plan.keep.values())) / max(sum(plan.groups.values()), 1)
-        if budget == "channels"
-        else 1 - getattr(after, budget) / max(getattr(before, budget), 1)
-    )
-    for field, name, unit in (("params", "parameters", ""), ("macs", "MACs", ""), ("bytes", "bytes of weights", "B")):
-        values = {"dense": float(getattr(before, field)), "pruned": float(getattr(after, field))}
-        report.metrics.append(Metric(name, unit, values, higher_is_better=False, protocol="counted on the graph"))
-    if made.graph_because:
-        report.notes.append(f"a GraphModule, since the module's own code couldn't follow: {made.graph_because}")
-    return report

@@ -1,0 +1,1 @@
+"""Pruning any traced network: a torch module or an ONNX model. The engine of methods that remove coupled channels."""
