@@ -82,7 +82,8 @@ def secateur(entry: Entry, fraction: float) -> Row:
     got, macs_after = run(graph, case)
     row |= _reductions(anatomy, removed, macs, macs_after)
     leaves = tree_leaves((case.args, dict(case.kwargs)))
-    program: Any = found.program.module(check_guards=False)
+    program = found.exported.graph_module()
+    program.recompile()
     with torch.no_grad():
         unmasked = tensors_of(program(*case.args, **case.kwargs))
         wanted = tensors_of(Reference(found, removed, program).run(*leaves))
