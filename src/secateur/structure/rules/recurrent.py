@@ -18,6 +18,8 @@ def recurrent(trace: Trace, call: Call) -> list[Value]:
     states = states if isinstance(states, list) else [states]
     layers = call["num_layers"]
     each = len(parameters) // (layers * directions)
+    # a step whose input is zero still changes the state
+    trace.units.pin(x.dims[1 if call["batch_first"] else 0], f"{call.where} steps along it")
     inputs: Labels = x.dims[-1]
     hidden: list[Labels] = []
     for layer in range(layers):
