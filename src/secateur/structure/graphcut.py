@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from secateur.errors import UnsupportedModelError
+from secateur.errors import PlanError, UnsupportedModelError
 from secateur.structure.exporting import quiet
 from secateur.structure.resize import Cut, Unfit, named_arguments, resized
 from secateur.structure.trace import Trace, Value, attribute, describe, sizes
@@ -43,8 +43,10 @@ def zero_tensor(cut: Cut, value: Value, tensor: Tensor) -> Tensor:
 def cut_graph(cut: Cut) -> fx.GraphModule:
     """The network as a ``GraphModule`` with the parameters' own names, which trains and can be exported again.
 
-    Raises UnsupportedModelError when a call can't be written for the new sizes.
+    Raises PlanError when nothing would be left of a parameter, UnsupportedModelError when a call can't be written for
+    the new sizes.
     """
+    _check_something_stays(cut)
     made = cut.trace.exported.graph_module()
     done: dict[int, Tensor] = {}
     by_node: dict[fx.Node, fx.Node] = {}
@@ -57,6 +59,14 @@ def cut_graph(cut: Cut) -> fx.GraphModule:
     _check(cut, made, by_node)  # type: ignore[arg-type]
     made.recompile()  # type: ignore[operator]
     return made  # type: ignore[return-value]
+
+
+def _check_something_stays(cut: Cut) -> None:
+    # units of several groups can lie on the same positions, so that no group need lose all of its own
+    for name, value in cut.trace.parameters.items():
+        for dim, labels in enumerate(value.dims):
+            if len(labels) and not cut.size(labels):
+                raise PlanError(f"nothing would be left of {name} along dimension {dim}: keep one of its positions")
 
 
 def _replace(cut: Cut, made: nn.Module, node: fx.Node, done: dict[int, Tensor]) -> None:
@@ -131,7 +141,14 @@ def _check(cut: Cut, made: fx.GraphModule, by_node: Mapping[fx.Node, fx.Node]) -
 def _fake(old: fx.Node, new: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     args, kwargs = fx.map_arg((new.args, new.kwargs), lambda n: values[n])
     try:
-        return new.target(*args, **kwargs)  # type: ignore[operator]
+        try:
+            return new.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, ValueError):
+            if new.target is not torch.ops.aten.view.default:
+                raise
+            # kernels lay out some sizes differently, and then entries must be copied
+            new.target = torch.ops.aten.reshape.default
+            return new.target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnsupportedModelError(f"can't cut through {describe(old)}: {first}") from None
