@@ -139,6 +139,7 @@ def difference(first: Any, second: Any) -> float:
     for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
         if isinstance(a, Tensor) and a.numel():
             assert a.shape == b.shape
+            assert torch.isfinite(a).all() and torch.isfinite(b).all()
             worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)))
     return worst
 
