@@ -103,7 +103,7 @@ def along(shape: Shape) -> tuple[int, int]:
 
 def same(rng: random.Random, shape: Shape, width: int | None = None) -> nn.Module:
     """Something with weights that changes only the number of channels."""
-    dim, channels = along(shape)
+    _dim, channels = along(shape)
     width = width or channels
     if len(shape) != IMAGE:
         return nn.Linear(channels, width, bias=rng.random() < 0.6)

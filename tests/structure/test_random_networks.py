@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+
 from cut_networks import check, pruned_anatomy, randomised
 from random_networks import MAKERS, RandomNetwork
-
 from secateur.errors import SecateurError
 from secateur.structure.groups import HEADS, traced_anatomy
 from secateur.structure.trace import trace
