@@ -74,7 +74,7 @@ def _check_runs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         if "data-dependent" in str(problem) or isinstance(problem, DynamicOutputShapeException):
             return
         name = type(module).__name__
-        raise UsageError(f"{name} doesn't run on the example inputs: {_first_line(problem)}") from None
+        raise UsageError(f"{name} doesn't run on the example inputs{_where(problem)}: {_first_line(problem)}") from None
     except Exception:  # what fake tensors can't do says nothing about the module
         return
 
@@ -87,11 +87,14 @@ def _sentence(module: nn.Module, error: Exception) -> str:
     """Which line of the user's model stands in the way."""
     text = str(error)
     line = re.search(r'File "([^"]+)", line (\d+), in (\w+)(?!.*File ")', text, re.DOTALL)
-    frames = [f for f in _frames(error) if "/torch/" not in f[0]]
     where = f" at {line[1]}:{line[2]}" if line and "/torch/" not in line[1] else ""
-    if frames:
-        where = f" at {frames[-1][0]}:{frames[-1][1]}"
-    return f"{type(module).__name__} can't be exported{where}: {_first_line(error)}"
+    return f"{type(module).__name__} can't be exported{_where(error) or where}: {_first_line(error)}"
+
+
+def _where(error: BaseException) -> str:
+    """`` at file:line`` of the innermost line outside torch, or nothing."""
+    frames = [f for f in _frames(error) if "/torch/" not in f[0]]
+    return f" at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
 
 
 def _frames(error: BaseException) -> Iterator[tuple[str, int]]:
