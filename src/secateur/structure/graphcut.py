@@ -184,6 +184,11 @@ class Reference(fx.Interpreter):
             result = super().run_node(n)
         return self._zeroed(result, value)
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # a network may write into its buffers, which are the caller's
+        found = super().get_attr(target, args, kwargs)
+        return found.clone() if isinstance(found, Tensor) and not isinstance(found, nn.Parameter) else found
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.aten.view.default:
             # zeros are filled into tensors whose strides the graph doesn't foresee
