@@ -149,11 +149,8 @@ def inexact(found: Pruned) -> list[str]:
     return [name for name in found.removed if found.anatomy[name].inexact]
 
 
-def check(found: Pruned, tolerance: float = 1e-10, own: bool = True) -> None:
-    """The cut graph equals both references, and costs are what they were said to be.
-
-    ``own=False`` leaves the user's module with zeros out, for networks that make something of zeros.
-    """
+def check(found: Pruned, tolerance: float = 1e-10) -> None:
+    """The cut graph equals both references, and costs are what they were said to be."""
     with torch.no_grad():
         result = found.graph(*found.inputs)
         assert difference(result, Reference(found.trace, found.units).run(*tree_leaves(found.inputs))) < tolerance
@@ -161,7 +158,7 @@ def check(found: Pruned, tolerance: float = 1e-10, own: bool = True) -> None:
             difference(Reference(found.trace, set()).run(*tree_leaves(found.inputs)), found.module(*found.inputs))
             < tolerance
         )
-        if own and not inexact(found):
+        if not inexact(found):
             assert difference(result, zeroed(found)(*found.inputs)) < tolerance
     check_costs(found)
 

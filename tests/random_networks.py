@@ -4,7 +4,8 @@ A network is a chain of pieces. Each piece is made for the shape that it gets (w
 a sequence (T, D) or a vector (D,). Printing a network prints its pieces, one a line, so a failing one is made smaller
 by hand: ``RandomNetwork(seed, only=[0, 2, 5])`` keeps those pieces that still fit.
 
-Activations keep zero at zero, so that a channel whose parameters are zero is as good as gone.
+A channel that is zero stays zero in every piece but those that average over channels, so that a channel whose
+parameters are zero is as good as gone.
 """
 
 from __future__ import annotations
@@ -271,7 +272,7 @@ def runs_over(rng: random.Random, shape: Shape) -> Piece:
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "softmax": lambda x: x.softmax(dim),
         "mean": lambda x: x - x.mean(dim, keepdim=True),
-        "sum": lambda x: x + x.sum(dim, keepdim=True).expand_as(x) / n,
+        "sum": lambda x: x * x.sum(dim, keepdim=True).expand_as(x) / n,
         "amax": lambda x: x * torch.tanh(x.amax(dim, keepdim=True)),
         "cumsum": lambda x: x.cumsum(dim),
         "normalise": lambda x: x / x.norm(dim=dim, keepdim=True).clamp(min=0.1),
@@ -381,7 +382,9 @@ def transposed_conv(rng: random.Random, shape: Shape) -> Piece | None:
 
 
 @piece(IMAGE)
-def image_norm(rng: random.Random, shape: Shape) -> Piece:
+def image_norm(rng: random.Random, shape: Shape) -> Piece | None:
+    if shape[1] * shape[2] < 2:
+        return None
     groups = pick(rng, [1, shape[0], *divisors(shape[0])])
     norm = pick(
         rng,
