@@ -54,8 +54,8 @@ make the output. It is run as it is on any model: not with what its examples set
 - exact: it runs and equals the dense network with zeros for the parameters that it removed, or our reference for the
   units that it removed. differs: it runs and equals neither. A scale of attention that follows the smaller heads
   is one cause, which training can mend; a cut of the wrong channels is another.
-- fails: it raises, removes nothing, gives outputs of another shape, or takes five times as long as secateur and more
-  than 30 seconds.
+- fails: it raises, removes nothing, gives outputs of another shape, or takes three times as long as secateur and more
+  than a minute.
 - runs: it runs, but there is nothing to hold it to: it normalises over what was cut, and what was cut isn't a set of
   units of ours.
 
@@ -101,7 +101,7 @@ def run_all(arguments: argparse.Namespace, known: dict[tuple[str, str, str], dic
             row = {"source": entry.source, "model": entry.name, "library": library}
             # ours is a yardstick for how long a model takes to build and run
             ours = known.get((*key[:2], "secateur"), {}).get("seconds", arguments.timeout)
-            limit = arguments.timeout if library == "secateur" else min(arguments.timeout, max(30, 5 * ours))
+            limit = arguments.timeout if library == "secateur" else min(arguments.timeout, max(60, 3 * ours))
             row |= in_process(library, entry, limit, arguments)
             known[key] = row
             with arguments.rows.open("a", encoding="utf8") as sink:

@@ -272,15 +272,26 @@ def survivors(dense: nn.Module, pruned: nn.Module) -> Kept | None:
         if name not in after or after[name].dim() != parameter.dim():
             return None
         before, now = (t.detach().numpy() for t in (parameter, after[name]))
-        order = before.reshape(-1).argsort()
-        places = np.searchsorted(before.reshape(-1)[order], now.reshape(-1)).clip(max=before.size - 1)
-        flat = order[places]
-        if not np.array_equal(before.reshape(-1)[flat], now.reshape(-1)):
-            return None
-        dims = [np.unique(axis) for axis in np.unravel_index(flat, before.shape)] if before.ndim else []
-        if not np.array_equal(before[np.ix_(*dims)] if dims else before, now):
+        dims = _kept_of_each_dim(before, now) if before.ndim else []
+        if dims is None or not np.array_equal(before[np.ix_(*dims)] if dims else before, now):
             return None
         found[name] = (dims, before.shape)
+    return found
+
+
+def _kept_of_each_dim(before: np.ndarray, now: np.ndarray) -> list[np.ndarray] | None:
+    """Where the lines through the first entry that is left came from."""
+    first = np.argwhere(before == now.flat[0]) if now.size else []
+    if len(first) != 1:
+        return None
+    found = []
+    for dim in range(before.ndim):
+        line, left = before.swapaxes(0, dim), now.swapaxes(0, dim)
+        at = first[0].copy()
+        at[[0, dim]] = at[[dim, 0]]
+        line, left = line[(slice(None), *at[1:])], left[(slice(None), *[0] * (before.ndim - 1))]
+        order = line.argsort()
+        found.append(order[np.searchsorted(line[order], left).clip(max=len(line) - 1)])
     return found
 
 
