@@ -54,8 +54,8 @@ make the output. It is run as it is on any model: not with what its examples set
 - exact: it runs and equals the dense network with zeros for the parameters that it removed, or our reference for the
   units that it removed. differs: it runs and equals neither. A scale of attention that follows the smaller heads
   is one cause, which training can mend; a cut of the wrong channels is another.
-- fails: it raises, removes nothing, gives outputs of another shape, or takes three times as long as secateur and more
-  than a minute.
+- fails: it raises, removes nothing, gives outputs of another shape, or isn't done in the time that its row names; where
+  we looked, its groups then grew without an end in sight.
 - runs: it runs, but there is nothing to hold it to: it normalises over what was cut, and what was cut isn't a set of
   units of ours.
 
