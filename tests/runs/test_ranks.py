@@ -281,6 +281,22 @@ def test_a_mistake_is_one_sentence_of_one_rank(options, message, checkpoint, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+SLOW = """
+import os, sys, time
+time.sleep(3 * (os.environ["RANK"] == "0"))
+from secateur.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_the_rank_that_says_why_may_be_the_last_to_know(checkpoint, tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW, encoding="utf8")
+    done = torchrun("prune", checkpoint, "--bogus", "--out", tmp_path / "out", script=str(script))
+    assert done.returncode == 1
+    assert done.stderr.count("error: no such option: --bogus") == 1, done.stderr
+
+
 KILLED = """
 import os, signal, sys
 from secateur.cli import main

@@ -14,7 +14,7 @@ from typing import NoReturn
 import typer
 
 from secateur.errors import SecateurError
-from secateur.ranks import started_as_main
+from secateur.ranks import started_as_main, wait_for_main
 
 INTERRUPTED = 130
 # Typer takes its parser from click, or carries a copy of it; this is the base of its usage errors either way.
@@ -60,6 +60,8 @@ def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
     # the ranks of a run fail together, and one of them says why
     if "prune" not in arguments or started_as_main():
         print(" ".join(message.split()), file=sys.stderr)
+    elif code != INTERRUPTED:
+        wait_for_main()
     return code
 
 

@@ -9,6 +9,6 @@ connections, and that ends the round of the others.
 """
 
 from secateur.ranks.base import ALONE, Ranks
-from secateur.ranks.start import join, started_as_main
+from secateur.ranks.start import join, started_as_main, wait_for_main
 
-__all__ = ["ALONE", "Ranks", "join", "started_as_main"]
+__all__ = ["ALONE", "Ranks", "join", "started_as_main", "wait_for_main"]

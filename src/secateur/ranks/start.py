@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
+import time
 from contextlib import suppress
 from datetime import timedelta
 
@@ -11,6 +13,8 @@ from secateur.errors import RankError, UsageError, first_line
 from secateur.ranks.base import ALONE, Ranks
 
 _START = timedelta(minutes=10)
+# seconds that a rank which fails before it has met the others gives rank 0 to fail as well
+_SILENCE = 10.0
 
 
 def join() -> Ranks:
@@ -40,6 +44,14 @@ def started_as_main() -> bool:
     with suppress(UsageError):
         return number("WORLD_SIZE", 1) == 1 or number("RANK", 0) == 0
     return True
+
+
+def wait_for_main() -> None:
+    """Before a rank that isn't the first leaves with an error: torchrun ends all ranks as soon as one has failed, and
+    rank 0, which says why, may be the last to get there. Ranks that have met take leave of each other at their exit."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        time.sleep(_SILENCE)
 
 
 def number(name: str, otherwise: int) -> int:
