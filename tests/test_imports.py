@@ -11,11 +11,13 @@ SOURCE = Path(secateur.__file__).parent
 
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
-BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", "ranks", "ahead", ""}
+BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", "ranks", "ahead"}
+BASE |= {"usercode", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
         "estimate",
+        "networks",
         "runs",
         "sweep",
         "recipes",
@@ -80,6 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     "remote": set(),
     "progress": set(),
     "versions": set(),
+    "usercode": set(),
     "ranks": set(),
     "": set(),
 }

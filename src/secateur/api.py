@@ -247,7 +247,7 @@ def apply(plan: Plan, model: Any, *, inplace: bool = False, mask: bool = False) 
         from secateur.networks.onnx import apply_to_onnx
 
         return apply_to_onnx(plan, model, mask=mask)
-    if plan.provenance[0].inputs is not None:
+    if plan.inputs is not None:
         from secateur.networks.modules import apply_to_module
 
         return apply_to_module(plan, model, inplace=inplace, mask=mask).module
@@ -295,11 +295,12 @@ def _is_network(model: Any, args: ExampleInputs, kwargs: Mapping[str, Any] | Non
 def _open_network(
     model: Any, method: Method, args: ExampleInputs, kwargs: Mapping[str, Any] | None, ignore: Sequence[str]
 ) -> Network:
+    from secateur.networks.deciding import channel_method
     from secateur.networks.kinds import is_onnx
     from secateur.networks.modules import ModuleNetwork
     from secateur.networks.onnx import OnnxNetwork
 
-    heads = getattr(method, "heads", "outer")
+    heads = channel_method(method).heads
     if is_onnx(model):
         return OnnxNetwork.open(model, args, heads=heads, ignore=ignore)
     return ModuleNetwork.open(model, _example(args, kwargs), heads=heads, ignore=ignore)
@@ -373,7 +374,7 @@ def evaluate(
 
 
 def save(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     *,
@@ -388,8 +389,17 @@ def save(
     ``folder`` may be a URL of fsspec, as in ``s3://bucket/folder``, which is then returned as text. ``plan`` may be a
     sequence, one per step. ``html`` draws the report as ``report.html`` beside ``report.json``.
     ``format``: ``dense`` (zeros stay) or ``packed`` (bitmap and values). Uniform models become a plain checkpoint;
-    others carry ``per_layer_config`` and a modelling file. Raises OutputError when the folder exists.
+    others carry ``per_layer_config`` and a modelling file.
+    A network that was traced has no tokenizer (None). It goes to a folder with its plan, which it needs, or to a
+    ``.onnx`` or ``.pt2`` file (an ``onnx.ModelProto`` to the former only, and then without a plan).
+    Raises OutputError when the folder exists.
     """
+    from secateur.networks.kinds import is_network_output
+
+    if is_network_output(model, folder, plan):
+        from secateur.networks.saving import save_network
+
+        return save_network(model, folder, plan=plan, report=report, html=html, overwrite=overwrite)
     from secateur.models.saving import save_model
 
     return save_model(model, tokenizer, folder, plan=plan, report=report, html=html, format=format, overwrite=overwrite)

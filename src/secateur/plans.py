@@ -220,6 +220,11 @@ class Plan:
         return self.provenance[0].model
 
     @property
+    def inputs(self) -> ExampleInputs | None:
+        """What the network was called with when it was traced; None for a plan of a language model."""
+        return self.provenance[0].inputs
+
+    @property
     def method(self) -> str:
         """Names of the methods that took part, joined by ``+``."""
         return "+".join(p.method for p in self.provenance)

@@ -12,7 +12,7 @@ from secateur.errors import SecateurError
 from secateur.structure.groups import HEADS, traced_anatomy
 from secateur.structure.trace import trace
 
-NETWORKS, PARTS = 125, 10
+NETWORKS, PARTS = 125, 25
 # of every network: 500 cases in all
 CUTS = ((0.1, 0), (0.3, 1), (0.5, 2), (0.8, 3))
 

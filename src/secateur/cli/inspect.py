@@ -7,28 +7,59 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.options import AllowPickle, Json, Quiet, Revision, TrustRemoteCode
+from secateur.cli.network import NETWORK, inspect_network
+from secateur.cli.options import AllowPickle, Ignore, Inputs, Json, Quiet, Revision, TrustRemoteCode, only_for
 from secateur.cli.output import print_json, show, working
 from secateur.errors import UsageError
+from secateur.networks.kinds import is_named_network
 
 if TYPE_CHECKING:
     from secateur.structure import Anatomy
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or built-in name.")],
-    heads: Annotated[
+    context: typer.Context,
+    model: Annotated[
         str,
-        typer.Option("--heads", metavar="kv|query", help="Cut key-value heads with their queries, or query heads."),
-    ] = "kv",
+        typer.Argument(
+            metavar="MODEL",
+            help="Hub id, folder, .gguf file or built-in name; or .onnx file, package.module:function.",
+        ),
+    ],
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            "--heads",
+            metavar="kv|query|outer|inner|both",
+            help="Cut key-value heads with their queries (default) or query heads; of a traced network whole heads "
+            "(outer, the default), the same lane of every head (inner), or both.",
+            show_default=False,
+        ),
+    ] = None,
+    input: Inputs = None,
+    ignore: Ignore = None,
+    why: Annotated[
+        str | None,
+        typer.Option(
+            "--why", metavar="NAME", help="Say of a module or parameter of a traced network what its cuts take along."
+        ),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    if heads not in ("kv", "query"):
-        raise UsageError(f"--heads must be kv or query, got '{heads}'")
+    if is_named_network(model):
+        only_for(NETWORK, context, {"model", "heads", "input", "ignore", "why", "json", "quiet"}, "language models")
+        inspect_network(
+            model, inputs=input or [], heads=heads or "outer", ignore=ignore or [], why=why, json=json, quiet=quiet
+        )
+        return
+    everything = {str(parameter.name) for parameter in context.command.params}
+    only_for("a language model", context, everything - {"input", "ignore", "why"}, "traced networks")
+    if heads not in (None, "kv", "query"):
+        raise UsageError(f"--heads of a language model must be kv or query, got '{heads}'")
     from secateur import api
     from secateur.models.opening import open_source
 
@@ -42,7 +73,7 @@ def inspect(
             progress=progress,
         )
         source.close()
-        anatomy = api.anatomy(source.model, heads=heads)
+        anatomy = api.anatomy(source.model, heads=heads or "kv")
     if json:
         commit = getattr(source.model, "secateur_revision", "")
         print_json({"model": model, **({"revision": commit} if commit else {}), **anatomy_document(anatomy)})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from secateur.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes.")]
@@ -33,7 +35,9 @@ Sparsity = Annotated[
     float | None, typer.Option("--sparsity", "--ratio", metavar="S", help="Fraction removed, in [0, 1).")
 ]
 Pattern = Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights, as in 2:4.")]
-Budget = Annotated[str | None, typer.Option(metavar="params|macs|bytes", help="What the sparsity is a fraction of.")]
+Budget = Annotated[
+    str | None, typer.Option(metavar="params|macs|bytes|channels", help="What the sparsity is a fraction of.")
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")
 ]
@@ -52,10 +56,34 @@ ActivationMemory = Annotated[
     typer.Option(metavar="SIZE", help="Hidden states larger than this go to a file (default: never)."),
 ]
 StoredFormat = Annotated[str | None, typer.Option(metavar="dense|packed", help="How zeros are stored.")]
+# networks that are traced: .onnx files and modules that a function of the user's makes
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="[NAME=]SIZE[:DTYPE]",
+        help="What a traced network is called with: 1x3x224x224, ids=1x16:int64; repeatable.",
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", metavar="PATTERN", help="Parameters of a traced network that stay (head.*); repeatable."),
+]
 Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="FILE|MODULE", help="Python code that registers methods; repeatable."),
 ]
+
+
+def only_for(what: str, context: typer.Context, names: Collection[str], meant: str) -> None:
+    """Refuse options of the command line that mean nothing here. Raises UsageError.
+
+    ``names`` are the parameters that count for ``what``; a message says for ``meant`` what the others are.
+    """
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name))
+        if given is not None and given.name == "COMMANDLINE" and parameter.name not in names:
+            raise UsageError(f"{parameter.opts[-1]} is for {meant}, not for {what}")
 
 
 def load_plugins(plugins: Sequence[str] | None) -> None:

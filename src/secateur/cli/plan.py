@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.cli.examples import help_text
+from secateur.cli.network import NETWORK, apply_to_network
 from secateur.cli.options import (
     AllowPickle,
     Device,
@@ -18,11 +19,13 @@ from secateur.cli.options import (
     Resume,
     Revision,
     TrustRemoteCode,
+    only_for,
 )
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.saving import how_to_load
 from secateur.errors import UsageError
 from secateur.files import check_output
+from secateur.networks.kinds import is_named_network
 
 if TYPE_CHECKING:
     from secateur.plans import Plan
@@ -72,9 +75,15 @@ def merge(
 
 @app.command("apply", help=help_text("plan apply"))
 def apply(
+    context: typer.Context,
     plan: PlanFolder,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The model that the plan was made for.")],
-    out: Annotated[str, typer.Option("--out", metavar="DIR|URL", help="Folder for the checkpoint.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", metavar="DIR|URL|FILE", help="Folder for the checkpoint; of a traced network also .onnx or .pt2."
+        ),
+    ],
     format: Annotated[str, typer.Option(metavar="dense|packed", help="How zeros are stored.")] = "dense",
     device: Device = "cpu",
     revision: Revision = None,
@@ -86,6 +95,10 @@ def apply(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
+    if is_named_network(model):
+        only_for(NETWORK, context, {"plan", "model", "out", "overwrite", "json", "quiet"}, "language models")
+        apply_to_network(list(load_plans(plan).values()), model, out, overwrite=overwrite, json=json, quiet=quiet)
+        return
     if format not in ("dense", "packed"):
         raise UsageError(f"--format must be dense or packed, got '{format}'")
     check_output(out, overwrite)

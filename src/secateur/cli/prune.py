@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from secateur.cli.measuring import Measurement
+from secateur.cli.network import NETWORK, NetworkJob, prune_network
 from secateur.cli.options import (
     ActivationMemory,
     AllowPickle,
     Budget,
     ComputeDtype,
+    Ignore,
+    Inputs,
     Json,
     Length,
     MaxShardSize,
@@ -33,11 +35,13 @@ from secateur.cli.options import (
     StoredFormat,
     TrustRemoteCode,
     load_plugins,
+    only_for,
 )
 from secateur.cli.output import print_json, show, show_notes, working
-from secateur.cli.saving import check_push, how_to_load, push
-from secateur.errors import MissingExtraError, UsageError
+from secateur.cli.saving import check_push, drawn, how_to_load, push
+from secateur.errors import UsageError
 from secateur.files import check_output
+from secateur.networks.kinds import is_named_network
 from secateur.ranks import join
 
 if TYPE_CHECKING:
@@ -45,16 +49,33 @@ if TYPE_CHECKING:
     from secateur.report import Report
 
 
+# options that count for traced networks, and those that count for them alone
+_NETWORK_OPTIONS = {"model", "method", "sparsity", "budget", "out", "options", "seed", "report", "dry_run", "overwrite"}
+_NETWORK_ONLY = {"input", "ignore", "data", "loss"}
+_ALWAYS = {"plugin", "json", "quiet"}
+
+
 def prune(
+    context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or built-in name (smollm2-135m).")
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Language model: hub id, folder, .gguf file, built-in name (smollm2-135m). "
+            "Any other network: .onnx file, package.module:function or file.py:function that makes a torch module.",
+        ),
     ] = None,
     method: MethodName = None,
     sparsity: Sparsity = None,
     pattern: Pattern = None,
     budget: Budget = None,
     out: Annotated[
-        str | None, typer.Option("--out", metavar="DIR|URL", help="Folder for the checkpoint, or s3://bucket/folder.")
+        str | None,
+        typer.Option(
+            "--out",
+            metavar="DIR|URL|FILE",
+            help="Folder for the checkpoint, or s3://bucket/folder; of a traced network also a .onnx or .pt2 file.",
+        ),
     ] = None,
     recipe: RecipeFile = None,
     options: MethodOptions = None,
@@ -113,12 +134,51 @@ def prune(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
+    input: Inputs = None,
+    ignore: Ignore = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="MODULE:NAME",
+            help="Batches for a traced network, or a function that returns them, for methods that look at data.",
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            "--loss",
+            metavar="MODULE:NAME",
+            help="Function of module and batch (default: cross-entropy of a classifier).",
+        ),
+    ] = None,
     plugin: Plugins = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
+    if is_named_network(model):
+        only_for(NETWORK, context, _NETWORK_OPTIONS | _NETWORK_ONLY | _ALWAYS, "language models")
+        load_plugins(plugin)
+        job = NetworkJob(
+            model or "",
+            method=method,
+            sparsity=sparsity,
+            budget=budget,
+            out=out,
+            options=parse_options(options or []),
+            seed=seed or 0,
+            inputs=input or [],
+            ignore=ignore or [],
+            data=data,
+            loss=loss,
+        )
+        html = drawn(report)
+        prune_network(job, html=html, dry_run=dry_run, overwrite=overwrite, json=json, quiet=quiet)
+        return
+    everything = {str(parameter.name) for parameter in context.command.params}
+    only_for("a language model", context, everything - _NETWORK_ONLY, "traced networks")
     step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget}
-    data = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
+    calibrate = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
         "model": model,
         "revision": revision,
@@ -135,7 +195,7 @@ def prune(
     ranks = join()
     with ranks.together(), working(quiet or not ranks.main) as progress:
         load_plugins(plugin)
-        job = build_recipe(recipe, given(top), given(data), given(step), parse_options(options or []))
+        job = build_recipe(recipe, given(top), given(calibrate), given(step), parse_options(options or []))
         html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
         ranks.on_main(lambda: check_push(push_to_hub, job.out, private=private, overwrite=overwrite))
         if dry_run and ranks.size > 1:
@@ -236,10 +296,7 @@ def _check(job: Recipe, *, dry_run: bool, overwrite: bool, report: bool | None) 
 
     for task in job.evaluate:
         make_task(task)
-    drawable = importlib.util.find_spec("plotly") is not None
-    if report and not drawable:
-        raise MissingExtraError("report.html needs plotly, which is not installed: pip install 'secateur[report]'")
-    return drawable if report is None else report
+    return drawn(report)
 
 
 def _push(job: Recipe, repo_id: str | None, *, private: bool, overwrite: bool) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
-from secateur.errors import OutputError, SecateurError, UsageError
+from secateur.errors import MissingExtraError, OutputError, SecateurError, UsageError
 from secateur.remote import is_url, place
 
 
@@ -21,6 +22,14 @@ def how_to_load(folder: str) -> str:
         "  from transformers import AutoModelForCausalLM\n"
         f'  model = AutoModelForCausalLM.from_pretrained("{folder}"{remote})'
     )
+
+
+def drawn(report: bool | None) -> bool:
+    """Whether report.html is written: as asked, else where it can be drawn. Raises MissingExtraError."""
+    drawable = importlib.util.find_spec("plotly") is not None
+    if report and not drawable:
+        raise MissingExtraError("report.html needs plotly, which is not installed: pip install 'secateur[report]'")
+    return drawable if report is None else report
 
 
 def check_push(repo_id: str | None, out: str | None, *, private: bool, overwrite: bool) -> None:

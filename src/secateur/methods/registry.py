@@ -11,7 +11,8 @@ from typing import Any, get_args, get_type_hints
 
 from secateur.errors import OptionError, UnknownMethodError, nearest
 from secateur.methods.base import Descriptor, Method, interval
-from secateur.methods.plugins import import_plugin, installed_methods
+from secateur.methods.plugins import PLUGIN, installed_methods
+from secateur.usercode import import_module
 
 _registered: dict[str, type[Method]] = {}
 
@@ -64,7 +65,10 @@ def get_method(name: str) -> type[Method]:
                 f"unknown method '{name}'{nearest(name, choices) or ';'} 'secateur methods' shows them all"
             )
         # a failing file of ours is a bug and shows its traceback; a failing plugin is named
-        (importlib.import_module if module.startswith("secateur.") else import_plugin)(module)
+        if module.startswith("secateur."):
+            importlib.import_module(module)
+        else:
+            import_module(module, PLUGIN)
         if name not in _registered:
             raise UnknownMethodError(f"{module} registers no method named '{name}'")
     return _registered[name]

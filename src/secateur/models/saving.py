@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 import time
@@ -26,7 +25,7 @@ from secateur.models.packed import PACKED_VERSION, pack
 from secateur.models.shards import parse_size
 from secateur.plans import Plan
 from secateur.remote import place
-from secateur.report.numbers import json_ready
+from secateur.report.folder import write_documents
 from secateur.report.report import BYTES_ON_DISK
 from secateur.tensorfiles import Tally
 
@@ -107,22 +106,12 @@ def document_folder(
     started = time.perf_counter() if started is None else started
     if tokenizer is not None:
         tokenizer.save_pretrained(str(path))
-    shutil.rmtree(path / "plan", ignore_errors=True)
-    _write_plans(plans, path / "plan")
     if report is not None:
         _complete(report, path, str(folder), plain=plain, seconds=time.perf_counter() - started)
-        _write_report(report, path, html)
     name = base_name or (plans[0].model.name if plans else "")
     card = model_card(Path(folder).name, base_name=name, plans=plans, report=report, format=format, remote=not plain)
-    (path / "README.md").write_text(card, encoding="utf8")
+    write_documents(path, plans, report, card, html=html)
     write_manifest(path, {name: tally.sha256 for name, tally in (tallies or {}).items()})
-
-
-def _write_plans(plans: Sequence[Plan], path: Path) -> None:
-    for number, plan in enumerate(plans, start=1):
-        step = path if len(plans) == 1 else path / f"step-{number}"
-        step.mkdir(parents=True)
-        plan.write(step)
 
 
 def _complete(report: Report, path: Path, output: str, *, plain: bool, seconds: float) -> None:
@@ -133,15 +122,6 @@ def _complete(report: Report, path: Path, output: str, *, plain: bool, seconds: 
         if metric.name == BYTES_ON_DISK and len(metric.values) > 1:
             # measured before anything was written; now the format is known
             metric.values[list(metric.values)[-1]] = float(written)
-
-
-def _write_report(report: Report, path: Path, html: bool) -> None:
-    text = json.dumps(json_ready(report.to_dict()), indent=1, ensure_ascii=False)
-    (path / "report.json").write_text(text + "\n", encoding="utf8")
-    if html:
-        from secateur.report.html import write_report
-
-        write_report(report, path / "report.html")
 
 
 def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size: int) -> bool:

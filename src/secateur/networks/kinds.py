@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from secateur.methods import Method
-from secateur.plans import Plan
-from secateur.structure.groups import TracedAnatomy
+from secateur.usercode import is_reference
+
+if TYPE_CHECKING:
+    from secateur.methods import Method
+    from secateur.plans import Plan
+    from secateur.structure.groups import TracedAnatomy
+
+FILES = (".onnx", ".pt2")
+"""What a network can be saved as, beside a folder."""
 
 
 class Network(Protocol):
@@ -26,6 +32,17 @@ class Network(Protocol):
         ...
 
 
+def is_named_network(model: str | None) -> bool:
+    """Whether the command line means a traced network by this, and not a language model: an .onnx file or an object
+    of Python."""
+    return model is not None and (is_onnx(model) or (is_reference(model) and "//" not in model))
+
+
 def is_onnx(model: Any) -> bool:
     """Whether this is an ONNX model or the name of a file with one."""
     return (isinstance(model, str | Path) and str(model).endswith(".onnx")) or type(model).__name__ == "ModelProto"
+
+
+def is_network_output(model: Any, out: str | Path, plan: Any) -> bool:
+    """Whether this is a traced network to be saved, and not a language model."""
+    return is_onnx(model) or Path(out).suffix in FILES or getattr(plan, "inputs", None) is not None

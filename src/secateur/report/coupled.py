@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from secateur.errors import UsageError, nearest
 from secateur.report.numbers import format_bytes, format_count, percent
 
 if TYPE_CHECKING:
@@ -71,6 +72,37 @@ def _caption(anatomy: Anatomy) -> list[str]:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+def reasons(anatomy: Anatomy, name: str) -> list[tuple[str, str]]:
+    """(place, what holds for it) for every dimension of the parameters ``name`` or of the module ``name``: what leaves
+    together with its channels, or why nothing leaves. Raises UsageError when there are none."""
+
+    def meant(tensor: str) -> bool:
+        return tensor == name or tensor.startswith(f"{name}.")
+
+    told = []
+    for group in anatomy:
+        for part in (part for part in group.slices if meant(part.tensor)):
+            place = f"{part.tensor}[{part.dim}]"
+            width = part.index.shape[1]
+            count = f"{group.units:,} of its channels" if width == 1 else f"{group.units:,} times {width:,} positions"
+            others = [f"{p.tensor}[{p.dim}]" for p in group.slices if p is not part]
+            also = f" leave together with {', '.join(others)}" if others else " leave alone"
+            kept = f"; they stay: {group.frozen}" if group.frozen else ""
+            changed = f"; masked and cut differ: {group.inexact}" if group.inexact and not group.frozen else ""
+            told.append((place, f"group {group.name}: {count}{also}{kept}{changed}"))
+    for item in anatomy.frozen:
+        tensor, _, dim = item.name.partition(" dim ")
+        if meant(tensor):
+            told.append((f"{tensor}[{dim}]", f"stays: {item.reason}"))
+    if not told:
+        names = {part.tensor for group in anatomy for part in group.slices} | {
+            f.name.split()[0] for f in anatomy.frozen
+        }
+        places = names | {tensor.rpartition(".")[0] for tensor in names}
+        raise UsageError(f"{anatomy.model_type} has no parameter or module '{name}'{nearest(name, places)}")
+    return sorted(told)
 
 
 def kept_table(plan: Plan, table: Table) -> Table:

@@ -108,7 +108,7 @@ def anatomy_text(anatomy: Anatomy) -> str:
 def plan_table(plan: Plan) -> RenderableType:
     """What a plan keeps, layer by layer (equal layers folded); where it comes from; what to know about it."""
     parts: list[RenderableType] = [Text(line) for line in _provenance_lines(plan.provenance)]
-    if plan.provenance[0].inputs is not None:
+    if plan.inputs is not None:
         parts += [Text(), kept_table(plan, _table()), Text()]
         return Group(*parts, *(_note(note) for source in plan.provenance for note in source.notes))
     units = {name: f"{len(kept):,}/{plan.groups[name]:,}" for name, kept in plan.keep.items() if _LAYER.search(name)}

@@ -1,0 +1,106 @@
+"""Networks that the command line names: ``net.onnx``, ``package.module:factory``, and what they are called with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import UsageError, nearest
+from secateur.networks.kinds import is_onnx
+from secateur.usercode import call_object, load_object
+
+_INPUT = re.compile(r"(?:(?P<name>[^=:]+)=)?(?P<sizes>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+DTYPES = {"float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input as ``NAME=1x3x224x224:float32`` says it; name and dtype may be missing."""
+
+    sizes: tuple[int, ...]
+    name: str | None = None
+    dtype: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Input:
+        """Raises UsageError."""
+        found = _INPUT.fullmatch(text)
+        if not found:
+            raise UsageError(f"--input is a size as in 1x3x224x224, x=1x3x224x224 or ids=1x16:int64, got '{text}'")
+        if found["dtype"] and found["dtype"] not in DTYPES:
+            raise UsageError(f"--input {text}: unknown dtype '{found['dtype']}'{nearest(found['dtype'], DTYPES)}")
+        return cls(tuple(map(int, found["sizes"].split("x"))), found["name"], found["dtype"])
+
+    def tensor(self) -> Tensor:
+        """Zeros of this size: tracing looks at shapes."""
+        return torch.zeros(self.sizes, dtype=getattr(torch, self.dtype or "float32"))
+
+
+@dataclass(frozen=True)
+class Named:
+    """A network and its example inputs, as ``secateur.prune`` takes them."""
+
+    network: Any
+    example_inputs: Any
+    example_kwargs: dict[str, Tensor] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of ``anatomy``, ``plan`` and ``prune``."""
+        return {"example_inputs": self.example_inputs, "example_kwargs": self.example_kwargs}
+
+
+def open_named(model: str, inputs: Sequence[str]) -> Named:
+    """The network that ``model`` names. Raises UsageError, and what reading an ONNX model raises."""
+    given = [Input.parse(text) for text in inputs]
+    twice = sorted({i.name for i in given if i.name and [j.name for j in given].count(i.name) > 1})
+    if twice:
+        raise UsageError(f"--input {twice[0]} is given twice")
+    if is_onnx(model):
+        for one in given:
+            if one.name is None or one.dtype is not None:
+                raise UsageError("an ONNX model knows its types: give --input as NAME=1x3x224x224")
+        return Named(model, {i.name: i.sizes for i in given} or None)
+    if not given:
+        raise UsageError(f"say what {model} is called with: --input 1x3x224x224, repeated for several inputs")
+    return Named(
+        named_network(model),
+        tuple(i.tensor() for i in given if i.name is None),
+        {i.name: i.tensor() for i in given if i.name is not None} or None,
+    )
+
+
+def named_network(reference: str) -> Any:
+    """The name of an ONNX model, or the module that ``package.module:name`` is or makes. Raises UsageError."""
+    if is_onnx(reference):
+        return reference
+    made = load_object(reference)
+    if not isinstance(made, nn.Module):
+        if not callable(made):
+            raise UsageError(f"{reference} must be a torch.nn.Module or a function that makes one")
+        made = call_object(reference, made)
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"{reference} must make a torch.nn.Module, it made {type(made).__name__}")
+    return made
+
+
+def load_batches(reference: str) -> Iterable[Any]:
+    """The batches that ``package.module:name`` holds, or returns when called. Raises UsageError."""
+    found = load_object(reference)
+    if callable(found):
+        found = call_object(reference, found)
+    if not isinstance(found, Iterable):
+        raise UsageError(f"{reference} must be batches or a function that returns them, got {type(found).__name__}")
+    return found
+
+
+def load_loss(reference: str) -> Any:
+    """The function ``loss(module, batch)`` that ``package.module:name`` names. Raises UsageError."""
+    found = load_object(reference)
+    if not callable(found):
+        raise UsageError(f"{reference} must be a function of module and batch, got {type(found).__name__}")
+    return found

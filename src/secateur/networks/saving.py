@@ -1,0 +1,161 @@
+"""A cut network on disk: one file that other tools run, or a folder that says where it came from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from secateur.errors import NonFiniteError, OutputError, UsageError, first_line, require_extra
+from secateur.files import check_output, output_folder
+from secateur.manifest import write_manifest
+from secateur.networks.kinds import FILES, is_onnx
+from secateur.networks.modules import Example
+from secateur.plans import Plan
+from secateur.remote import is_url
+from secateur.report.card import card
+from secateur.report.folder import write_documents
+from secateur.structure.exporting import evaluation_mode, no_fast_path, quiet
+from secateur.structure.onnx import save_onnx
+from secateur.usercode import is_file
+
+if TYPE_CHECKING:
+    import onnx
+
+    from secateur.report import Report
+
+WEIGHTS = "model.safetensors"
+GRAPH = "model.onnx"
+
+
+def check_place(out: str | Path, *, onnx_model: bool, overwrite: bool = False) -> None:
+    """Refuse a place that can't be written, before any work starts. Raises UsageError, OutputError."""
+    suffix = Path(out).suffix
+    if suffix not in FILES:
+        check_output(out, overwrite)
+        return
+    if is_url(out):
+        raise OutputError(f"{out} is a file on another machine: give a folder, or a file on this one")
+    if onnx_model and suffix != ".onnx":
+        raise UsageError(f"an ONNX model is written as .onnx, or to a folder, not to {out}")
+    if suffix == ".onnx" and not onnx_model:
+        require_extra("onnxscript", "onnx", "exporting a module to ONNX")
+    if Path(out).is_dir():
+        raise OutputError(f"{out} is a folder; give the name of a file that doesn't exist yet")
+    if Path(out).exists() and not overwrite:
+        raise OutputError(f"{out} exists: choose another name, or pass --overwrite")
+
+
+def save_network(
+    network: nn.Module | onnx.ModelProto,
+    out: str | Path,
+    *,
+    plan: Plan | Sequence[Plan] | None,
+    report: Report | None = None,
+    html: bool = False,
+    overwrite: bool = False,
+    factory: str = "",
+) -> Path:
+    """Write a cut network, all or nothing; returns where it is.
+
+    ``out`` may be a ``.onnx`` or ``.pt2`` file, a module is exported for it on inputs of the plan's shapes; or a
+    folder, for the weights (``model.safetensors``, or ``model.onnx``), the plan, the report, with ``html`` drawn as
+    well, and a README that says how to load it. Only an ONNX model that goes to a file does without a plan.
+    ``factory`` names what makes the dense module.
+    Raises UsageError, NonFiniteError, OutputError, and MissingExtraError when an exporter is missing.
+    """
+    check_place(out, onnx_model=is_onnx(network), overwrite=overwrite)
+    if isinstance(network, nn.Module):
+        _check_finite(network)
+    suffix = Path(out).suffix
+    if suffix == ".onnx" and not isinstance(network, nn.Module):
+        save_onnx(network, out, overwrite=overwrite)
+        return Path(out)
+    if not isinstance(plan, Plan):
+        raise UsageError("give the plan with plan=: it knows what the network is called with and where it came from")
+    if suffix == ".onnx" and isinstance(network, nn.Module):
+        save_onnx(_as_onnx(network, plan), out, overwrite=overwrite)
+        return Path(out)
+    if suffix == ".pt2":
+        _save_program(network, out, plan)
+        return Path(out)
+    with output_folder(out, overwrite=overwrite) as folder:
+        name = Path(out).name
+        if isinstance(network, nn.Module):
+            from safetensors.torch import save_model
+
+            save_model(network, str(folder / WEIGHTS))
+            loading = _load_module(str(out), factory)
+        else:
+            save_onnx(network, folder / GRAPH)
+            loading = f"Any ONNX runtime loads `{GRAPH}`.\n"
+        if report is not None:
+            report.output = str(out)
+        readme = card(name, front={}, loading=loading, base_name=plan.model.name, plans=[plan], report=report)
+        write_documents(folder, [plan], report, readme, html=html)
+        write_manifest(folder)
+    return Path(out)
+
+
+def _check_finite(module: nn.Module) -> None:
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NonFiniteError(f"{name} holds NaN or inf; nothing was written")
+
+
+def _exported(module: nn.Module, plan: Plan) -> torch.export.ExportedProgram:
+    inputs = plan.inputs
+    assert inputs is not None
+    example = Example.of(inputs)
+    with evaluation_mode(module), no_fast_path(), quiet():
+        return torch.export.export(module, example.args, dict(example.kwargs or {}), strict=False)
+
+
+def _as_onnx(module: nn.Module, plan: Plan) -> onnx.ModelProto:
+    exported = _exported(module, plan)
+    # it logs which extensions are not there
+    log, program = logging.getLogger("torch.onnx"), None
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(exported, dynamo=True, verbose=False)
+    except Exception as error:  # the exporter's own kinds
+        raise OutputError(f"torch can't export the module to ONNX: {first_line(error)}") from error
+    finally:
+        log.setLevel(level)
+    assert program is not None
+    return program.model_proto
+
+
+def _save_program(network: Any, out: str | Path, plan: Plan) -> None:
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            torch.export.save(_exported(network, plan), whole)
+            os.replace(whole, path)
+    except OSError as error:
+        raise OutputError(f"can't write {path}: {error.strerror or error}") from error
+
+
+def _load_module(out: str, factory: str) -> str:
+    source, _, name = factory.rpartition(":")
+    module = Path(source).stem if is_file(source) else source
+    dense = f"{name}()" if factory else "dense"
+    first = f"from {module} import {name}  # what makes the dense module\n" if factory else ""
+    return (
+        "```python\nimport secateur as sc\nfrom safetensors.torch import load_model\n"
+        f"{first}\n"
+        f'module = sc.apply(sc.Plan.load("{out}/plan"), {dense})  # the same class with smaller layers\n'
+        f'load_model(module, "{out}/{WEIGHTS}")\n```\n'
+    )
