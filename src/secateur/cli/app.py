@@ -12,7 +12,7 @@ from secateur.cli.options import Plugins, load_plugins
 
 app = typer.Typer(
     name="secateur",
-    help="Prune language models: cut, measure, save, and load the result anywhere.",
+    help="Prune language models and any other network: cut, measure, save, and load the result anywhere.",
     add_completion=False,
     rich_markup_mode=None,
 )

@@ -16,6 +16,7 @@ from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance
 from secateur.report import Metric, Report
 from secateur.report.build import build_report
 from secateur.structure import Group
+from secateur.structure.following import most_coupled
 from secateur.structure.groups import TracedAnatomy
 from secateur.versions import library_versions
 
@@ -126,6 +127,9 @@ def _complement(kept: Tensor, units: int) -> Tensor:
 def network_report(plan: Plan, anatomy: TracedAnatomy) -> Report:
     """What left, and what the network costs before and after."""
     report = build_report(plan, anatomy)
+    report.groups = dict(plan.groups)
+    way = most_coupled(anatomy, [name for name in plan.keep if len(plan.removed(name))] or list(plan.keep))
+    report.ways = [way] if way else []
     removed = anatomy.units_removed({name: plan.removed(name) for name in plan.keep})
     before, after = anatomy.total, anatomy.costs.without(removed)
     budget = plan.provenance[0].options["budget"]

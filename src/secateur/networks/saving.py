@@ -92,13 +92,15 @@ def save_network(
             from safetensors.torch import save_model
 
             save_model(network, str(folder / WEIGHTS))
-            loading = _load_module(str(out), factory)
+            code = _load_module(str(out), factory)
         else:
             save_onnx(network, folder / GRAPH)
-            loading = f"Any ONNX runtime loads `{GRAPH}`.\n"
+            code = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{out}/{GRAPH}")\n'
         if report is not None:
-            report.output = str(out)
-        readme = card(name, front={}, loading=loading, base_name=plan.model.name, plans=[plan], report=report)
+            report.output, report.loading = str(out), code
+        readme = card(
+            name, front={}, loading=f"```python\n{code}```\n", base_name=plan.model.name, plans=[plan], report=report
+        )
         write_documents(folder, [plan], report, readme, html=html)
         write_manifest(folder)
     return Path(out)
@@ -154,8 +156,8 @@ def _load_module(out: str, factory: str) -> str:
     dense = f"{name}()" if factory else "dense"
     first = f"from {module} import {name}  # what makes the dense module\n" if factory else ""
     return (
-        "```python\nimport secateur as sc\nfrom safetensors.torch import load_model\n"
+        "import secateur as sc\nfrom safetensors.torch import load_model\n"
         f"{first}\n"
         f'module = sc.apply(sc.Plan.load("{out}/plan"), {dense})  # the same class with smaller layers\n'
-        f'load_model(module, "{out}/{WEIGHTS}")\n```\n'
+        f'load_model(module, "{out}/{WEIGHTS}")\n'
     )

@@ -9,6 +9,15 @@ from secateur.report.report import LayerCut, Report
 from secateur.structure import Anatomy
 from secateur.versions import library_versions, machine
 
+BUDGET_WORDS = {
+    "params": "parameters",
+    "macs": "MACs",
+    "bytes": "bytes",
+    "kv_bytes": "bytes of the KV cache",
+    "channels": "channels",
+    "latency": "latency",
+}
+
 
 def build_report(plan: Plan, anatomy: Anatomy) -> Report:
     """What ``plan`` removes from the dense model of this ``anatomy``; whoever measures adds metrics and samples."""
@@ -45,9 +54,7 @@ def _requested(plan: Plan) -> str:
         elif options.get("layers"):
             parts.append(f"{options['layers']} blocks")
         else:
-            what = {"params": "parameters", "macs": "MACs"}.get(
-                options.get("budget", ""), options.get("budget", "weights")
-            )
+            what = BUDGET_WORDS.get(options.get("budget", ""), "weights")
             parts.append(f"{100 * options.get('sparsity', 0):.1f} % of the {what}")
     return ", then ".join(parts)
 

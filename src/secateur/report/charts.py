@@ -43,8 +43,8 @@ def units_chart(layers: Sequence[LayerCut], kind: str) -> Chart:
     gone = [old - new for old, new in zip(before, after, strict=True)]
     word = KIND_WORDS.get(kind, kind)
     data = [
-        _bars(x, after, "kept", KEEP, "layer %{x}: %{y} kept<extra></extra>"),
-        _bars(x, gone, "removed", REMOVED, "layer %{x}: %{y} removed<extra></extra>"),
+        bars(x, after, "kept", KEEP, "layer %{x}: %{y} kept<extra></extra>"),
+        bars(x, gone, "removed", REMOVED, "layer %{x}: %{y} removed<extra></extra>"),
     ]
     y = axis("", range=[0, max(before, default=1) * 1.02]) | _few_ticks(max(before, default=1))
     layout = frame(180, _layer_axis(x), y) | {"barmode": "stack", "bargap": 0.25}
@@ -95,29 +95,31 @@ def score_charts(report: Report) -> list[Chart]:
         if found is None:
             # the units of such a group are the layers themselves
             for unit, score in enumerate(scores):
-                kinds.setdefault(name, {})[unit] = _sides([score], {0} if unit in kept else set())
+                kinds.setdefault(name, {})[unit] = sides([score], {0} if unit in kept else set())
         else:
             kind = f"{name[: found.start()]}.{name[found.end() :]}".strip(".").removeprefix("layers.")
-            kinds.setdefault(kind, {})[int(found[1])] = _sides(scores, kept)
+            kinds.setdefault(kind, {})[int(found[1])] = sides(scores, kept)
     drawn = {kind: {n: pair for n, pair in sorted(layers.items()) if any(pair)} for kind, layers in kinds.items()}
-    return [_scores_chart(kind, layers) for kind, layers in drawn.items() if layers]
+    return [scores_chart(kind, layers) for kind, layers in drawn.items() if layers]
 
 
-def _sides(scores: Sequence[float], kept: set[int]) -> tuple[list[float], list[float]]:
+def sides(scores: Sequence[float], kept: set[int]) -> tuple[list[float], list[float]]:
+    """The finite scores of kept and of removed units."""
     finite = [(unit in kept, score) for unit, score in enumerate(scores) if math.isfinite(score)]
     return [score for stays, score in finite if stays], [score for stays, score in finite if not stays]
 
 
-def _scores_chart(kind: str, layers: Mapping[int, tuple[list[float], list[float]]]) -> Chart:
+def scores_chart(kind: str, layers: Mapping[int, tuple[list[float], list[float]]], word: str = "layer") -> Chart:
+    """Scores of kept and removed units over the layers, or over what ``word`` says that the numbers count."""
     everything = [s for stay, leave in layers.values() for s in (*stay, *leave)]
     few = max(len(stay) + len(leave) for stay, leave in layers.values()) <= _MOST_POINTS
     draw = _points if few else _boxes
-    sides = (("kept", KEEP, 0), ("removed", REMOVED, 1))
-    data = [draw({n: pair[side] for n, pair in layers.items()}, name, colour) for name, colour, side in sides]
+    parts = (("kept", KEEP, 0), ("removed", REMOVED, 1))
+    data = [draw({n: pair[side] for n, pair in layers.items()}, name, colour, word) for name, colour, side in parts]
     logarithmic = min(everything) > 0 and max(everything) / min(everything) > _WIDE_RANGE
     y = axis("score", zeroline=False)
     y |= {"type": "log", "dtick": 1, "tickformat": "~g"} if logarithmic else {"nticks": 6}
-    x = _layer_axis(list(layers)) | {"range": [min(layers) - 0.7, max(layers) + 0.7]}
+    x = _layer_axis(list(layers), word) | {"range": [min(layers) - 0.7, max(layers) + 0.7]}
     layout = frame(260, x, y) | {"boxmode": "overlay"}
     how = "every unit is a dot" if few else "boxes hold the middle half, whiskers 5 % to 95 %"
     scale = ", logarithmic scale" if logarithmic else ""
@@ -126,7 +128,8 @@ def _scores_chart(kind: str, layers: Mapping[int, tuple[list[float], list[float]
     return Chart(f"Scores: {kind}", description, {"data": data, "layout": layout})
 
 
-def _bars(x: list[int], y: list[int], name: str, colour: str, hover: str) -> dict[str, Any]:
+def bars(x: list[int], y: list[int], name: str, colour: str, hover: str) -> dict[str, Any]:
+    """The bars of one colour of a chart."""
     return {
         "type": "bar",
         "x": x,
@@ -137,7 +140,7 @@ def _bars(x: list[int], y: list[int], name: str, colour: str, hover: str) -> dic
     }
 
 
-def _points(values: Mapping[int, Sequence[float]], name: str, colour: str) -> dict[str, Any]:
+def _points(values: Mapping[int, Sequence[float]], name: str, colour: str, word: str) -> dict[str, Any]:
     pairs = [(layer, _short(score)) for layer, scores in values.items() for score in scores]
     symbol = "circle" if name == "kept" else "circle-open"
     return {
@@ -147,11 +150,11 @@ def _points(values: Mapping[int, Sequence[float]], name: str, colour: str) -> di
         "y": [score for _, score in pairs],
         "name": name,
         "marker": {"color": colour, "size": 7, "symbol": symbol, "line": {"width": 2, "color": colour}},
-        "hovertemplate": f"layer %{{x}}: %{{y:.3g}}, {name}<extra></extra>",
+        "hovertemplate": f"{word} %{{x}}: %{{y:.3g}}, {name}<extra></extra>",
     }
 
 
-def _boxes(values: Mapping[int, Sequence[float]], name: str, colour: str) -> dict[str, Any]:
+def _boxes(values: Mapping[int, Sequence[float]], name: str, colour: str, word: str) -> dict[str, Any]:
     layers = [layer for layer, scores in values.items() if scores]
     ordered = [sorted(values[layer]) for layer in layers]
     quantiles = [[_short(_quantile(scores, q)) for scores in ordered] for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
@@ -221,10 +224,10 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def _layer_axis(layers: Sequence[int]) -> dict[str, Any]:
+def _layer_axis(layers: Sequence[int], word: str = "layer") -> dict[str, Any]:
     # left alone, plotly marks halves between a few layers
     ticks = {"dtick": 1} if len(layers) <= 10 else {}
-    return axis("layer", showgrid=False, zeroline=False, tickformat="d", **ticks)
+    return axis(word, showgrid=False, zeroline=False, tickformat="d", **ticks)
 
 
 def frame(height: int, xaxis: dict[str, Any], yaxis: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from secateur.report.build import BUDGET_WORDS
+from secateur.report.channels import WAY_KEY, channel_scores, channels_chart, way_chart
 from secateur.report.charts import KIND_WORDS, score_charts, sparsity_chart, units_chart
 from secateur.report.numbers import (
     MISSING,
@@ -57,16 +59,22 @@ def render(report: Report) -> str:
 
 def _headline(report: Report) -> str:
     numbers = "".join(_big_number(metric) for metric in _headline_metrics(report.metrics))
-    masked = any(cut.matrices for cut in report.layers)
-    deed, what = ("zeroed", "weights") if masked else ("removed", "parameters")
+    deed = "zeroed" if any(cut.matrices for cut in report.layers) else "removed"
     return (
         '<header><p class="kicker">Pruning report</p>'
         f"<h1>{escape(report.model)}</h1>"
         f'<p class="lede"><strong>{escape(report.method)}</strong> {deed} {percent(report.achieved)}'
-        f" of the {what} of the decoder blocks; asked for: {escape(report.requested)}.</p>"
+        f" {_of_what(report)}; asked for: {escape(report.requested)}.</p>"
         + (f'<dl class="headline">{numbers}</dl>' if numbers else "")
         + "</header>"
     )
+
+
+def _of_what(report: Report) -> str:
+    if report.groups:
+        return f"of the {BUDGET_WORDS[report.options['budget']]}"
+    masked = any(cut.matrices for cut in report.layers)
+    return f"of the {'weights' if masked else 'parameters'} of the decoder blocks"
 
 
 def _headline_metrics(metrics: Sequence[Metric]) -> list[Metric]:
@@ -75,6 +83,7 @@ def _headline_metrics(metrics: Sequence[Metric]) -> list[Metric]:
         _is_disk,
         lambda m: m.unit.lower() in ("parameters", "params") or m.name.lower() == "parameters",
         lambda m: _is_speed(m) and "decode" in m.name.lower(),
+        lambda m: m.name == "MACs",
     )
     found = (next((m for m in metrics if len(m.values) > 1 and test(m)), None) for test in wanted)
     return [metric for metric in found if metric is not None]
@@ -106,6 +115,10 @@ def _change(metric: Metric, dense: str, model: str) -> str:
 
 
 def _cuts(report: Report, charts: dict[str, Any]) -> str:
+    if report.groups:
+        parts = [figure(channels_chart(report), charts), _channels_table(report)]
+        parts += [figure(way_chart(way), charts, WAY_KEY) for way in report.ways]
+        return "\n".join(["<section><h2>What was cut</h2>", *parts, "</section>"])
     kinds = list(dict.fromkeys(kind for cut in report.layers for kind in cut.units))
     parts = [_blocks(report)] if "layer" in kinds else []
     parts += [figure(units_chart(report.layers, kind), charts) for kind in kinds if kind != "layer"]
@@ -142,8 +155,19 @@ def _cuts_table(report: Report, kinds: Sequence[str]) -> str:
     return f"<details><summary>The same in numbers</summary>{table(header, rows)}</details>"
 
 
+def _channels_table(report: Report) -> str:
+    rows = [
+        [name, f"{len(kept):,}", f"{report.groups[name]:,}", percent(1 - len(kept) / report.groups[name])]
+        for name, kept in report.keep.items()
+    ]
+    header = ["group", "kept", "of", "removed"]
+    return f"<details><summary>The same in numbers</summary>{table(header, rows)}</details>"
+
+
 def _scores(report: Report, charts: dict[str, Any]) -> str:
-    figures = [figure(chart, charts) for chart in score_charts(report)]
+    of_channels = channel_scores(report) if report.groups else None
+    drawn = ([of_channels] if of_channels else []) if report.groups else score_charts(report)
+    figures = [figure(chart, charts) for chart in drawn]
     return "\n".join(["<section><h2>Scores</h2>", *figures, "</section>"]) if figures else ""
 
 
@@ -232,6 +256,8 @@ def _samples(report: Report) -> str:
 def _loading(report: Report) -> str:
     if report.output is None:
         return ""
+    if report.loading:
+        return f"<section><h2>Load it</h2><pre tabindex='0'><code>{escape(report.loading)}</code></pre></section>"
     folder = json.dumps(report.output, ensure_ascii=False)
     if report.plain:
         why = "A plain checkpoint: stock transformers and what builds on it load it as it is."

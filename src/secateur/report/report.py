@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.structure.following import Way
 
 BYTES_ON_DISK = "bytes on disk"
 
@@ -66,6 +69,12 @@ class Report:
     """group name → score of every unit, higher = kept first"""
     keep: dict[str, list[int]] = field(default_factory=dict)
     """group name → kept units"""
+    groups: dict[str, int] = field(default_factory=dict)
+    """group name → channels before; of traced networks only"""
+    ways: list[Way] = field(default_factory=list)
+    """how the channels of a group run through a traced network, for the picture"""
+    loading: str = ""
+    """Python that loads a traced network"""
     metrics: list[Metric] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     calibration: dict[str, Any] | None = None

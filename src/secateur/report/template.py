@@ -74,6 +74,7 @@ figure { margin: 1.2rem 0 1.8rem; }
 .key i { display: inline-block; width: .75rem; height: .75rem; margin-right: .4rem; border-radius: 2px; }
 i.keep { background: var(--keep); }
 i.removed { background: var(--removed); }
+i.carries { background: var(--muted); }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--muted); font-size: .875rem; padding-bottom: .3rem; }

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from secateur.errors import UsageError
 from secateur.structure.exporting import Exported, export
-from secateur.structure.traced import Call, NoRule, Traced, Value
+from secateur.structure.traced import Call, NoRule, Step, Traced, Value
 
 __all__ = ["RULES", "Call", "NoRule", "Trace", "Value", "rule", "trace"]
 
@@ -92,6 +92,26 @@ class Trace(Traced):
     def element_sizes(self) -> dict[str, int]:
         named = self.module.named_parameters(remove_duplicate=False)
         return {name: parameter.element_size() for name, parameter in named}
+
+    def steps(self) -> list[Step]:
+        found: list[Step] = []
+        number: dict[fx.Node, int] = {}
+        for node in self.calls():
+            inputs = node.all_input_nodes
+            if node.target is operator.getitem and inputs[0] in number:
+                number[node] = number[inputs[0]]
+                continue
+            outputs, schema = self.values[node], getattr(node.target, "_schema", None)
+            step = Step(
+                operator=(schema.name if schema else str(node.target)).rpartition("::")[2],
+                where=module_of(node),
+                sources=tuple(dict.fromkeys(number[n] for n in inputs if n in number)),
+                parameters={str(n.target): self.value(n) for n in inputs if n.op == "get_attr" and self.values[n]},
+                outputs=tuple(outputs) if isinstance(outputs, list) else (outputs,),
+            )
+            number[node] = len(found)
+            found.append(step)
+        return found
 
     def value(self, node: fx.Node) -> Value:
         """The value of a node with one output."""

@@ -81,6 +81,18 @@ class Work:
     times: int = 1
 
 
+@dataclass(frozen=True)
+class Step:
+    """One call of a network, for those who follow a channel through it. ``sources`` are the numbers of the steps whose
+    outputs it reads."""
+
+    operator: str
+    where: str
+    sources: tuple[int, ...]
+    parameters: Mapping[str, Value]
+    outputs: tuple[Value, ...]
+
+
 @dataclass
 class Traced:
     """A traced network. ``parameters`` maps the names of parameters, buffers and constants to their values."""
@@ -165,6 +177,10 @@ class Traced:
 
     def element_sizes(self) -> dict[str, int]:
         """Bytes of one entry of every parameter that counts as one; buffers and constants don't."""
+        raise NotImplementedError
+
+    def steps(self) -> list[Step]:
+        """The calls, in order."""
         raise NotImplementedError
 
     def maker(self, name: str) -> tuple[str, int]:

@@ -26,7 +26,7 @@ from secateur.structure.onnx.network import (
     subgraphs,
 )
 from secateur.structure.onnx.shapes import Shapes, doubled, example_inputs
-from secateur.structure.traced import Call, NoRule, Traced, Value
+from secateur.structure.traced import Call, NoRule, Step, Traced, Value
 from secateur.structure.units import Labels
 
 Rule = Callable[["OnnxTrace", Call], "Value | Sequence[Value]"]
@@ -96,6 +96,22 @@ class OnnxTrace(Traced):
         name = inputs[at] if at < len(inputs) else ""
         static = self.static(name) if name else None
         return self.shapes.known[name] if static is not None and static.all() else None
+
+    def steps(self) -> list[Step]:
+        found: list[Step] = []
+        number: dict[str, int] = {}
+        for node in self.network.nodes:
+            inputs = [name for name in inputs_of(node) if name]
+            step = Step(
+                operator=node.op_type,
+                where=_module(node),
+                sources=tuple(dict.fromkeys(number[name] for name in inputs if name in number)),
+                parameters={name: self.values[name] for name in inputs if name in self.parameters},
+                outputs=tuple(self.values[name] for name in node.output if name in self.values),
+            )
+            number |= dict.fromkeys(node.output, len(found))
+            found.append(step)
+        return found
 
     def makes(self, labels: Labels) -> None:
         """Along this dimension of a weight lie the channels that it makes."""
