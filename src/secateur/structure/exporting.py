@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,8 +115,12 @@ def _first_line(error: Exception) -> str:
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Every sub-module in evaluation mode, and back as it was."""
     before = {m: m.training for m in module.modules()}
-    module.eval()
     try:
+        # an exported graph, or a part that is one, has the mode that it was exported in
+        with suppress(NotImplementedError):
+            module.eval()
+        for part in before:
+            part.training = False
         yield
     finally:
         for part, training in before.items():
