@@ -340,10 +340,12 @@ def _prune_network(
 
 
 def evaluate(
-    models: PreTrainedModel | Sequence[PreTrainedModel] | Mapping[str, PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase | None,
-    tasks: Sequence[str] = ("perplexity:builtin", "speed", "size"),
+    models: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tasks: Sequence[str] | None = None,
     *,
+    example_inputs: ExampleInputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     length: int = 512,
     windows: int = 40,
     seed: int = 0,
@@ -351,12 +353,16 @@ def evaluate(
     folders: Mapping[str, str | Path] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Table:
-    """Measure models side by side; the first is the dense baseline.
+    """Measure models side by side; the first is the dense baseline. ``models`` is one, a list, or a mapping of names.
 
-    Tasks: ``perplexity:builtin``, ``perplexity:FILE``, ``perplexity:DATASET``, ``speed``, ``size``,
+    Tasks of decoders: ``perplexity:builtin``, ``perplexity:FILE``, ``perplexity:DATASET``, ``speed``, ``size``,
     ``lm_eval:TASK``. ``length`` is the window in tokens and ``windows`` their number.
     ``text_field`` is the field of a jsonl or parquet file. ``folders`` maps the names of models to their checkpoint
-    folders, whose size on disk is then the one shown. Raises UsageError for an unknown task.
+    folders, whose size on disk is then the one shown.
+    Tasks of other networks, torch modules and ONNX models: ``accuracy:IMAGES`` (top-1 and mean loss on a folder with
+    one sub-folder per class, an .npz or .parquet file, or a data set), ``latency``, ``macs``, ``size``; all but the
+    first need ``example_inputs``, as in ``anatomy``. The default tasks are ``perplexity:builtin``, ``speed`` and
+    ``size``, with example inputs ``size``, ``macs`` and ``latency``. Raises UsageError for an unknown task.
     """
     from secateur.evaluation import evaluate_models
 
@@ -364,6 +370,8 @@ def evaluate(
         models,
         tokenizer,
         tasks,
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
         length=length,
         windows=windows,
         seed=seed,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from secateur import timing
 from secateur.errors import UsageError
 from secateur.evaluation import evaluate_models, make_task, speed
 from secateur.evaluation.speed import Speed, memory_bandwidth, weight_bytes_per_step
@@ -87,5 +88,5 @@ def test_an_input_embedding_is_not_read_unless_it_is_tied(make_llama: Any) -> No
 
 def test_bandwidth_counts_bytes_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr(speed, "_now", lambda device: float(next(clock)))
+    monkeypatch.setattr(timing, "now", lambda device: float(next(clock)))
     assert memory_bandwidth(CPU, size_bytes=1000, repeats=3) == 2000.0

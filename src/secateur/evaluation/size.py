@@ -1,11 +1,11 @@
 """How large a model is: parameters, bytes in memory and on disk, and the peak memory of a forward.
 
-Peak memory is the largest number of bytes of tensors that are alive at one time while the model reads one prompt: its
-weights and buffers, the activations and the KV cache. On a CPU the tensors are counted one by one as operators make
-them. The resident size of the process would also count what the allocator keeps, the libraries and the other
-models in the process, and differs from run to run; the count is exact, the same in every run, and comparable between
-models that share a process. It leaves out workspaces inside kernels. On a GPU it is the allocator's own peak during
-the forward, less what was allocated before, plus the model's weights.
+Peak memory is the largest number of bytes of tensors that are alive at one time while a decoder reads one prompt, or
+another network its example inputs: its weights and buffers, the activations and the KV cache. On a CPU the tensors are
+counted one by one as operators make them. The resident size of the process would also count what the allocator keeps,
+the libraries and the other models in the process, and differs from run to run; the count is exact, the same in every
+run, and comparable between models that share a process. It leaves out workspaces inside kernels. On a GPU it is the
+allocator's own peak during the forward, less what was allocated before, plus the model's weights.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import UsageError
-from secateur.evaluation.base import Settings, stored_tensors
+from secateur.evaluation.base import Inputs, Settings, stored_tensors
+from secateur.evaluation.runners import open_runner
 from secateur.models.sources import Source, stored_names
 from secateur.observe.calibration import cached_forward, check_length, evaluating
 from secateur.report import Metric
 from secateur.report.report import BYTES_ON_DISK
+from secateur.structure.kinds import is_onnx
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,29 +54,72 @@ class Size:
         return "size"
 
     def measure(
-        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
+        self, models: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
-        """Five metrics: parameters, non-zero parameters, bytes, bytes on disk, peak memory."""
-        for model in models.values():
-            check_length(model, settings.length)
+        """Five metrics: parameters, non-zero parameters, bytes, bytes on disk, peak memory.
 
-        def of_all(count: Callable[[PreTrainedModel], int]) -> dict[str, float]:
-            return {name: count(model) for name, model in models.items()}
-
-        disk: dict[str, float] = {n: _disk_bytes(m, settings.folders.get(n)) for n, m in models.items()}
-        where = "weight files of the folder" if settings.folders else "as a safetensors checkpoint"
-        peaks: dict[str, float] = {}
+        Peak memory is left out where an ONNX model is among the models.
+        """
+        if settings.inputs is None:
+            for model in models.values():
+                check_length(model, settings.length)
+        weights: dict[str, Weight] = {}
         for done, (name, model) in enumerate(models.items(), start=1):
-            peaks[name] = peak_bytes(model, settings.length)
+            weigh = _weigh_onnx if is_onnx(model) else _weigh_module
+            weights[name] = weigh(model, settings, settings.folders.get(name))
             settings.progress("size", done, len(models))
+
+        def metric(name: str, unit: str, protocol: str, pick: Callable[[Weight], int | None]) -> list[Metric]:
+            values = {n: pick(weight) for n, weight in weights.items()}
+            found: dict[str, float] = {n: v for n, v in values.items() if v is not None}
+            return [Metric(name, unit, found, False, protocol)] if len(found) == len(values) else []
+
+        where = "weight files of the folder" if settings.folders else "as a safetensors checkpoint"
         memory = f"live tensors while reading 1 x {settings.length} tokens: weights, activations, KV cache"
+        if settings.inputs is not None:
+            where = "as a safetensors checkpoint, or as .onnx"
+            memory = f"live tensors during one call on {settings.inputs}: weights, activations"
         return [
-            Metric("parameters", "", of_all(count_parameters), False, "tied parameters counted once"),
-            Metric("non-zero parameters", "", of_all(count_nonzero), False, "tied parameters counted once"),
-            Metric("bytes", "bytes", of_all(count_bytes), False, "weights and buffers in memory"),
-            Metric(BYTES_ON_DISK, "bytes", disk, False, where),
-            Metric("peak memory", "bytes", peaks, False, memory),
+            *metric("parameters", "", "tied parameters counted once", lambda w: w.parameters),
+            *metric("non-zero parameters", "", "tied parameters counted once", lambda w: w.nonzero),
+            *metric("bytes", "bytes", "weights and buffers in memory", lambda w: w.bytes),
+            *metric(BYTES_ON_DISK, "bytes", where, lambda w: w.disk),
+            *metric("peak memory", "bytes", memory, lambda w: w.peak),
         ]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What one model weighs; ``peak`` is None where it can't be told."""
+
+    parameters: int
+    nonzero: int
+    bytes: int
+    disk: int
+    peak: int | None
+
+
+def _weigh_module(model: Any, settings: Settings, folder: Path | None) -> Weight:
+    peak = peak_bytes(model, settings.length) if settings.inputs is None else peak_of_call(model, settings.inputs)
+    return Weight(count_parameters(model), count_nonzero(model), count_bytes(model), _disk_bytes(model, folder), peak)
+
+
+def _weigh_onnx(model: Any, settings: Settings, folder: Path | None) -> Weight:
+    """Initialisers of floating point count as parameters; what onnxruntime takes of memory can't be told from here."""
+    from secateur.structure.onnx import load_onnx
+    from secateur.structure.onnx.network import FLOATING
+
+    proto = load_onnx(model) if isinstance(model, str | Path) else model
+    from onnx import numpy_helper
+
+    arrays = [numpy_helper.to_array(t) for t in proto.graph.initializer if t.data_type in FLOATING and t.dims]
+    return Weight(
+        parameters=sum(a.size for a in arrays),
+        nonzero=sum(int((a != 0).sum()) for a in arrays),
+        bytes=sum(a.nbytes for a in arrays),
+        disk=proto.ByteSize(),
+        peak=None,
+    )
 
 
 def stored_size(sources: Mapping[str, Source]) -> list[Metric]:
@@ -128,13 +173,24 @@ def checkpoint_bytes(model: nn.Module) -> int:
 def peak_bytes(model: PreTrainedModel, length: int) -> int:
     """Peak bytes of live tensors while the model reads one prompt of ``length`` tokens (see the module's docstring)."""
     ids_BT = torch.arange(length)[None] % model.config.get_text_config().vocab_size
-    weights = sum(s.nbytes() for s in _storages(model).values())
     # not inference_mode: composite operators would then hide their intermediate tensors
     with evaluating(model), torch.no_grad():
-        if model.device.type == "cuda":
-            return weights + _cuda_increase(model, ids_BT)
-        with LiveBytes(_storages(model)) as live:
-            cached_forward(model, ids_BT.to(model.device))
+        return _peak(model, model.device, lambda: cached_forward(model, ids_BT.to(model.device)))
+
+
+def peak_of_call(model: nn.Module, inputs: Inputs) -> int:
+    """Peak bytes of live tensors during one call of any module."""
+    runner = open_runner(model)
+    with runner.ready(inputs) as call:
+        return _peak(model, runner.device, call)
+
+
+def _peak(model: nn.Module, device: torch.device, call: Callable[[], object]) -> int:
+    weights = sum(s.nbytes() for s in _storages(model).values())
+    if device.type == "cuda":
+        return weights + _cuda_increase(device, call)
+    with LiveBytes(_storages(model)) as live:
+        call()
     return weights + live.peak
 
 
@@ -190,13 +246,13 @@ def _storages(model: nn.Module) -> dict[int, torch.UntypedStorage]:
     return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
 
 
-def _cuda_increase(model: PreTrainedModel, ids_BT: Tensor) -> int:
-    torch.cuda.synchronize(model.device)
-    torch.cuda.reset_peak_memory_stats(model.device)
-    before = torch.cuda.memory_allocated(model.device)
-    cached_forward(model, ids_BT.to(model.device))
-    torch.cuda.synchronize(model.device)
-    return torch.cuda.max_memory_allocated(model.device) - before
+def _cuda_increase(device: torch.device, call: Callable[[], object]) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _disk_bytes(model: nn.Module, folder: Path | None) -> int:

@@ -13,8 +13,7 @@ that reads few of its experts does.
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
@@ -22,8 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from secateur.errors import UsageError, nearest
-from secateur.evaluation.base import Settings, stored_tensors
+from secateur import timing
+from secateur.evaluation.base import Settings, stored_tensors, whole_numbers
 from secateur.observe.calibration import cached_forward, check_length, evaluating
 from secateur.report import Metric
 
@@ -46,17 +45,7 @@ class Speed:
     @classmethod
     def parse(cls, argument: str) -> Speed:
         """From the text after ``speed:``. Raises UsageError for an unknown key or a bad number."""
-        return cls(**dict(cls._setting(part) for part in argument.split(",") if part))
-
-    @classmethod
-    def _setting(cls, part: str) -> tuple[str, int]:
-        key, _, value = part.partition("=")
-        known = [f.name for f in dataclasses.fields(cls)]
-        if key not in known:
-            raise UsageError(f"speed has no setting '{key}'{nearest(key, known)} (it has {', '.join(known)})")
-        if not value.isdecimal() or int(value) < 1:
-            raise UsageError(f"speed: {key} must be a whole number of at least 1, got {value!r}")
-        return key, int(value)
+        return cls(**whole_numbers("speed", argument, [f.name for f in dataclasses.fields(cls)]))
 
     @property
     def name(self) -> str:
@@ -99,12 +88,12 @@ class Speed:
         generator = torch.Generator().manual_seed(seed)
         prompt_BT = torch.randint(vocabulary, (self.batch, self.prompt), generator=generator).to(device)
         with evaluating(model):
-            start = _now(device)
+            start = timing.now(device)
             logits_BV, cache = cached_forward(model, prompt_BT)
-            middle = _now(device)
+            middle = timing.now(device)
             for _ in range(self.new):
                 logits_BV, cache = cached_forward(model, logits_BV.argmax(dim=-1, keepdim=True), cache)
-            return middle - start, _now(device) - middle
+            return middle - start, timing.now(device) - middle
 
     def _bound(self, models: Mapping[str, PreTrainedModel]) -> Metric:
         rates = {device: memory_bandwidth(device) for device in {model.device for model in models.values()}}
@@ -129,19 +118,7 @@ def memory_bandwidth(device: torch.device, size_bytes: int = BANDWIDTH_BYTES, re
     source = torch.ones(size_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)  # the pages of the target must exist before time is taken
-    return 2 * size_bytes / median(_seconds(lambda: target.copy_(source), device) for _ in range(repeats))
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    start = _now(device)
-    work()
-    return _now(device) - start
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return 2 * size_bytes / median(timing.seconds(lambda: target.copy_(source), device) for _ in range(repeats))
 
 
 def _untied_embedding(model: PreTrainedModel) -> Tensor | None:

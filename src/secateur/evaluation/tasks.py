@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from secateur.errors import UsageError, nearest
-from secateur.evaluation.base import Evaluation, Progress, Settings, silent
+from secateur.evaluation.accuracy import Accuracy
+from secateur.evaluation.base import Evaluation, Inputs, Progress, Settings, silent
+from secateur.evaluation.latency import Latency, Macs
 from secateur.evaluation.lm_eval_task import LmEval
 from secateur.evaluation.perplexity import Perplexity
 from secateur.evaluation.size import Size
 from secateur.evaluation.speed import Speed
 from secateur.evaluation.tables import Table
+from secateur.structure.kinds import is_onnx
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # Kind of task → (how it is written, what makes it out of the text after the colon).
 KINDS: dict[str, tuple[str, Callable[[str], Evaluation]]] = {
@@ -23,11 +26,19 @@ KINDS: dict[str, tuple[str, Callable[[str], Evaluation]]] = {
     "speed": ("speed", Speed.parse),
     "size": ("size", Size.parse),
     "lm_eval": ("lm_eval:TASK", LmEval.parse),
+    "accuracy": ("accuracy:IMAGES", Accuracy.parse),
+    "latency": ("latency", Latency.parse),
+    "macs": ("macs", Macs.parse),
 }
+
+# What is measured when no task is named.
+OF_DECODERS = ("perplexity:builtin", "speed", "size")
+OF_NETWORKS = ("size", "macs", "latency")
 
 
 def make_task(text: str) -> Evaluation:
-    """The evaluation that ``text`` names: ``perplexity:builtin``, ``speed:batch=4``, ``size``, ``lm_eval:hellaswag``.
+    """The evaluation that ``text`` names: ``perplexity:builtin``, ``speed:batch=4``, ``size``, ``lm_eval:hellaswag``,
+    ``accuracy:photos?limit=1000``, ``latency:batch=8``, ``macs``.
 
     Raises UsageError, with the nearest kind, when there is none.
     """
@@ -39,10 +50,12 @@ def make_task(text: str) -> Evaluation:
 
 
 def evaluate_models(
-    models: PreTrainedModel | Sequence[PreTrainedModel] | Mapping[str, PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase | None,
-    tasks: Sequence[str] = ("perplexity:builtin", "speed", "size"),
+    models: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tasks: Sequence[str] | None = None,
     *,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     length: int = 512,
     windows: int = 40,
     seed: int = 0,
@@ -54,34 +67,53 @@ def evaluate_models(
 
     A sequence of models is named ``dense``, ``pruned`` (or ``pruned-1``, ``pruned-2``, ...); a mapping gives the
     names. ``length`` is the window in tokens and ``windows`` their number. ``folders`` maps names to the checkpoint
-    folders whose size on disk is shown. All tasks are checked before the first is measured.
+    folders whose size on disk is shown. ``example_inputs`` and ``example_kwargs`` are what networks are called with,
+    and sizes by name for ONNX models. All tasks are checked before the first is measured.
     Raises UsageError for an unknown task, DataError for unusable data, NonFiniteError for a broken model.
     """
     named = name_models(models)
+    inputs = make_inputs(example_inputs, example_kwargs)
+    if inputs is None and any(map(is_onnx, named.values())):
+        inputs = Inputs()
     settings = Settings(
         length=length,
         windows=windows,
         seed=seed,
         text_field=text_field,
         folders={name: Path(folder) for name, folder in (folders or {}).items()},
+        inputs=inputs,
         progress=progress or silent,
     )
+    if tasks is None:
+        tasks = OF_DECODERS if inputs is None else OF_NETWORKS
     evaluations = [make_task(task) for task in ([tasks] if isinstance(tasks, str) else tasks)]
     metrics = [metric for task in evaluations for metric in task.measure(named, tokenizer, settings)]
     return Table(metrics, list(named))
 
 
-def name_models(
-    models: PreTrainedModel | Sequence[PreTrainedModel] | Mapping[str, PreTrainedModel],
-) -> dict[str, PreTrainedModel]:
+def make_inputs(args: Any, kwargs: Mapping[str, Any] | None) -> Inputs | None:
+    """What networks are called with; None when nothing was given. Raises UsageError."""
+    if args is None and kwargs is None:
+        return None
+    if isinstance(args, Mapping):
+        return Inputs(sizes={name: tuple(shape) for name, shape in args.items()})
+    if args is not None and not isinstance(args, tuple | list):
+        raise UsageError(
+            f"example_inputs must be a tuple of what the models are called with, got {type(args).__name__}"
+        )
+    return Inputs(tuple(args or ()), dict(kwargs or {}))
+
+
+def name_models(models: Any) -> dict[str, Any]:
     """Models by name, the baseline first. Raises UsageError when there are none."""
     if isinstance(models, Mapping):
         named = dict(models)
-    elif isinstance(models, Sequence):
+    elif isinstance(models, list | tuple):
         several = len(models) > 2
         pruned = [f"pruned-{i}" if several else "pruned" for i in range(1, len(models))]
         named = dict(zip(["dense", *pruned], models, strict=False))
     else:
+        # whatever else is one model; nn.Sequential is a sequence too
         named = {"dense": models}
     if not named:
         raise UsageError("there is no model to evaluate; give at least one")

@@ -1,4 +1,4 @@
-"""What every front end of traced networks offers, and how to tell them apart without loading any."""
+"""What every front end of traced networks offers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from secateur.structure.kinds import is_onnx
 from secateur.usercode import is_reference
 
 if TYPE_CHECKING:
     from secateur.methods import Method
     from secateur.plans import Plan
     from secateur.structure.groups import TracedAnatomy
+
+__all__ = ["FILES", "Network", "is_named_network", "is_network_output", "is_onnx"]
 
 FILES = (".onnx", ".pt2")
 """What a network can be saved as, beside a folder."""
@@ -36,11 +39,6 @@ def is_named_network(model: str | None) -> bool:
     """Whether the command line means a traced network by this, and not a language model: an .onnx file or an object
     of Python."""
     return model is not None and (is_onnx(model) or (is_reference(model) and "//" not in model))
-
-
-def is_onnx(model: Any) -> bool:
-    """Whether this is an ONNX model or the name of a file with one."""
-    return (isinstance(model, str | Path) and str(model).endswith(".onnx")) or type(model).__name__ == "ModelProto"
 
 
 def is_network_output(model: Any, out: str | Path, plan: Any) -> bool:
