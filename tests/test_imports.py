@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "structure",
         "plans",
     },
-    "networks": {"methods", "report", "allocate", "observe", "structure", "plans"},
+    "networks": {"methods", "report", "allocate", "observe", "heal", "structure", "plans"},
     "train": {"models", "structure", "plans"},
     "api": {
         "engine",

@@ -107,11 +107,15 @@ class Provenance(BaseModel):
     """What the user should know: damping that had to be raised, rows that tied, layers left alone."""
     inputs: ExampleInputs | None = None
     """Of a traced module; None for decoders, whose groups come from their architecture."""
+    initialised: str = Field(default="", pattern="^(fresh|first)?$")
+    """How layers start whose shape changes: with what they keep (empty), drawn anew (``fresh``), or with what they keep
+    at the scale of a new draw (``first``)."""
 
     @model_serializer(mode="wrap")
-    def _without_absent_inputs(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # plans for decoders keep the bytes that they had before there were traced modules
-        return {key: value for key, value in handler(self).items() if key != "inputs" or value is not None}
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # plans keep the bytes that they had before there were traced modules, and networks that start anew
+        absent: dict[str, Any] = {"inputs": None, "initialised": ""}
+        return {key: value for key, value in handler(self).items() if key not in absent or value != absent[key]}
 
 
 class _Document(BaseModel):

@@ -14,7 +14,8 @@ from secateur.methods import get_method, list_methods
 from secateur.plans import Plan
 from secateur.structure.onnx import load_onnx, save_onnx
 
-METHODS = [m for m in list_methods(object="channels") if not get_method(m).needs]
+CHANNELS = {m: get_method(m) for m in list_methods(object="channels")}
+METHODS = [m for m, cls in CHANNELS.items() if not cls.needs and not cls.only_modules]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,12 @@ def test_masked_model_equals_cut_model(method, file):
     assert np.abs(outputs(result.model) - outputs(dense)).max() > 1e-3
     assert result.model.ByteSize() < 0.8 * dense.ByteSize()
     assert result.report.achieved == pytest.approx(0.4, abs=0.03)
+
+
+@pytest.mark.parametrize("method", [m for m, cls in CHANNELS.items() if cls.only_modules])
+def test_methods_that_run_or_build_the_network_say_so(method, file):
+    with pytest.raises(UsageError, match=f"{method} is for torch modules: .*ONNX"):
+        sc.prune(str(file), method=method, sparsity=0.4)
 
 
 def test_a_plan_is_applied_again_after_the_disk(file, tmp_path):

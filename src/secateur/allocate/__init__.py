@@ -1,13 +1,16 @@
 """Where the sparsity goes: mask rules for single weights, allocators for units and coupled channels."""
 
 from secateur.allocate.channels import SCOPES as CHANNEL_SCOPES
-from secateur.allocate.channels import allocate_channels
+from secateur.allocate.channels import CostOf, allocate_channels
+from secateur.allocate.cropping import crop_scores, fit_shares
+from secateur.allocate.densities import erk, global_masks, of_masks, synexp, uniform
 from secateur.allocate.masks import MaskRule, NofM, PerMatrix, PerRow, lowest_of_all, mask_rule, parse_pattern
 from secateur.allocate.units import Allocator, GlobalAllocator, ManualAllocator, UniformAllocator
 
 __all__ = [
     "CHANNEL_SCOPES",
     "Allocator",
+    "CostOf",
     "GlobalAllocator",
     "ManualAllocator",
     "MaskRule",
@@ -16,7 +19,14 @@ __all__ = [
     "PerRow",
     "UniformAllocator",
     "allocate_channels",
+    "crop_scores",
+    "erk",
+    "fit_shares",
+    "global_masks",
     "lowest_of_all",
     "mask_rule",
+    "of_masks",
     "parse_pattern",
+    "synexp",
+    "uniform",
 ]

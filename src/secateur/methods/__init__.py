@@ -15,6 +15,7 @@ from secateur.methods.base import (
     Target,
     UnitMethod,
     WeightMethod,
+    Whole,
     check_for_decoders,
     option,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Target",
     "UnitMethod",
     "WeightMethod",
+    "Whole",
     "check_for_decoders",
     "describe",
     "get_method",

@@ -7,8 +7,9 @@ it needs, how a target is scored, how a budget is spread. A method never sees a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
@@ -18,14 +19,26 @@ from secateur.allocate import CHANNEL_SCOPES, Allocator, MaskRule
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
 from secateur.errors import OptionError, UsageError, nearest
 from secateur.observe import Statistic
+from secateur.structure.groups import TracedAnatomy
+from secateur.structure.layers import Layer, layers_of
+from secateur.structure.streams import residual_streams
 
 DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
     "object": ("weights", "heads_and_neurons", "layers", "channels"),
     "granularity": ("element", "structured_group", "layer"),
-    "when": ("post",),
-    "score": ("magnitude", "activation", "gradient", "second_order", "similarity", "random"),
+    "when": ("post", "before_training"),
+    "score": (
+        "magnitude",
+        "activation",
+        "gradient",
+        "second_order",
+        "similarity",
+        "random",
+        "synaptic_flow",
+        "density",
+    ),
     "allocation": ("uniform", "global"),
-    "recovery": ("none", "bias", "least_squares"),
+    "recovery": ("none", "bias", "least_squares", "fresh_weights"),
     "data": ("none", "unlabelled_calibration", "labelled_calibration"),
     "supervision": ("none", "labels"),
     "speedup": ("none", "memory_only", "real"),
@@ -122,6 +135,35 @@ class Coupled:
     name: str
     units: int
     parts: tuple[Part, ...]
+
+
+Flow = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Masks of weights by name, True = kept → synaptic flow through every parameter, shaped like it, float64."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole traced network, for methods that weigh its parts against each other.
+
+    ``parameters`` are tensors by name; ``learned`` what the data told about them (``gradient``, ``curvature``), by
+    name too; ``flow`` gives the synaptic flow of the network with masked weights.
+    """
+
+    groups: tuple[Coupled, ...]
+    parameters: Mapping[str, Tensor]
+    learned: Mapping[str, Mapping[str, Tensor]]
+    flow: Flow
+    anatomy: TracedAnatomy
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """Weights, with what they cost and the groups along which they lie."""
+        return layers_of(self.anatomy)
+
+    @cached_property
+    def streams(self) -> frozenset[str]:
+        """Names of the groups that residual connections carry."""
+        return residual_streams(self.anatomy)
 
 
 Seen = Mapping[str, Any]
@@ -249,20 +291,46 @@ class ChannelMethod(Method):
 
     needs: ClassVar[tuple[str, ...]] = ()
     per_batch: ClassVar[bool] = False
+    only_modules: ClassVar[str] = ""
+    """Why an ONNX model won't do, for methods that must run the network or build it anew."""
+
+    def needed(self) -> tuple[str, ...]:
+        """What these options need of data; by default all that the class does."""
+        return self.needs
+
+    def schedule(self) -> tuple[float, ...]:
+        """The sparsities that are reached one after the other; scores are taken anew before each."""
+        return (self.sparsity,)
+
+    def budgets(self, sparsity: float) -> Mapping[str, float]:
+        """Budget → fraction of it that leaves at least; the first is met within a unit."""
+        return {self.budget: sparsity}
+
+    def initialisation(self) -> str:
+        """How the cut layers start, see ``Provenance.initialised``; empty when they keep their weights."""
+        return ""
 
     def importance(self, part: Part) -> Tensor | None:
         """Score of every entry of a parameter, shaped like it, higher = keep; None leaves the parameter out."""
-        raise NotImplementedError(f"{type(self).__name__} must define importance() or score()")
+        raise NotImplementedError(f"{type(self).__name__} must define importance(), score() or scores()")
 
-    def score(self, group: Coupled) -> Tensor | None:
-        """Score of every unit of a group, [units] float64, higher = keep; None keeps the whole group."""
+    def reduced(self, group: Coupled, importance: Callable[[Part], Tensor | None]) -> Tensor | None:
+        """Scores of entries put together for every unit of a group, [units] float64; None when there are none."""
         reduce = REDUCTIONS[self.reduction]
         rows = []
         for part in group.parts:
-            scores = self.importance(part)
+            scores = importance(part)
             if scores is not None:
                 rows.append(reduce(part.per_unit(scores.double())))
         return reduce(torch.stack(rows, dim=1)) if rows else None
+
+    def score(self, group: Coupled) -> Tensor | None:
+        """Score of every unit of a group, [units] float64, higher = keep; None keeps the whole group."""
+        return self.reduced(group, self.importance)
+
+    def scores(self, whole: Whole) -> Mapping[str, Tensor | None]:
+        """``score`` of every group by name, for methods that look at more than one group at a time."""
+        return {group.name: self.score(group) for group in whole.groups}
 
     def normalized(self, scores_U: Tensor) -> Tensor:
         """The scores of one group on the scale on which groups compete."""

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from secateur.errors import OptionError, UnknownMethodError, nearest
 from secateur.methods.base import Descriptor, Method, interval
@@ -30,10 +30,13 @@ def _shipped() -> dict[str, str]:
     return {**installed_methods(), **ours}
 
 
-def register(name: str) -> Callable[[type[Method]], type[Method]]:
+M = TypeVar("M", bound=Method)
+
+
+def register(name: str) -> Callable[[type[M]], type[M]]:
     """Class decorator that adds a method under ``name``. Raises ValueError for a name that is taken."""
 
-    def add(cls: type[Method]) -> type[Method]:
+    def add(cls: type[M]) -> type[M]:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
             raise TypeError(f"{cls!r} is not a Method")
         if not isinstance(getattr(cls, "descriptor", None), Descriptor):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from secateur.allocate import allocate_channels
+from secateur.allocate import CostOf, allocate_channels
 from secateur.allocate.units import Limits
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
-from secateur.methods import ChannelMethod, Coupled, Method, Part
+from secateur.methods import ChannelMethod, Coupled, Method, Part, Whole
+from secateur.methods.base import Flow
 from secateur.observe.gradients import Learned
 from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance
 from secateur.report import Metric, Report
@@ -22,6 +24,18 @@ from secateur.versions import library_versions
 
 Role = Callable[[str, Tensor], str]
 """Name and tensor of a parameter → ``weight``, ``scale`` or ``bias``, see ``Part``."""
+
+
+class Probe(Protocol):
+    """What a network tells when it runs, with zeros where ``removed`` units have left already."""
+
+    def learned(self, removed: Iterable[int]) -> Sequence[Learned]:
+        """What each batch of data tells, or all of them together."""
+        ...
+
+    def flow(self, removed: Iterable[int]) -> Flow:
+        """Synaptic flow under masks."""
+        ...
 
 
 def channel_method(method: Method) -> ChannelMethod:
@@ -41,20 +55,26 @@ def decide_channels(
     *,
     model: Fingerprint,
     inputs: ExampleInputs,
-    told: Sequence[Learned] = ({},),
+    probe: Probe,
     ignore: Sequence[str] = (),
     seed: int = 0,
 ) -> Plan:
-    """Which channels leave. ``told`` is what each batch of data told, for methods that look at it.
+    """Which channels leave. ``probe`` runs the network, for methods that look at what it does.
 
     Raises UnsupportedModelError when there are none, NonFiniteError or BudgetError.
     """
-    scores = _scores(method, anatomy, tensors, role, told)
-    groups = [g for g in anatomy if g.name in scores]
-    if not groups:
-        raise UnsupportedModelError(
-            f"{anatomy.model_type} has no channels that {method.name} can remove: see its anatomy for the reasons"
-        )
+    keep: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
+    groups: list[Group] = []
+    for sparsity in method.schedule():
+        removed = anatomy.units_removed({g.name: _complement(keep[g.name], g.units) for g in groups})
+        scores = _gone_last(_scores(method, anatomy, tensors, role, probe, removed), keep)
+        groups = [g for g in anatomy if g.name in scores]
+        if not groups:
+            raise UnsupportedModelError(
+                f"{anatomy.model_type} has no channels that {method.name} can remove: see its anatomy for the reasons"
+            )
+        keep = _allocated(method, anatomy, groups, scores, sparsity)
     provenance = Provenance(
         method=method.name,
         options=method.options() | ({"ignore": list(ignore)} if ignore else {}),
@@ -64,29 +84,45 @@ def decide_channels(
         versions=library_versions(),
         notes=tuple(f"{places[0]} keeps what it touches" for places in anatomy.trace.unknown.values()),
         inputs=inputs,
+        initialised=method.initialisation(),
     )
     return Plan(
         provenance=(provenance,),
         groups={g.name: g.units for g in groups},
-        keep=_allocated(method, anatomy, groups, scores),
+        keep=keep,
         scores={g.name: scores[g.name].float() for g in groups},
     )
 
 
 def _scores(
-    method: ChannelMethod, anatomy: TracedAnatomy, tensors: Mapping[str, Tensor], role: Role, told: Sequence[Learned]
+    method: ChannelMethod,
+    anatomy: TracedAnatomy,
+    tensors: Mapping[str, Tensor],
+    role: Role,
+    probe: Probe,
+    removed: set[int],
 ) -> dict[str, Tensor]:
     """Scores of all groups that may be cut, on one scale."""
     found: dict[str, list[Tensor]] = {}
-    for one in told:
-        for group in anatomy.of_kind("channel"):
-            scores = method.score(_coupled(group, tensors, role, one))
+    for one in probe.learned(removed):
+        groups = tuple(_coupled(group, tensors, role, one) for group in anatomy.of_kind("channel"))
+        whole = Whole(groups, tensors, one, probe.flow(removed), anatomy)
+        for name, scores in method.scores(whole).items():
             if scores is None:
                 continue
             if not bool(torch.isfinite(scores).all()):
-                raise NonFiniteError(f"scores of {group.name} hold NaN or inf")
-            found.setdefault(group.name, []).append(scores.detach().double().cpu())
+                raise NonFiniteError(f"scores of {name} hold NaN or inf")
+            found.setdefault(name, []).append(scores.detach().double().cpu())
     return {name: method.normalized(torch.stack(many).mean(dim=0)) for name, many in found.items()}
+
+
+def _gone_last(scores: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores in which units that have left already rank behind all others."""
+    lowest = min((float(s.min()) for s in scores.values()), default=0.0)
+    found = {name: scores_U.clone() for name, scores_U in scores.items()}
+    for name, kept in keep.items():
+        found[name][_complement(kept, len(found[name]))] = lowest - 1
+    return found
 
 
 def _coupled(group: Group, tensors: Mapping[str, Tensor], role: Role, told: Learned) -> Coupled:
@@ -102,20 +138,33 @@ def _coupled(group: Group, tensors: Mapping[str, Tensor], role: Role, told: Lear
 
 
 def _allocated(
-    method: ChannelMethod, anatomy: TracedAnatomy, groups: Sequence[Group], scores: Mapping[str, Tensor]
+    method: ChannelMethod,
+    anatomy: TracedAnatomy,
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    sparsity: float,
 ) -> dict[str, Tensor]:
+    if sparsity == 0:
+        return {g.name: torch.arange(g.units) for g in groups}
+    found: dict[str, Tensor] = {}
+    for budget, fraction in method.budgets(sparsity).items():
+        limits = Limits(budget=budget, min_keep=method.min_keep, round_to=method.round_to)
+        one = allocate_channels(scores, groups, fraction, method.scope, limits, _cost(anatomy, groups, budget))
+        # all budgets follow one order of leaving, so the smaller set is within the larger one
+        found = {name: min(kept, found.get(name, kept), key=len) for name, kept in one.items()}
+    return found
+
+
+def _cost(anatomy: TracedAnatomy, groups: Sequence[Group], budget: str) -> CostOf:
     units = {g.name: g.units for g in groups}
 
     def cost(keep: Mapping[str, Tensor]) -> int:
-        if method.budget == "channels":
+        if budget == "channels":
             return sum(len(kept) for kept in keep.values())
         removed = anatomy.units_removed({n: _complement(kept, units[n]) for n, kept in keep.items()})
-        return int(getattr(anatomy.costs.without(removed), method.budget))
+        return int(getattr(anatomy.costs.without(removed), budget))
 
-    if method.sparsity == 0:
-        return {g.name: torch.arange(g.units) for g in groups}
-    limits = Limits(budget=method.budget, min_keep=method.min_keep, round_to=method.round_to)
-    return allocate_channels(scores, groups, method.sparsity, method.scope, limits, cost)
+    return cost
 
 
 def _complement(kept: Tensor, units: int) -> Tensor:

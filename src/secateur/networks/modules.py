@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from secateur.errors import DataError, PlanMismatchError, UnsupportedModelError, UsageError
-from secateur.methods import Method
+from secateur.heal.starting import NORMS, start_anew
+from secateur.methods import ChannelMethod, Method
+from secateur.methods.base import Flow
 from secateur.networks.deciding import channel_method, decide_channels
+from secateur.observe.flow import synaptic_flow
 from secateur.observe.gradients import Learned, Loss, cross_entropy, learned
-from secateur.plans import ExampleInputs, Fingerprint, Plan
+from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance
 from secateur.structure.exporting import evaluation_mode
 from secateur.structure.graphcut import cut_graph, zero_tensor
 from secateur.structure.groups import TracedAnatomy, traced_anatomy
 from secateur.structure.modulecut import Different, cut_module, shell
 from secateur.structure.resize import Cut
 from secateur.structure.trace import attribute, trace
-
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,8 @@ def plan_module(
     Raises UsageError, DataError, NonFiniteError or BudgetError.
     """
     chosen, module = channel_method(method), anatomy.trace.module
-    told: list[Learned] = [{}]
-    if chosen.needs:
-        if data is None:
-            raise DataError(f"{method.name} needs data: give data= (batches) and, for anything but a classifier, loss=")
-        with evaluation_mode(module):
-            told = learned(module, data, loss or cross_entropy, chosen.needs, chosen.per_batch)
+    if chosen.needed() and data is None:
+        raise DataError(f"{method.name} needs data: give data= (batches) and, for anything but a classifier, loss=")
     return decide_channels(
         chosen,
         anatomy,
@@ -92,10 +89,43 @@ def plan_module(
         lambda name, parameter: _role(module, name, parameter),
         model=module_fingerprint(module),
         inputs=example.recorded(),
-        told=told,
+        probe=_Probe(chosen, anatomy, example, data, loss or cross_entropy),
         ignore=ignore,
         seed=seed,
     )
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Runs a module for a method, see ``Probe``."""
+
+    method: ChannelMethod
+    anatomy: TracedAnatomy
+    example: Example
+    data: Any
+    loss: Loss
+
+    def learned(self, removed: Iterable[int]) -> list[Learned]:
+        needs = self.method.needed()
+        if not needs:
+            return [{}]
+        module = self._without(removed)
+        with evaluation_mode(module):
+            return learned(module, self.data, self.loss, needs, self.method.per_batch)
+
+    def flow(self, removed: Iterable[int]) -> Flow:
+        def under(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            module = self._without(removed)
+            parameters = dict(module.named_parameters())
+            replaced = {n: parameters[n].detach() * mask.to(parameters[n].device) for n, mask in masks.items()}
+            return synaptic_flow(module, self.example.args, self.example.kwargs or {}, replaced)
+
+        return under
+
+    def _without(self, removed: Iterable[int]) -> nn.Module:
+        """The module, or a copy with zeros where units have left."""
+        module, gone = self.anatomy.trace.module, set(removed)
+        return _masked(Cut(self.anatomy.trace, gone), _copied(module)) if gone else module
 
 
 @dataclass(frozen=True)
@@ -187,12 +217,21 @@ def apply_to_module(
             raise UnsupportedModelError(
                 f"{type(module).__name__} can't be cut in place: {reason}; without inplace the result is a GraphModule"
             ) from None
-        return CutModule(graph, str(reason))
+        return CutModule(_started(graph, module, provenance), str(reason))
+    if not inplace:
+        _own(made, module)
+    _started(made, module, provenance)
     if inplace:
         _adopt(module, made)
         return CutModule(module)
-    _own(made, module)
     return CutModule(made)
+
+
+def _started(made: nn.Module, dense: nn.Module, provenance: Provenance) -> nn.Module:
+    """The cut module, with new weights where the plan asks for them."""
+    if provenance.initialised:
+        start_anew(made, dense, provenance.initialised, provenance.seed)
+    return made
 
 
 def _copied(module: nn.Module) -> nn.Module:

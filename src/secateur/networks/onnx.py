@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from secateur.errors import PlanMismatchError, UsageError
 from secateur.methods import Method
+from secateur.methods.base import Flow
 from secateur.networks.deciding import channel_method, decide_channels
+from secateur.observe.gradients import Learned
 from secateur.plans import ExampleInputs, Fingerprint, Plan
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.onnx import cut_onnx, mask_onnx, onnx_anatomy, weights
@@ -32,7 +34,9 @@ def onnx_plan(
 ) -> Plan:
     """Decide which channels leave an ONNX model. Raises UsageError, NonFiniteError or BudgetError."""
     chosen = channel_method(method)
-    if chosen.needs:
+    if chosen.only_modules:
+        raise UsageError(f"{method.name} is for torch modules: {chosen.only_modules}")
+    if chosen.needed():
         raise UsageError(f"{method.name} needs gradients, which an ONNX model doesn't give: take spa_l1 or depgraph_l2")
     tensors, scales = weights(anatomy), _scales(anatomy)
 
@@ -48,9 +52,23 @@ def onnx_plan(
         inputs=ExampleInputs(
             spec="onnx", leaves=tuple({"name": n, "shape": list(s)} for n, s in (inputs or {}).items())
         ),
+        probe=_Blind(),
         ignore=ignore,
         seed=seed,
     )
+
+
+class _Blind:
+    """An ONNX model isn't run, see ``Probe``: methods that want to are refused before."""
+
+    def learned(self, removed: Iterable[int]) -> Sequence[Learned]:
+        return [{}]
+
+    def flow(self, removed: Iterable[int]) -> Flow:
+        def under(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            raise UsageError("synaptic flow runs the network, which an ONNX model isn't")
+
+        return under
 
 
 @dataclass(frozen=True)

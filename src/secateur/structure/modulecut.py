@@ -40,7 +40,7 @@ def cut_module(cut: Cut, graph: fx.GraphModule, args: Any, kwargs: Mapping[str, 
         for (path, name), value in edits.items():
             setattr(module.get_submodule(path), name, value)
         # parameters know better than a guess
-        _state_sizes(module)
+        state_sizes(module)
         try:
             _prove(graph, module, args, kwargs)
             return module
@@ -72,7 +72,7 @@ def _put_tensors(cut: Cut, module: nn.Module) -> None:
             setattr(owner, leaf, done[id(tensor)])
 
 
-def _state_sizes(module: nn.Module) -> None:
+def state_sizes(module: nn.Module) -> None:
     """Modules of torch state the sizes of their parameters."""
     for part in module.modules():
         weight = getattr(part, "weight", None)

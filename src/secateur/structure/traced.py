@@ -79,6 +79,7 @@ class Work:
     node: Any
     factors: tuple[Labels, ...]
     times: int = 1
+    operands: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Traced:
 
     def count(self, call: Call, *factors: Labels, times: int = 1) -> None:
         """Note the multiply-accumulates of a call."""
-        self.work.append(Work(call.node, factors, times))
+        self.work.append(Work(call.node, factors, times, tuple(call.values())))
 
     def averages(self, call: Call, labels: Labels, what: str) -> None:
         """Note that a call, ``what``, runs over these positions."""

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from secateur.criteria.connections import grasp
 from secateur.methods import ChannelMethod, Descriptor, Part, register
 
 
@@ -35,4 +36,4 @@ class SPAGraSP(ChannelMethod):
     )
 
     def importance(self, part: Part) -> Tensor:
-        return part.weight * part.curvature
+        return grasp(part.weight, part.curvature)

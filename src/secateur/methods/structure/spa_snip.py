@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from secateur.criteria.connections import snip
 from secateur.methods import ChannelMethod, Descriptor, Part, register
 
 
@@ -36,4 +37,4 @@ class SPASNIP(ChannelMethod):
     )
 
     def importance(self, part: Part) -> Tensor:
-        return (part.weight * part.gradient).abs()
+        return snip(part.weight, part.gradient)
