@@ -12,7 +12,7 @@ SOURCE = Path(secateur.__file__).parent
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
 BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", "ranks", "ahead"}
-BASE |= {"usercode", "timing", ""}
+BASE |= {"usercode", "timing", "kinds", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
@@ -82,6 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     "remote": set(),
     "progress": set(),
     "versions": set(),
+    "kinds": set(),
     "usercode": set(),
     "timing": set(),
     "ranks": set(),

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map_only
 
 from secateur.errors import UsageError, first_line, require_extra
 from secateur.evaluation.base import Inputs
+from secateur.kinds import is_onnx
 from secateur.structure.exporting import evaluation_mode
 from secateur.structure.groups import TracedAnatomy, traced_anatomy
-from secateur.structure.kinds import is_onnx
 
 
 class Runner(Protocol):

@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 from secateur.errors import UsageError
 from secateur.evaluation.base import Inputs, Settings, stored_tensors
 from secateur.evaluation.runners import open_runner
+from secateur.kinds import is_onnx
 from secateur.models.sources import Source, stored_names
 from secateur.observe.calibration import cached_forward, check_length, evaluating
 from secateur.report import Metric
 from secateur.report.report import BYTES_ON_DISK
-from secateur.structure.kinds import is_onnx
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

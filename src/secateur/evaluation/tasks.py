@@ -15,7 +15,7 @@ from secateur.evaluation.perplexity import Perplexity
 from secateur.evaluation.size import Size
 from secateur.evaluation.speed import Speed
 from secateur.evaluation.tables import Table
-from secateur.structure.kinds import is_onnx
+from secateur.kinds import is_onnx
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from secateur.structure.kinds import is_onnx
+from secateur.kinds import is_onnx
 from secateur.usercode import is_reference
 
 if TYPE_CHECKING:
