@@ -169,6 +169,46 @@ def test_named_inputs(tmp_path, monkeypatch, cli):
     assert sc.Plan.load(tmp_path / "small" / "plan").groups == {"table": 16}
 
 
+@pytest.fixture
+def images(net, tmp_path):
+    """Twenty labelled pictures."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 12, 12, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", x=pixels, y=rng.integers(0, 10, 20))
+    return "images.npz"
+
+
+def test_measured_beside_the_dense_one(images, cli):
+    tasks = ("--evaluate", f"accuracy:{images}", "--evaluate", "latency:repeats=2", "--evaluate", "macs")
+    run = cli("prune", "net.py:make", *PRUNE, *tasks, "--out", "small.onnx", "--json")
+    assert run.code == 0, run.err
+    names = [metric["name"] for metric in json.loads(run.out)["metrics"]]
+    assert len(names) == len(set(names)) and any("accuracy" in name for name in names)
+    assert any("latency" in name for name in names)
+    run = cli("evaluate", "net.py:make", "net.py:module", "--input", SIZE, "--task", f"accuracy:{images}", "--json")
+    assert run.code == 0, run.err
+    accuracy = json.loads(run.out)["metrics"][0]["values"]
+    assert set(accuracy) == {"net.py:make", "net.py:module"} and len(set(accuracy.values())) == 1
+    shown = cli("evaluate", "small.onnx", "--task", "latency:repeats=2")
+    assert shown.code == 0 and "latency" in shown.out, shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["net.py:make", "smollm2-135m"], "can't be measured side by side"),
+        (["net.py:make", "--input", SIZE, "--windows", "3"], "--windows is for language models"),
+        (["smollm2-135m", "--input", SIZE], "--input is for traced networks"),
+        (["net.py:make", "--input", SIZE, "--task", "acuracy:x.npz"], "did you mean 'accuracy'?"),
+        (["net.py:make", "--input", SIZE, "--task", "perplexity:builtin"], "perplexity"),
+    ],
+)
+def test_misuse_of_evaluate(net, cli, arguments, said):
+    run = cli("evaluate", *arguments)
+    assert run.code == 2 and run.out == "" and run.err.count("\n") == 1
+    assert said in run.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

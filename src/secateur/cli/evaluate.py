@@ -7,22 +7,32 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.options import AllowPickle, Device, Json, Quiet, Revision, TrustRemoteCode
+from secateur.cli.network import NETWORK, NETWORK_TASKS, evaluate_networks
+from secateur.cli.options import AllowPickle, Device, Inputs, Json, Quiet, Revision, TrustRemoteCode, only_for
 from secateur.cli.output import print_json, show, working
 from secateur.errors import UsageError
+from secateur.networks.kinds import is_named_network
 
 DEFAULT_TASKS = ("perplexity:builtin", "speed", "size")
 
 
 def evaluate(
-    model: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models; the first is the baseline.")],
+    context: typer.Context,
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Models; the first is the baseline. All language models, or all .onnx files or package.module:function.",
+        ),
+    ],
     task: Annotated[
         list[str] | None,
         typer.Option(
             "--task",
             metavar="TASK",
             help="perplexity:builtin|FILE|DATASET, speed, size, lm_eval:NAME; repeatable "
-            f"(default: {', '.join(DEFAULT_TASKS)}).",
+            f"(default: {', '.join(DEFAULT_TASKS)}). Of other networks accuracy:IMAGES, latency, macs, size "
+            f"(default: {', '.join(NETWORK_TASKS)}).",
         ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text that perplexity reads.")] = 40,
@@ -36,11 +46,24 @@ def evaluate(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
+    input: Inputs = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    tasks = list(dict.fromkeys(task or DEFAULT_TASKS))
     names = model_names(model)
+    traced = [name for name in model if is_named_network(name)]
+    if traced and len(traced) < len(model):
+        other = next(name for name in model if name not in traced)
+        raise UsageError(f"{traced[0]} and {other} can't be measured side by side: one is a language model")
+    if traced:
+        only_for(NETWORK, context, {"model", "task", "seed", "input", "json", "quiet"}, "language models")
+        chosen = list(dict.fromkeys(task or NETWORK_TASKS))
+        evaluate_networks(
+            dict(zip(names, model, strict=True)), chosen, inputs=input or [], seed=seed, json=json, quiet=quiet
+        )
+        return
+    only_for("a language model", context, {str(p.name) for p in context.command.params} - {"input"}, "traced networks")
+    tasks = list(dict.fromkeys(task or DEFAULT_TASKS))
     revisions = model_revisions(model, revision)
     from secateur import api
     from secateur.evaluation import make_task

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from secateur.plans import Plan
 
 NETWORK = "a traced network"
+NETWORK_TASKS = ("size", "macs", "latency")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class NetworkJob:
     ignore: Sequence[str] = ()
     data: str | None = None
     loss: str | None = None
+    evaluate: Sequence[str] = ()
 
 
 def prune_network(job: NetworkJob, *, html: bool, dry_run: bool, overwrite: bool, json: bool, quiet: bool) -> None:
@@ -46,7 +48,10 @@ def prune_network(job: NetworkJob, *, html: bool, dry_run: bool, overwrite: bool
 
     if job.out is not None and not dry_run:
         check_place(job.out, onnx_model=is_onnx(job.model), overwrite=overwrite)
-    with working(quiet):
+    from secateur.evaluation import make_network_tasks
+
+    make_network_tasks(job.evaluate)
+    with working(quiet) as progress:
         named = open_named(job.model, job.inputs)
         asked = {
             "method": job.method,
@@ -64,6 +69,13 @@ def prune_network(job: NetworkJob, *, html: bool, dry_run: bool, overwrite: bool
         else:
             result = api.prune(named.network, **asked)
             assert job.out is not None
+            if job.evaluate:
+                models = {"dense": named.network, "pruned": result.model}
+                measured = api.evaluate(
+                    models, None, job.evaluate, seed=job.seed, progress=progress, **named.arguments()
+                )
+                counted = {metric.name for metric in result.report.metrics}
+                result.report.metrics += [metric for metric in measured.metrics if metric.name not in counted]
             save_network(
                 result.model,
                 job.out,
@@ -129,6 +141,32 @@ def inspect_network(
     from secateur.report.tables import anatomy_text
 
     show(anatomy_text(anatomy))
+
+
+def evaluate_networks(
+    models: Mapping[str, str], tasks: Sequence[str], *, inputs: Sequence[str], seed: int, json: bool, quiet: bool
+) -> None:
+    """``secateur evaluate`` of traced networks; ``models`` maps names in the table to what users wrote."""
+    from secateur import api
+    from secateur.evaluation import make_network_tasks
+    from secateur.networks.naming import open_named
+    from secateur.report.tables import metrics_table
+
+    make_network_tasks(tasks)
+    with working(quiet) as progress:
+        opened = {name: open_named(model, inputs) for name, model in models.items()}
+        table = api.evaluate(
+            {name: named.network for name, named in opened.items()},
+            None,
+            tasks,
+            seed=seed,
+            progress=progress,
+            **next(iter(opened.values())).arguments(),
+        )
+    if json:
+        print_json(table.to_dict())
+    else:
+        show(metrics_table(table.metrics))
 
 
 def _show_plan(plan: Plan, json: bool) -> None:

@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 
 
 # options that count for traced networks, and those that count for them alone
-_NETWORK_OPTIONS = {"model", "method", "sparsity", "budget", "out", "options", "seed", "report", "dry_run", "overwrite"}
+_NETWORK_OPTIONS = {"model", "method", "sparsity", "budget", "out", "options", "seed", "report", "evaluate"}
+_NETWORK_OPTIONS |= {"dry_run", "overwrite"}
 _NETWORK_ONLY = {"input", "ignore", "data", "loss"}
 _ALWAYS = {"plugin", "json", "quiet"}
 
@@ -171,6 +172,7 @@ def prune(
             ignore=ignore or [],
             data=data,
             loss=loss,
+            evaluate=list(dict.fromkeys(evaluate or [])),
         )
         html = drawn(report)
         prune_network(job, html=html, dry_run=dry_run, overwrite=overwrite, json=json, quiet=quiet)

@@ -2,6 +2,6 @@
 
 from secateur.evaluation.base import Evaluation, Settings
 from secateur.evaluation.tables import Table
-from secateur.evaluation.tasks import evaluate_models, make_task
+from secateur.evaluation.tasks import evaluate_models, make_network_tasks, make_task
 
-__all__ = ["Evaluation", "Settings", "Table", "evaluate_models", "make_task"]
+__all__ = ["Evaluation", "Settings", "Table", "evaluate_models", "make_network_tasks", "make_task"]

@@ -31,9 +31,13 @@ KINDS: dict[str, tuple[str, Callable[[str], Evaluation]]] = {
     "macs": ("macs", Macs.parse),
 }
 
+# What only language models have.
+DECODERS_ONLY = ("perplexity", "speed", "lm_eval")
+
 # What is measured when no task is named.
 OF_DECODERS = ("perplexity:builtin", "speed", "size")
 OF_NETWORKS = ("size", "macs", "latency")
+FOR_ALL = tuple(form for kind, (form, _) in KINDS.items() if kind not in DECODERS_ONLY)
 
 
 def make_task(text: str) -> Evaluation:
@@ -47,6 +51,14 @@ def make_task(text: str) -> Evaluation:
         written = ", ".join(form for form, _ in KINDS.values())
         raise UsageError(f"unknown task '{text}'{nearest(kind, KINDS)} (tasks are {written})")
     return KINDS[kind][1](argument)
+
+
+def make_network_tasks(texts: Sequence[str]) -> list[Evaluation]:
+    """The evaluations of networks that aren't language models. Raises UsageError for those that need one."""
+    for text in texts:
+        if text.partition(":")[0] in DECODERS_ONLY:
+            raise UsageError(f"{text} is measured of language models only; other networks have {', '.join(FOR_ALL)}")
+    return [make_task(text) for text in texts]
 
 
 def evaluate_models(
@@ -86,7 +98,9 @@ def evaluate_models(
     )
     if tasks is None:
         tasks = OF_DECODERS if inputs is None else OF_NETWORKS
-    evaluations = [make_task(task) for task in ([tasks] if isinstance(tasks, str) else tasks)]
+    texts = [tasks] if isinstance(tasks, str) else tasks
+    decoders = all(hasattr(getattr(model, "config", None), "get_text_config") for model in named.values())
+    evaluations = [make_task(text) for text in texts] if decoders else make_network_tasks(texts)
     metrics = [metric for task in evaluations for metric in task.measure(named, tokenizer, settings)]
     return Table(metrics, list(named))
 
