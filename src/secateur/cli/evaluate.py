@@ -22,7 +22,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Models; the first is the baseline. All language models, or all .onnx files or package.module:function.",
+            help="Models; the first is the baseline. Language models, or .onnx files and package.module:function.",
         ),
     ],
     task: Annotated[
