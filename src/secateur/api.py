@@ -134,6 +134,7 @@ def plan(
     data: Any = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ignore: Sequence[str] = (),
+    latency_table: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """Decide what to cut; ``model`` is left as it is.
@@ -146,7 +147,8 @@ def plan(
     With ``example_inputs`` (or ``example_kwargs``) any module is traced instead, and so is an .onnx file, and
     ``method`` removes coupled channels; ``data`` are then batches and ``loss(module, batch)`` is their mean loss, by
     default the cross-entropy of a classifier on (inputs, class indices), for methods that need gradients; ``ignore``
-    as in ``anatomy``.
+    as in ``anatomy``. ``budget="latency"`` measures the module's calls on this machine at several widths;
+    ``latency_table`` is a file in which the measurements are kept, and found again.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
     from secateur.engine import decide
@@ -161,7 +163,7 @@ def plan(
 
     chosen = make_method(method, method_options(method, options, sparsity, pattern, budget, seed))
     if _is_network(model, example_inputs, example_kwargs):
-        network = _open_network(model, chosen, example_inputs, example_kwargs, ignore)
+        network = _open_network(model, chosen, example_inputs, example_kwargs, ignore, latency_table, progress)
         return network.plan(chosen, data=data, loss=loss, ignore=ignore, seed=seed)
     check_for_decoders(chosen)
     decoder: PreTrainedModel = model  # type: ignore[assignment]
@@ -293,17 +295,31 @@ def _is_network(model: Any, args: ExampleInputs, kwargs: Mapping[str, Any] | Non
 
 
 def _open_network(
-    model: Any, method: Method, args: ExampleInputs, kwargs: Mapping[str, Any] | None, ignore: Sequence[str]
+    model: Any,
+    method: Method,
+    args: ExampleInputs,
+    kwargs: Mapping[str, Any] | None,
+    ignore: Sequence[str],
+    latency_table: str | Path | None,
+    progress: Callable[[str, int, int], None] | None,
 ) -> Network:
+    from secateur.errors import UsageError
     from secateur.networks.deciding import channel_method
     from secateur.networks.kinds import is_onnx
     from secateur.networks.modules import ModuleNetwork
     from secateur.networks.onnx import OnnxNetwork
 
-    heads = channel_method(method).heads
+    chosen = channel_method(method)
+    if latency_table is not None and chosen.budget != "latency":
+        raise UsageError(f"latency_table is for budget='latency', got budget='{chosen.budget}'")
+    network: Network
     if is_onnx(model):
-        return OnnxNetwork.open(model, args, heads=heads, ignore=ignore)
-    return ModuleNetwork.open(model, _example(args, kwargs), heads=heads, ignore=ignore)
+        network = OnnxNetwork.open(model, args, heads=chosen.heads, ignore=ignore)
+    else:
+        network = ModuleNetwork.open(model, _example(args, kwargs), heads=chosen.heads, ignore=ignore)
+    if chosen.budget != "latency":
+        return network
+    return network.timed(latency_table, chosen.round_to, progress or _no_progress)
 
 
 def _prune_network(
@@ -320,6 +336,8 @@ def _prune_network(
     seed: int = 0,
     data: Any = None,
     loss: Any = None,
+    latency_table: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """As ``prune``, with one trace for plan and cut."""
     import time
@@ -329,11 +347,11 @@ def _prune_network(
 
     start = time.perf_counter()
     chosen = make_method(method, method_options(method, options, sparsity, None, budget, seed))
-    network = _open_network(model, chosen, example_inputs, example_kwargs, ignore)
+    network = _open_network(model, chosen, example_inputs, example_kwargs, ignore, latency_table, progress)
     made = network.plan(chosen, data=data, loss=loss, ignore=ignore, seed=seed)
     planned = time.perf_counter()
     cut, notes = network.cut(made, inplace=inplace)
-    report = network_report(made, network.anatomy)
+    report = network_report(made, network.anatomy, network.latencies)
     report.notes += notes
     report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
     return Result(model=cut, plan=made, report=report)

@@ -3,7 +3,9 @@
 A channel of a convolution is cheaper when the layers before and after it have become narrower, so costs don't add up.
 Units are put in one order of leaving, and the exact cost of the network without the first m of them decides m.
 
-Laws: the budget is met within one bundle; a larger sparsity removes all that a smaller one does; sparsity 0 nothing.
+Laws: the budget is met within one bundle; a larger sparsity removes all that a smaller one does; sparsity 0 nothing. A
+measured cost may rise when a unit leaves: then the budget is met where the cost crosses it, and the second law need not
+hold.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from secateur.errors import BudgetError
 from secateur.structure import Group
 
 SCOPES = ("global", "uniform")
-CostOf = Callable[[Mapping[str, Tensor]], int]
+CostOf = Callable[[Mapping[str, Tensor]], float]
 """Kept units by group → what the network then costs, in the unit of the budget."""
 
 
@@ -46,12 +48,12 @@ def allocate_channels(
     if smallest > target and sparsity > 0 and not _near(smallest, target, total, len(order)):
         raise BudgetError(
             f"can't remove {sparsity:.1%} of the {limits.budget}: with at least {limits.min_keep} unit(s) kept in every"
-            f" group at most {1 - smallest / max(total, 1):.1%} can go"
+            f" group at most {1 - smallest / total if total else 0:.1%} can go"
         )
     return kept_units(forced + order[_first_within(order, forced, groups, target, cost) :], groups)
 
 
-def _near(smallest: int, target: float, total: int, count: int) -> bool:
+def _near(smallest: float, target: float, total: float, count: int) -> bool:
     """Whether the least that can stay misses the target by no more than a unit on average."""
     return bool(count) and smallest - target <= (total - smallest) / count / 2
 
@@ -61,7 +63,7 @@ def _first_within(
 ) -> int:
     """How many bundles must leave for the cost to come nearest to ``target``, by bisection."""
 
-    def after(count: int) -> int:
+    def after(count: int) -> float:
         return cost(kept_units([*forced, *order[count:]], groups))
 
     low, high = 0, len(order)

@@ -35,8 +35,8 @@ class Limits:
     round_to: int = 1
 
     def cost(self, cost: Cost) -> int:
-        """The cost of something in the unit of the budget."""
-        return 1 if self.budget == "channels" else int(getattr(cost, self.budget))
+        """The cost of something in the unit of the budget; 1 where that is no sum of costs (channels, latency)."""
+        return int(getattr(cost, self.budget, 1))
 
 
 class Allocator(Protocol):

@@ -272,7 +272,7 @@ class ChannelMethod(Method):
 
     sparsity: float = option(0.3, "fraction of the budget that is removed", ge=0, lt=1)
     budget: str = option(
-        "params", "what the sparsity is a fraction of", choices=("params", "macs", "bytes", "channels")
+        "params", "what the sparsity is a fraction of", choices=("params", "macs", "bytes", "channels", "latency")
     )
     scope: str = option(
         "global", "all channels are ranked together, or every group loses the same share", choices=CHANNEL_SCOPES

@@ -13,6 +13,7 @@ from secateur.allocate.units import Limits
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
 from secateur.methods import ChannelMethod, Coupled, Method, Part, Whole
 from secateur.methods.base import Flow
+from secateur.networks.latency import Latencies
 from secateur.observe.gradients import Learned
 from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance
 from secateur.report import Metric, Report
@@ -58,8 +59,10 @@ def decide_channels(
     probe: Probe,
     ignore: Sequence[str] = (),
     seed: int = 0,
+    latencies: Latencies | None = None,
 ) -> Plan:
-    """Which channels leave. ``probe`` runs the network, for methods that look at what it does.
+    """Which channels leave. ``probe`` runs the network, for methods that look at what it does; ``latencies``
+    are for methods whose budget they are.
 
     Raises UnsupportedModelError when there are none, NonFiniteError or BudgetError.
     """
@@ -67,14 +70,17 @@ def decide_channels(
     scores: dict[str, Tensor] = {}
     groups: list[Group] = []
     for sparsity in method.schedule():
-        removed = anatomy.units_removed({g.name: _complement(keep[g.name], g.units) for g in groups})
+        removed = _removed(anatomy, groups, keep)
         scores = _gone_last(_scores(method, anatomy, tensors, role, probe, removed), keep)
         groups = [g for g in anatomy if g.name in scores]
         if not groups:
             raise UnsupportedModelError(
                 f"{anatomy.model_type} has no channels that {method.name} can remove: see its anatomy for the reasons"
             )
-        keep = _allocated(method, anatomy, groups, scores, sparsity)
+        keep = _allocated(method, anatomy, groups, scores, sparsity, latencies)
+    notes = [f"{places[0]} keeps what it touches" for places in anatomy.trace.unknown.values()]
+    if latencies is not None:
+        notes.append(latencies.note(_removed(anatomy, groups, keep)))
     provenance = Provenance(
         method=method.name,
         options=method.options() | ({"ignore": list(ignore)} if ignore else {}),
@@ -82,7 +88,7 @@ def decide_channels(
         seed=seed,
         dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."),
         versions=library_versions(),
-        notes=tuple(f"{places[0]} keeps what it touches" for places in anatomy.trace.unknown.values()),
+        notes=tuple(notes),
         inputs=inputs,
         initialised=method.initialisation(),
     )
@@ -143,28 +149,37 @@ def _allocated(
     groups: Sequence[Group],
     scores: Mapping[str, Tensor],
     sparsity: float,
+    latencies: Latencies | None,
 ) -> dict[str, Tensor]:
     if sparsity == 0:
         return {g.name: torch.arange(g.units) for g in groups}
+
+    def cost_of(budget: str) -> CostOf:
+        def cost(keep: Mapping[str, Tensor]) -> float:
+            if budget == "channels":
+                return sum(len(kept) for kept in keep.values())
+            return _cost(anatomy, budget, _removed(anatomy, groups, keep), latencies)
+
+        return cost
+
     found: dict[str, Tensor] = {}
     for budget, fraction in method.budgets(sparsity).items():
         limits = Limits(budget=budget, min_keep=method.min_keep, round_to=method.round_to)
-        one = allocate_channels(scores, groups, fraction, method.scope, limits, _cost(anatomy, groups, budget))
+        one = allocate_channels(scores, groups, fraction, method.scope, limits, cost_of(budget))
         # all budgets follow one order of leaving, so the smaller set is within the larger one
         found = {name: min(kept, found.get(name, kept), key=len) for name, kept in one.items()}
     return found
 
 
-def _cost(anatomy: TracedAnatomy, groups: Sequence[Group], budget: str) -> CostOf:
-    units = {g.name: g.units for g in groups}
+def _cost(anatomy: TracedAnatomy, budget: str, removed: set[int], latencies: Latencies | None) -> float:
+    """What the network costs without these units, in the unit of the budget."""
+    if latencies is not None:
+        return latencies.without(removed)
+    return getattr(anatomy.costs.without(removed), budget)
 
-    def cost(keep: Mapping[str, Tensor]) -> int:
-        if budget == "channels":
-            return sum(len(kept) for kept in keep.values())
-        removed = anatomy.units_removed({n: _complement(kept, units[n]) for n, kept in keep.items()})
-        return int(getattr(anatomy.costs.without(removed), budget))
 
-    return cost
+def _removed(anatomy: TracedAnatomy, groups: Sequence[Group], keep: Mapping[str, Tensor]) -> set[int]:
+    return anatomy.units_removed({g.name: _complement(keep[g.name], g.units) for g in groups})
 
 
 def _complement(kept: Tensor, units: int) -> Tensor:
@@ -173,7 +188,7 @@ def _complement(kept: Tensor, units: int) -> Tensor:
     return gone.nonzero().flatten()
 
 
-def network_report(plan: Plan, anatomy: TracedAnatomy) -> Report:
+def network_report(plan: Plan, anatomy: TracedAnatomy, latencies: Latencies | None = None) -> Report:
     """What left, and what the network costs before and after."""
     report = build_report(plan, anatomy)
     report.groups = dict(plan.groups)
@@ -182,12 +197,16 @@ def network_report(plan: Plan, anatomy: TracedAnatomy) -> Report:
     removed = anatomy.units_removed({name: plan.removed(name) for name in plan.keep})
     before, after = anatomy.total, anatomy.costs.without(removed)
     budget = plan.provenance[0].options["budget"]
-    report.achieved = (
-        1 - sum(map(len, plan.keep.values())) / max(sum(plan.groups.values()), 1)
-        if budget == "channels"
-        else 1 - getattr(after, budget) / max(getattr(before, budget), 1)
-    )
+    if budget == "channels":
+        report.achieved = 1 - sum(map(len, plan.keep.values())) / max(sum(plan.groups.values()), 1)
+    else:
+        whole = _cost(anatomy, budget, set(), latencies)
+        report.achieved = 1 - _cost(anatomy, budget, removed, latencies) / whole if whole else 0.0
     for field, name, unit in (("params", "parameters", ""), ("macs", "MACs", ""), ("bytes", "bytes of weights", "B")):
         values = {"dense": float(getattr(before, field)), "pruned": float(getattr(after, field))}
         report.metrics.append(Metric(name, unit, values, higher_is_better=False, protocol="counted on the graph"))
+    if latencies is not None:
+        values = {"dense": latencies.without(()), "pruned": latencies.without(removed)}
+        how = f"expected from calls timed alone; {latencies.table.about}"
+        report.metrics.append(Metric("expected latency", "ms", values, higher_is_better=False, protocol=how))
     return report

@@ -11,6 +11,7 @@ from secateur.usercode import is_reference
 
 if TYPE_CHECKING:
     from secateur.methods import Method
+    from secateur.networks.latency import Latencies, Progress
     from secateur.plans import Plan
     from secateur.structure.groups import TracedAnatomy
 
@@ -25,6 +26,13 @@ class Network(Protocol):
 
     @property
     def anatomy(self) -> TracedAnatomy: ...
+
+    @property
+    def latencies(self) -> Latencies | None: ...
+
+    def timed(self, path: str | Path | None, step: int, progress: Progress) -> Network:
+        """The same with the latencies that a budget needs: kept in the file ``path``, widths in steps of ``step``."""
+        ...
 
     def plan(self, method: Method, *, data: Any, loss: Any, ignore: Sequence[str], seed: int) -> Plan:
         """Decide which channels leave."""

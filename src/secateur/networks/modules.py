@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,8 @@ from secateur.heal.starting import NORMS, start_anew
 from secateur.methods import ChannelMethod, Method
 from secateur.methods.base import Flow
 from secateur.networks.deciding import channel_method, decide_channels
+from secateur.networks.latency import Latencies, Progress, measure_latencies
+from secateur.networks.latencytable import LatencyTable
 from secateur.observe.flow import synaptic_flow
 from secateur.observe.gradients import Learned, Loss, cross_entropy, learned
 from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance
@@ -74,6 +77,7 @@ def plan_module(
     loss: Loss | None = None,
     ignore: Sequence[str] = (),
     seed: int = 0,
+    latencies: Latencies | None = None,
 ) -> Plan:
     """Decide which channels leave a traced module, which is left as it is.
 
@@ -92,6 +96,7 @@ def plan_module(
         probe=_Probe(chosen, anatomy, example, data, loss or cross_entropy),
         ignore=ignore,
         seed=seed,
+        latencies=latencies,
     )
 
 
@@ -134,15 +139,31 @@ class ModuleNetwork:
 
     anatomy: TracedAnatomy
     example: Example
+    latencies: Latencies | None = None
 
     @classmethod
     def open(cls, module: nn.Module, example: Example, *, heads: str, ignore: Sequence[str]) -> ModuleNetwork:
         """Trace it. Raises UsageError or UnsupportedModelError."""
         return cls(module_anatomy(module, example, heads=heads, ignore=ignore), example)
 
+    def timed(self, path: str | Path | None, step: int, progress: Progress) -> ModuleNetwork:
+        """See ``measure_latencies``."""
+        module, example, table = self.anatomy.trace.module, self.example, LatencyTable.open(path)
+        args, kwargs = example.args, dict(example.kwargs or {})
+        return replace(self, latencies=measure_latencies(self.anatomy, module, args, kwargs, table, step, progress))
+
     def plan(self, method: Method, *, data: Any, loss: Any, ignore: Sequence[str], seed: int) -> Plan:
         """See ``plan_module``."""
-        return plan_module(method, self.anatomy, self.example, data=data, loss=loss, ignore=ignore, seed=seed)
+        return plan_module(
+            method,
+            self.anatomy,
+            self.example,
+            data=data,
+            loss=loss,
+            ignore=ignore,
+            seed=seed,
+            latencies=self.latencies,
+        )
 
     def cut(self, plan: Plan, *, inplace: bool) -> tuple[nn.Module, list[str]]:
         """See ``apply_to_module``; a note says why a module became a graph."""

@@ -14,6 +14,7 @@ from secateur.errors import PlanMismatchError, UsageError
 from secateur.methods import Method
 from secateur.methods.base import Flow
 from secateur.networks.deciding import channel_method, decide_channels
+from secateur.networks.latency import Progress
 from secateur.observe.gradients import Learned
 from secateur.plans import ExampleInputs, Fingerprint, Plan
 from secateur.structure.groups import TracedAnatomy
@@ -77,6 +78,7 @@ class OnnxNetwork:
 
     anatomy: TracedAnatomy
     inputs: Inputs | None
+    latencies: None = None
 
     @classmethod
     def open(cls, model: Any, inputs: Any, *, heads: str, ignore: Sequence[str]) -> OnnxNetwork:
@@ -84,6 +86,10 @@ class OnnxNetwork:
         if inputs is not None and not isinstance(inputs, Mapping):
             raise UsageError("example_inputs of an ONNX model are sizes by name of the input: {'x': (1, 3, 224, 224)}")
         return cls(onnx_anatomy(model, inputs=inputs, heads=heads, ignore=ignore), inputs)
+
+    def timed(self, path: str | Path | None, step: int, progress: Progress) -> OnnxNetwork:
+        """Raises UsageError: what onnxruntime fuses can't be timed call by call."""
+        raise UsageError("budget='latency' is for torch modules; an ONNX model takes macs, params, bytes or channels")
 
     def plan(self, method: Method, *, data: Any, loss: Any, ignore: Sequence[str], seed: int) -> Plan:
         """See ``onnx_plan``."""

@@ -1,0 +1,120 @@
+"""The file in which measured latencies are kept: what was timed, at which widths, and on which machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from secateur.errors import DataError, UsageError
+from secateur.files import write_text
+from secateur.reading import read_json
+from secateur.versions import library_versions, machine
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Milliseconds on a grid: ``widths`` are the measured shares of each dimension that can shrink, ascending."""
+
+    widths: tuple[NDArray[np.float64], ...]
+    milliseconds: NDArray[np.float64]
+
+    def at(self, shares: Sequence[float]) -> float:
+        """Milliseconds when these shares of the dimensions are kept, linear between the measured ones."""
+        grid = self.milliseconds
+        for points, share in zip(self.widths, shares, strict=True):
+            after = min(max(int(np.searchsorted(points, share)), 1), len(points) - 1)
+            if len(points) == 1:
+                grid = grid[0]
+                continue
+            left, right = points[after - 1], points[after]
+            part = min(max((share - left) / (right - left), 0.0), 1.0)
+            grid = (1 - part) * grid[after - 1] + part * grid[after]
+        return float(grid)
+
+
+class _StoredEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    widths: list[list[float]]
+    milliseconds: Any
+
+    def entry(self) -> Entry:
+        grid = np.array(self.milliseconds, dtype=np.float64)
+        widths = tuple(np.array(w, dtype=np.float64) for w in self.widths)
+        rising = all((np.diff(w) > 0).all() for w in widths)
+        if list(grid.shape) != [len(w) for w in widths] or not rising or not (grid >= 0).all():
+            raise ValueError("times don't fit their widths")
+        return Entry(widths, grid)
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int
+    machine: dict[str, Any]
+    torch: str
+    entries: dict[str, _StoredEntry]
+
+
+@dataclass
+class LatencyTable:
+    """Measured latencies by the call that was timed; ``path`` is the file that keeps them, None for none."""
+
+    path: Path | None = None
+    machine: dict[str, Any] = field(default_factory=machine)
+    torch: str = field(default_factory=lambda: library_versions()["torch"])
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path | None) -> LatencyTable:
+        """The table of a file, or an empty one where there is no file yet. Raises DataError for a damaged one."""
+        if path is None or not Path(path).exists():
+            return cls(None if path is None else Path(path))
+        try:
+            document = _Document.model_validate(read_json(Path(path), DataError))
+            entries = {name: stored.entry() for name, stored in document.entries.items()}
+        except (ValidationError, ValueError, TypeError):
+            raise DataError(f"{path} is not a table of latencies that secateur wrote") from None
+        if document.format_version != FORMAT_VERSION:
+            raise DataError(f"{path} has format {document.format_version}, and this version reads {FORMAT_VERSION}")
+        return cls(Path(path), document.machine, document.torch, entries)
+
+    def check_machine(self, missing: int) -> None:
+        """A table of another machine is used as it is, and nothing is added. Raises UsageError when that is needed."""
+        mine = machine()
+        if missing and self.machine != mine:
+            other = next(key for key in {**mine, **self.machine} if self.machine.get(key) != mine.get(key))
+            raise UsageError(
+                f"{self.path} lacks {missing} measurements of this network, and was made where {other} is"
+                f" {self.machine.get(other)} (here {mine.get(other)}): measure it there, or name another file"
+            )
+
+    def save(self) -> None:
+        """Write the file, if there is one, under a temporary name, and rename it. Raises OutputError."""
+        if self.path is None:
+            return
+        document = {
+            "format_version": FORMAT_VERSION,
+            "machine": self.machine,
+            "torch": self.torch,
+            "entries": {
+                key: {"widths": [w.tolist() for w in entry.widths], "milliseconds": entry.milliseconds.tolist()}
+                for key, entry in self.entries.items()
+            },
+        }
+        write_text(self.path, json.dumps(document, indent=1) + "\n")
+
+    @property
+    def about(self) -> str:
+        """The machine, for people."""
+        at = self.machine
+        return f"{at['accelerator'] or at['cpu']}, {at['threads']} threads, torch {self.torch}"
