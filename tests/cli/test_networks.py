@@ -193,6 +193,16 @@ def test_measured_beside_the_dense_one(images, cli):
     assert shown.code == 0 and "latency" in shown.out, shown.err
 
 
+def test_a_latency_budget_keeps_its_table(net, cli, tmp_path):
+    asked = ("--input", SIZE, "--method", "spa_l1", "--sparsity", 0.1, "--budget", "latency")
+    run = cli("prune", "net.py:make", *asked, "--latency-table", "times.json", "--out", "small", "--no-report")
+    # what it can save is a matter of the machine; the table is there either way
+    assert run.code == 0 or "can't remove" in run.err, run.err
+    kept = (tmp_path / "times.json").read_bytes()
+    cli("prune", "net.py:make", *asked, "--latency-table", "times.json", "--out", "again", "--no-report")
+    assert (tmp_path / "times.json").read_bytes() == kept
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -230,6 +240,7 @@ def test_misuse_of_evaluate(net, cli, arguments, said):
         (["net.py:make", *PRUNE, "--data", "net.py:number", "--dry-run"], "must be batches"),
         (["net.py:make", *PRUNE, "--loss", "net.py:number", "--dry-run"], "must be a function"),
         (["net.py:make", *PRUNE, "--ignore", "nothing", "--dry-run"], "matches no parameter"),
+        (["net.py:make", *PRUNE, "--latency-table", "times.json", "--dry-run"], "is for budget='latency'"),
         (["dense.onnx", "--method", "spa_l1", "--out", "x.pt2"], "is written as .onnx"),
         (["dense.onnx", "--method", "spa_l1", "--input", SIZE, "--dry-run"], "--input as NAME="),
     ],

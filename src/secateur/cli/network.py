@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur.cli.output import print_json, show, show_notes, working
@@ -34,6 +35,7 @@ class NetworkJob:
     data: str | None = None
     loss: str | None = None
     evaluate: Sequence[str] = ()
+    latency_table: Path | None = None
 
 
 def prune_network(job: NetworkJob, *, html: bool, dry_run: bool, overwrite: bool, json: bool, quiet: bool) -> None:
@@ -62,6 +64,8 @@ def prune_network(job: NetworkJob, *, html: bool, dry_run: bool, overwrite: bool
             "ignore": tuple(job.ignore),
             "data": load_batches(job.data) if job.data else None,
             "loss": load_loss(job.loss) if job.loss else None,
+            "latency_table": job.latency_table,
+            "progress": progress,
             **named.arguments(),
         }
         if dry_run:

@@ -36,7 +36,7 @@ Sparsity = Annotated[
 ]
 Pattern = Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights, as in 2:4.")]
 Budget = Annotated[
-    str | None, typer.Option(metavar="params|macs|bytes|channels", help="What the sparsity is a fraction of.")
+    str | None, typer.Option(metavar="params|macs|bytes|channels|latency", help="What the sparsity is a fraction of.")
 ]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 # options that count for traced networks, and those that count for them alone
 _NETWORK_OPTIONS = {"model", "method", "sparsity", "budget", "out", "options", "seed", "report", "evaluate"}
 _NETWORK_OPTIONS |= {"dry_run", "overwrite"}
-_NETWORK_ONLY = {"input", "ignore", "data", "loss"}
+_NETWORK_ONLY = {"input", "ignore", "data", "loss", "latency_table"}
 _ALWAYS = {"plugin", "json", "quiet"}
 
 
@@ -153,6 +153,14 @@ def prune(
             help="Function of module and batch (default: cross-entropy of a classifier).",
         ),
     ] = None,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--latency-table",
+            metavar="FILE",
+            help="Where the times of --budget latency are kept, and found again by later runs on this machine.",
+        ),
+    ] = None,
     plugin: Plugins = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -173,6 +181,7 @@ def prune(
             data=data,
             loss=loss,
             evaluate=list(dict.fromkeys(evaluate or [])),
+            latency_table=latency_table,
         )
         html = drawn(report)
         prune_network(job, html=html, dry_run=dry_run, overwrite=overwrite, json=json, quiet=quiet)
