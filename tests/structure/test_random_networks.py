@@ -47,7 +47,7 @@ def test_cut_equals_masked(part):
         except Exception as error:
             raise AssertionError(f"{error}\n\n{RandomNetwork(seed)}") from error
     # a refusal is a last resort, not a way out
-    assert counts["refused"] <= 4 and counts["cut"] > 0.8 * sum(counts.values())
+    assert counts["refused"] <= 2 and counts["cut"] > 0.7 * sum(counts.values())
 
 
 def test_every_kind_of_piece_is_drawn(monkeypatch):
