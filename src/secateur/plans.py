@@ -108,7 +108,7 @@ class Provenance(BaseModel):
     inputs: ExampleInputs | None = None
     """Of a traced module; None for decoders, whose groups come from their architecture."""
     initialised: str = Field(default="", pattern="^(fresh|first)?$")
-    """How layers start whose shape changes: with what they keep (empty), drawn anew (``fresh``), or with what they keep
+    """How layers start that change: with what they keep (empty), drawn anew (``fresh``), or with what they keep
     at the scale of a new draw (``first``)."""
 
     @model_serializer(mode="wrap")
@@ -165,7 +165,8 @@ def _frozen(mapping: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 class Plan:
     """What stays of a model, and what is done to what stays.
 
-    ``groups`` holds the dense number of units of every group in ``keep``; ``masks`` are boolean tensors with the
+    ``groups`` holds the dense number of units of every group in ``keep``, where a unit that is listed twice is there
+    twice, in plans whose layers are drawn anew; ``masks`` are boolean tensors with the
     stored shape of the weight (True = kept); ``values`` replace the kept entries of a masked weight; ``biases`` are
     float32 [outputs] additions. ``provenance`` has one entry per method that took part.
     Raises PlanError when the parts don't fit together.
@@ -198,7 +199,9 @@ class Plan:
             units = self.groups[name]
             if kept.dtype != torch.int64 or kept.dim() != 1:
                 raise PlanError(f"kept units of {name} must be a list of integers")
-            if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= units or bool((kept.diff() <= 0).any())):
+            # a unit that is there twice is one more of its kind, and only a new draw tells them apart
+            apart = 0 if all(p.initialised == "fresh" for p in self.provenance) else 1
+            if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= units or bool((kept.diff() < apart).any())):
                 raise PlanError(f"kept units of {name} must be ascending and lie in [0, {units})")
         if not isinstance(self.masks, _OnDisk):
             for name, mask in self.masks.items():

@@ -24,11 +24,18 @@ CostOf = Callable[[Mapping[str, Tensor]], float]
 
 
 def allocate_channels(
-    scores: Mapping[str, Tensor], groups: Sequence[Group], sparsity: float, scope: str, limits: Limits, cost: CostOf
+    scores: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    sparsity: float,
+    scope: str,
+    limits: Limits,
+    cost: CostOf,
+    dense: float | None = None,
 ) -> Kept:
     """Kept units of every group, so that ``sparsity`` of the cost of the whole network is gone.
 
-    ``scope``: ``global`` ranks all units on one scale, ``uniform`` takes the same share of every group.
+    ``dense`` is that cost, by default with all units of the groups. ``scope``: ``global`` ranks all units on one
+    scale, ``uniform`` takes the same share of every group.
     Raises BudgetError when the minimum kept costs more.
     """
     forced: list[Bundle] = []
@@ -42,7 +49,7 @@ def allocate_channels(
             free.append((bundle.value if scope == "global" else -place / len(ordered), bundle))
     free.sort(key=lambda one: one[0])
     order = [bundle for _, bundle in free]
-    total = cost(kept_units(forced + order, groups))
+    total = cost(kept_units(forced + order, groups)) if dense is None else dense
     target = (1 - sparsity) * total
     smallest = cost(kept_units(forced, groups))
     if smallest > target and sparsity > 0 and not _near(smallest, target, total, len(order)):

@@ -11,7 +11,7 @@ of any layer with a ``reset_parameters``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _WIDTHLESS = (*NORMS, nn.Embedding, nn.EmbeddingBag)
 
 
-def start_anew(made: nn.Module, dense: nn.Module, how: str, seed: int) -> None:
-    """Give the layers of ``made`` whose shape differs from that in ``dense`` their first weights, in place.
+def start_anew(made: nn.Module, dense: nn.Module, changed: Collection[str], how: str, seed: int) -> None:
+    """Give the layers of ``made`` that hold one of the ``changed`` parameters their first weights, in place.
 
     ``how`` is ``fresh`` or ``first``. ``made`` has the parameters of ``dense`` by name, cut; it may be a
     ``GraphModule``, since the layers that draw are those of ``dense``. The same seed gives the same weights, and the
@@ -34,17 +34,10 @@ def start_anew(made: nn.Module, dense: nn.Module, how: str, seed: int) -> None:
     devices = sorted({p.device.index or 0 for p in made.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        for path, layer in _changed(made, dense):
-            START[how](made, path, layer)
-
-
-def _changed(made: nn.Module, dense: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, layer in dense.named_modules():
-        if isinstance(layer, _WIDTHLESS) or _reset(layer) is None:
-            continue
-        own = layer.named_parameters(prefix=path, recurse=False)
-        if any(attribute(made, name).shape != parameter.shape for name, parameter in own):
-            yield path, layer
+        for path, layer in dense.named_modules():
+            own = [name for name, _ in layer.named_parameters(prefix=path, recurse=False) if name in changed]
+            if own and not isinstance(layer, _WIDTHLESS) and _reset(layer) is not None:
+                START[how](made, path, layer)
 
 
 def _reset(layer: nn.Module) -> Callable[[], Any] | None:

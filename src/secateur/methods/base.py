@@ -329,7 +329,10 @@ class ChannelMethod(Method):
         return self.reduced(group, self.importance)
 
     def scores(self, whole: Whole) -> Mapping[str, Tensor | None]:
-        """``score`` of every group by name, for methods that look at more than one group at a time."""
+        """``score`` of every group by name, for methods that look at more than one group at a time.
+
+        Scores of more units than a group has are those of copies, round by round: entry units + u is a second unit u.
+        """
         return {group.name: self.score(group) for group in whole.groups}
 
     def normalized(self, scores_U: Tensor) -> Tensor:

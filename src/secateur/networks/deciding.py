@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -70,7 +71,7 @@ def decide_channels(
     scores: dict[str, Tensor] = {}
     groups: list[Group] = []
     for sparsity in method.schedule():
-        removed = _removed(anatomy, groups, keep)
+        removed = _removed(anatomy, keep)
         scores = _gone_last(_scores(method, anatomy, tensors, role, probe, removed), keep)
         groups = [g for g in anatomy if g.name in scores]
         if not groups:
@@ -80,7 +81,7 @@ def decide_channels(
         keep = _allocated(method, anatomy, groups, scores, sparsity, latencies)
     notes = [f"{places[0]} keeps what it touches" for places in anatomy.trace.unknown.values()]
     if latencies is not None:
-        notes.append(latencies.note(_removed(anatomy, groups, keep)))
+        notes.append(latencies.note(_removed(anatomy, keep)))
     provenance = Provenance(
         method=method.name,
         options=method.options() | ({"ignore": list(ignore)} if ignore else {}),
@@ -153,33 +154,44 @@ def _allocated(
 ) -> dict[str, Tensor]:
     if sparsity == 0:
         return {g.name: torch.arange(g.units) for g in groups}
+    whole = {g.name: torch.arange(g.units) for g in groups}
+    # there are scores of more units than a group has where it may grow
+    grown = [replace(g, units=len(scores[g.name])) for g in groups]
 
     def cost_of(budget: str) -> CostOf:
-        def cost(keep: Mapping[str, Tensor]) -> float:
-            if budget == "channels":
-                return sum(len(kept) for kept in keep.values())
-            return _cost(anatomy, budget, _removed(anatomy, groups, keep), latencies)
+        def cost(wanted: Mapping[str, Tensor]) -> float:
+            keep = {name: _real(kept, anatomy[name].units) for name, kept in wanted.items()}
+            return _cost(anatomy, budget, keep, latencies)
 
         return cost
 
     found: dict[str, Tensor] = {}
     for budget, fraction in method.budgets(sparsity).items():
         limits = Limits(budget=budget, min_keep=method.min_keep, round_to=method.round_to)
-        one = allocate_channels(scores, groups, fraction, method.scope, limits, cost_of(budget))
+        cost = cost_of(budget)
+        one = allocate_channels(scores, grown, fraction, method.scope, limits, cost, cost(whole))
         # all budgets follow one order of leaving, so the smaller set is within the larger one
         found = {name: min(kept, found.get(name, kept), key=len) for name, kept in one.items()}
-    return found
+    return {g.name: _real(found[g.name], g.units) for g in groups}
 
 
-def _cost(anatomy: TracedAnatomy, budget: str, removed: set[int], latencies: Latencies | None) -> float:
-    """What the network costs without these units, in the unit of the budget."""
+def _real(kept: Tensor, units: int) -> Tensor:
+    """Which units these are, when those from ``units`` on are copies; a unit is there as often as it is named."""
+    return (kept % units).sort().values
+
+
+def _cost(anatomy: TracedAnatomy, budget: str, keep: Mapping[str, Tensor], latencies: Latencies | None) -> float:
+    """What the network costs with these units of its groups, in the unit of the budget."""
+    if budget == "channels":
+        return sum(map(len, keep.values()))
+    removed = _removed(anatomy, keep)
     if latencies is not None:
         return latencies.without(removed)
-    return getattr(anatomy.costs.without(removed), budget)
+    return getattr(anatomy.costs.without(removed, anatomy.units_grown(keep)), budget)
 
 
-def _removed(anatomy: TracedAnatomy, groups: Sequence[Group], keep: Mapping[str, Tensor]) -> set[int]:
-    return anatomy.units_removed({g.name: _complement(keep[g.name], g.units) for g in groups})
+def _removed(anatomy: TracedAnatomy, keep: Mapping[str, Tensor]) -> set[int]:
+    return anatomy.units_removed({name: _complement(kept, anatomy[name].units) for name, kept in keep.items()})
 
 
 def _complement(kept: Tensor, units: int) -> Tensor:
@@ -195,13 +207,11 @@ def network_report(plan: Plan, anatomy: TracedAnatomy, latencies: Latencies | No
     way = most_coupled(anatomy, [name for name in plan.keep if len(plan.removed(name))] or list(plan.keep))
     report.ways = [way] if way else []
     removed = anatomy.units_removed({name: plan.removed(name) for name in plan.keep})
-    before, after = anatomy.total, anatomy.costs.without(removed)
+    before, after = anatomy.total, anatomy.costs.without(removed, anatomy.units_grown(plan.keep))
     budget = plan.provenance[0].options["budget"]
-    if budget == "channels":
-        report.achieved = 1 - sum(map(len, plan.keep.values())) / max(sum(plan.groups.values()), 1)
-    else:
-        whole = _cost(anatomy, budget, set(), latencies)
-        report.achieved = 1 - _cost(anatomy, budget, removed, latencies) / whole if whole else 0.0
+    dense = {name: torch.arange(units) for name, units in plan.groups.items()}
+    whole = _cost(anatomy, budget, dense, latencies)
+    report.achieved = 1 - _cost(anatomy, budget, plan.keep, latencies) / whole if whole else 0.0
     for field, name, unit in (("params", "parameters", ""), ("macs", "MACs", ""), ("bytes", "bytes of weights", "B")):
         values = {"dense": float(getattr(before, field)), "pruned": float(getattr(after, field))}
         report.metrics.append(Metric(name, unit, values, higher_is_better=False, protocol="counted on the graph"))

@@ -227,7 +227,7 @@ def apply_to_module(
         if name not in traced or traced[name].units != units:
             raise PlanMismatchError(f"this module has no group {name} of {units} channels, which the plan speaks of")
     removed = traced.units_removed({name: plan.removed(name) for name in plan.keep})
-    cut = Cut(traced.trace, removed)
+    cut = Cut(traced.trace, removed, traced.units_grown(plan.keep))
     if mask:
         return CutModule(_masked(cut, module if inplace else _copied(module)))
     graph = cut_graph(cut)
@@ -238,20 +238,21 @@ def apply_to_module(
             raise UnsupportedModelError(
                 f"{type(module).__name__} can't be cut in place: {reason}; without inplace the result is a GraphModule"
             ) from None
-        return CutModule(_started(graph, module, provenance), str(reason))
+        return CutModule(_started(graph, cut, provenance), str(reason))
     if not inplace:
         _own(made, module)
-    _started(made, module, provenance)
+    _started(made, cut, provenance)
     if inplace:
         _adopt(module, made)
         return CutModule(module)
     return CutModule(made)
 
 
-def _started(made: nn.Module, dense: nn.Module, provenance: Provenance) -> nn.Module:
+def _started(made: nn.Module, cut: Cut, provenance: Provenance) -> nn.Module:
     """The cut module, with new weights where the plan asks for them."""
     if provenance.initialised:
-        start_anew(made, dense, provenance.initialised, provenance.seed)
+        changed = {name for name, value in cut.trace.parameters.items() if cut.touches(value)}
+        start_anew(made, cut.trace.module, changed, provenance.initialised, provenance.seed)
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +47,10 @@ class Costs:
             numbers.append(self._numbers[id(labels)])
         return tuple(numbers)
 
-    def without(self, removed: Iterable[int]) -> Cost:
-        """The cost when these units have left."""
-        flags = self._units.flags(removed)
-        kept = [int((~flags[self._units.table(labels)].any(axis=1)).sum()) for labels in self._arrays]
-        return self._sum(kept)
+    def without(self, removed: Iterable[int], grown: Mapping[int, int] | None = None) -> Cost:
+        """The cost when these units have left, and ``grown`` ones are there as often as it says."""
+        times = self._units.times(removed, grown or {})
+        return self._sum([int(times[self._units.table(labels)].prod(axis=1).sum()) for labels in self._arrays])
 
     def _sum(self, kept: Sequence[int]) -> Cost:
         params = macs = size = 0

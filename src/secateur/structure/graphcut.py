@@ -21,13 +21,13 @@ from secateur.structure.trace import Trace, Value, attribute, describe, sizes
 
 def cut_tensor(cut: Cut, value: Value, tensor: Tensor) -> Tensor:
     """The tensor without what leaves; itself when nothing does. A parameter stays one."""
+    if not cut.touches(value):
+        return tensor
     result = tensor.detach()
     for dim, labels in enumerate(value.dims):
         index = cut.index(labels)
         if index is not None:
             result = result.index_select(dim, index.to(result.device))
-    if result.shape == tensor.shape:
-        return tensor
     return nn.Parameter(result, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else result
 
 

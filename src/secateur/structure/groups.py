@@ -31,6 +31,17 @@ class TracedAnatomy(Anatomy):
         """Representatives of the units that leave."""
         return {self.ids[name][int(u)] for name, units in removed.items() for u in units}
 
+    def units_grown(self, keep: Mapping[str, torch.Tensor]) -> dict[int, int]:
+        """Representatives of the units that are kept more than once, and how often."""
+        found = {}
+        for name, kept in keep.items():
+            units, times = kept.unique(return_counts=True)
+            several = times > 1
+            found |= {
+                self.ids[name][u]: n for u, n in zip(units[several].tolist(), times[several].tolist(), strict=True)
+            }
+        return found
+
 
 def traced_anatomy(
     trace: Traced, *, heads: str = "outer", ignore: Iterable[str] = (), model_type: str | None = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -22,8 +23,8 @@ RESIZERS: dict[str, Resizer] = {}
 class Cut(Kept):
     """What stays of a traced module."""
 
-    def __init__(self, trace: Trace, removed: Iterable[int]) -> None:
-        super().__init__(trace.units, removed)
+    def __init__(self, trace: Trace, removed: Iterable[int], grown: Mapping[int, int] | None = None) -> None:
+        super().__init__(trace.units, removed, grown)
         self.trace = trace
 
 
@@ -90,7 +91,7 @@ def _size(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
 def _bounds(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> OpOverload | None:
     dim = arguments.get("dim", 0)
     labels = cut.trace.value(node.args[0]).dims[dim]  # type: ignore[arg-type]
-    if cut.kept(labels).all():
+    if cut.unchanged(labels):
         return None
     start, end, step = (arguments.get(n) for n in ("start", "end", "step"))
     chosen = range(len(labels))[slice(hint(start), hint(end), step)]
@@ -109,18 +110,20 @@ def _bounds(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> OpOverload | 
 
 def _renumbered(cut: Cut, labels: Labels, index: torch.Tensor) -> torch.Tensor:
     """A constant index into a dimension, without what leaves and by the new numbers."""
-    kept = torch.from_numpy(cut.kept(labels))
+    times = torch.from_numpy(cut.times(labels))
     index = index.long()
-    index = index[kept[index]]
+    copies = times[index]
+    first = (times.cumsum(0) - times)[index].repeat_interleave(copies)
+    copy = torch.arange(len(first)) - (copies.cumsum(0) - copies).repeat_interleave(copies)
     # counted from the end where it was, as the edited module does
-    return (kept.cumsum(0) - 1)[index] - torch.where(index < 0, kept.sum(), 0)
+    return first + copy - torch.where(index < 0, times.sum(), 0).repeat_interleave(copies)
 
 
 @resizer("aten::index_select")
 def _index_select(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     labels = cut.trace.value(node.args[0]).dims[arguments["dim"]]  # type: ignore[arg-type]
     index = cut.trace.constant(arguments["index"])
-    if index is not None and not cut.kept(labels).all():
+    if index is not None and not cut.unchanged(labels):
         arguments["index"] = _renumbered(cut, labels, index)
 
 
@@ -129,7 +132,7 @@ def _index(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     indices = list(arguments["indices"])
     for dim, one in enumerate(indices):
         labels = cut.trace.value(node.args[0]).dims[dim]  # type: ignore[arg-type]
-        if one is not None and not cut.kept(labels).all():
+        if one is not None and not cut.unchanged(labels):
             index = cut.trace.constant(one)
             assert index is not None, "a computed index keeps the dimension"
             indices[dim] = _renumbered(cut, labels, index)
@@ -140,7 +143,7 @@ def _index(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
 def _by_sizes(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> OpOverload | None:
     dim = arguments.get("dim", 0)
     labels = cut.trace.value(node.args[0]).dims[dim]  # type: ignore[arg-type]
-    if cut.kept(labels).all():
+    if cut.unchanged(labels):
         return None
     arguments.clear()
     sizes = [cut.size(v.dims[dim]) for v in cut.trace.values[node]]  # type: ignore[union-attr]
@@ -175,7 +178,7 @@ def _pad(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
         for side, lost in ((0, slice(None, None)), (1, slice(None, None, -1))):
             amount = amounts[2 * back + side]
             if amount < 0:
-                amounts[2 * back + side] = -int(cut.kept(labels)[lost][:-amount].sum())
+                amounts[2 * back + side] = -int(cut.times(labels)[lost][:-amount].sum())
     arguments["pad"] = amounts
 
 
@@ -191,8 +194,7 @@ def _groups(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     spatial = len(weight.dims) - 2
     channels = cut.size(x.dims[-spatial - 1])
     if transposed:
-        kept = cut.kept(weight.dims[0]).reshape(groups, -1).any(axis=1).sum()
-        arguments["groups"] = int(kept)
+        arguments["groups"] = _blocks(cut, weight.dims[0], groups)
     else:
         arguments["groups"] = channels // cut.size(weight.dims[1])
 
@@ -201,10 +203,9 @@ def _groups(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
 def _group_norm(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     channels = cut.trace.value(node.args[0]).dims[1]  # type: ignore[arg-type]
     name = "num_groups" if "num_groups" in arguments else "group"
-    kept = cut.kept(channels).reshape(arguments[name], -1)
-    arguments[name] = int(kept.any(axis=1).sum())
+    arguments[name] = _blocks(cut, channels, arguments[name])
     if "C" in arguments:
-        arguments["C"] = int(kept.sum())
+        arguments["C"] = cut.size(channels)
 
 
 @resizer("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", "aten::_fused_rms_norm")
@@ -218,7 +219,7 @@ def _normalized(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
 def _scale(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     """Scores were divided by the root of the old head size, which fewer lanes must not change."""
     lanes = cut.trace.value(node.args[0]).dims[-1]  # type: ignore[arg-type]
-    if arguments.get("scale") is None and not cut.kept(lanes).all():
+    if arguments.get("scale") is None and not cut.unchanged(lanes):
         arguments["scale"] = len(lanes) ** -0.5
 
 
@@ -244,5 +245,15 @@ def _unflatten(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
 
 @resizer("aten::channel_shuffle", "aten::native_channel_shuffle")
 def _shuffle_groups(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
-    kept = cut.kept(cut.trace.value(node.args[0]).dims[1]).reshape(arguments["groups"], -1)  # type: ignore[arg-type]
-    arguments["groups"] = int(kept.any(axis=1).sum())
+    channels = cut.trace.value(node.args[0]).dims[1]  # type: ignore[arg-type]
+    arguments["groups"] = _blocks(cut, channels, arguments["groups"])
+
+
+def _blocks(cut: Cut, labels: Labels, groups: int) -> int:
+    """How many equal blocks of channels there are: fewer when whole ones have left, more when they are there again.
+
+    Where all have grown alike, their channels have, since a block that grows as a whole has copies beside it.
+    """
+    sizes = cut.times(labels).reshape(groups, -1).sum(axis=1)
+    sizes = sizes[sizes > 0]
+    return len(sizes) if (sizes == sizes[:1]).all() else int(sizes.sum() // np.gcd.reduce(sizes))

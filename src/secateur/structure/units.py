@@ -15,7 +15,7 @@ graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -294,6 +294,15 @@ class Units:
             # the array itself is held, so that its id stays its own
             known = self._tables[id(labels)] = (labels, table[where.reshape(-1)])
         return known[1]
+
+    def times(self, removed: Iterable[int], grown: Mapping[int, int]) -> NDArray[np.int64]:
+        """[labels + 1] int64, how often each unit is there: never when removed, as ``grown`` says, or once.
+
+        The last entry is that of -1. A position is there as often as the product over its units.
+        """
+        found = 1 - self.flags(removed).astype(np.int64)
+        found[list(grown.keys())] = list(grown.values())
+        return found
 
     def flags(self, removed: Iterable[int]) -> NDArray[np.bool_]:
         """[labels + 1] bool, True for units that leave; the last entry is that of -1."""

@@ -14,7 +14,8 @@ layers get densities p_l, and whole channels go until every layer is about as sm
 
 The first c_g channels of every group stay, and layers whose shape has changed are drawn anew. Channels that a residual
 connection carries stay unless crop_residual is set. Train the result as you would the dense network; for a trained one
-take taylor or spa_l1. The claim needs norms between the layers, or weights scaled by 1/sqrt(p_l).
+take taylor or spa_l1. For masks the claim needs norms between the layers, or weights scaled by 1/sqrt(p_l), which is
+what a new draw does for a narrower layer.
 
 Source: Y. Cai et al., "Structured Pruning is All You Need for Pruning CNNs at Initialization", 2022, arXiv:2203.02549.
 There is no official code; the least squares and the multiplier s are ours. ERK: arXiv:1911.11134.
@@ -43,7 +44,9 @@ class PreCrop(ChannelMethod):
         "where the densities of layers come from",
         choices=("synexp", "synflow", "snip", "grasp", "erk", "uniform"),
     )
-    keep_macs: float = option(1.0, "fraction of the MACs that stays at most, beside the budget", gt=0, le=1)
+    keep_macs: float = option(
+        1.0, "fraction of the MACs that stays at most, to one channel, beside the budget", gt=0, le=1
+    )
     crop_residual: bool = option(False, "whether channels of residual connections may leave too")
     fit: str = option("layers", "what counts the same in the least squares", choices=("layers", "weights"))
     init: str = option(
@@ -67,6 +70,13 @@ class PreCrop(ChannelMethod):
         speedup="real",
     )
 
+    cap: ClassVar[float | None] = 1.0
+    """Largest density of a layer, None for none."""
+
+    def widest(self) -> float:
+        """Largest width of a group, as a multiple of its channels."""
+        return 1.0
+
     def needed(self) -> tuple[str, ...]:
         return {"snip": ("gradient",), "grasp": ("curvature",)}.get(self.densities, ())
 
@@ -84,8 +94,11 @@ class PreCrop(ChannelMethod):
         kept = DENSITIES[self.densities](self, whole)
         exponents_LG = np.array([[layer.exponents.get(g.name, 0.0) for g in groups] for layer in whole.layers])
         weights_L = np.array([layer.weights for layer in whole.layers]) * kept if self.fit == "weights" else None
-        shares = fit_shares(exponents_LG, kept, weights_L)
-        return {g.name: crop_scores(g.units, share) for g, share in zip(groups, shares, strict=True)}
+        shares = fit_shares(exponents_LG, kept, weights_L, self.widest())
+        return {
+            group.name: crop_scores(int(self.widest() * group.units), share, group.units)
+            for group, share in zip(groups, shares, strict=True)
+        }
 
 
 def _synexp(method: PreCrop, whole: Whole) -> Densities:
@@ -94,7 +107,11 @@ def _synexp(method: PreCrop, whole: Whole) -> Densities:
     # bytes and channels have no share per layer of their own: what counts is how many weights stay
     of_weights = next((fraction for budget, fraction in limits.items() if budget != "macs"), 0.0)
     return synexp(
-        weights, macs, max_weights=(1 - of_weights) * sum(weights), max_macs=(1 - limits.get("macs", 0.0)) * sum(macs)
+        weights,
+        macs,
+        max_weights=(1 - of_weights) * sum(weights),
+        max_macs=(1 - limits.get("macs", 0.0)) * sum(macs),
+        cap=method.cap,
     )
 
 

@@ -1,0 +1,390 @@
+"""Does a network pruned before training need its mask, or only the densities of its layers?
+
+    python benchmarks/precropping.py --cifar cifar10_train.parquet
+
+needs scikit-learn (digits) and, for images in a parquet file, pyarrow and pillow; without ``--cifar`` that part is
+left out. Everything runs on one thread. Rows are kept as they come, so a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import finished_rows, write_result
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import secateur as sc
+from secateur.allocate import global_masks, uniform
+from secateur.networks.modules import Example, module_anatomy
+from secateur.observe.flow import synaptic_flow
+from secateur.structure.layers import Layer, layers_of
+
+NAME, TITLE = "precropping", "Pruning before training: masks, densities, widths"
+SEEDS = (0, 1, 2)
+ROUNDS = 100
+
+TEXT = """
+Each network is pruned before training to the same number of parameters in several ways, and trained. If only the
+densities of the layers matter, the first four rows of a budget agree:
+
+- SynFlow mask: the weights that SynFlow keeps in 100 rounds, held by a mask.
+- shuffled: as many weights per layer, drawn at random.
+- cropped: `precrop` with SynFlow's densities: a dense, narrower network. cropped, synexp: with the closed form instead.
+- uniform width: every group loses the same share of its channels. random mask: the same density in every layer.
+
+Accuracies are in percent, mean and standard deviation over the seeds; `parameters` counts what stays, with norms and
+biases. A seed decides the start, the mask or the new draw, and the order of the data.
+"""
+
+
+class Convolutions(nn.Module):
+    """Convolutions with norms, the second with a stride of 2; mean over positions; a linear head."""
+
+    def __init__(self, inputs: int = 1, widths: tuple[int, ...] = (32, 64, 64, 64)) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        for number, (before, width) in enumerate(zip((inputs, *widths), widths, strict=False)):
+            conv = nn.Conv2d(before, width, 3, stride=2 if number == 1 else 1, padding=1, bias=False)
+            parts += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+        self.body, self.head = nn.Sequential(*parts), nn.Linear(widths[-1], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean(dim=(2, 3)))
+
+
+class Block(nn.Module):
+    """A basic residual block."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.shortcut = None if stride == 1 else nn.Conv2d(before, width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        return (y + (x if self.shortcut is None else self.shortcut(x))).relu()
+
+
+class ResNet(nn.Module):
+    """Stages of 16, 32 and 64 channels with one block each, after a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.stages = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(x)).mean(dim=(2, 3)))
+
+
+def perceptron() -> nn.Module:
+    """Four linear layers without norms."""
+    sizes = (64, 256, 128, 128, 10)
+    parts: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise(sizes):
+        parts += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*parts[:-1])
+
+
+@dataclass(frozen=True)
+class Data:
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    mirrored: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One network on one set of data, and how it is trained."""
+
+    name: str
+    network: Callable[[], nn.Module]
+    data: Callable[[], Data]
+    steps: int
+    rate: float
+    densities: tuple[float, ...]
+    variants: tuple[str, ...]
+    momentum: float = 0.9
+    cosine: bool = True
+    batch: int = 64
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def digits() -> Data:
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    return _split(torch.from_numpy(loaded.images / 16).float()[:, None], torch.from_numpy(loaded.target), 360)
+
+
+def _split(x: Tensor, y: Tensor, tests: int) -> Data:
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order].long()
+    return Data((x[tests:], y[tests:]), (x[:tests], y[:tests]))
+
+
+def cifar(path: Path, train: int, tests: int) -> Data:
+    """The first images of a file, of which ``tests`` are held back."""
+    import pyarrow.parquet
+    from PIL import Image
+
+    table = pyarrow.parquet.read_table(path).slice(0, train + tests)
+    images = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in table["image"].to_pylist()]
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    x = (x - x.mean(dim=(0, 2, 3), keepdim=True)) / x.std(dim=(0, 2, 3), keepdim=True)
+    return replace(_split(x, torch.tensor(table["label"].to_pylist()), tests), mirrored=True)
+
+
+# -- ways to prune: (network, masks held while it is trained) ----------------------------------------------------------
+
+Masks = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a variant starts from."""
+
+    setting: Setting
+    network: nn.Module
+    x: Tensor
+    density: float
+    seed: int
+
+    def layers(self) -> list[Layer]:
+        return layers_of(module_anatomy(self.network, Example((self.x,))))
+
+    def synflow(self) -> Masks:
+        weights = dict(self.network.named_parameters())
+
+        def scores(masks: Masks) -> dict[str, Tensor]:
+            return synaptic_flow(self.network, (self.x,), {}, {n: weights[n] * mask for n, mask in masks.items()})
+
+        return global_masks(scores, {layer.tensor: layer.shape for layer in self.layers()}, self.density, ROUNDS)
+
+    def sparsity(self) -> float:
+        """What a narrower network must lose to have as many parameters as a masked one, norms and biases included."""
+        total = sum(p.numel() for p in self.network.parameters())
+        weights = sum(layer.weights for layer in self.layers())
+        return (1 - self.density) * weights / total
+
+
+def dense(asked: Asked) -> tuple[nn.Module, Masks]:
+    return asked.network, {}
+
+
+def synflow(asked: Asked) -> tuple[nn.Module, Masks]:
+    return asked.network, asked.synflow()
+
+
+def shuffled(asked: Asked) -> tuple[nn.Module, Masks]:
+    return asked.network, _random({name: int(mask.sum()) for name, mask in asked.synflow().items()}, asked)
+
+
+def scaled(asked: Asked) -> tuple[nn.Module, Masks]:
+    """Shuffled, with the scale that the layers had when they were dense."""
+    network, masks = shuffled(asked)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            network.get_parameter(name).mul_(mask.float().mean().rsqrt())
+    return network, masks
+
+
+def random(asked: Asked) -> tuple[nn.Module, Masks]:
+    layers = asked.layers()
+    shares = uniform([layer.shape for layer in layers], asked.density)
+    counts = {layer.tensor: round(share * layer.weights) for layer, share in zip(layers, shares, strict=True)}
+    return asked.network, _random(counts, asked)
+
+
+def _random(counts: dict[str, int], asked: Asked) -> Masks:
+    generator = torch.Generator().manual_seed(asked.seed)
+    masks = {}
+    for name, count in counts.items():
+        shape = asked.network.get_parameter(name).shape
+        flat = torch.zeros(shape.numel(), dtype=torch.bool)
+        flat[torch.randperm(shape.numel(), generator=generator)[:count]] = True
+        masks[name] = flat.reshape(shape)
+    return masks
+
+
+def cropped(asked: Asked) -> tuple[nn.Module, Masks]:
+    return _cropped(asked, densities="synflow", rounds=ROUNDS), {}
+
+
+def closed_form(asked: Asked) -> tuple[nn.Module, Masks]:
+    return _cropped(asked, densities="synexp"), {}
+
+
+def _cropped(asked: Asked, **options: Any) -> nn.Module:
+    options |= dict(asked.setting.options)
+    result = sc.prune(
+        asked.network,
+        example_inputs=(asked.x,),
+        method="precrop",
+        sparsity=asked.sparsity(),
+        seed=asked.seed,
+        options=options,
+    )
+    assert not result.report.notes
+    return result.model
+
+
+def uniform_width(asked: Asked) -> tuple[nn.Module, Masks]:
+    result = sc.prune(
+        asked.network,
+        example_inputs=(asked.x,),
+        method="random_channels",
+        sparsity=asked.sparsity(),
+        seed=asked.seed,
+        options={"scope": "uniform"},
+    )
+    torch.manual_seed(asked.seed)
+    for part in result.model.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            part.reset_parameters()
+    return result.model, {}
+
+
+VARIANTS: dict[str, Callable[[Asked], tuple[nn.Module, Masks]]] = {
+    "dense": dense,
+    "SynFlow mask": synflow,
+    "shuffled": shuffled,
+    "shuffled, scaled": scaled,
+    "cropped": cropped,
+    "cropped, synexp": closed_form,
+    "uniform width": uniform_width,
+    "random mask": random,
+}
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def accuracy(network: nn.Module, masks: Masks, data: Data, setting: Setting, seed: int) -> float:
+    """Percent right on the test part after training; masked weights are zero throughout."""
+    held = [(network.get_parameter(name), mask) for name, mask in masks.items()]
+    optimizer = torch.optim.SGD(network.parameters(), lr=setting.rate, momentum=setting.momentum)
+    generator = torch.Generator().manual_seed(seed)
+    network.train()
+    for step, (x, y) in zip(range(setting.steps), _batches(data, setting.batch, generator), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = setting.rate * (0.5 * (1 + math.cos(math.pi * step / setting.steps)) if setting.cosine else 1)
+        with torch.no_grad():
+            for weight, mask in held:
+                weight.mul_(mask)
+        loss = F.cross_entropy(network(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        for weight, mask in held:
+            weight.mul_(mask)
+        network.eval()
+        right = [(network(x).argmax(dim=1) == y).sum() for x, y in zip(*(t.split(500) for t in data.test), strict=True)]
+    return 100 * int(sum(right)) / len(data.test[1])
+
+
+def _batches(data: Data, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    x, y = data.train
+    while True:
+        for chosen in torch.randperm(len(x), generator=generator).split(size)[: len(x) // size]:
+            images = x[chosen]
+            if data.mirrored:
+                turn = torch.rand(len(images), generator=generator) < 0.5
+                images = torch.where(turn[:, None, None, None], images.flip(-1), images)
+            yield images, y[chosen]
+
+
+def row(setting: Setting, data: Data, density: float, variant: str) -> dict[str, Any]:
+    found, parameters = [], []
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        asked = Asked(setting, setting.network(), data.train[0][:1], density, seed)
+        network, masks = VARIANTS[variant](asked)
+        gone = sum(int((~mask).sum()) for mask in masks.values())
+        parameters.append(sum(p.numel() for p in network.parameters()) - gone)
+        found.append(accuracy(network, masks, data, setting, seed))
+    return {
+        "network": setting.name,
+        "weights kept": "all" if density == 1 else f"{density:.0%}",
+        "pruned by": variant,
+        "accuracy": f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}",
+        "parameters": f"{np.mean(parameters):,.0f}",
+        "seeds": " ".join(f"{a:.1f}" for a in found),
+    }
+
+
+def settings(cifar_path: Path | None) -> list[Setting]:
+    compared = ("SynFlow mask", "shuffled", "cropped", "cropped, synexp", "uniform width", "random mask")
+    found = [
+        Setting("CNN, digits", Convolutions, digits, 400, 0.05, (0.2, 0.1, 0.05), compared),
+        Setting(
+            "MLP without norms, digits",
+            perceptron,
+            digits,
+            1500,
+            0.1,
+            (0.05, 0.02),
+            ("SynFlow mask", "shuffled", "shuffled, scaled", "cropped", "uniform width"),
+            momentum=0.0,
+            cosine=False,
+        ),
+    ]
+    if cifar_path is not None:
+        found.append(
+            Setting(
+                "ResNet, CIFAR-10",
+                ResNet,
+                lambda: cifar(cifar_path, train=10_000, tests=2_000),
+                600,
+                0.1,
+                (0.2, 0.05),
+                compared,
+                options=(("crop_residual", True),),
+            )
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cifar", type=Path, help="parquet file with images and labels")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    about = {
+        "model": "as the rows say; convolutions of 32, 64, 64, 64 channels; residual stages of 16, 32, 64 channels",
+        "data": "load_digits of scikit-learn, 360 of 1797 held back; the first 12,000 training images of CIFAR-10,"
+        " 2,000 of them held back",
+        "training": "SGD, batches of 64; digits CNN 400 steps at 0.05 and CIFAR-10 600 at 0.1, momentum 0.9, cosine;"
+        " MLP 1500 steps at 0.1",
+        "seeds": " ".join(map(str, SEEDS)),
+        "threads": 1,
+    }
+    rows = finished_rows(NAME)
+    for setting in settings(given.cifar):
+        data = setting.data()
+        cases = [(1.0, "dense"), *((d, v) for d in setting.densities for v in setting.variants)]
+        for density, variant in cases:
+            kept = "all" if density == 1 else f"{density:.0%}"
+            if any((r["network"], r["weights kept"], r["pruned by"]) == (setting.name, kept, variant) for r in rows):
+                continue
+            rows.append(row(setting, data, density, variant))
+            print(rows[-1], flush=True)
+            write_result(NAME, TITLE, about, rows, TEXT)
+    write_result(NAME, TITLE, about, rows, TEXT)
+
+
+if __name__ == "__main__":
+    main()
