@@ -13,7 +13,7 @@ import secateur as sc
 from channel_networks import Attention, Residual
 from secateur import timing
 from secateur.errors import BudgetError, DataError, UnsupportedModelError, UsageError
-from secateur.networks import latency
+from secateur.networks import timedcalls
 from secateur.networks.latencytable import Entry, LatencyTable
 from secateur.plans import Plan
 from secateur.structure.resize import named_arguments
@@ -31,15 +31,16 @@ def operations(work) -> int:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Counts what is timed; ``clock["whole"]`` is added to the first work of a table, the whole network."""
-    state = {"timed": 0, "whole": 0.0, "factor": 1.0}
+    """Counts what is timed; a call of the whole network takes ``factor`` times what its parts do, and ``rest``."""
+    state = {"timed": 0, "factor": 1.0, "rest": 0.0}
 
     def take_turns(works, repeats, devices):
         state["timed"] += 1
-        taken = operations(works[""]) * PER_OPERATION
-        if state["timed"] == 1:
-            taken = taken * state["factor"] + state["whole"]
-        return {"": [9.0, *[taken / 1000] * repeats]}
+        taken = {name: operations(work) * PER_OPERATION for name, work in works.items()}
+        if "1" in works:
+            taken = {name: state["factor"] * alone + state["rest"] for name, alone in taken.items()}
+        # one of the repeats is slowed down by something else
+        return {name: [9.0, *[time / 1000] * (repeats - 1)] for name, time in taken.items()}
 
     monkeypatch.setattr(timing, "take_turns", take_turns)
     return state
@@ -85,24 +86,28 @@ def test_what_is_expected_of_the_cut_network_is_what_it_takes(clock, network, ro
     assert result.report.achieved == pytest.approx(0.5, abs=0.15)
 
 
-def test_what_the_whole_takes_beyond_its_parts_stays(clock):
-    clock["whole"] = 5.0
+@pytest.mark.parametrize(("factor", "rest"), [(1.0, 5.0), (0.5, 0.0), (1.5, 0.0), (1.25, 2.0)])
+def test_what_the_whole_takes_beside_its_parts_is_told_from_two_widths(clock, factor, rest):
+    clock |= {"factor": factor, "rest": rest}
     _, _, result = pruned(sparsity=0.05)
-    dense, cut = next(m for m in result.report.metrics if m.name == "expected latency").values.values()
+    values = next(m for m in result.report.metrics if m.name == "expected latency").values
     macs = next(m for m in result.report.metrics if m.name == "MACs").values
-    assert dense == pytest.approx(5 + 2 * macs["dense"] * PER_OPERATION)
-    assert cut == pytest.approx(5 + 2 * macs["pruned"] * PER_OPERATION)
-    clock["timed"] = 0
+    assert values == pytest.approx({n: rest + 2 * factor * count * PER_OPERATION for n, count in macs.items()})
+
+
+def test_what_doesnt_shrink_bounds_the_budget(clock):
+    clock["rest"] = 5.0
     with pytest.raises(BudgetError, match=r"can't remove 90\.0% of the latency"):
         pruned(sparsity=0.9)
 
 
-def test_parts_that_take_longer_alone_than_together_are_scaled(clock):
-    clock["factor"] = 0.5
+def test_a_network_that_is_no_faster_when_narrow_is_scaled(clock):
+    """Noise can make the narrow network the slower one; the rest is then none, and not negative."""
+    clock |= {"factor": -1.0, "rest": 100.0}
     _, _, result = pruned()
     values = next(m for m in result.report.metrics if m.name == "expected latency").values
     macs = next(m for m in result.report.metrics if m.name == "MACs").values
-    assert values == pytest.approx({name: n * PER_OPERATION for name, n in macs.items()})
+    assert values["pruned"] / values["dense"] == pytest.approx(macs["pruned"] / macs["dense"])
 
 
 def test_widths_between_the_measured_ones_are_interpolated():
@@ -157,14 +162,14 @@ def test_layouts_are_kept(monkeypatch):
     module, x = made()
     module, x = module.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     anatomy = sc.anatomy(module, example_inputs=(x,))
-    calls = latency.timed_calls(anatomy, 1, torch.device("cpu"))
+    calls = timedcalls.timed_calls(anatomy, 1, torch.device("cpu"))
     relu = next(call for call in calls if "relu" in str(call.node.target))
     seen = []
     seen = []
     monkeypatch.setattr(
-        latency, "resized", lambda cut, node: (lambda **given: seen.append(given), named_arguments(node))
+        timedcalls, "resized", lambda cut, node: (lambda **given: seen.append(given), named_arguments(node))
     )
-    latency._work(anatomy.trace, relu.node, set(), torch.device("cpu"))()
+    timedcalls._work(anatomy.trace, relu.node, set(), torch.device("cpu"))()
     (tensor,) = seen[0].values()
     assert tensor.is_contiguous(memory_format=torch.channels_last) and tensor.shape == (4, 12, 12, 12)
 
@@ -261,13 +266,22 @@ def test_user_mistakes_are_one_sentence(clock, tmp_path):
     assert clock["timed"] == 0
 
 
-def test_a_call_that_fails_alone_is_named(clock, monkeypatch):
-    def fail(works, repeats, devices):
-        raise RuntimeError("no kernel\nfor it")
+@pytest.mark.parametrize(
+    ("works", "message"),
+    [("1", "can't run the network on its example inputs"), ("", r"can't time aten::conv2d \(stem.0, .*\) alone")],
+)
+def test_a_call_that_fails_is_named(clock, monkeypatch, tmp_path, works, message):
+    take_turns = timing.take_turns
+
+    def fail(given, repeats, devices):
+        if works in given:
+            raise RuntimeError("no kernel\nfor it")
+        return take_turns(given, repeats, devices)
 
     monkeypatch.setattr(timing, "take_turns", fail)
-    with pytest.raises(UnsupportedModelError, match="can't run the network on its example inputs: no kernel"):
-        pruned()
+    with pytest.raises(UnsupportedModelError, match=f"{message}: no kernel") as caught:
+        pruned(latency_table=tmp_path / "table.json")
+    assert "\n" not in str(caught.value) and not (tmp_path / "table.json").exists()
 
 
 def test_real_time_is_taken(tmp_path):

@@ -1,13 +1,14 @@
 """Latency as a budget: how long every call of a network takes at a few widths, measured here, and what lies between.
 
-    t(network) = sum over its calls of t_call(width of its inputs, width of its outputs) + rest
+    t(network) = scale * sum over its calls of t_call(width of its inputs, width of its outputs) + rest
 
 A call (a convolution, a norm, an addition) is timed alone on random tensors, at eight widths of each of its dimensions
 that can shrink, all combined; calls of the same sizes share an entry. Between the measured widths t_call is
 interpolated linearly. Kernels like multiples of 8, 16 or 32 channels, and a layer can be slower than a wider one: the
-widths are multiples of ``round_to``, so that with one that the machine likes what lies in between doesn't matter. What
-a call of the whole network takes beyond its parts (the interpreter) is the rest, which doesn't shrink; where the parts
-take longer alone than together, they are scaled down instead.
+widths are multiples of ``round_to``, so that with one that the machine likes what lies in between doesn't matter. A
+call takes longer or shorter among others than alone (caches, memory that must be found), and the interpreter takes time
+between them: scale and rest are such that the sum is right for the whole network and for one that is narrow everywhere,
+both of which are measured.
 
 Source: T.-J. Yang et al., "NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications", ECCV 2018,
 arXiv:1804.03230, for tables of layers that add up; M. Shen et al., "HALP: Hardware-Aware Latency Pruning", 2021,
@@ -16,65 +17,45 @@ arXiv:2110.10811, for latency by the widths of input and output as the budget of
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from secateur import timing
-from secateur.errors import UnsupportedModelError, first_line
+from secateur.errors import PlanError, UnsupportedModelError
 from secateur.networks.latencytable import Entry, LatencyTable
+from secateur.networks.timedcalls import LEVELS, TimedCall, kept_units, milliseconds, time_call, timed_calls
 from secateur.structure.exporting import evaluation_mode
+from secateur.structure.graphcut import cut_graph
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.kept import Kept
-from secateur.structure.resize import Cut, named_arguments, resized
-from secateur.structure.trace import Trace, Value, describe
-from secateur.structure.units import Labels
-
-LEVELS = tuple(part / 8 for part in range(1, 9))
-"""Shares of the units of a dimension that are kept when a call is timed."""
-MOST_DIMS = 2
-"""Dimensions that shrink by themselves; where a call has more of them they shrink together."""
-REPEATS = 5
+from secateur.structure.resize import Cut
+from secateur.structure.trace import Trace
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Width:
-    """A dimension of a call that can shrink: its positions, and the units that can leave it, by group."""
-
-    labels: Labels
-    groups: tuple[tuple[int, ...], ...]
-
-    def removed(self, share: float, step: int) -> set[int]:
-        """Units that leave for about ``share`` of every group to stay, as many as a multiple of ``step``."""
-        return {u for units in self.groups for u in units[max(1, round(share * len(units) / step)) * step :]}
-
-
-@dataclass(frozen=True)
-class TimedCall:
-    """A call of the graph, the dimensions along which it shrinks, and its name in a table."""
-
-    node: fx.Node
-    widths: tuple[Width, ...]
-    key: str
 
 
 class Latencies:
     """Milliseconds of one call of a network, whole or without some of its units."""
 
-    def __init__(self, anatomy: TracedAnatomy, calls: Sequence[TimedCall], table: LatencyTable, whole: str) -> None:
+    def __init__(
+        self, anatomy: TracedAnatomy, calls: Sequence[TimedCall], table: LatencyTable, whole: str, narrow: set[int]
+    ) -> None:
         self._units = anatomy.trace.units
         self._calls = [(call.widths, table.entries[call.key]) for call in calls]
         self.table = table
-        self.measured = table.entries[whole].milliseconds.item()
-        alone = self._alone(())
-        self._scale = min(1.0, self.measured / alone) if alone else 1.0
-        self._rest = self.measured - self._scale * alone
+        times = table.entries[whole].milliseconds
+        self.measured = float(times[-1])
+        dense, least = self._alone(()), self._alone(narrow)
+        self._scale = self.measured / dense if dense else 1.0
+        if len(times) > 1 and dense > least and times[-1] > times[0]:
+            # a line through both, which doesn't go below zero
+            self._scale = min(self._scale, float(times[-1] - times[0]) / (dense - least))
+        self._rest = self.measured - self._scale * dense
 
     def without(self, removed: Iterable[int]) -> float:
         """What a call is expected to take when these units have left, in milliseconds."""
@@ -108,140 +89,43 @@ def measure_latencies(
     missing = {call.key: call for call in calls if call.key not in table.entries}
     total = len(missing) + (whole not in table.entries)
     table.check_machine(total)
+    narrow = narrowed(anatomy, step)
     with torch.no_grad():
         if whole not in table.entries:
             # first, since it brings allocator and libraries into the state in which the network runs
-            with evaluation_mode(module):
-                table.entries[whole] = Entry((), np.array(_milliseconds(lambda: module(*args, **kwargs), device)))
+            table.entries[whole] = _time_whole(anatomy.trace, module, args, kwargs, narrow, device)
         for done, (key, call) in enumerate(missing.items(), start=total - len(missing) + 1):
             table.entries[key] = time_call(anatomy.trace, call, step, device)
             progress("latency", done, total)
     if total:
         table.save()
-    return Latencies(anatomy, calls, table, whole)
+    return Latencies(anatomy, calls, table, whole, narrow)
 
 
-def timed_calls(anatomy: TracedAnatomy, step: int, device: torch.device) -> list[TimedCall]:
-    """The calls of a traced module that compute something, views and lookups left out."""
-    free = {u: name for name, units in anatomy.ids.items() if anatomy[name].frozen is None for u in units}
-    groups = {name: tuple(units) for name, units in anatomy.ids.items()}
-    found = []
-    for node in anatomy.trace.calls():
-        if _computes(node):
-            widths = _widths(anatomy.trace, node, free, groups)
-            place = f" on {device.type}" + (f", widths in steps of {step}" if step > 1 and widths else "")
-            found.append(TimedCall(node, widths, _key(anatomy.trace, node, widths) + place))
-    return found
+def narrowed(anatomy: TracedAnatomy, step: int) -> set[int]:
+    """Units that leave for every group to be as narrow as calls are timed."""
+    free = (tuple(units) for name, units in anatomy.ids.items() if anatomy[name].frozen is None)
+    return {unit for units in free for unit in units[kept_units(LEVELS[0], len(units), step) :]}
 
 
-def _computes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not isinstance(node.meta.get("val"), Tensor | list | tuple):
-        return False
-    return not any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-
-
-def _values(trace: Trace, node: fx.Node) -> list[Value]:
-    """The tensors that a call reads and makes."""
-    found = [trace.values.get(n) for n in (*node.all_input_nodes, node)]
-    return [v for one in found if one is not None for v in (one if isinstance(one, list) else [one])]
-
-
-def _widths(
-    trace: Trace, node: fx.Node, free: Mapping[int, str], groups: Mapping[str, tuple[int, ...]]
-) -> tuple[Width, ...]:
-    """The dimensions of a call along which groups can leave; those that share a group are one."""
-    merged: list[tuple[Labels, set[str]]] = []
-    for labels in (labels for value in _values(trace, node) for labels in value.dims):
-        names = {free[u] for u in np.unique(trace.units.table(labels)).tolist() if u in free}
-        if not names:
-            continue
-        shared = [one for one in merged if one[1] & names]
-        merged = [one for one in merged if not one[1] & names]
-        longest = max([labels, *(one[0] for one in shared)], key=len)
-        merged.append((longest, names.union(*(one[1] for one in shared))))
-    if len(merged) > MOST_DIMS:
-        merged = [(max((one[0] for one in merged), key=len), set().union(*(one[1] for one in merged)))]
-    return tuple(Width(labels, tuple(groups[name] for name in sorted(names))) for labels, names in merged)
-
-
-def _key(trace: Trace, node: fx.Node, widths: Sequence[Width]) -> str:
-    """``aten.conv2d.default(float32[8, 64a, 56, 56], …)``: everything that the time of a call depends on."""
-    units = [{u for group in width.groups for u in group} for width in widths]
-
-    def shown(value: Any) -> str:
-        if isinstance(value, fx.Node):
-            example, place = value.meta.get("val"), trace.values.get(value)
-            if isinstance(example, Tensor) and isinstance(place, Value):
-                order = "" if example.is_contiguous() else f"{tuple(example.stride())}"
-                kind = str(example.dtype).removeprefix("torch.")
-                return f"{kind}[{', '.join(map(size, place.dims))}]{order}"
-            return "node"
-        if isinstance(value, list | tuple):
-            return f"[{', '.join(map(shown, value))}]"
-        return str(value)
-
-    def size(labels: Labels) -> str:
-        here = set(np.unique(trace.units.table(labels)).tolist())
-        return f"{len(labels)}{''.join('abcdefgh'[i] for i, some in enumerate(units) if some & here)}"
-
-    arguments = ", ".join(f"{name}={shown(value)}" for name, value in named_arguments(node).items())
-    return f"{node.target}({arguments})"
+def _time_whole(
+    trace: Trace,
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    narrow: set[int],
+    device: torch.device,
+) -> Entry:
+    """Time the network as it is and, where it can be cut that far, narrow."""
+    works = {"1": lambda: module(*args, **kwargs)}
+    with suppress(PlanError, UnsupportedModelError):
+        graph = cut_graph(Cut(trace, narrow))
+        works = {str(LEVELS[0]): lambda: graph(*args, **kwargs), **works}
+    with evaluation_mode(module):
+        taken = milliseconds(works, device, "run the network on its example inputs")
+    return Entry((np.array([float(name) for name in works]),), np.array(taken))
 
 
 def _whole_key(module: nn.Module, calls: Sequence[TimedCall]) -> str:
-    import hashlib
-
     digest = hashlib.sha256("\n".join(call.key for call in calls).encode()).hexdigest()
     return f"whole {type(module).__name__} {digest[:16]}"
-
-
-def time_call(trace: Trace, call: TimedCall, step: int, device: torch.device) -> Entry:
-    """Time one call at all combinations of widths. Raises UnsupportedModelError when it doesn't run alone."""
-    shares: list[dict[float, set[int]]] = []
-    for width in call.widths:
-        by_share: dict[float, set[int]] = {}
-        for level in LEVELS:
-            removed = width.removed(level, step)
-            by_share.setdefault(Kept(trace.units, removed).size(width.labels) / len(width.labels), removed)
-        shares.append(dict(sorted(by_share.items())))
-    times = np.zeros([len(one) for one in shares])
-    for point in np.ndindex(times.shape):
-        gone = [list(one.values())[at] for one, at in zip(shares, point, strict=True)]
-        times[point] = _milliseconds(_work(trace, call.node, set().union(*gone), device), device, call.node)
-    return Entry(tuple(np.array(list(one)) for one in shares), times)
-
-
-def _work(trace: Trace, node: fx.Node, removed: set[int], device: torch.device) -> Callable[[], object]:
-    """The call on random tensors of the cut sizes."""
-    cut = Cut(trace, removed)
-    target, arguments = resized(cut, node) or (node.target, named_arguments(node))
-    generator = torch.Generator(device).manual_seed(0)
-    given = fx.map_arg(arguments, lambda n: _random(cut, n, generator, device))
-    return lambda: target(**given)  # type: ignore[operator]
-
-
-def _random(cut: Cut, node: fx.Node, generator: torch.Generator, device: torch.device) -> Any:
-    example, value = node.meta.get("val"), cut.trace.values.get(node)
-    if not isinstance(example, Tensor) or value is None:
-        return example
-    constant = cut.trace.constant(node)
-    values = [value] if isinstance(value, Value) else value
-    shape = cut.shape(values[0])
-    if constant is not None and list(constant.shape) == shape:
-        return constant.to(device)
-    # laid out in memory like the example
-    order = sorted(range(example.dim()), key=lambda dim: -int(example.stride(dim)))
-    plain = torch.zeros([shape[dim] for dim in order], dtype=example.dtype, device=device)
-    if example.is_floating_point():
-        plain.uniform_(generator=generator)  # some are variances
-    return plain.permute([order.index(dim) for dim in range(example.dim())])
-
-
-def _milliseconds(work: Callable[[], object], device: torch.device, node: fx.Node | None = None) -> float:
-    """The fastest of some repeats, the first of which doesn't count: what slows one down isn't the network's."""
-    try:
-        return 1000 * min(timing.take_turns({"": work}, REPEATS, {"": device})[""])
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        what = f"time {describe(node)} alone" if node is not None else "run the network on its example inputs"
-        raise UnsupportedModelError(f"can't {what}: {first_line(error)}") from None
