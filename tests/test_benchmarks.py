@@ -10,6 +10,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur import timing
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -130,3 +133,36 @@ def test_another_shape_is_no_small_error(study):
     ones = torch.ones(2, 3)
     assert check.relative_error([ones], [2 * ones]) == 0.5
     assert check.relative_error([ones[:, :2]], [ones]) == check.relative_error([ones / 0], [ones]) == float("inf")
+
+
+def test_expected_and_measured_latencies_are_compared(study, tmp_path, monkeypatch):
+    """By a clock that counts floating-point operations, what is expected is what is measured."""
+
+    def operations(work) -> int:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    def take_turns(works, repeats, devices, step=None):
+        return {name: [1e-9 * operations(work)] * repeats for name, work in works.items()}
+
+    monkeypatch.setattr(timing, "take_turns", take_turns)
+    latency = study("latency")
+    module, x = latency.Small(width=8).eval(), torch.zeros(1, 3, 8, 8)
+    (row,) = latency.compare(module, x, [0.5], round_to=1, repeats=1, table=tmp_path / "table.json")
+    assert row["dense ms"] == pytest.approx(1e-6 * operations(lambda: module(x)))
+    assert row["off"] == pytest.approx(0, abs=1e-6) and row["within"]
+    assert row["measured"] == pytest.approx(row["MACs left"]) == pytest.approx(0.5, abs=0.1)
+    assert row["expected ms"] == pytest.approx(row["measured ms"])
+
+
+def test_a_cut_network_is_timed_in_both_runtimes(study, tmp_path):
+    speed, module = study("speed_cnn"), study("latency").Small(width=16).eval()
+    rows = speed.measure(
+        module, torch.zeros(2, 3, 8, 8), sparsity=0.5, budget="macs", round_to=8, repeats=1, folder=tmp_path
+    )
+    assert [row["runtime"] for row in rows] == ["torch", "onnxruntime"]
+    for row in rows:
+        assert row["times faster"] == row["dense ms"] / row["cut ms"]
+        assert row["GMACs cut"] == pytest.approx(0.5 * row["GMACs dense"], rel=0.2)
+    assert rows[0]["peak MB cut"] < rows[0]["peak MB dense"]
