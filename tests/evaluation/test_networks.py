@@ -143,10 +143,18 @@ def test_tasks_keep_the_contract(text):
     assert make_task("latency:batch=4,repeats=7").name == "latency:batch=4,repeats=7" != Latency().name
 
 
+@pytest.mark.parametrize("task", ["perplexity:builtin", "speed"])
+def test_tasks_of_decoders_are_not_of_networks(task):
+    with pytest.raises(UsageError, match=f"{task} is measured of language models only"):
+        sc.evaluate(Residual(), tasks=["size", task], example_inputs=(X,))
+
+
 @pytest.mark.parametrize("task", ["latency", "macs"])
 def test_what_a_network_is_called_with_is_asked_for(task):
     with pytest.raises(UsageError, match=f"{task} is of networks: give example_inputs"):
         sc.evaluate(Residual(), tasks=task)
+    with pytest.raises(UsageError, match="size of model dense needs example_inputs"):
+        sc.evaluate(Residual(), tasks="size")
     with pytest.raises(UsageError, match="must be a tuple"):
         sc.evaluate(Residual(), tasks=task, example_inputs=X)
     with pytest.raises(UsageError, match="those of ONNX models"):

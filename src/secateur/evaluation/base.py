@@ -73,6 +73,11 @@ class Evaluation(Protocol):
         ...
 
 
+def is_decoder(model: Any) -> bool:
+    """Whether this is a model of transformers that reads text, and not one that is known by its example inputs."""
+    return hasattr(getattr(model, "config", None), "get_text_config")
+
+
 def whole_numbers(what: str, argument: str, known: Sequence[str]) -> dict[str, int]:
     """``{"batch": 2}`` of ``batch=2``. Raises UsageError for a key that isn't ``known`` or a number below 1."""
     found = {}

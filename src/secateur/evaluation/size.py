@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import UsageError
-from secateur.evaluation.base import Inputs, Settings, stored_tensors
+from secateur.evaluation.base import Inputs, Settings, is_decoder, stored_tensors
 from secateur.evaluation.runners import open_runner
 from secateur.kinds import is_onnx
 from secateur.models.sources import Source, stored_names
@@ -58,10 +58,13 @@ class Size:
     ) -> list[Metric]:
         """Five metrics: parameters, non-zero parameters, bytes, bytes on disk, peak memory.
 
-        Peak memory is left out where an ONNX model is among the models.
+        Peak memory is left out where an ONNX model is among the models. Raises UsageError for a module without
+        example inputs.
         """
         if settings.inputs is None:
-            for model in models.values():
+            for name, model in models.items():
+                if not is_decoder(model):
+                    raise UsageError(f"size of model {name} needs example_inputs=(x,), what it is called with")
                 check_length(model, settings.length)
         weights: dict[str, Weight] = {}
         for done, (name, model) in enumerate(models.items(), start=1):

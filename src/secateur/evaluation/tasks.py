@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.errors import UsageError, nearest
 from secateur.evaluation.accuracy import Accuracy
-from secateur.evaluation.base import Evaluation, Inputs, Progress, Settings, silent
+from secateur.evaluation.base import Evaluation, Inputs, Progress, Settings, is_decoder, silent
 from secateur.evaluation.latency import Latency, Macs
 from secateur.evaluation.lm_eval_task import LmEval
 from secateur.evaluation.perplexity import Perplexity
@@ -99,7 +99,7 @@ def evaluate_models(
     if tasks is None:
         tasks = OF_DECODERS if inputs is None else OF_NETWORKS
     texts = [tasks] if isinstance(tasks, str) else tasks
-    decoders = all(hasattr(getattr(model, "config", None), "get_text_config") for model in named.values())
+    decoders = all(map(is_decoder, named.values()))
     evaluations = [make_task(text) for text in texts] if decoders else make_network_tasks(texts)
     metrics = [metric for task in evaluations for metric in task.measure(named, tokenizer, settings)]
     return Table(metrics, list(named))

@@ -251,7 +251,7 @@ def _torchvision(name: str, where: Where) -> Rows:
     if "split" in accepted:
         chosen["split"] = split
     try:
-        loaded = kind(where.root, **chosen)
+        loaded = kind(root=where.root, **chosen)
     except Exception as error:  # each data set checks its files in its own way
         raise DataError(f"torchvision:{name} can't be read from {where.root}: {first_line(error)}") from None
 
