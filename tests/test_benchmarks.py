@@ -166,3 +166,18 @@ def test_a_cut_network_is_timed_in_both_runtimes(study, tmp_path):
         assert row["times faster"] == row["dense ms"] / row["cut ms"]
         assert row["GMACs cut"] == pytest.approx(0.5 * row["GMACs dense"], rel=0.2)
     assert rows[0]["peak MB cut"] < rows[0]["peak MB dense"]
+
+
+def test_a_shuffled_mask_has_the_same_counts_in_every_layer(study):
+    precropping = study("precropping")
+    torch.manual_seed(0)
+    setting = precropping.settings(None)[0]
+    asked = precropping.Asked(setting, setting.network(), torch.randn(1, 1, 8, 8), density=0.1, seed=0)
+    chosen, drawn = precropping.synflow(asked)[1], precropping.shuffled(asked)[1]
+    assert {n: int(m.sum()) for n, m in chosen.items()} == {n: int(m.sum()) for n, m in drawn.items()}
+    assert any(not torch.equal(chosen[name], drawn[name]) for name in chosen)
+    assert sum(int(mask.sum()) for mask in chosen.values()) == round(0.1 * sum(m.numel() for m in chosen.values()))
+    # and a narrower network has as many parameters as a masked one
+    total = sum(p.numel() for p in asked.network.parameters())
+    masked = total - sum(int((~mask).sum()) for mask in chosen.values())
+    assert round((1 - asked.sparsity()) * total) == masked

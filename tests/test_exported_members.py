@@ -17,6 +17,7 @@ EXPORTED = [
     "anatomy",
     "apply",
     "convert",
+    "densities",
     "describe",
     "evaluate",
     "list_methods",

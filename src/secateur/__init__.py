@@ -20,6 +20,7 @@ _HOMES = {
     "plan": "secateur.api",
     "apply": "secateur.api",
     "prune": "secateur.api",
+    "densities": "secateur.api",
     "evaluate": "secateur.api",
     "save": "secateur.api",
     "run": "secateur.runs.run",
@@ -38,7 +39,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from secateur.api import Result, anatomy, apply, convert, evaluate, load, plan, prune, push, save, verify
+    from secateur.api import Result, anatomy, apply, convert, densities, evaluate, load, plan, prune, push, save, verify
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan

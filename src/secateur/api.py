@@ -287,6 +287,34 @@ def prune(
     return Result(model=cut, plan=made, report=report)
 
 
+def densities(
+    module: nn.Module,
+    *,
+    example_inputs: ExampleInputs = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    method: str = "precrop",
+    sparsity: float | None = None,
+    budget: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
+    data: Any = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> dict[str, float]:
+    """The fraction of its weights that each layer should keep, by the name of the weight; nothing is pruned.
+
+    These are what ``precrop`` and ``preconfig`` derive widths from, and what a mask of single weights can be drawn by;
+    above 1 a layer should grow. Arguments are those of ``plan``; layers are the weights that multiply something.
+    Raises UsageError, DataError, ModelError or BudgetError.
+    """
+    from secateur.methods import make_method
+    from secateur.networks.modules import module_anatomy, module_densities
+
+    chosen = make_method(method, method_options(method, options, sparsity, None, budget, 0))
+    example = _example(example_inputs, example_kwargs)
+    anatomy = module_anatomy(module, example, heads=getattr(chosen, "heads", "outer"), ignore=ignore)
+    return module_densities(chosen, anatomy, example, data=data, loss=loss)
+
+
 def _is_network(model: Any, args: ExampleInputs, kwargs: Mapping[str, Any] | None) -> bool:
     """Whether this is traced, and not a decoder that is known by its family."""
     from secateur.networks.kinds import is_onnx

@@ -13,8 +13,9 @@ from torch import nn
 import secateur as sc
 from channel_networks import Attention, Residual
 from secateur.allocate import erk, fit_shares, global_masks, of_masks, synexp, uniform
-from secateur.errors import BudgetError, DataError
+from secateur.errors import BudgetError, DataError, UsageError
 from secateur.networks.modules import Example, module_anatomy
+from secateur.observe.flow import synaptic_flow
 from secateur.structure.layers import layers_of
 from secateur.structure.streams import residual_streams
 
@@ -275,6 +276,39 @@ def test_densities_from_the_loss_need_data():
     for densities in ("snip", "grasp"):
         cut = precropped(module, x, sparsity=0.5, data=[(x, labels)], options={"densities": densities}).model
         assert sum(p.numel() for p in cut.parameters()) < 0.55 * sum(p.numel() for p in module.parameters())
+
+
+def test_densities_alone_are_what_widths_come_from():
+    module, x = chain()
+    found = sc.densities(module, example_inputs=(x,), sparsity=0.8)
+    n = [288, 18432, 36864, 36864, 640]
+    assert list(found) == [f"blocks.{i}.0.weight" for i in range(4)] + ["head.weight"]
+    assert list(found.values()) == pytest.approx(synexp(n, n, max_weights=0.2 * sum(n)).tolist())
+    wider = sc.densities(module, example_inputs=(x,), sparsity=0.2, method="preconfig")
+    assert max(wider.values()) > 1
+    with pytest.raises(UsageError, match="spa_l1 doesn't give layers densities"):
+        sc.densities(module, example_inputs=(x,), method="spa_l1")
+
+
+def test_a_tied_weight_is_one_layer_under_all_its_names():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.a.weight = self.b.weight
+
+        def forward(self, x):
+            return self.head(self.a(self.b(x).relu()).relu())
+
+    torch.manual_seed(0)
+    module, x = Tied(), torch.randn(4, 6)
+    data = [(x, torch.tensor([0, 1, 2, 0]))]
+    for densities in ("synflow", "snip"):
+        options = {"densities": densities, "rounds": 3}
+        found = sc.densities(module, example_inputs=(x,), sparsity=0.5, options=options, data=data)
+        assert len(found) == 2 and 0 < min(found.values()) < 1
+    flow = synaptic_flow(module, (x,), {})
+    assert torch.equal(flow["a.weight"], flow["b.weight"]) and flow["a.weight"].sum() > 0
 
 
 # -- how the narrow network starts -------------------------------------------------------------------------------------

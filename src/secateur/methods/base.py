@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, get_args, get_type_hints
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.allocate import CHANNEL_SCOPES, Allocator, MaskRule
@@ -327,6 +329,10 @@ class ChannelMethod(Method):
     def score(self, group: Coupled) -> Tensor | None:
         """Score of every unit of a group, [units] float64, higher = keep; None keeps the whole group."""
         return self.reduced(group, self.importance)
+
+    def layer_densities(self, whole: Whole) -> NDArray[np.float64] | None:
+        """The fraction of its weights that each of ``whole.layers`` should keep; None for methods that don't say."""
+        return None
 
     def scores(self, whole: Whole) -> Mapping[str, Tensor | None]:
         """``score`` of every group by name, for methods that look at more than one group at a time.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -111,9 +111,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     """Scores of all groups that may be cut, on one scale."""
     found: dict[str, list[Tensor]] = {}
-    for one in probe.learned(removed):
-        groups = tuple(_coupled(group, tensors, role, one) for group in anatomy.of_kind("channel"))
-        whole = Whole(groups, tensors, one, probe.flow(removed), anatomy)
+    for whole in _wholes(anatomy, tensors, role, probe, removed):
         for name, scores in method.scores(whole).items():
             if scores is None:
                 continue
@@ -121,6 +119,29 @@ def _scores(
                 raise NonFiniteError(f"scores of {name} hold NaN or inf")
             found.setdefault(name, []).append(scores.detach().double().cpu())
     return {name: method.normalized(torch.stack(many).mean(dim=0)) for name, many in found.items()}
+
+
+def _wholes(
+    anatomy: TracedAnatomy, tensors: Mapping[str, Tensor], role: Role, probe: Probe, removed: set[int]
+) -> Iterator[Whole]:
+    """The network as a method sees it, once per batch of data or once for all of them."""
+    for one in probe.learned(removed):
+        groups = tuple(_coupled(group, tensors, role, one) for group in anatomy.of_kind("channel"))
+        yield Whole(groups, tensors, one, probe.flow(removed), anatomy)
+
+
+def decide_densities(
+    method: ChannelMethod, anatomy: TracedAnatomy, tensors: Mapping[str, Tensor], role: Role, probe: Probe
+) -> dict[str, float]:
+    """The fraction of its weights that each layer should keep, by the name of the weight.
+
+    Raises UsageError for a method that has no densities, NonFiniteError or BudgetError.
+    """
+    whole = next(_wholes(anatomy, tensors, role, probe, set()))
+    found = method.layer_densities(whole)
+    if found is None:
+        raise UsageError(f"{method.name} doesn't give layers densities; precrop and preconfig do")
+    return {layer.tensor: float(density) for layer, density in zip(whole.layers, found, strict=True)}
 
 
 def _gone_last(scores: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from secateur.errors import DataError, PlanMismatchError, UnsupportedModelError,
 from secateur.heal.starting import NORMS, start_anew
 from secateur.methods import ChannelMethod, Method
 from secateur.methods.base import Flow
-from secateur.networks.deciding import channel_method, decide_channels
+from secateur.networks.deciding import channel_method, decide_channels, decide_densities
 from secateur.networks.latency import Latencies, Progress, measure_latencies
 from secateur.networks.latencytable import LatencyTable
 from secateur.observe.flow import synaptic_flow
@@ -84,8 +84,6 @@ def plan_module(
     Raises UsageError, DataError, NonFiniteError or BudgetError.
     """
     chosen, module = channel_method(method), anatomy.trace.module
-    if chosen.needed() and data is None:
-        raise DataError(f"{method.name} needs data: give data= (batches) and, for anything but a classifier, loss=")
     return decide_channels(
         chosen,
         anatomy,
@@ -93,11 +91,31 @@ def plan_module(
         lambda name, parameter: _role(module, name, parameter),
         model=module_fingerprint(module),
         inputs=example.recorded(),
-        probe=_Probe(chosen, anatomy, example, data, loss or cross_entropy),
+        probe=_probe(chosen, anatomy, example, data, loss),
         ignore=ignore,
         seed=seed,
         latencies=latencies,
     )
+
+
+def module_densities(
+    method: Method, anatomy: TracedAnatomy, example: Example, *, data: Any = None, loss: Loss | None = None
+) -> dict[str, float]:
+    """See ``decide_densities``. Raises DataError too."""
+    chosen, module = channel_method(method), anatomy.trace.module
+    return decide_densities(
+        chosen,
+        anatomy,
+        dict(module.named_parameters(remove_duplicate=False)),
+        lambda name, parameter: _role(module, name, parameter),
+        _probe(chosen, anatomy, example, data, loss),
+    )
+
+
+def _probe(method: ChannelMethod, anatomy: TracedAnatomy, example: Example, data: Any, loss: Loss | None) -> _Probe:
+    if method.needed() and data is None:
+        raise DataError(f"{method.name} needs data: give data= (batches) and, for anything but a classifier, loss=")
+    return _Probe(method, anatomy, example, data, loss or cross_entropy)
 
 
 @dataclass(frozen=True)
@@ -121,7 +139,7 @@ class _Probe:
     def flow(self, removed: Iterable[int]) -> Flow:
         def under(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             module = self._without(removed)
-            parameters = dict(module.named_parameters())
+            parameters = dict(module.named_parameters(remove_duplicate=False))
             replaced = {n: parameters[n].detach() * mask.to(parameters[n].device) for n, mask in masks.items()}
             return synaptic_flow(module, self.example.args, self.example.kwargs or {}, replaced)
 

@@ -24,17 +24,22 @@ from secateur.structure.exporting import evaluation_mode
 def synaptic_flow(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], replaced: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """|w * dR/dw| of every trainable parameter, by name, float64 and shaped like it; the module is left as it is.
+    """|w * dR/dw| of every parameter, by name, float64 and shaped like it; the module is left as it is.
 
     ``args`` and ``kwargs`` are example inputs: those of floating point are taken as ones. ``replaced`` stand in for
     parameters of the same name, such as masked ones. Parameters and buffers of floating point are taken by magnitude,
     statistics of norms too, in evaluation mode and float64, as products over many layers leave the range of float32.
     Raises UnsupportedModelError for a module that doesn't compute in float64, NonFiniteError.
     """
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers()) | dict(replaced or {})
-    magnitudes = {name: t.detach().double().abs() if t.is_floating_point() else t for name, t in tensors.items()}
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    # one tensor for all names of a tied one, or its gradient would be in parts
+    instead = {id(named[name]): tensor for name, tensor in (replaced or {}).items()}
+    by_id = {id(t): _magnitude(instead.get(id(t), t)) for t in named.values()}
+    magnitudes = {name: by_id[id(t)] for name, t in named.items()}
     weights = {
-        name: magnitudes[name].requires_grad_() for name, p in module.named_parameters() if p.is_floating_point()
+        name: magnitudes[name].requires_grad_()
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if parameter.is_floating_point()
     }
     ones = tree_map_only(Tensor, _ones, (args, kwargs))
     with evaluation_mode(module):
@@ -56,6 +61,10 @@ def synaptic_flow(
         if not bool(torch.isfinite(scores).all()):
             raise NonFiniteError(f"the synaptic flow through {name} holds NaN or inf: look at its weights")
     return found
+
+
+def _magnitude(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().abs() if tensor.is_floating_point() else tensor
 
 
 def _ones(given: Tensor) -> Tensor:

@@ -55,7 +55,14 @@ def learned(module: nn.Module, data: Any, loss: Loss, needs: Sequence[str], per_
                 tensor /= 1 if per_batch else count
                 if not bool(torch.isfinite(tensor).all()):
                     raise NonFiniteError(f"the {kind} of {name} holds NaN or inf: look at the data and the loss")
-    return found
+    return [{kind: _under_all_names(module, tensors) for kind, tensors in one.items()} for one in found]
+
+
+def _under_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tied parameter has several names, and a graph need not call it by the first."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    by_id = {id(parameters[name]): tensor for name, tensor in tensors.items()}
+    return {name: by_id[id(parameter)] for name, parameter in parameters.items() if id(parameter) in by_id}
 
 
 def _of_batch(

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from secateur.allocate import crop_scores, erk, fit_shares, global_masks, of_masks, synexp, uniform
@@ -89,9 +90,12 @@ class PreCrop(ChannelMethod):
             limits["macs"] = max(1 - self.keep_macs, limits.get("macs", 0.0))
         return limits
 
+    def layer_densities(self, whole: Whole) -> Densities:
+        return DENSITIES[self.densities](self, whole)
+
     def scores(self, whole: Whole) -> Mapping[str, Tensor | None]:
         groups = [g for g in whole.groups if self.crop_residual or g.name not in whole.streams]
-        kept = DENSITIES[self.densities](self, whole)
+        kept = self.layer_densities(whole)
         exponents_LG = np.array([[layer.exponents.get(g.name, 0.0) for g in groups] for layer in whole.layers])
         weights_L = np.array([layer.weights for layer in whole.layers]) * kept if self.fit == "weights" else None
         shares = fit_shares(exponents_LG, kept, weights_L, self.widest())
@@ -136,7 +140,10 @@ def _grasp(method: PreCrop, whole: Whole) -> Densities:
 
 
 def _one_shot(method: PreCrop, whole: Whole, scores: Mapping[str, Tensor]) -> Densities:
-    return of_masks(global_masks(lambda masks: scores, _shapes(whole), 1 - method.sparsity))
+    shapes = _shapes(whole)
+    # a parameter that isn't trained has no gradient, and its layer no score
+    found = {name: scores.get(name, torch.zeros(shape)) for name, shape in shapes.items()}
+    return of_masks(global_masks(lambda masks: found, shapes, 1 - method.sparsity))
 
 
 def _shapes(whole: Whole) -> dict[str, tuple[int, ...]]:
