@@ -6,7 +6,7 @@ what is handed back runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -96,10 +96,15 @@ def _rewrite(cut: Cut, made: fx.GraphModule, by_node: Mapping[fx.Node, fx.Node],
     target, arguments = found
     with made.graph.inserting_before(new):
         arguments = {name: _with_constants(made, argument) for name, argument in arguments.items()}
+    new.target = target
+    new.args, new.kwargs = _positional(target, dict(fx.map_arg(arguments, lambda n: by_node.get(n, n))))
+
+
+def _positional(target: Any, given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a call, from all its arguments by name."""
     names = [a.name for a in target._schema.arguments if not a.kwarg_only]
-    given = dict(fx.map_arg(arguments, lambda n: by_node.get(n, n)))
     positional = [given.pop(name) for name in names[: _leading(names, given)]]
-    new.target, new.args, new.kwargs = target, tuple(positional), given
+    return tuple(positional), given
 
 
 def _leading(names: list[str], given: Mapping[str, Any]) -> int:
@@ -164,6 +169,39 @@ def _compare(cut: Cut, old: fx.Node, result: Any) -> None:
             )
 
 
+def on_kept(cut: Cut, node: fx.Node, tensor: Callable[[fx.Node], Any]) -> Any:
+    """Run one call of the traced graph on what stays of its inputs; ``tensor`` gives them in their dense shapes."""
+    env = {}
+    for source in node.all_input_nodes:
+        value = cut.trace.values.get(source)
+        env[source] = cut_tensor(cut, value, tensor(source)) if isinstance(value, Value) else tensor(source)
+    target: Any = node.target
+    target, arguments = resized(cut, node) or (target, named_arguments(node))
+    if target is torch.ops.aten.view.default:
+        # what was cut lies in memory in another way
+        target = torch.ops.aten.reshape.default
+        arguments["shape"] = arguments.pop("size")
+    args, kwargs = _positional(target, dict(fx.map_arg(arguments, lambda source: env[source])))
+    return target(*args, **kwargs)
+
+
+def spread(cut: Cut, result: Any, value: Any, into: Any = None) -> Any:
+    """What was computed on what stays, put back into dense shapes: among zeros, or ``into`` tensors that are there."""
+    if not isinstance(result, Tensor):
+        bases = into if into is not None else [None] * len(result)
+        return type(result)(spread(cut, r, v, b) for r, v, b in zip(result, value, bases, strict=True))
+    dense = result
+    for dim, labels in enumerate(value.dims):
+        index = cut.index(labels)
+        if index is not None and dense.shape[dim] == len(index):
+            shape = [*dense.shape[:dim], len(labels), *dense.shape[dim + 1 :]]
+            dense = dense.new_zeros(shape).index_copy(dim, index.to(dense.device), dense)
+    if into is None:
+        return dense
+    stays = dense.new_ones(result.shape, dtype=torch.bool)
+    return torch.where(spread(cut, stays, value), dense, into)
+
+
 class Reference(fx.Interpreter):
     """The dense graph in which everything that leaves is zero: what a cut must compute.
 
@@ -179,7 +217,8 @@ class Reference(fx.Interpreter):
         old = self._dense[n]
         value = self._cut.trace.values.get(old)
         if old.op == "call_function" and old in self._cut.trace.averaging and self._touched(old):
-            result = self._spread(self._compact(n, old), value)
+            new = dict(zip(old.all_input_nodes, n.all_input_nodes, strict=True))
+            result = spread(self._cut, on_kept(self._cut, old, lambda source: self.env[new[source]]), value)
         else:
             result = super().run_node(n)
         return self._zeroed(result, value)
@@ -198,30 +237,6 @@ class Reference(fx.Interpreter):
     def _touched(self, old: fx.Node) -> bool:
         values = [self._cut.trace.values.get(i) for i in old.all_input_nodes]
         return any(isinstance(v, Value) and self._cut.touches(v) for v in values)
-
-    def _compact(self, n: fx.Node, old: fx.Node) -> Any:
-        """Run one call on what stays of its inputs only."""
-        env = {new: self.env[new] for new in n.all_input_nodes}
-        for new in n.all_input_nodes:
-            value = self._cut.trace.values[self._dense[new]]
-            if isinstance(value, Value):
-                env[new] = cut_tensor(self._cut, value, env[new])
-        found = resized(self._cut, old)
-        own = named_arguments(n)
-        if found is not None:
-            own |= {name: a for name, a in found[1].items() if not _holds_nodes(a)}
-        return old.target(**fx.map_arg(own, lambda node: env[node]))  # type: ignore[operator]
-
-    def _spread(self, result: Any, value: Any) -> Any:
-        """Put what was computed back among zeros."""
-        if not isinstance(result, Tensor):
-            return type(result)(self._spread(r, v) for r, v in zip(result, value, strict=True))
-        for dim, labels in enumerate(value.dims):
-            index = self._cut.index(labels)
-            if index is not None and result.shape[dim] == len(index):
-                shape = [*result.shape[:dim], len(labels), *result.shape[dim + 1 :]]
-                result = result.new_zeros(shape).index_copy(dim, index, result)
-        return result
 
     def _zeroed(self, result: Any, value: Any) -> Any:
         if isinstance(result, list | tuple) and isinstance(value, list):

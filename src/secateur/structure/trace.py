@@ -69,7 +69,7 @@ class Trace(Traced):
         if node.op == "get_attr":
             given = attribute(node.graph.owning_module, str(node.target))  # type: ignore[arg-type]
             constant = isinstance(given, Tensor) and not isinstance(given, nn.Parameter) and not given.is_meta
-            return given if constant and not any(_writes(user) for user in node.users) else None
+            return given if constant and not any(writes(user) for user in node.users) else None
         example = node.meta.get("val")
         if node.op != "call_function" or not isinstance(example, Tensor) or example.numel() > 1 << 24:
             return None
@@ -123,7 +123,7 @@ class Trace(Traced):
         yield from (n for n in self.graph.nodes if n.op == "call_function")
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     """Whether a call changes one of its arguments, such as a buffer that counts."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
