@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from secateur.evaluation import Table
     from secateur.methods import Method
+    from secateur.networks.example import Example
     from secateur.networks.kinds import Network
-    from secateur.networks.modules import Example
     from secateur.plans import Plan
     from secateur.report import Report
     from secateur.structure import Anatomy
@@ -105,7 +105,7 @@ def anatomy(
 
 def _example(args: ExampleInputs, kwargs: Mapping[str, Any] | None) -> Example:
     from secateur.errors import UsageError
-    from secateur.networks.modules import Example
+    from secateur.networks.example import Example
 
     if args is not None and not isinstance(args, tuple | list):
         raise UsageError(f"example_inputs must be a tuple of what the module is called with, got {type(args).__name__}")
@@ -146,9 +146,10 @@ def plan(
     need the same ones. ``progress`` is called with (stage, done, total). The same arguments give the same plan.
     With ``example_inputs`` (or ``example_kwargs``) any module is traced instead, and so is an .onnx file, and
     ``method`` removes coupled channels; ``data`` are then batches and ``loss(module, batch)`` is their mean loss, by
-    default the cross-entropy of a classifier on (inputs, class indices), for methods that need gradients; ``ignore``
-    as in ``anatomy``. ``budget="latency"`` measures the module's calls on this machine at several widths;
-    ``latency_table`` is a file in which the measurements are kept, and found again.
+    default the cross-entropy of a classifier on (inputs, class indices), for methods that need gradients. Methods that
+    look at inputs take batches as they are, labels behind the inputs or none; ``ignore`` as in ``anatomy``.
+    ``budget="latency"`` measures the module's calls on this machine at several widths; ``latency_table`` is a file in
+    which the measurements are kept, and found again.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
     from secateur.engine import decide

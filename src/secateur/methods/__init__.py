@@ -6,10 +6,13 @@ lazy: a name resolves to a module the first time it is asked for.
 
 from secateur.methods.base import (
     ChannelMethod,
+    Consumer,
     Coupled,
     Descriptor,
+    Fitting,
     LayerMethod,
     Method,
+    Noise,
     Part,
     Seen,
     Target,
@@ -23,10 +26,13 @@ from secateur.methods.registry import describe, get_method, list_methods, make_m
 
 __all__ = [
     "ChannelMethod",
+    "Consumer",
     "Coupled",
     "Descriptor",
+    "Fitting",
     "LayerMethod",
     "Method",
+    "Noise",
     "Part",
     "Seen",
     "Target",

@@ -20,7 +20,7 @@ from torch import Tensor
 from secateur.allocate import CHANNEL_SCOPES, Allocator, MaskRule
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
 from secateur.errors import OptionError, UsageError, nearest
-from secateur.observe import Statistic
+from secateur.observe import Gram, Statistic
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.layers import Layer, layers_of
 from secateur.structure.streams import residual_streams
@@ -131,12 +131,55 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Consumer:
+    """A matrix that reads channels, and what data told of its inputs.
+
+    ``weight`` is [outputs, columns] float64; a column is a channel, in a convolution a channel at one position of the
+    kernel. ``gram`` is that of the rows to which it is applied. ``columns`` are those of every unit of a group, int64,
+    none where it doesn't read the unit.
+    """
+
+    name: str
+    weight: Tensor
+    gram: Gram
+    columns: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
 class Coupled:
-    """A group of coupled channels as a criterion sees it."""
+    """A group of coupled channels as a criterion sees it; ``consumers`` for methods that need ``inputs``."""
 
     name: str
     units: int
     parts: tuple[Part, ...]
+    consumers: tuple[Consumer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Uniform noise in [low, high) that stands in for data: ``samples`` inputs, drawn from ``seed``."""
+
+    low: float
+    high: float
+    samples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How the weights that stay are fitted to inputs once it is known what leaves.
+
+    ``noise`` stands in for data. With ``sequential`` a weight is fitted to what the fitted weights before it give,
+    without, to the inputs of the dense network. ``norms`` says which statistics batch norms work with:
+
+    - ``stored``: those that they have;
+    - ``refit``: behind a change those of the inputs, which the network then keeps;
+    - ``own``: those of the inputs while these are looked at, after which the network has its stored ones again.
+    """
+
+    noise: Noise | None = None
+    sequential: bool = True
+    norms: str = "stored"
 
 
 Flow = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -269,7 +312,8 @@ class ChannelMethod(Method):
 
     ``importance`` scores single parameters; what is coupled is put together by ``reduction`` and brought to one
     scale by ``normalizer`` (SPA, arXiv:2403.18955, §4). ``needs`` names what it wants beside the weights:
-    ``gradient``, ``curvature``. With ``per_batch`` scores of single batches are averaged, without, gradients are.
+    ``gradient``, ``curvature``, or ``inputs``, what the weights that read the channels are applied to. With
+    ``per_batch`` scores of single batches are averaged, without, gradients are.
     """
 
     sparsity: float = option(0.3, "fraction of the budget that is removed", ge=0, lt=1)
@@ -340,6 +384,14 @@ class ChannelMethod(Method):
         Scores of more units than a group has are those of copies, round by round: entry units + u is a second unit u.
         """
         return {group.name: self.score(group) for group in whole.groups}
+
+    def fitting(self) -> Fitting | None:
+        """How weights are fitted to inputs after the choice; None leaves them as they are."""
+        return None
+
+    def compensate(self, consumer: Consumer, gone: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+        """(new weight [outputs, columns] with zeros in ``gone``, notes for the plan); ``gone`` is bool [columns]."""
+        raise NotImplementedError(f"{type(self).__name__} must define compensate() where it has a fitting()")
 
     def normalized(self, scores_U: Tensor) -> Tensor:
         """The scores of one group on the scale on which groups compete."""

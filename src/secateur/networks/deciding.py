@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.allocate import CostOf, allocate_channels
 from secateur.allocate.units import Limits
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
-from secateur.methods import ChannelMethod, Coupled, Method, Part, Whole
+from secateur.methods import ChannelMethod, Consumer, Coupled, Method, Part, Whole
 from secateur.methods.base import Flow
 from secateur.networks.latency import Latencies
 from secateur.observe.gradients import Learned
@@ -58,12 +58,13 @@ def decide_channels(
     model: Fingerprint,
     inputs: ExampleInputs,
     probe: Probe,
+    consumers: Mapping[str, tuple[Consumer, ...]] | None = None,
     ignore: Sequence[str] = (),
     seed: int = 0,
     latencies: Latencies | None = None,
 ) -> Plan:
-    """Which channels leave. ``probe`` runs the network, for methods that look at what it does; ``latencies``
-    are for methods whose budget they are.
+    """Which channels leave. ``probe`` runs the network, for methods that look at what it does; ``consumers`` are by
+    group what reads its channels, for methods that look at inputs; ``latencies`` for methods whose budget they are.
 
     Raises UnsupportedModelError when there are none, NonFiniteError or BudgetError.
     """
@@ -72,7 +73,7 @@ def decide_channels(
     groups: list[Group] = []
     for sparsity in method.schedule():
         removed = _removed(anatomy, keep)
-        scores = _gone_last(_scores(method, anatomy, tensors, role, probe, removed), keep)
+        scores = _gone_last(_scores(method, anatomy, tensors, role, probe, removed, consumers), keep)
         groups = [g for g in anatomy if g.name in scores]
         if not groups:
             raise UnsupportedModelError(
@@ -108,10 +109,11 @@ def _scores(
     role: Role,
     probe: Probe,
     removed: set[int],
+    consumers: Mapping[str, tuple[Consumer, ...]] | None = None,
 ) -> dict[str, Tensor]:
     """Scores of all groups that may be cut, on one scale."""
     found: dict[str, list[Tensor]] = {}
-    for whole in _wholes(anatomy, tensors, role, probe, removed):
+    for whole in _wholes(anatomy, tensors, role, probe, removed, consumers or {}):
         for name, scores in method.scores(whole).items():
             if scores is None:
                 continue
@@ -122,11 +124,18 @@ def _scores(
 
 
 def _wholes(
-    anatomy: TracedAnatomy, tensors: Mapping[str, Tensor], role: Role, probe: Probe, removed: set[int]
+    anatomy: TracedAnatomy,
+    tensors: Mapping[str, Tensor],
+    role: Role,
+    probe: Probe,
+    removed: set[int],
+    consumers: Mapping[str, tuple[Consumer, ...]],
 ) -> Iterator[Whole]:
     """The network as a method sees it, once per batch of data or once for all of them."""
     for one in probe.learned(removed):
-        groups = tuple(_coupled(group, tensors, role, one) for group in anatomy.of_kind("channel"))
+        groups = tuple(
+            _coupled(group, tensors, role, one, consumers.get(group.name, ())) for group in anatomy.of_kind("channel")
+        )
         yield Whole(groups, tensors, one, probe.flow(removed), anatomy)
 
 
@@ -137,7 +146,7 @@ def decide_densities(
 
     Raises UsageError for a method that has no densities, NonFiniteError or BudgetError.
     """
-    whole = next(_wholes(anatomy, tensors, role, probe, set()))
+    whole = next(_wholes(anatomy, tensors, role, probe, set(), {}))
     found = method.layer_densities(whole)
     if found is None:
         raise UsageError(f"{method.name} doesn't give layers densities; precrop and preconfig do")
@@ -153,7 +162,9 @@ def _gone_last(scores: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> dict
     return found
 
 
-def _coupled(group: Group, tensors: Mapping[str, Tensor], role: Role, told: Learned) -> Coupled:
+def _coupled(
+    group: Group, tensors: Mapping[str, Tensor], role: Role, told: Learned, consumers: tuple[Consumer, ...]
+) -> Coupled:
     parts = []
     for part in group.slices:
         if part.tensor not in tensors:
@@ -162,7 +173,7 @@ def _coupled(group: Group, tensors: Mapping[str, Tensor], role: Role, told: Lear
         learned_of = {kind: by_name[part.tensor] for kind, by_name in told.items() if part.tensor in by_name}
         kind = role(part.tensor, parameter)
         parts.append(Part(part.tensor, part.dim, part.index, kind, parameter.detach(), **learned_of))
-    return Coupled(group.name, group.units, tuple(parts))
+    return Coupled(group.name, group.units, tuple(parts), consumers)
 
 
 def _allocated(

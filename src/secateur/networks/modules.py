@@ -5,60 +5,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from secateur.errors import DataError, PlanMismatchError, UnsupportedModelError, UsageError
 from secateur.heal.starting import NORMS, start_anew
-from secateur.methods import ChannelMethod, Method
+from secateur.methods import ChannelMethod, Fitting, Method
 from secateur.methods.base import Flow
+from secateur.networks.calibrating import calibration_of
 from secateur.networks.deciding import channel_method, decide_channels, decide_densities
+from secateur.networks.example import Example
+from secateur.networks.fitting import fitted, kept_entries, observe
 from secateur.networks.latency import Latencies, Progress, measure_latencies
 from secateur.networks.latencytable import LatencyTable
 from secateur.observe.flow import synaptic_flow
 from secateur.observe.gradients import Learned, Loss, cross_entropy, learned
-from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance
+from secateur.plans import Fingerprint, Plan, Provenance
 from secateur.structure.exporting import evaluation_mode
 from secateur.structure.graphcut import cut_graph, zero_tensor
 from secateur.structure.groups import TracedAnatomy, traced_anatomy
 from secateur.structure.modulecut import Different, cut_module, shell
 from secateur.structure.resize import Cut
 from secateur.structure.trace import attribute, trace
-
-
-@dataclass(frozen=True)
-class Example:
-    """What a module is called with when it is traced."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] | None = None
-
-    def recorded(self) -> ExampleInputs:
-        """Shapes and types, for the plan."""
-        leaves, spec = tree_flatten((self.args, dict(self.kwargs or {})))
-        return ExampleInputs(spec=treespec_dumps(spec), leaves=tuple(map(_described, leaves)))
-
-    @classmethod
-    def of(cls, inputs: ExampleInputs) -> Example:
-        """Inputs of the same shapes and types; all zeros."""
-        leaves = [
-            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"])) if "shape" in leaf else leaf["value"]
-            for leaf in inputs.leaves
-        ]
-        args, kwargs = tree_unflatten(leaves, treespec_loads(inputs.spec))
-        return cls(tuple(args), kwargs)
-
-
-def _described(leaf: Any) -> dict[str, Any]:
-    if isinstance(leaf, Tensor):
-        return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
-    if leaf is None or isinstance(leaf, bool | int | float | str):
-        return {"value": leaf}
-    raise UsageError(f"example inputs must be tensors and plain values, got {type(leaf).__name__}")
 
 
 def module_anatomy(module: nn.Module, example: Example, *, heads: str = "outer", ignore: Sequence[str] = ()) -> Any:
@@ -84,7 +56,13 @@ def plan_module(
     Raises UsageError, DataError, NonFiniteError or BudgetError.
     """
     chosen, module = channel_method(method), anatomy.trace.module
-    return decide_channels(
+    calibration, seen = [], None
+    if "inputs" in chosen.needed():
+        how = chosen.fitting() or Fitting()
+        again = partial(module_anatomy, module, heads=chosen.heads, ignore=ignore)
+        calibration = calibration_of(data, how.noise, example, anatomy, again)
+        seen = observe(anatomy, calibration, own_norms=how.norms == "own")
+    plan = decide_channels(
         chosen,
         anatomy,
         dict(module.named_parameters(remove_duplicate=False)),
@@ -92,10 +70,12 @@ def plan_module(
         model=module_fingerprint(module),
         inputs=example.recorded(),
         probe=_probe(chosen, anatomy, example, data, loss),
+        consumers=seen.consumers() if seen else None,
         ignore=ignore,
         seed=seed,
         latencies=latencies,
     )
+    return fitted(chosen, plan, seen, calibration) if seen else plan
 
 
 def module_densities(
@@ -113,9 +93,13 @@ def module_densities(
 
 
 def _probe(method: ChannelMethod, anatomy: TracedAnatomy, example: Example, data: Any, loss: Loss | None) -> _Probe:
-    if method.needed() and data is None:
+    if _of_gradients(method) and data is None:
         raise DataError(f"{method.name} needs data: give data= (batches) and, for anything but a classifier, loss=")
     return _Probe(method, anatomy, example, data, loss or cross_entropy)
+
+
+def _of_gradients(method: ChannelMethod) -> list[str]:
+    return [need for need in method.needed() if need != "inputs"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +113,7 @@ class _Probe:
     loss: Loss
 
     def learned(self, removed: Iterable[int]) -> list[Learned]:
-        needs = self.method.needed()
+        needs = _of_gradients(self.method)
         if not needs:
             return [{}]
         module = self._without(removed)
@@ -246,8 +230,11 @@ def apply_to_module(
             raise PlanMismatchError(f"this module has no group {name} of {units} channels, which the plan speaks of")
     removed = traced.units_removed({name: plan.removed(name) for name in plan.keep})
     cut = Cut(traced.trace, removed, traced.units_grown(plan.keep))
+    _check_values(plan, cut)
     if mask:
-        return CutModule(_masked(cut, module if inplace else _copied(module)))
+        masked = _masked(cut, module if inplace else _copied(module))
+        _put_values(plan, masked, dense=True)
+        return CutModule(masked)
     graph = cut_graph(cut)
     try:
         made = cut_module(cut, graph, example.args, dict(example.kwargs or {}))
@@ -256,22 +243,44 @@ def apply_to_module(
             raise UnsupportedModelError(
                 f"{type(module).__name__} can't be cut in place: {reason}; without inplace the result is a GraphModule"
             ) from None
-        return CutModule(_started(graph, cut, provenance), str(reason))
+        _started(graph, cut, provenance)
+        _put_values(plan, graph)
+        return CutModule(graph, str(reason))
     if not inplace:
         _own(made, module)
     _started(made, cut, provenance)
     if inplace:
         _adopt(module, made)
-        return CutModule(module)
+        made = module
+    _put_values(plan, made)
     return CutModule(made)
 
 
-def _started(made: nn.Module, cut: Cut, provenance: Provenance) -> nn.Module:
-    """The cut module, with new weights where the plan asks for them."""
+def _started(made: nn.Module, cut: Cut, provenance: Provenance) -> None:
+    """Give the cut module new weights where the plan asks for them."""
     if provenance.initialised:
         changed = {name for name, value in cut.trace.parameters.items() if cut.touches(value)}
         start_anew(made, cut.trace.module, changed, provenance.initialised, provenance.seed)
-    return made
+
+
+def _check_values(plan: Plan, cut: Cut) -> None:
+    """Values must be for what stays of a tensor of this module. Raises PlanMismatchError."""
+    for name in plan.values:
+        known = name in cut.trace.parameters and plan.mask_shapes[name] == cut.trace.parameters[name].shape
+        if not known or not torch.equal(plan.masks[name], kept_entries(cut, name)):
+            raise PlanMismatchError(f"the plan has values for entries of {name} that aren't those that stay")
+
+
+def _put_values(plan: Plan, module: nn.Module, *, dense: bool = False) -> None:
+    """Give what stays of a tensor the values that the plan has for it."""
+    with torch.no_grad():
+        for name, values in plan.values.items():
+            tensor = attribute(module, name)
+            values = values.to(tensor)
+            if dense:
+                tensor[plan.masks[name].to(tensor.device)] = values
+            else:
+                tensor.copy_(values.reshape(tensor.shape))
 
 
 def _copied(module: nn.Module) -> nn.Module:

@@ -38,7 +38,9 @@ def onnx_plan(
     if chosen.only_modules:
         raise UsageError(f"{method.name} is for torch modules: {chosen.only_modules}")
     if chosen.needed():
-        raise UsageError(f"{method.name} needs gradients, which an ONNX model doesn't give: take spa_l1 or depgraph_l2")
+        raise UsageError(
+            f"{method.name} needs gradients or inputs, which an ONNX model doesn't give: take spa_l1 or depgraph_l2"
+        )
     tensors, scales = weights(anatomy), _scales(anatomy)
 
     def role(name: str, tensor: Tensor) -> str:
