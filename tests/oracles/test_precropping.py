@@ -13,7 +13,7 @@ from torch import nn
 import secateur as sc
 from channel_networks import Attention, Residual
 from secateur.allocate import erk, fit_shares, global_masks, of_masks, synexp, uniform
-from secateur.errors import BudgetError, DataError, UsageError
+from secateur.errors import BudgetError, DataError, UnsupportedModelError, UsageError
 from secateur.networks.modules import Example, module_anatomy
 from secateur.observe.flow import synaptic_flow
 from secateur.structure.layers import layers_of
@@ -265,6 +265,27 @@ def test_streams_stay_unless_they_are_asked_for():
     assert cropped.model.stem[0].out_channels < 12
     with pytest.raises(BudgetError, match=r"can't remove 95\.0% of the params"):
         precropped(module, x, sparsity=0.95)
+
+
+class Stream(nn.Module):
+    """Nothing but a residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(x + self.mix(x))
+
+
+@pytest.mark.parametrize("densities", ["synexp", "synflow"])
+def test_networks_without_free_channels_say_why(densities):
+    options = {"densities": densities}
+    with pytest.raises(UnsupportedModelError, match="residual connections, such as embed: set crop_residual"):
+        precropped(Stream(), torch.randn(2, 4), sparsity=0.5, options=options)
+    with pytest.raises(UnsupportedModelError, match="has no channels"):
+        precropped(nn.LayerNorm(4), torch.randn(2, 4), sparsity=0.5, options=options)
 
 
 def test_densities_from_the_loss_need_data():

@@ -32,6 +32,7 @@ from torch import Tensor
 from secateur.allocate import crop_scores, erk, fit_shares, global_masks, of_masks, synexp, uniform
 from secateur.allocate.densities import Densities
 from secateur.criteria.connections import grasp, snip
+from secateur.errors import UnsupportedModelError
 from secateur.methods import ChannelMethod, Descriptor, Whole, option, register
 
 
@@ -95,6 +96,8 @@ class PreCrop(ChannelMethod):
 
     def scores(self, whole: Whole) -> Mapping[str, Tensor | None]:
         groups = [g for g in whole.groups if self.crop_residual or g.name not in whole.streams]
+        if not groups:
+            return _nothing(whole)
         kept = self.layer_densities(whole)
         exponents_LG = np.array([[layer.exponents.get(g.name, 0.0) for g in groups] for layer in whole.layers])
         weights_L = np.array([layer.weights for layer in whole.layers]) * kept if self.fit == "weights" else None
@@ -103,6 +106,15 @@ class PreCrop(ChannelMethod):
             group.name: crop_scores(int(self.widest() * group.units), share, group.units)
             for group, share in zip(groups, shares, strict=True)
         }
+
+
+def _nothing(whole: Whole) -> dict[str, Tensor | None]:
+    if whole.groups:
+        raise UnsupportedModelError(
+            f"all channels of {whole.anatomy.model_type} lie on residual connections, such as {whole.groups[0].name}:"
+            " set crop_residual to let them leave"
+        )
+    return {}
 
 
 def _synexp(method: PreCrop, whole: Whole) -> Densities:
