@@ -13,6 +13,7 @@ that a killed run goes on where it was.
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import json
 import tempfile
@@ -150,6 +151,17 @@ def top1(module: nn.Module, images: Images, size: int) -> float:
     return 100 * right / len(images.labels)
 
 
+@torch.no_grad()
+def renormed(module: nn.Module, images: Images) -> nn.Module:
+    """A copy whose batch norms have the statistics of these images, all in one batch."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.train().momentum = 1.0
+    module(next(images.batches(len(images.labels)))[0])
+    return module.eval()
+
+
 # -- the study ---------------------------------------------------------------------------------------------------------
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -161,6 +173,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "obspa, noise, stored norms": {"method": "obspa", "options": {"calibration": "noise", "norms": "stored", **RANGE}},
 }
 """What is compared; the last two show what becomes of batch norms."""
+
+RENORMED = "dense, norms of training images"
+"""What re-estimating batch norms costs by itself."""
 
 SEEDED = ("obspa, training images", "obspa, other images", "obspa, noise")
 """Rows that are measured with every seed; the others with the first."""
@@ -230,6 +245,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=256, help="number of calibration images")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.2, 0.3, 0.5], help="shares that are removed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--rows", type=Path, default=Path(tempfile.gettempdir()) / "secateur-obspa.jsonl")
     parser.add_argument("--table", action="store_true", help="only write the result from the rows")
     arguments = parser.parse_args()
@@ -248,12 +264,14 @@ def run_case(case: Case, arguments: argparse.Namespace, rows: list[dict[str, Any
     """Measure what isn't among the rows yet."""
     known = {(r["network"], r["macs"], r["method"], r["seed"]) for r in rows}
     count = min(arguments.calibration, *(len(i.labels) for i in case.calibration.values()))
-    plan = [(0.0, "dense", 0)] + [
+    plan = [(0.0, "dense", 0), *((0.0, RENORMED, seed) for seed in arguments.seeds)] + [
         (macs, label, seed)
         for seed in arguments.seeds
         for macs in arguments.macs
         for label, words in METHODS.items()
-        if words.get("images", "train") in case.calibration and (label in SEEDED or seed == 0)
+        if label in arguments.methods
+        and words.get("images", "train") in case.calibration
+        and (label in SEEDED or seed == 0)
     ]
     for macs, label, seed in plan:
         if (case.name, macs, label, seed) in known:
@@ -261,6 +279,9 @@ def run_case(case: Case, arguments: argparse.Namespace, rows: list[dict[str, Any
         row = {"network": case.name, "macs": macs, "method": label, "seed": seed}
         if label == "dense":
             row |= {"achieved": 0.0, "top1": top1(case.module, case.test, case.batch), "seconds": 0.0}
+        elif label == RENORMED:
+            module = renormed(case.module, case.calibration["train"].drawn(count, seed))
+            row |= {"achieved": 0.0, "top1": top1(module, case.test, case.batch), "seconds": 0.0}
         else:
             row |= case.measure(label, macs, count, seed) | {"calibration": count}
         row["images"] = len(case.test.labels)
@@ -280,7 +301,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         together.setdefault((row["network"], row["macs"], row["method"]), []).append(row)
     order = {name: place for place, name in enumerate(dict.fromkeys(row["network"] for row in rows))}
-    labels = ["dense", *METHODS]
+    labels = ["dense", RENORMED, *METHODS]
     table = []
     for (network, _, label), mine in sorted(
         together.items(), key=lambda item: (order[item[0][0]], item[0][1], labels.index(item[0][2]))

@@ -216,9 +216,49 @@ def test_norms_work_with_the_statistics_of_the_noise_while_it_is_looked_at():
         patches = nn.functional.unfold(torch.relu(norm), 3, padding=1, stride=2).transpose(0, 1).flatten(1)
         gone = ~torch.isin(torch.arange(6), plan.keep["conv1"])
         weight = refit_without(module.conv2.weight.flatten(1), inverse(patches, 0.01), gone.repeat_interleave(9))
+        columns = [torch.arange(9) + 9 * c for c in range(6)]
+        scores = removal_losses(module.conv2.weight.flatten(1), inverse(patches, 0.01), columns)
     cut, kept = sc.apply(plan, module), plan.keep["conv2"]
+    assert torch.allclose(plan.scores["conv1"], (scores / scores.mean()).float(), rtol=1e-3)
     # statistics are summed in float32
     expected = weight.reshape(8, 6, 3, 3)[kept][:, plan.keep["conv1"]]
     assert gone.any() and torch.allclose(cut.conv2.weight, expected, rtol=1e-4, atol=1e-6)
     assert set(plan.values) == {"conv2.weight", "head.weight"}
     assert torch.equal(cut.norm2.running_mean, module.norm2.running_mean[kept])
+
+
+class Pair(nn.Module):
+    """Two layers read one input, and one of them has its parameter the other way round; a third reads both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.left, self.head = nn.Linear(3, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+        self.right = nn.Parameter(torch.randn(8, 5))
+
+    def forward(self, x):
+        x = torch.tanh(self.a(x))
+        return self.head(torch.tanh(self.left(x) + nn.functional.linear(x, self.right.t())))
+
+
+def test_weights_that_share_an_input_and_what_comes_after_them():
+    module = Pair().double().eval()
+    x = torch.randn(50, 3, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    plan = planned(module, x, [x[:20], x[20:]], normalizer="none")
+    # named by the first parameter whose rows they are
+    read = plan.keep["right"]
+    with torch.no_grad():
+        seen = torch.tanh(module.a(x))
+        h, gone = inverse(seen.T, 0.01), ~torch.isin(torch.arange(8), read)
+        units = [torch.tensor([c]) for c in range(8)]
+        scores = removal_losses(module.left.weight, h, units) + removal_losses(module.right.T, h, units)
+        left, right = (refit_without(w, h, gone) for w in (module.left.weight, module.right.T))
+        behind = torch.tanh(seen @ (left + right).T + module.left.bias)
+        wanted = refit_without(
+            module.head.weight, inverse(behind.T, 0.01), ~torch.isin(torch.arange(5), plan.keep["left"])
+        )
+    cut = sc.apply(plan, module)
+    assert gone.any() and len(plan.removed("left"))
+    assert torch.allclose(plan.scores["right"], scores.float(), rtol=1e-5)
+    assert torch.allclose(cut.right, right.T[read][:, plan.keep["left"]], atol=1e-10)
+    assert torch.allclose(cut.head.weight, wanted[:, plan.keep["left"]], atol=1e-10)
