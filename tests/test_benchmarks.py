@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import secateur
 from secateur import timing
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -181,3 +182,31 @@ def test_a_shuffled_mask_has_the_same_counts_in_every_layer(study):
     total = sum(p.numel() for p in asked.network.parameters())
     masked = total - sum(int((~mask).sum()) for mask in chosen.values())
     assert round((1 - asked.sparsity()) * total) == masked
+
+
+def test_networks_of_the_obspa_study_are_cut_through_their_shortcuts(study):
+    obspa = study("obspa")
+    torch.manual_seed(0)
+    module, x = obspa.ResNet(8).eval(), torch.randn(4, 3, 16, 16)
+    pixels = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    images = obspa.Images(pixels, torch.arange(8))
+    data = list(images.batches(4))
+    assert len(data) == 2 and data[0][0].shape == x.shape and abs(float(data[0][0].mean())) < 1
+    result = secateur.prune(module, example_inputs=(x,), method="obspa", sparsity=0.3, budget="macs", data=data)
+    masked = secateur.apply(result.plan, module, mask=True)
+    # the zeros that a shortcut adds stay, and so do the channels of the block beside them
+    assert len(result.plan.keep["conv1"]) < 16 <= result.model.layer2[0].conv2.out_channels
+    with torch.no_grad():
+        assert torch.allclose(result.model(x), masked(x), atol=1e-4)
+        right = module(torch.cat([x for x, _ in data])).argmax(1) == torch.arange(8)
+    assert obspa.top1(module, images, 4) == 100 * float(right.sum()) / 8
+
+
+def test_rows_of_the_obspa_study_are_means_over_seeds(study, monkeypatch):
+    obspa, written = study("obspa"), []
+    monkeypatch.setattr(obspa, "write_result", lambda *given: written.append(given))
+    row = {"network": "n", "macs": 0.2, "method": "obspa, noise", "achieved": 0.2, "seconds": 1.0, "images": 9}
+    obspa.write([{**row, "seed": s, "top1": t, "calibration": 4} for s, t in ((0, 70.0), (1, 80.0))])
+    ((name, _, setting, table, _),) = written
+    assert name == "obspa" and setting["seeds"] == [0, 1]
+    assert table[0]["top-1 %"] == 75.0 and table[0]["over seeds"] == "70.0 to 80.0"

@@ -61,6 +61,7 @@ class OBSPA(ChannelMethod):
     seed: int = option(0, "seed of the noise", ge=0)
 
     needs: ClassVar = ("inputs",)
+    sequential: ClassVar[bool] = True
     descriptor: ClassVar = Descriptor(
         object="channels",
         granularity="structured_group",
