@@ -272,6 +272,8 @@ def prune(
 
     ``sc.prune(module, example_inputs=(x,), method="spa_l1", sparsity=0.3)`` prunes any module, and
     ``sc.prune("net.onnx", method="spa_l1", sparsity=0.3)`` any ONNX model; its result is an ``onnx.ModelProto``.
+    A module can be pruned in several ``steps``: after each of them ``train_fn(module, step)`` trains what is left, and
+    the next one scores the trained module. The plan then holds the widths, and the trained weights are the module's.
     """
     if _is_network(model, arguments.get("example_inputs"), arguments.get("example_kwargs")):
         return _prune_network(model, method, sparsity, inplace, **arguments)
@@ -366,24 +368,45 @@ def _prune_network(
     data: Any = None,
     loss: Any = None,
     latency_table: str | Path | None = None,
+    steps: int = 1,
+    train_fn: Callable[[nn.Module, int], Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """As ``prune``, with one trace for plan and cut."""
     import time
+    from functools import partial
 
     from secateur.methods import make_method
-    from secateur.networks.deciding import network_report
+    from secateur.networks.deciding import channel_method, network_report
+    from secateur.networks.iterating import prune_in_steps
 
     start = time.perf_counter()
     chosen = make_method(method, method_options(method, options, sparsity, None, budget, seed))
-    network = _open_network(model, chosen, example_inputs, example_kwargs, ignore, latency_table, progress)
-    made = network.plan(chosen, data=data, loss=loss, ignore=ignore, seed=seed)
-    planned = time.perf_counter()
-    cut, notes = network.cut(made, inplace=inplace)
-    report = network_report(made, network.anatomy, network.latencies)
-    report.notes += notes
-    report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
-    return Result(model=cut, plan=made, report=report)
+    opened = partial(
+        _open_network,
+        method=chosen,
+        args=example_inputs,
+        kwargs=example_kwargs,
+        ignore=ignore,
+        latency_table=latency_table,
+        progress=progress,
+    )
+    done = prune_in_steps(
+        model,
+        channel_method(chosen),
+        opened,
+        steps=steps,
+        train_fn=train_fn,
+        inplace=inplace,
+        data=data,
+        loss=loss,
+        ignore=ignore,
+        seed=seed,
+    )
+    report = network_report(done.plan, done.dense.anatomy, done.dense.latencies)
+    report.notes += done.notes
+    report.seconds = {"prune": time.perf_counter() - start}
+    return Result(model=done.network, plan=done.plan, report=report)
 
 
 def evaluate(
