@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from secateur.evaluation import Table
@@ -237,13 +238,20 @@ def _no_progress(stage: str, done: int, total: int) -> None:
     return None
 
 
-def apply(plan: Plan, model: Any, *, inplace: bool = False, mask: bool = False) -> Any:
+def apply(
+    plan: Plan, model: Any, *, inplace: bool = False, mask: bool = False, optimizer: Optimizer | None = None
+) -> Any:
     """The cut model. ``mask=True`` keeps the dense shapes and zeroes the same slices instead.
 
     A module that was traced is traced again, on inputs of the shapes that the plan was made with. It keeps its class
-    where its own code can follow the new sizes; otherwise the result is a ``torch.fx.GraphModule``.
+    where its own code can follow the new sizes; otherwise the result is a ``torch.fx.GraphModule``. The ``optimizer``
+    of a module that is cut ``inplace`` goes on with the smaller parameters and what it knows of them.
     Raises PlanMismatchError when the plan was made for other shapes.
     """
+    if optimizer is not None and plan.inputs is None:
+        from secateur.errors import UsageError
+
+        raise UsageError("optimizer= is for modules that were traced; the plan is for a language model")
     from secateur.networks.kinds import is_onnx
 
     if is_onnx(model):
@@ -253,7 +261,7 @@ def apply(plan: Plan, model: Any, *, inplace: bool = False, mask: bool = False) 
     if plan.inputs is not None:
         from secateur.networks.modules import apply_to_module
 
-        return apply_to_module(plan, model, inplace=inplace, mask=mask).module
+        return apply_to_module(plan, model, inplace=inplace, mask=mask, optimizer=optimizer).module
     from secateur.models.surgery import apply_plan
 
     return apply_plan(plan, model, inplace=inplace, mask=mask)
@@ -274,6 +282,7 @@ def prune(
     ``sc.prune("net.onnx", method="spa_l1", sparsity=0.3)`` any ONNX model; its result is an ``onnx.ModelProto``.
     A module can be pruned in several ``steps``: after each of them ``train_fn(module, step)`` trains what is left, and
     the next one scores the trained module. The plan then holds the widths, and the trained weights are the module's.
+    ``optimizer`` as in ``apply``.
     """
     if _is_network(model, arguments.get("example_inputs"), arguments.get("example_kwargs")):
         return _prune_network(model, method, sparsity, inplace, **arguments)
@@ -370,6 +379,7 @@ def _prune_network(
     latency_table: str | Path | None = None,
     steps: int = 1,
     train_fn: Callable[[nn.Module, int], Any] | None = None,
+    optimizer: Optimizer | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """As ``prune``, with one trace for plan and cut."""
@@ -398,6 +408,7 @@ def _prune_network(
         steps=steps,
         train_fn=train_fn,
         inplace=inplace,
+        optimizer=optimizer,
         data=data,
         loss=loss,
         ignore=ignore,

@@ -43,6 +43,7 @@ def prune_in_steps(
     steps: int,
     train_fn: TrainFn | None = None,
     inplace: bool = False,
+    optimizer: Any = None,
     data: Any = None,
     loss: Any = None,
     ignore: Sequence[str] = (),
@@ -66,7 +67,7 @@ def prune_in_steps(
         if step > 1:
             network = opened(model)
         plans.append(network.plan(once, data=data, loss=loss, ignore=ignore, seed=seed))
-        model, told = network.cut(plans[-1], inplace=inplace)
+        model, told = network.cut(plans[-1], inplace=inplace, optimizer=optimizer)
         notes |= dict.fromkeys(told)
         if train_fn is not None:
             _train(model, train_fn, step)

@@ -38,7 +38,7 @@ class Network(Protocol):
         """Decide which channels leave."""
         ...
 
-    def cut(self, plan: Plan, *, inplace: bool) -> tuple[Any, list[str]]:
+    def cut(self, plan: Plan, *, inplace: bool, optimizer: Any = None) -> tuple[Any, list[str]]:
         """The cut network, and what the user should know about it."""
         ...
 

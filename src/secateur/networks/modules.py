@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from secateur.errors import DataError, PlanMismatchError, UnsupportedModelError, UsageError
 from secateur.heal.starting import NORMS, start_anew
@@ -22,6 +23,7 @@ from secateur.networks.example import Example
 from secateur.networks.fitting import fitted, kept_entries, observe
 from secateur.networks.latency import Latencies, Progress, measure_latencies
 from secateur.networks.latencytable import LatencyTable
+from secateur.networks.optimizers import check_optimizer, shrink_optimizer
 from secateur.observe.flow import synaptic_flow
 from secateur.observe.gradients import Learned, Loss, cross_entropy, learned
 from secateur.plans import Fingerprint, Plan, Provenance
@@ -167,10 +169,12 @@ class ModuleNetwork:
             latencies=self.latencies,
         )
 
-    def cut(self, plan: Plan, *, inplace: bool) -> tuple[nn.Module, list[str]]:
+    def cut(self, plan: Plan, *, inplace: bool, optimizer: Optimizer | None = None) -> tuple[nn.Module, list[str]]:
         """See ``apply_to_module``; a note says why a module became a graph."""
-        module = self.anatomy.trace.module
-        made = apply_to_module(plan, module, anatomy=self.anatomy, example=self.example, inplace=inplace)
+        module, example = self.anatomy.trace.module, self.example
+        made = apply_to_module(
+            plan, module, anatomy=self.anatomy, example=example, inplace=inplace, optimizer=optimizer
+        )
         why = made.graph_because
         return made.module, [f"a GraphModule, since the module's own code couldn't follow: {why}"] if why else []
 
@@ -212,9 +216,14 @@ def apply_to_module(
     example: Example | None = None,
     inplace: bool = False,
     mask: bool = False,
+    optimizer: Optimizer | None = None,
 ) -> CutModule:
-    """Cut a module, or zero what would leave. Raises PlanMismatchError, UsageError or UnsupportedModelError."""
+    """Cut a module, or zero what would leave; an ``optimizer`` of a module that is cut in place follows it.
+
+    Raises PlanMismatchError, UsageError or UnsupportedModelError.
+    """
     provenance = plan.provenance[0]
+    check_optimizer(optimizer, module, inplace and not mask)
     if module_fingerprint(module).shapes != plan.model.shapes:
         raise PlanMismatchError(
             f"the plan was made for {plan.model.architecture} with parameters of other shapes than this module's"
@@ -250,8 +259,11 @@ def apply_to_module(
         _own(made, module)
     _started(made, cut, provenance)
     if inplace:
+        before = dict(module.named_parameters(remove_duplicate=False))
         _adopt(module, made)
         made = module
+        if optimizer is not None:
+            shrink_optimizer(optimizer, before, module, cut, anew=bool(provenance.initialised))
     _put_values(plan, made)
     return CutModule(made)
 

@@ -97,10 +97,10 @@ class OnnxNetwork:
         """See ``onnx_plan``."""
         return onnx_plan(method, self.anatomy, self.inputs, ignore=ignore, seed=seed)
 
-    def cut(self, plan: Plan, *, inplace: bool) -> tuple[onnx.ModelProto, list[str]]:
+    def cut(self, plan: Plan, *, inplace: bool, optimizer: Any = None) -> tuple[onnx.ModelProto, list[str]]:
         """See ``apply_to_onnx``."""
-        if inplace:
-            raise UsageError("inplace is for torch modules; an ONNX model is always a new one")
+        if inplace or optimizer is not None:
+            raise UsageError("inplace and optimizer are for torch modules; an ONNX model is always a new one")
         return apply_to_onnx(plan, self.anatomy.trace.network.model, anatomy=self.anatomy), []
 
 
