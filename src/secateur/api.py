@@ -135,6 +135,7 @@ def plan(
     data: Any = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ignore: Sequence[str] = (),
+    ratios: Mapping[str, float] | None = None,
     latency_table: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
@@ -150,7 +151,8 @@ def plan(
     default the cross-entropy of a classifier on (inputs, class indices), for methods that need gradients. Methods that
     look at inputs take batches as they are, labels behind the inputs or none; ``ignore`` as in ``anatomy``.
     ``budget="latency"`` measures the module's calls on this machine at several widths; ``latency_table`` is a file in
-    which the measurements are kept, and found again.
+    which the measurements are kept, and found again. ``ratios`` are fractions of the channels of groups that leave
+    whatever their scores (``{"layer4.*": 0.5}``, by pattern); the others make up the rest of the budget.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
     from secateur.engine import decide
@@ -165,8 +167,10 @@ def plan(
 
     chosen = make_method(method, method_options(method, options, sparsity, pattern, budget, seed))
     if _is_network(model, example_inputs, example_kwargs):
+        from secateur.networks.kinds import Asked
+
         network = _open_network(model, chosen, example_inputs, example_kwargs, ignore, latency_table, progress)
-        return network.plan(chosen, data=data, loss=loss, ignore=ignore, seed=seed)
+        return network.plan(chosen, Asked(data, loss, ignore, ratios or {}, seed))
     check_for_decoders(chosen)
     decoder: PreTrainedModel = model  # type: ignore[assignment]
     tokens = None
@@ -373,6 +377,7 @@ def _prune_network(
     options: Mapping[str, Any] | None = None,
     budget: str | None = None,
     ignore: Sequence[str] = (),
+    ratios: Mapping[str, float] | None = None,
     seed: int = 0,
     data: Any = None,
     loss: Any = None,
@@ -389,6 +394,7 @@ def _prune_network(
     from secateur.methods import make_method
     from secateur.networks.deciding import channel_method, network_report
     from secateur.networks.iterating import prune_in_steps
+    from secateur.networks.kinds import Asked
 
     start = time.perf_counter()
     chosen = make_method(method, method_options(method, options, sparsity, None, budget, seed))
@@ -409,10 +415,7 @@ def _prune_network(
         train_fn=train_fn,
         inplace=inplace,
         optimizer=optimizer,
-        data=data,
-        loss=loss,
-        ignore=ignore,
-        seed=seed,
+        asked=Asked(data, loss, ignore, ratios or {}, seed),
     )
     report = network_report(done.plan, done.dense.anatomy, done.dense.latencies)
     report.notes += done.notes

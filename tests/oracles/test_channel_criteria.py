@@ -10,6 +10,7 @@ import secateur as sc
 from channel_networks import Residual
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
 from secateur.methods import Coupled, Part, make_method
+from secateur.networks.kinds import Asked
 from secateur.networks.modules import Example, module_anatomy, plan_module
 from secateur.observe.gradients import learned
 
@@ -38,7 +39,7 @@ def chain():
 def scores(method, module, x, data=None, **options):
     chosen = make_method(method, {"sparsity": 0.3, **options})
     example = Example((x,))
-    plan = plan_module(chosen, module_anatomy(module, example), example, data=data)
+    plan = plan_module(chosen, module_anatomy(module, example), example, Asked(data=data))
     assert list(plan.scores) == ["a"]
     return plan.scores["a"]
 
@@ -82,7 +83,7 @@ def scaled(module, x, y):
     chosen = make_method("spa_snip", {"sparsity": 0.3})
     example = Example((x,))
     loss = lambda m, batch: 7 * nn.functional.cross_entropy(m(batch[0]), batch[1])  # noqa: E731
-    return plan_module(chosen, module_anatomy(module, example), example, data=[(x, y)], loss=loss).scores["a"]
+    return plan_module(chosen, module_anatomy(module, example), example, Asked(data=[(x, y)], loss=loss)).scores["a"]
 
 
 def test_taylor_gate_is_the_squared_sum_of_output_times_gradient(chain):

@@ -10,6 +10,7 @@ import secateur as sc
 from secateur.heal import inverse_factor, inverse_hessian, obs_sweep, refit_without, removal_losses
 from secateur.methods import Consumer, Coupled, make_method
 from secateur.networks.example import Example
+from secateur.networks.kinds import Asked
 from secateur.networks.modules import module_anatomy, plan_module
 from secateur.observe import Gram
 
@@ -138,7 +139,7 @@ def convolutions(samples=64):
 def planned(module, x, data, **options):
     chosen = make_method("obspa", {"sparsity": 0.4, "scope": "uniform", "budget": "channels", **options})
     example = Example((x[:2],))
-    return plan_module(chosen, module_anatomy(module, example), example, data=data)
+    return plan_module(chosen, module_anatomy(module, example), example, Asked(data=data))
 
 
 def test_scores_of_a_convolution_are_those_of_its_patches():

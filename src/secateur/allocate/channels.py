@@ -11,6 +11,7 @@ hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -31,11 +32,13 @@ def allocate_channels(
     limits: Limits,
     cost: CostOf,
     dense: float | None = None,
+    shares: Mapping[str, float] = MappingProxyType({}),
 ) -> Kept:
     """Kept units of every group, so that ``sparsity`` of the cost of the whole network is gone.
 
     ``dense`` is that cost, by default with all units of the groups. ``scope``: ``global`` ranks all units on one
-    scale, ``uniform`` takes the same share of every group.
+    scale, ``uniform`` takes the same share of every group. ``shares`` are fractions of the units of groups that leave
+    whatever it takes, by name of the group; the others make up the rest of the budget.
     Raises BudgetError when the minimum kept costs more.
     """
     forced: list[Bundle] = []
@@ -43,6 +46,9 @@ def allocate_channels(
     for group in groups:
         ordered = bundles(group, scores[group.name], limits)
         least = _least(ordered, limits)
+        if group.name in shares:
+            forced += ordered[: max(least, round((1 - shares[group.name]) * len(ordered)))]
+            continue
         forced += ordered[:least]
         for place, bundle in enumerate(ordered[least:], start=least):
             # the last of a group leaves first; in a uniform cut the same share of every group has left at any time

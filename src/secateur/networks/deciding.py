@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from secateur.allocate import CostOf, allocate_channels
 from secateur.allocate.units import Limits
-from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
+from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError, nearest
 from secateur.methods import ChannelMethod, Consumer, Coupled, Method, Part, Whole
 from secateur.methods.base import Flow
+from secateur.networks.kinds import Asked
 from secateur.networks.latency import Latencies
 from secateur.observe.gradients import Learned
 from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance
@@ -21,7 +22,7 @@ from secateur.report import Metric, Report
 from secateur.report.build import build_report
 from secateur.structure import Group
 from secateur.structure.following import most_coupled
-from secateur.structure.groups import TracedAnatomy
+from secateur.structure.groups import TracedAnatomy, matches
 from secateur.versions import library_versions
 
 Role = Callable[[str, Tensor], str]
@@ -59,8 +60,7 @@ def decide_channels(
     inputs: ExampleInputs,
     probe: Probe,
     consumers: Mapping[str, tuple[Consumer, ...]] | None = None,
-    ignore: Sequence[str] = (),
-    seed: int = 0,
+    asked: Asked,
     latencies: Latencies | None = None,
 ) -> Plan:
     """Which channels leave. ``probe`` runs the network, for methods that look at what it does; ``consumers`` are by
@@ -71,6 +71,7 @@ def decide_channels(
     keep: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     groups: list[Group] = []
+    shares = _shares(anatomy, asked.ratios)
     for sparsity in method.schedule():
         removed = _removed(anatomy, keep)
         scores = _gone_last(_scores(method, anatomy, tensors, role, probe, removed, consumers), keep)
@@ -79,15 +80,15 @@ def decide_channels(
             raise UnsupportedModelError(
                 f"{anatomy.model_type} has no channels that {method.name} can remove: see its anatomy for the reasons"
             )
-        keep = _allocated(method, anatomy, groups, scores, sparsity, latencies)
+        keep = _allocated(method, anatomy, groups, scores, sparsity, shares, latencies)
     notes = [f"{places[0]} keeps what it touches" for places in anatomy.trace.unknown.values()]
     if latencies is not None:
         notes.append(latencies.note(_removed(anatomy, keep)))
     provenance = Provenance(
         method=method.name,
-        options=method.options() | ({"ignore": list(ignore)} if ignore else {}),
+        options=method.options() | _beside(asked),
         model=model,
-        seed=seed,
+        seed=asked.seed,
         dtype=str(next(iter(tensors.values())).dtype).removeprefix("torch."),
         versions=library_versions(),
         notes=tuple(notes),
@@ -182,9 +183,10 @@ def _allocated(
     groups: Sequence[Group],
     scores: Mapping[str, Tensor],
     sparsity: float,
+    shares: Mapping[str, float],
     latencies: Latencies | None,
 ) -> dict[str, Tensor]:
-    if sparsity == 0:
+    if sparsity == 0 and not shares:
         return {g.name: torch.arange(g.units) for g in groups}
     whole = {g.name: torch.arange(g.units) for g in groups}
     # there are scores of more units than a group has where it may grow
@@ -201,10 +203,30 @@ def _allocated(
     for budget, fraction in method.budgets(sparsity).items():
         limits = Limits(budget=budget, min_keep=method.min_keep, round_to=method.round_to)
         cost = cost_of(budget)
-        one = allocate_channels(scores, grown, fraction, method.scope, limits, cost, cost(whole))
+        one = allocate_channels(scores, grown, fraction, method.scope, limits, cost, cost(whole), shares)
         # all budgets follow one order of leaving, so the smaller set is within the larger one
         found = {name: min(kept, found.get(name, kept), key=len) for name, kept in one.items()}
     return {g.name: _real(found[g.name], g.units) for g in groups}
+
+
+def _beside(asked: Asked) -> dict[str, Any]:
+    """What a plan records beside the options of its method."""
+    found: dict[str, Any] = {"ignore": list(asked.ignore)} if asked.ignore else {}
+    return found | ({"ratios": dict(asked.ratios)} if asked.ratios else {})
+
+
+def _shares(anatomy: TracedAnatomy, ratios: Mapping[str, float]) -> dict[str, float]:
+    """Fraction that leaves, by group; the first pattern that fits a group counts. Raises UsageError."""
+    names = [group.name for group in anatomy.of_kind("channel")]
+    found: dict[str, float] = {}
+    for pattern, ratio in ratios.items():
+        if not 0 <= ratio < 1:
+            raise UsageError(f"the ratio of {pattern} must lie in [0, 1), got {ratio}")
+        fitting = [name for name in names if matches(name, pattern)]
+        if not fitting:
+            raise UsageError(f"ratios: {pattern!r} is no group that can be cut{nearest(pattern, names)}")
+        found = dict.fromkeys(fitting, ratio) | found
+    return found
 
 
 def _real(kept: Tensor, units: int) -> Tensor:

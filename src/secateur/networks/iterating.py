@@ -18,7 +18,7 @@ from torch import nn
 
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
 from secateur.methods import ChannelMethod
-from secateur.networks.kinds import Network
+from secateur.networks.kinds import Asked, Network
 from secateur.plans import Plan
 
 TrainFn = Callable[[nn.Module, int], Any]
@@ -44,10 +44,7 @@ def prune_in_steps(
     train_fn: TrainFn | None = None,
     inplace: bool = False,
     optimizer: Any = None,
-    data: Any = None,
-    loss: Any = None,
-    ignore: Sequence[str] = (),
-    seed: int = 0,
+    asked: Asked,
 ) -> Steps:
     """Plan, cut and train ``steps`` times; a single step without training is the plain case.
 
@@ -59,20 +56,27 @@ def prune_in_steps(
         raise UsageError(f"train_fn must be a function of the module and the step, got {type(train_fn).__name__}")
     if (steps > 1 or train_fn is not None) and not isinstance(model, nn.Module):
         raise UsageError("steps and train_fn are for torch modules, which can be trained; an ONNX model is cut once")
-    once = replace(method, sparsity=1 - (1 - method.sparsity) ** (1 / steps)) if steps > 1 else method
+    once = replace(method, sparsity=_of_one(method.sparsity, steps)) if steps > 1 else method
+    ratios = {pattern: _of_one(ratio, steps) for pattern, ratio in asked.ratios.items()} if steps > 1 else asked.ratios
     network = dense = opened(model)
     plans: list[Plan] = []
     notes: dict[str, None] = {}
     for step in range(1, steps + 1):
         if step > 1:
             network = opened(model)
-        plans.append(network.plan(once, data=data, loss=loss, ignore=ignore, seed=seed))
+        plans.append(network.plan(once, replace(asked, ratios=ratios)))
         model, told = network.cut(plans[-1], inplace=inplace, optimizer=optimizer)
         notes |= dict.fromkeys(told)
         if train_fn is not None:
             _train(model, train_fn, step)
     trained = steps > 1 or train_fn is not None
-    return Steps(model, _joined(plans, method, steps) if trained else plans[0], dense, tuple(notes))
+    plan = _joined(plans, method, asked, steps) if trained else plans[0]
+    return Steps(model, plan, dense, tuple(notes))
+
+
+def _of_one(whole: float, steps: int) -> float:
+    """The fraction that leaves in one of several steps."""
+    return 1 - (1 - whole) ** (1 / steps)
 
 
 def _train(module: nn.Module, train_fn: TrainFn, step: int) -> None:
@@ -85,7 +89,7 @@ def _train(module: nn.Module, train_fn: TrainFn, step: int) -> None:
             raise NonFiniteError(f"{name} holds NaN or inf after the training of step {step}")
 
 
-def _joined(plans: Sequence[Plan], method: ChannelMethod, steps: int) -> Plan:
+def _joined(plans: Sequence[Plan], method: ChannelMethod, asked: Asked, steps: int) -> Plan:
     """What is left after all steps, as one plan for the dense network; its values were trained away."""
     first = plans[0]
     keep = dict(first.keep)
@@ -95,9 +99,10 @@ def _joined(plans: Sequence[Plan], method: ChannelMethod, steps: int) -> Plan:
                 raise UnsupportedModelError(f"{name} couples other channels after a cut, so it can't be cut in steps")
             keep[name] = keep[name][kept]
     note = f"cut in {steps} steps, trained after each: the plan holds the widths, the trained weights are the module's"
+    whole = {"ratios": dict(asked.ratios)} if asked.ratios else {}
     provenance = first.provenance[0].model_copy(
         update={
-            "options": {**first.provenance[0].options, "sparsity": method.sparsity, "steps": steps},
+            "options": {**first.provenance[0].options, **whole, "sparsity": method.sparsity, "steps": steps},
             "notes": (*dict.fromkeys(n for plan in plans for n in plan.provenance[0].notes), note),
         }
     )

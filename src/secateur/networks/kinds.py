@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,10 +16,25 @@ if TYPE_CHECKING:
     from secateur.plans import Plan
     from secateur.structure.groups import TracedAnatomy
 
-__all__ = ["FILES", "Network", "is_named_network", "is_network_output", "is_onnx"]
+__all__ = ["FILES", "Asked", "Network", "is_named_network", "is_network_output", "is_onnx"]
 
 FILES = (".onnx", ".pt2")
 """What a network can be saved as, beside a folder."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a plan beside its method.
+
+    ``data`` are batches and ``loss`` the loss of one; ``ignore`` are patterns of parameters that stay; ``ratios``
+    fractions of the channels of groups that leave whatever their scores, by pattern.
+    """
+
+    data: Any = None
+    loss: Any = None
+    ignore: Sequence[str] = ()
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
 
 
 class Network(Protocol):
@@ -34,7 +50,7 @@ class Network(Protocol):
         """The same with the latencies that a budget needs: kept in the file ``path``, widths in steps of ``step``."""
         ...
 
-    def plan(self, method: Method, *, data: Any, loss: Any, ignore: Sequence[str], seed: int) -> Plan:
+    def plan(self, method: Method, asked: Asked) -> Plan:
         """Decide which channels leave."""
         ...
 

@@ -21,6 +21,7 @@ from secateur.networks.calibrating import calibration_of
 from secateur.networks.deciding import channel_method, decide_channels, decide_densities
 from secateur.networks.example import Example
 from secateur.networks.fitting import fitted, kept_entries, observe
+from secateur.networks.kinds import Asked
 from secateur.networks.latency import Latencies, Progress, measure_latencies
 from secateur.networks.latencytable import LatencyTable
 from secateur.networks.optimizers import check_optimizer, shrink_optimizer
@@ -34,6 +35,8 @@ from secateur.structure.modulecut import Different, cut_module, shell
 from secateur.structure.resize import Cut
 from secateur.structure.trace import attribute, trace
 
+_NOTHING = Asked()
+
 
 def module_anatomy(module: nn.Module, example: Example, *, heads: str = "outer", ignore: Sequence[str] = ()) -> Any:
     """The groups of coupled channels of a module. Raises UsageError or UnsupportedModelError."""
@@ -46,11 +49,7 @@ def plan_module(
     method: Method,
     anatomy: TracedAnatomy,
     example: Example,
-    *,
-    data: Any = None,
-    loss: Loss | None = None,
-    ignore: Sequence[str] = (),
-    seed: int = 0,
+    asked: Asked = _NOTHING,
     latencies: Latencies | None = None,
 ) -> Plan:
     """Decide which channels leave a traced module, which is left as it is.
@@ -61,8 +60,8 @@ def plan_module(
     calibration, seen = [], None
     if "inputs" in chosen.needed():
         how = chosen.fitting() or Fitting()
-        again = partial(module_anatomy, module, heads=chosen.heads, ignore=ignore)
-        calibration = calibration_of(data, how.noise, example, anatomy, again)
+        again = partial(module_anatomy, module, heads=chosen.heads, ignore=asked.ignore)
+        calibration = calibration_of(asked.data, how.noise, example, anatomy, again)
         seen = observe(anatomy, calibration, own_norms=how.norms == "own")
     plan = decide_channels(
         chosen,
@@ -71,10 +70,9 @@ def plan_module(
         lambda name, parameter: _role(module, name, parameter),
         model=module_fingerprint(module),
         inputs=example.recorded(),
-        probe=_probe(chosen, anatomy, example, data, loss),
+        probe=_probe(chosen, anatomy, example, asked.data, asked.loss),
         consumers=seen.consumers() if seen else None,
-        ignore=ignore,
-        seed=seed,
+        asked=asked,
         latencies=latencies,
     )
     return fitted(chosen, plan, seen, calibration) if seen else plan
@@ -156,18 +154,9 @@ class ModuleNetwork:
         args, kwargs = example.args, dict(example.kwargs or {})
         return replace(self, latencies=measure_latencies(self.anatomy, module, args, kwargs, table, step, progress))
 
-    def plan(self, method: Method, *, data: Any, loss: Any, ignore: Sequence[str], seed: int) -> Plan:
+    def plan(self, method: Method, asked: Asked) -> Plan:
         """See ``plan_module``."""
-        return plan_module(
-            method,
-            self.anatomy,
-            self.example,
-            data=data,
-            loss=loss,
-            ignore=ignore,
-            seed=seed,
-            latencies=self.latencies,
-        )
+        return plan_module(method, self.anatomy, self.example, asked, self.latencies)
 
     def cut(self, plan: Plan, *, inplace: bool, optimizer: Optimizer | None = None) -> tuple[nn.Module, list[str]]:
         """See ``apply_to_module``; a note says why a module became a graph."""

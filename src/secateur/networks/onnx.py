@@ -14,6 +14,7 @@ from secateur.errors import PlanMismatchError, UsageError
 from secateur.methods import Method
 from secateur.methods.base import Flow
 from secateur.networks.deciding import channel_method, decide_channels
+from secateur.networks.kinds import Asked
 from secateur.networks.latency import Progress
 from secateur.observe.gradients import Learned
 from secateur.plans import ExampleInputs, Fingerprint, Plan
@@ -30,9 +31,7 @@ _NORMS = ("BatchNormalization", "InstanceNormalization", "LayerNormalization", "
 _NORMS += ("RMSNormalization", "SimplifiedLayerNormalization")
 
 
-def onnx_plan(
-    method: Method, anatomy: TracedAnatomy, inputs: Inputs | None, *, ignore: Sequence[str] = (), seed: int = 0
-) -> Plan:
+def onnx_plan(method: Method, anatomy: TracedAnatomy, inputs: Inputs | None, asked: Asked) -> Plan:
     """Decide which channels leave an ONNX model. Raises UsageError, NonFiniteError or BudgetError."""
     chosen = channel_method(method)
     if chosen.only_modules:
@@ -56,8 +55,7 @@ def onnx_plan(
             spec="onnx", leaves=tuple({"name": n, "shape": list(s)} for n, s in (inputs or {}).items())
         ),
         probe=_Blind(),
-        ignore=ignore,
-        seed=seed,
+        asked=asked,
     )
 
 
@@ -93,9 +91,9 @@ class OnnxNetwork:
         """Raises UsageError: what onnxruntime fuses can't be timed call by call."""
         raise UsageError("budget='latency' is for torch modules; an ONNX model takes macs, params, bytes or channels")
 
-    def plan(self, method: Method, *, data: Any, loss: Any, ignore: Sequence[str], seed: int) -> Plan:
+    def plan(self, method: Method, asked: Asked) -> Plan:
         """See ``onnx_plan``."""
-        return onnx_plan(method, self.anatomy, self.inputs, ignore=ignore, seed=seed)
+        return onnx_plan(method, self.anatomy, self.inputs, asked)
 
     def cut(self, plan: Plan, *, inplace: bool, optimizer: Any = None) -> tuple[onnx.ModelProto, list[str]]:
         """See ``apply_to_onnx``."""

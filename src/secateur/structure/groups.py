@@ -89,7 +89,7 @@ def traced_anatomy(
 
 def _pin_ignored(trace: Traced, patterns: Sequence[str]) -> None:
     for pattern in patterns:
-        found = [n for n in trace.parameters if _matches(n, pattern)]
+        found = [n for n in trace.parameters if matches(n, pattern)]
         if not found:
             raise UsageError(f"ignore={pattern!r} matches no parameter of {trace.title}")
         for name in found:
@@ -97,7 +97,8 @@ def _pin_ignored(trace: Traced, patterns: Sequence[str]) -> None:
                 trace.units.pin(labels, f"ignored by {pattern!r}")
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern names this parameter, module or group, or what is above it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
