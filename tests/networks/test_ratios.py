@@ -21,7 +21,8 @@ def share(plan, group):
 def test_groups_lose_what_is_said_and_the_others_the_rest():
     result = pruned(sparsity=0.4, budget="params", ratios={"conv1": 0.25, "point": 0.75})
     assert share(result.plan, "conv1") == 0.25 and share(result.plan, "point") == 0.75
-    assert result.report.achieved == pytest.approx(0.4, abs=0.03)
+    # a channel of the stream is 5 % of this network
+    assert result.report.achieved == pytest.approx(0.4, abs=0.05)
     without = pruned(sparsity=0.4, budget="params")
     assert share(without.plan, "conv1") != 0.25
     # those that stay are the best of their group
