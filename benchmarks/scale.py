@@ -25,6 +25,7 @@ from common import finished_rows, write_result
 from processes import measured, own_peak_bytes
 
 from secateur.tensorfiles import Made, write_tensors
+from secateur.versions import machine
 
 SHAPES: dict[str, dict[str, int]] = {
     "3B": {"hidden": 3072, "ffn": 8192, "blocks": 28, "heads": 24, "kv_heads": 8, "vocab": 128256},
@@ -101,6 +102,8 @@ def run(name: str, work: Path, command: list[str], label: str = "") -> dict[str,
         "seconds": found.seconds,
         "cpu": found.cpu_seconds,
         "output GB": sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e9,
+        # a part may be made again on another machine
+        "processor": machine()["cpu"],
     }
     print(row, flush=True)
     shutil.rmtree(out)
