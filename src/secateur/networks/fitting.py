@@ -98,8 +98,10 @@ def observe(anatomy: TracedAnatomy, calibration: Calibration, *, own_norms: bool
 def fitted(method: ChannelMethod, plan: Plan, seen: Seen, calibration: Calibration) -> Plan:
     """The plan with what the weights that stay become, if the method fits any. Raises DataError or NonFiniteError."""
     how, anatomy = method.fitting(), seen.anatomy
+    if how is None:
+        return plan
     notes = list(_left_out(plan, seen))
-    if how is None or all(len(kept) == plan.groups[name] for name, kept in plan.keep.items()):
+    if all(len(kept) == plan.groups[name] for name, kept in plan.keep.items()):
         return _with_notes(plan, notes)
     removed = {name: plan.removed(name) for name in plan.keep}
     cuts = {id(traced): Cut(traced.trace, traced.units_removed(removed)) for traced, _ in calibration}
