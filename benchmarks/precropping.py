@@ -34,17 +34,29 @@ SEEDS = (0, 1, 2)
 ROUNDS = 100
 
 TEXT = """
-Each network is pruned before training to the same number of parameters in several ways, and trained. If only the
-densities of the layers matter, the first four rows of a budget agree:
+Each network is pruned before training to the same number of parameters in several ways, and trained:
 
 - SynFlow mask: the weights that SynFlow keeps in 100 rounds, held by a mask.
-- shuffled: as many weights per layer, drawn at random.
+- shuffled: as many weights per layer, drawn at random. scaled: and multiplied by 1/sqrt(density).
 - cropped: `precrop` with SynFlow's densities: a dense, narrower network. cropped, synexp: with the closed form instead.
 - uniform width: every group loses the same share of its channels. random mask: the same density in every layer.
 
 Accuracies are in percent, mean and standard deviation over the seeds; `parameters` counts what stays, with norms and
-biases, and `channels` the outputs of layers, the last one left out, that have any weight. A seed decides the start, the
-mask or the new draw, and the order of the data.
+biases. A seed decides the start, the mask or the new draw, and the order of the data. Channels of the ResNet's residual
+connections are cropped too.
+
+The claim is that only the densities of layers count. On digits it holds: SynFlow's mask, the shuffled mask and the
+cropped network lie within a point of each other. Only the random mask falls behind, at 5 %, and it is the least stable.
+That cropping by densities beats uniform width doesn't show there.
+
+On CIFAR-10, trained for 2.5 epochs, it holds in part. Cropped networks come within 2 points of SynFlow's mask and are
+ahead of uniform width by a point, which is no more than the seeds differ by. The shuffled mask is ahead of both by 2 to
+3 points at equal densities; at 20 % so is the random mask, which is the worst at 5 %. A cropped network has fewer
+channels than a masked one. Whether that is the reason, and whether longer training closes the gap, was not measured.
+
+Without norms the claim fails for masks: a shuffled mask doesn't train at all, where SynFlow's does. Scaled weights
+bring it to the level of SynFlow's mask. Cropped layers are drawn at the scale of their width and don't have that
+problem.
 """
 
 
@@ -121,7 +133,6 @@ class Setting:
     momentum: float = 0.9
     cosine: bool = True
     batch: int = 64
-    dense: bool = True
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -310,25 +321,17 @@ def _batches(data: Data, size: int, generator: torch.Generator) -> Iterator[tupl
             yield images, y[chosen]
 
 
-def channels(network: nn.Module, masks: Masks) -> int:
-    """Outputs of layers, the last one left out, that have a weight."""
-    weights = {name: p for name, p in network.named_parameters() if p.dim() > 1}
-    *inner, _ = (masks.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in weights.items())
-    return sum(int(mask.flatten(1).any(dim=1).sum()) for mask in inner)
-
-
 def pruned(setting: Setting, data: Data, density: float, variant: str, seed: int) -> tuple[nn.Module, Masks]:
     torch.manual_seed(seed)
     return VARIANTS[variant](Asked(setting, setting.network(), data.train[0][:1], density, seed))
 
 
 def row(setting: Setting, data: Data, density: float, variant: str) -> dict[str, Any]:
-    found, parameters, live = [], [], []
+    found, parameters = [], []
     for seed in SEEDS:
         network, masks = pruned(setting, data, density, variant, seed)
         gone = sum(int((~mask).sum()) for mask in masks.values())
         parameters.append(sum(p.numel() for p in network.parameters()) - gone)
-        live.append(channels(network, masks))
         found.append(accuracy(network, masks, data, setting, seed))
     return {
         "network": setting.name,
@@ -336,7 +339,6 @@ def row(setting: Setting, data: Data, density: float, variant: str) -> dict[str,
         "pruned by": variant,
         "accuracy": f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f}",
         "parameters": f"{np.mean(parameters):,.0f}",
-        "channels": f"{np.mean(live):.0f}",
         "seeds": " ".join(f"{a:.1f}" for a in found),
     }
 
@@ -370,8 +372,6 @@ def settings(cifar_path: Path | None) -> list[Setting]:
                 options=(("crop_residual", True),),
             )
         )
-        long = replace(found[-1], name="ResNet, CIFAR-10, longer", steps=1600, densities=(0.05,), dense=False)
-        found.append(replace(long, variants=("SynFlow mask", "shuffled", "cropped")))
     return found
 
 
@@ -384,7 +384,7 @@ def main() -> None:
         "model": "as the rows say; convolutions of 32, 64, 64, 64 channels; residual stages of 16, 32, 64 channels",
         "data": "load_digits of scikit-learn, 360 of 1797 held back; the first 12,000 training images of CIFAR-10"
         " averaged to 16x16 pixels, 2,000 of them held back, mirrored at random",
-        "training": "SGD, batches of 64; digits CNN 400 steps at 0.05 and CIFAR-10 400 (longer: 1600) at 0.1, momentum"
+        "training": "SGD, batches of 64; digits CNN 400 steps at 0.05 and CIFAR-10 400 at 0.1, momentum"
         " 0.9, cosine; MLP 1500 steps at 0.1",
         "seeds": " ".join(map(str, SEEDS)),
         "threads": 1,
@@ -392,10 +392,7 @@ def main() -> None:
     rows = finished_rows(NAME)
     for setting in settings(given.cifar):
         data = setting.data()
-        cases = [
-            *([(1.0, "dense")] if setting.dense else []),
-            *((d, v) for d in setting.densities for v in setting.variants),
-        ]
+        cases = [(1.0, "dense"), *((d, v) for d in setting.densities for v in setting.variants)]
         for density, variant in cases:
             kept = "all" if density == 1 else f"{density:.0%}"
             if any((r["network"], r["weights kept"], r["pruned by"]) == (setting.name, kept, variant) for r in rows):
