@@ -167,6 +167,7 @@ def renormed(module: nn.Module, images: Images) -> nn.Module:
 METHODS: dict[str, dict[str, Any]] = {
     "spa_l1": {"method": "spa_l1"},
     "obspa, training images": {"method": "obspa", "images": "train"},
+    "obspa, held-out test images": {"method": "obspa", "images": "held-out"},
     "obspa, other images": {"method": "obspa", "images": "other"},
     "obspa, noise": {"method": "obspa", "options": {"calibration": "noise", **RANGE}},
     "obspa, training images, stored norms": {"method": "obspa", "images": "train", "options": {"norms": "stored"}},
@@ -174,10 +175,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What is compared; the last two show what becomes of batch norms."""
 
-RENORMED = "dense, norms of training images"
+RENORMED = {"dense, norms of training images": "train", "dense, norms of held-out test images": "held-out"}
 """What re-estimating batch norms costs by itself."""
 
-SEEDED = ("obspa, training images", "obspa, other images", "obspa, noise")
+SEEDED = ("obspa, training images", "obspa, held-out test images", "obspa, other images", "obspa, noise")
 """Rows that are measured with every seed; the others with the first."""
 
 
@@ -217,8 +218,13 @@ class Case:
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
     """The networks that were asked for."""
     if arguments.weights:
-        test = read_images(arguments.test, arguments.images)
+        known = read_images(arguments.test, arguments.images + arguments.pool)
+        test = known.first(arguments.images)
         calibration = {
+            # as they come from the camera of the data set, where the file of training images may be compressed
+            "held-out": Images(known.pixels[arguments.images :], known.labels[arguments.images :]),
+        }
+        calibration |= {
             name: read_images(path, arguments.pool)
             for name, path in (("train", arguments.train), ("other", arguments.other))
             if path
@@ -264,7 +270,7 @@ def run_case(case: Case, arguments: argparse.Namespace, rows: list[dict[str, Any
     """Measure what isn't among the rows yet."""
     known = {(r["network"], r["macs"], r["method"], r["seed"]) for r in rows}
     count = min(arguments.calibration, *(len(i.labels) for i in case.calibration.values()))
-    plan = [(0.0, "dense", 0), *((0.0, RENORMED, seed) for seed in arguments.seeds)] + [
+    plan = [(0.0, "dense", 0), *((0.0, label, seed) for label in RENORMED for seed in arguments.seeds)] + [
         (macs, label, seed)
         for seed in arguments.seeds
         for macs in arguments.macs
@@ -274,13 +280,13 @@ def run_case(case: Case, arguments: argparse.Namespace, rows: list[dict[str, Any
         and (label in SEEDED or seed == 0)
     ]
     for macs, label, seed in plan:
-        if (case.name, macs, label, seed) in known:
+        if (case.name, macs, label, seed) in known or RENORMED.get(label, "train") not in case.calibration:
             continue
         row = {"network": case.name, "macs": macs, "method": label, "seed": seed}
         if label == "dense":
             row |= {"achieved": 0.0, "top1": top1(case.module, case.test, case.batch), "seconds": 0.0}
-        elif label == RENORMED:
-            module = renormed(case.module, case.calibration["train"].drawn(count, seed))
+        elif label in RENORMED:
+            module = renormed(case.module, case.calibration[RENORMED[label]].drawn(count, seed))
             row |= {"achieved": 0.0, "top1": top1(module, case.test, case.batch), "seconds": 0.0}
         else:
             row |= case.measure(label, macs, count, seed) | {"calibration": count}
@@ -318,7 +324,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         together.setdefault((row["network"], row["macs"], row["method"]), []).append(row)
     order = {name: place for place, name in enumerate(dict.fromkeys(row["network"] for row in rows))}
-    labels = ["dense", RENORMED, *METHODS]
+    labels = ["dense", *RENORMED, *METHODS]
     table = []
     for (network, _, label), mine in sorted(
         together.items(), key=lambda item: (order[item[0][0]], item[0][1], labels.index(item[0][2]))

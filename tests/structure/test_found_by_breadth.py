@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import secateur as sc
+from channel_networks import Attention
 from cut_networks import check, images, pruned, randomised, tokens
 from secateur.structure.modulecut import cut_module
 
@@ -101,3 +103,16 @@ def test_the_own_module_is_cut(kind, units):
     module = cut_module(found.cut, found.graph, found.inputs, {})
     with torch.no_grad():
         assert torch.equal(module(*found.inputs), found.graph(*found.inputs))
+
+
+def test_as_many_heads_as_lanes():
+    """Heads and lanes visit the same places, and were one group that nothing could leave."""
+    module, x = Attention(dim=16, heads=4).eval(), torch.randn(2, 7, 6)
+    for heads, free, stays in (("outer", "qkv", "qkv#2"), ("inner", "qkv#2", "qkv")):
+        anatomy = sc.anatomy(module, example_inputs=(x,), heads=heads)
+        assert anatomy[free].frozen is None and "attention stay" in str(anatomy[stays].frozen)
+        assert {p.tensor for p in anatomy[free].slices} == {"qkv.weight", "qkv.bias", "proj.weight"}
+    plan = sc.plan(module, example_inputs=(x,), method="spa_l1", sparsity=0.0, ratios={"qkv": 0.5})
+    cut, masked = sc.apply(plan, module), sc.apply(plan, module, mask=True)
+    assert cut.get_parameter("proj.weight").shape == (16, 8)
+    assert torch.allclose(cut(x), masked(x), atol=1e-5)

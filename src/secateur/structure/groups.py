@@ -119,6 +119,8 @@ def _grouped(trace: Traced) -> dict[str, list[int]]:
         for unit, position in zip(units.tolist(), (at // table.shape[1]).tolist(), strict=True):
             first.setdefault(unit, (number, position))
     first.pop(-1, None)
+    # as many heads as each has lanes: they visit the same places, and are of two kinds all the same
+    signature[np.array(sorted(_lanes(trace)), dtype=np.int64)] += np.uint64(0x9E3779B97F4A7C15)
     by_signature: dict[int, list[int]] = {}
     for unit in sorted(first, key=first.__getitem__):
         by_signature.setdefault(int(signature[unit]), []).append(unit)
@@ -166,10 +168,15 @@ def _slices(trace: Traced, groups: Mapping[str, list[int]]) -> list[tuple[Slices
     return [tuple(parts) for parts in found]
 
 
+def _lanes(trace: Traced) -> set[int]:
+    """Units that are the same position in every head."""
+    return {u for labels in trace.lanes for u in np.unique(trace.units.table(labels)).tolist() if u >= 0}
+
+
 def _policy(trace: Traced, heads: str) -> dict[int, str]:
     """Units that stay because of ``heads``, and why."""
     units = trace.units
-    lanes = {u for labels in trace.lanes for u in np.unique(units.table(labels)).tolist()}
+    lanes = _lanes(trace)
     stays: dict[int, str] = {}
     if heads == "both":
         return stays
