@@ -119,7 +119,9 @@ def test_widths_between_the_measured_ones_are_interpolated():
     assert Entry((), np.array(3.0)).at([]) == 3 == Entry((np.array([1.0]),), np.array([3.0])).at([1.0])
 
 
-@pytest.mark.parametrize(("round_to", "widths"), [(1, {2, 3, 4, 6, 8, 9, 10, 12}), (4, {4, 8, 12}), (8, {8, 12})])
+@pytest.mark.parametrize(
+    ("round_to", "widths"), [(1, {2, 3, 4, 6, 8, 9, 10, 12}), (4, {4, 8, 12}), (5, {5, 10, 12}), (8, {8, 12})]
+)
 def test_widths_are_multiples_of_what_stays_is_rounded_to(clock, tmp_path, round_to, widths):
     pruned(sparsity=0.1, options={"round_to": round_to}, latency_table=tmp_path / "table.json")
     entries = json.loads((tmp_path / "table.json").read_text())["entries"]
@@ -156,6 +158,29 @@ def test_calls_of_the_same_sizes_are_timed_once(clock, tmp_path):
         *["aten.linear.default"] * 3,
         *["aten.relu.default"] * 2,
     ]
+
+
+def test_calls_whose_sizes_are_made_of_other_groups_are_timed_apart(clock):
+    """Eight channels of which all can leave, and eight of which four can."""
+
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(3, 8), torch.nn.Linear(3, 4)
+            self.one, self.other = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.one(self.first(x)), self.other(torch.cat([self.second(x), x, x[:, :1]], dim=1))
+
+    x = torch.zeros(2, 3)
+    calls = timedcalls.timed_calls(sc.anatomy(Mixed(), example_inputs=(x,)), 1, torch.device("cpu"))
+    wide = [c for c in calls if "weight=float32[8, 8a]" in c.key]
+    assert len({c.key for c in wide}) == len(wide) == 2
+    assert [len(c.widths[0].groups[0]) for c in wide] == [8, 4]
+    result = sc.prune(Mixed(), example_inputs=(x,), method="spa_l1", sparsity=0.2, budget="latency")
+    expected = next(m for m in result.report.metrics if m.name == "expected latency")
+    taken = operations(lambda: result.model(x)) * PER_OPERATION
+    assert expected.values["pruned"] == pytest.approx(taken, rel=1e-6)
 
 
 def test_layouts_are_kept(monkeypatch):

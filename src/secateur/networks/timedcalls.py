@@ -21,7 +21,8 @@ from secateur.structure.units import Labels
 
 LEVELS = tuple(part / 8 for part in range(1, 9))
 """Shares of the units of a dimension that are kept when a call is timed."""
-MOST_DIMS = 2
+LETTERS = "ab"
+MOST_DIMS = len(LETTERS)
 """Dimensions that shrink by themselves; where a call has more of them they shrink together."""
 REPEATS = 5
 
@@ -48,8 +49,8 @@ class TimedCall:
 
 
 def kept_units(share: float, units: int, step: int) -> int:
-    """How many of some units stay for about this share: a multiple of ``step``, and no less."""
-    return max(1, round(share * units / step)) * step
+    """How many of some units stay for about this share: all, or a multiple of ``step``."""
+    return units if share == 1 else max(1, round(share * units / step)) * step
 
 
 def timed_calls(anatomy: TracedAnatomy, step: int, device: torch.device) -> list[TimedCall]:
@@ -60,9 +61,15 @@ def timed_calls(anatomy: TracedAnatomy, step: int, device: torch.device) -> list
     for node in anatomy.trace.calls():
         if _computes(node):
             widths = _widths(anatomy.trace, node, free, groups)
-            place = f" on {device.type}" + (f", widths in steps of {step}" if step > 1 and widths else "")
-            found.append(TimedCall(node, widths, _key(anatomy.trace, node, widths) + place))
+            found.append(TimedCall(node, widths, _key(anatomy.trace, node, widths) + _place(widths, step, device)))
     return found
+
+
+def _place(widths: Sequence[Width], step: int, device: torch.device) -> str:
+    """`` on cpu; a 58, b 29+28+1 by 8``: where a call is timed, how many units its dimensions are made of, the step."""
+    sums = ["+".join(str(len(units)) for units in width.groups) for width in widths]
+    made_of = ", ".join(f"{letter} {units}" for letter, units in zip(LETTERS, sums, strict=False))
+    return f" on {device.type}" + (f"; {made_of} by {step}" if made_of else "")
 
 
 def _computes(node: fx.Node) -> bool:
@@ -114,7 +121,7 @@ def _key(trace: Trace, node: fx.Node, widths: Sequence[Width]) -> str:
 
     def size(labels: Labels) -> str:
         here = set(np.unique(trace.units.table(labels)).tolist())
-        return f"{len(labels)}{''.join('abcdefgh'[i] for i, some in enumerate(units) if some & here)}"
+        return f"{len(labels)}{''.join(LETTERS[i] for i, some in enumerate(units) if some & here)}"
 
     arguments = ", ".join(f"{name}={shown(value)}" for name, value in named_arguments(node).items())
     return f"{node.target}({arguments})"
