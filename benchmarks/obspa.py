@@ -311,9 +311,9 @@ What it shows:
 - Images from another data set are nearly as good as those of training.
 - Re-estimating batch norms has a price of its own, which the dense network pays too, perhaps since images are
   shifted and mirrored in training but not here, or since the file of CIFAR training images is compressed and that of
-  the test images isn't: rows with held-out test images, where there are any, tell. Small cuts do better with `norms=stored`, large ones with the default
-  `norms=refit`. That is why noise, which re-estimates nothing, can be ahead of images where little is cut. With stored
-  norms, images are ahead of noise at every share.
+  the test images isn't: rows with held-out test images, where there are any, tell. Small cuts do better with
+  `norms=stored`, large ones with the default `norms=refit`. That is why noise, which re-estimates nothing, can be ahead
+  of images where little is cut. With stored norms, images are ahead of noise at every share.
 - Noise is of use only when norms work with its statistics while it is looked at. With the stored ones it does no better
   than deletion until half of the network is gone.
 
