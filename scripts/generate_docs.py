@@ -105,6 +105,8 @@ def methods_table(methods: Iterable[dict[str, Any]], prefix: str) -> str:
     for method in sorted(methods, key=lambda m: (m["descriptor"]["object"], m["name"])):
         words = method["descriptor"]
         data = DATA.get(words["data"], plain(words["data"]))
+        if words["data"] == "unlabelled_calibration" and words["object"] == "channels":
+            data = "inputs"  # of whatever network it is
         cells = [
             f"[`{method['name']}`]({prefix}{method['name']}.md)",
             plain(words["object"]),

@@ -26,6 +26,14 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
         raise OutputError(f"{folder} exists and is not empty: choose another folder, or pass --overwrite")
 
 
+def check_output_file(path: Path, overwrite: bool = False) -> None:
+    """Refuse a single file that exists. Raises OutputError."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file that doesn't exist yet")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists: choose another name, or pass --overwrite")
+
+
 @contextmanager
 def output_folder(folder: str | Path, overwrite: bool = False) -> Generator[Path, None, None]:
     """A temporary sibling of ``folder`` that takes its name when the block ends well, and vanishes otherwise.

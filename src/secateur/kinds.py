@@ -1,9 +1,13 @@
-"""Telling the kinds of networks apart without loading a library."""
+"""The kinds of networks: how they are told apart, and what is measured of each, without loading a library."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+DECODER_TASKS = ("perplexity:builtin", "speed", "size")
+NETWORK_TASKS = ("size", "macs", "latency")
+"""What is measured of language models and of other networks when no task is named."""
 
 
 def is_onnx(model: Any) -> bool:

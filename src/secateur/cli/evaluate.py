@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli.network import NETWORK, NETWORK_TASKS, evaluate_networks
+from secateur.cli.network import NETWORK, evaluate_networks
 from secateur.cli.options import AllowPickle, Device, Inputs, Json, Quiet, Revision, TrustRemoteCode, only_for
 from secateur.cli.output import print_json, show, working
 from secateur.errors import UsageError
+from secateur.kinds import DECODER_TASKS, NETWORK_TASKS
 from secateur.networks.kinds import is_named_network
-
-DEFAULT_TASKS = ("perplexity:builtin", "speed", "size")
 
 
 def evaluate(
@@ -31,7 +30,7 @@ def evaluate(
             "--task",
             metavar="TASK",
             help="perplexity:builtin|FILE|DATASET, speed, size, lm_eval:NAME; repeatable "
-            f"(default: {', '.join(DEFAULT_TASKS)}). Of other networks accuracy:IMAGES, latency, macs, size "
+            f"(default: {', '.join(DECODER_TASKS)}). Of other networks accuracy:IMAGES, latency, macs, size "
             f"(default: {', '.join(NETWORK_TASKS)}).",
         ),
     ] = None,
@@ -63,7 +62,7 @@ def evaluate(
         )
         return
     only_for("a language model", context, {str(p.name) for p in context.command.params} - {"input"}, "traced networks")
-    tasks = list(dict.fromkeys(task or DEFAULT_TASKS))
+    tasks = list(dict.fromkeys(task or DECODER_TASKS))
     revisions = model_revisions(model, revision)
     from secateur import api
     from secateur.evaluation import make_task

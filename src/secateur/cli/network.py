@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from secateur.plans import Plan
 
 NETWORK = "a traced network"
-NETWORK_TASKS = ("size", "macs", "latency")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from secateur.evaluation.perplexity import Perplexity
 from secateur.evaluation.size import Size
 from secateur.evaluation.speed import Speed
 from secateur.evaluation.tables import Table
-from secateur.kinds import is_onnx
+from secateur.kinds import DECODER_TASKS, NETWORK_TASKS, is_onnx
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,9 +34,6 @@ KINDS: dict[str, tuple[str, Callable[[str], Evaluation]]] = {
 # What only language models have.
 DECODERS_ONLY = ("perplexity", "speed", "lm_eval")
 
-# What is measured when no task is named.
-OF_DECODERS = ("perplexity:builtin", "speed", "size")
-OF_NETWORKS = ("size", "macs", "latency")
 FOR_ALL = tuple(form for kind, (form, _) in KINDS.items() if kind not in DECODERS_ONLY)
 
 
@@ -97,7 +94,7 @@ def evaluate_models(
         progress=progress or silent,
     )
     if tasks is None:
-        tasks = OF_DECODERS if inputs is None else OF_NETWORKS
+        tasks = DECODER_TASKS if inputs is None else NETWORK_TASKS
     texts = [tasks] if isinstance(tasks, str) else tasks
     decoders = all(map(is_decoder, named.values()))
     evaluations = [make_task(text) for text in texts] if decoders else make_network_tasks(texts)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from secateur.errors import NonFiniteError, OutputError, UsageError, first_line, require_extra
-from secateur.files import check_output, output_folder
+from secateur.files import check_output, check_output_file, output_folder
 from secateur.manifest import write_manifest
 from secateur.networks.kinds import FILES, is_onnx
 from secateur.networks.modules import Example
@@ -47,10 +47,7 @@ def check_place(out: str | Path, *, onnx_model: bool, overwrite: bool = False) -
         raise UsageError(f"an ONNX model is written as .onnx, or to a folder, not to {out}")
     if suffix == ".onnx" and not onnx_model:
         require_extra("onnxscript", "onnx", "exporting a module to ONNX")
-    if Path(out).is_dir():
-        raise OutputError(f"{out} is a folder; give the name of a file that doesn't exist yet")
-    if Path(out).exists() and not overwrite:
-        raise OutputError(f"{out} exists: choose another name, or pass --overwrite")
+    check_output_file(Path(out), overwrite)
 
 
 def save_network(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur.errors import ModelLoadError, OutputError, first_line, require_extra
+from secateur.files import check_output_file
 
 if TYPE_CHECKING:
     import onnx
@@ -45,10 +46,7 @@ def save_onnx(model: onnx.ModelProto, path: str | Path, *, overwrite: bool = Fal
     beside = path.with_name(path.name + ".data")
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     for file in (path, beside) if size > largest else (path,):
-        if file.is_dir():
-            raise OutputError(f"{file} is a folder; give the name of a file that doesn't exist yet")
-        if file.exists() and not overwrite:
-            raise OutputError(f"{file} exists: choose another name, or pass --overwrite")
+        check_output_file(file, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
