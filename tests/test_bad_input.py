@@ -558,11 +558,17 @@ for value in (float("nan"), float("-inf")):
             room, poison("model.layers.1.mlp.up_proj.weight", value), method="magnitude"
         ),
     )
-for method in ("wanda", "sparsegpt", "flap", "wanda_sp", "shortgpt"):
+for method, where in {
+    "wanda": "to mlp.down_proj",
+    "sparsegpt": "to mlp.down_proj",
+    "wanda_sp": "to mlp.down_proj",
+    "flap": "in calibration batch 0",
+    "shortgpt": "in calibration batch 0",
+}.items():
     case(
         f"non-finite activations with {method}",
         1,
-        "layer 1 gives NaN or inf in calibration batch 0: try --dtype float32 or check the weights",
+        f"layer 1 gives NaN or inf {where}: try --dtype float32 or check the weights",
         lambda room, method=method: changed_weights(
             room, overflow, "--dtype", "float32", "--sparsity", 0.5, method=method
         ),

@@ -59,7 +59,9 @@ def test_sizes_are_those_of_the_checkpoint(sizes):
 )
 def test_sequential_methods_run_every_block_twice_but_the_last(sizes, method, passes):
     once = TOKENS * (2 * LINEAR + 2 * 16 * 32)
-    assert flops(sizes, job(method)).get("forwards", 0) == passes * once
+    # to the inputs and no further: down_proj isn't run when nothing is cut yet
+    unread = 2 * 2 * TOKENS * 64 * 32 if passes == 3 else 0
+    assert flops(sizes, job(method)).get("forwards", 0) == passes * once - unread
 
 
 def test_forward_operations_are_those_that_torch_counts(sizes, tiny_llama):
@@ -201,7 +203,7 @@ def test_time_is_work_over_rates(sizes):
         flops=1e3, float32_flops=1e6, factor_flops=1e6, swept=1e6, moved=1e30, read=1e30, written=1e6, ranked=1e30
     )
     found = seconds(sizes, job("wanda"), machine)
-    assert found["forwards"] == pytest.approx(3 * TOKENS * (2 * LINEAR + 2 * 16 * 32) / 1e3)
+    assert found["forwards"] == pytest.approx(flops(sizes, job("wanda"))["forwards"] / 1e3)
     hidden = 2 * TOKENS * 32 * 4
     assert found["write"] == pytest.approx((OUTSIDE + 2 * BLOCK + 2 * BLOCK + hidden) / 1e6)
     slow_disk = seconds(sizes, job("wanda"), replace(machine, read=1.0))

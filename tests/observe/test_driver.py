@@ -50,6 +50,29 @@ def test_modules_that_read_one_tensor_share_their_statistics():
     assert all(s["gram"].tokens == IDS.numel() for s in seen.values())
 
 
+def test_a_forward_that_only_looks_ends_at_the_last_input():
+    names = ["self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    run: list[str] = []
+    walk, _ = walk_over(make_tiny("llama"))
+    whole, seen = (walk.open(0) for _ in range(2))
+    for name in names:
+        seen.get_submodule(name).register_forward_hook(lambda *_, name=name: run.append(name))
+    found = walk.observe(seen, 0, names, {"gram": Gram}, advance=False)
+    assert run == names[:2] * len(walk.hidden)
+    other, _ = walk_over(make_tiny("llama"))
+    for name, statistics in other.observe(whole, 0, names, {"gram": Gram}, advance=True).items():
+        assert torch.equal(found[name]["gram"].total_CC, statistics["gram"].total_CC)
+
+
+def test_an_input_that_overflows_is_named_though_no_output_is_computed():
+    walk, _ = walk_over(make_tiny("llama"))
+    block = walk.open(0)
+    with torch.no_grad():
+        block.mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"layer 0 gives NaN or inf to mlp\.down_proj: try --dtype float32"):
+        walk.observe(block, 0, ["mlp.up_proj", "mlp.down_proj"], {"squares": SumSquares}, advance=False)
+
+
 def test_a_model_with_a_nan_activation_names_the_layer():
     model = make_tiny("llama")
     with torch.no_grad():

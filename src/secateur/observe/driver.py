@@ -7,7 +7,7 @@ converted, or even in memory, as a whole. B sequences, T tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from secateur.observe.activations import Activations
 from secateur.observe.statistics import Statistic
 
 StatisticTypes = Mapping[str, type[Statistic]]
+
+_REMEDY = "try --dtype float32 or check the weights"
 
 
 @dataclass
@@ -76,15 +78,19 @@ class BlockWalk:
     ) -> dict[str, dict[str, Statistic]]:
         """Statistics of the input of every named module of ``block``; modules that read one tensor share them.
 
-        With ``advance`` the outputs become the inputs of the next block.
+        With ``advance`` the outputs become the inputs of the next block; without, a forward ends at the last of the
+        named modules, whose product nobody reads. Raises NonFiniteError.
         """
-        watch = _InputWatch(block, modules, statistics)
+        watch = _InputWatch(block, modules, statistics, whole=advance)
         with watch:
             for i in range(len(self.hidden)):
-                output = self._run(block, layer, i, self.hidden[i])
+                # with `_AllSeen` there is no output
+                with suppress(_AllSeen):
+                    output = self._run(block, layer, i, self.hidden[i])
+                    if advance:
+                        self.hidden[i] = output
                 watch.end_of_batch()
-                if advance:
-                    self.hidden[i] = output
+        watch.check_finite(layer)
         if advance:
             self.hidden.turn()
         return watch.seen
@@ -113,9 +119,7 @@ class BlockWalk:
         call = self._calls[hidden.shape[0]][layer]
         output = _first(block(hidden.to(self._source.device_of(layer)), *call.args, **call.kwargs))
         if not bool(torch.isfinite(output).all()):
-            raise NonFiniteError(
-                f"layer {layer} gives NaN or inf in calibration batch {batch}: try --dtype float32 or check the weights"
-            )
+            raise NonFiniteError(f"layer {layer} gives NaN or inf in calibration batch {batch}: {_REMEDY}")
         return output
 
     @torch.inference_mode()
@@ -163,16 +167,27 @@ def _recording(
             block.__dict__.pop("forward", None)
 
 
-class _InputWatch:
-    """Hooks that feed the inputs of modules to statistics; modules which read the same tensor share one set."""
+class _AllSeen(Exception):
+    """The inputs of all watched modules have been seen in this batch."""
 
-    def __init__(self, block: nn.Module, modules: Iterable[str], statistics: StatisticTypes) -> None:
+
+class _InputWatch:
+    """Hooks that feed the inputs of modules to statistics; modules which read the same tensor share one set.
+
+    Unless the ``whole`` forward is wanted, the hook that saw the last input of a batch raises ``_AllSeen``.
+    """
+
+    def __init__(
+        self, block: nn.Module, modules: Iterable[str], statistics: StatisticTypes, *, whole: bool = True
+    ) -> None:
         self._modules = {name: block.get_submodule(name) for name in modules}
         self._statistics = statistics
         self._owner: dict[tuple[Any, ...], str] = {}
         self._owned: set[str] = set()
         self._held: list[Tensor] = []
+        self._whole = whole
         self._first_batch = True
+        self._missing = set(self._modules)
         self._handles: list[Any] = []
         self.seen: dict[str, dict[str, Statistic]] = {}
 
@@ -187,26 +202,40 @@ class _InputWatch:
     def end_of_batch(self) -> None:
         self._first_batch = False
         self._held.clear()
+        self._missing = set(self._modules)
+
+    def check_finite(self, layer: int) -> None:
+        """Raises NonFiniteError: an output that was not computed can't show that an input overflowed."""
+        for name in sorted(self._owned):
+            for statistic in self.seen[name].values():
+                for sums in statistic.state().values():
+                    if not bool(torch.isfinite(sums).all()):
+                        raise NonFiniteError(f"layer {layer} gives NaN or inf to {name}: {_REMEDY}")
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x: Tensor = args[0]
-            if self._first_batch:
-                # held until the batch ends, so that an address can't be handed to a second tensor meanwhile
-                self._held.append(x)
-                owner = self._owner.setdefault((x.data_ptr(), x.shape, x.stride()), name)
-                if owner != name:
-                    self.seen[name] = self.seen[owner]
-                    return
-                self.seen[name] = {key: kind() for key, kind in self._statistics.items()}
-                self._owned.add(name)
-            elif name not in self._owned:
-                return
-            x_BTC = x if x.dim() == 3 else x.unsqueeze(0)
-            for statistic in self.seen[name].values():
-                statistic.update(x_BTC)
+            self._take(name, args[0])
+            self._missing.discard(name)
+            if not (self._missing or self._whole):
+                raise _AllSeen
 
         return hook
+
+    def _take(self, name: str, x: Tensor) -> None:
+        if self._first_batch:
+            # held until the batch ends, so that an address can't be handed to a second tensor meanwhile
+            self._held.append(x)
+            owner = self._owner.setdefault((x.data_ptr(), x.shape, x.stride()), name)
+            if owner != name:
+                self.seen[name] = self.seen[owner]
+                return
+            self.seen[name] = {key: kind() for key, kind in self._statistics.items()}
+            self._owned.add(name)
+        elif name not in self._owned:
+            return
+        x_BTC = x if x.dim() == 3 else x.unsqueeze(0)
+        for statistic in self.seen[name].values():
+            statistic.update(x_BTC)
 
 
 def _first(output: Any) -> Tensor:
