@@ -12,7 +12,7 @@ from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
 from secateur.methods import Coupled, Part, make_method
 from secateur.networks.kinds import Asked
 from secateur.networks.modules import Example, module_anatomy, plan_module
-from secateur.observe.gradients import learned
+from secateur.observe.gradients import cross_entropy, learned
 
 
 class Chain(nn.Module):
@@ -142,6 +142,75 @@ def test_grasp_and_crop_on_a_quadratic_loss():
     assert make_method("spa_crop").score(Coupled("theta", 2, (part,))).tolist() == [1.0, 4.0]
 
 
+class Quadratic(nn.Module):
+    """Its loss is th^T A th / 2: the Hessian is A, whatever the parameters are."""
+
+    def __init__(self, a) -> None:
+        super().__init__()
+        self.register_buffer("a", torch.tensor(a, dtype=torch.double))
+        self.theta = nn.Parameter(torch.linspace(1, 2, len(a), dtype=torch.double))
+
+    @staticmethod
+    def loss(module, batch):
+        return 0.5 * module.theta @ module.a @ module.theta
+
+
+def test_the_estimated_diagonal_is_exact_for_a_diagonal_hessian_and_near_for_others():
+    def diagonal(module, probes, seed=0):
+        found = learned(module, [None], Quadratic.loss, ("diagonal",), False, probes=probes, seed=seed)
+        assert list(found[0]) == ["diagonal"]
+        return found[0]["diagonal"]["theta"]
+
+    assert diagonal(Quadratic([[1.0, 0.0], [0.0, -3.0]]), probes=1).tolist() == [1.0, -3.0]
+    coupled = Quadratic([[2.0, 0.5, 0.1], [0.5, 1.0, -0.4], [0.1, -0.4, 3.0]])
+    near = diagonal(coupled, probes=400)
+    assert torch.allclose(near, coupled.a.diagonal(), atol=0.1) and not torch.equal(near, coupled.a.diagonal())
+    assert torch.equal(near, diagonal(coupled, probes=400)) and not torch.equal(near, diagonal(coupled, 400, seed=1))
+
+
+def test_obd_and_second_order_taylor_are_the_change_of_a_quadratic_loss():
+    module = Quadratic([[3.0, 0.0], [0.0, 1.0]])
+    told = learned(module, [None], Quadratic.loss, ("gradient", "diagonal"), False)[0]
+    kinds = {kind: tensors["theta"] for kind, tensors in told.items()}
+    theta = module.theta.detach()
+    group = Coupled("theta", 2, (Part("theta", 0, torch.tensor([[0], [1]]), "weight", theta, **kinds),))
+    # without theta_k the loss falls by A_kk theta_k^2 / 2, of which OBD leaves out the gradient
+    change = 0.5 * module.a.diagonal() * theta.square()
+    assert torch.allclose(make_method("obd").score(group), change)
+    assert torch.allclose(make_method("taylor", {"order": 2}).score(group), change.square())
+    assert torch.allclose(make_method("taylor").score(group), (2 * change).square())
+
+
+def test_a_loss_that_is_linear_has_no_second_derivative():
+    told = learned(nn.Linear(3, 1), [torch.ones(2, 3)], lambda m, b: m(b).sum(), ("curvature", "diagonal"), False)[0]
+    assert all(not bool(t.any()) for tensors in told.values() for t in tensors.values())
+
+
+def test_second_order_taylor_of_a_network_uses_gradient_and_diagonal(chain):
+    module, x, y = chain
+    told = learned(module, [(x, y)], cross_entropy, ("gradient", "diagonal"), True, probes=16)[0]
+    s = {
+        n: (told["gradient"][n] * p - 0.5 * told["diagonal"][n] * p.square()).square()
+        for n, p in module.named_parameters()
+    }
+    total = s["a.weight"].sum(1) + s["a.bias"] + s["norm.weight"] + s["norm.bias"] + s["b.weight"].sum(0)
+    assert torch.allclose(scores("taylor", module, x, data=[(x, y)], order=2), total.float())
+
+
+def test_fpgm_drops_the_channel_in_the_middle_of_the_others():
+    module = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1))
+    with torch.no_grad():
+        # four corners and their centre, which is by far the largest but not the most replaceable by size
+        module[0].weight.copy_(torch.tensor([[9.0, 10], [11, 10], [10, 9], [10, 11], [10, 10]]))
+        module[2].weight.fill_(1.0)
+    x = torch.zeros(1, 2)
+    plan = sc.plan(module, example_inputs=(x,), method="fpgm", sparsity=0.2, budget="channels")
+    assert plan.keep["0"].tolist() == [0, 1, 2, 3]
+    # two neighbours at sqrt(2), the opposite one at 2, the centre at 1
+    sums = torch.tensor([3 + 2 * 2**0.5] * 4 + [4.0])
+    assert torch.allclose(plan.scores["0"], sums / sums.mean())
+
+
 def test_gradients_are_the_mean_over_batches(chain):
     module, x, y = chain
     halves = [(x[:3], y[:3]), (x[3:], y[3:])]
@@ -156,10 +225,11 @@ def test_reductions_and_normalisers():
         "sum": [6.0, 6.0], "mean": [2.0, 2.0], "max": [3.0, 4.0], "first": [1.0, 4.0],
     }  # fmt: skip
     s = torch.tensor([1.0, 3.0, -1.0], dtype=torch.double)
-    assert {n: f(s).tolist() for n, f in NORMALIZERS.items() if n != "standardise"} == {
+    assert {n: f(s).tolist() for n, f in NORMALIZERS.items() if n not in ("standardise", "lamp")} == {
         "none": [1.0, 3.0, -1.0], "mean": [1.0, 3.0, -1.0], "max": [1 / 3, 1.0, -1 / 3], "sum": [1 / 3, 1.0, -1 / 3],
     }  # fmt: skip
     assert NORMALIZERS["mean"](torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    assert NORMALIZERS["lamp"](torch.tensor([1.0, 4.0, 9.0, 0.0])).tolist() == [1 / 14, 4 / 13, 1.0, 0.0]
 
 
 def test_a_residual_stream_is_scored_by_all_its_layers():

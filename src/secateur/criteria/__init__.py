@@ -35,6 +35,17 @@ def standardise(scores: Tensor) -> Tensor:
     return (s - s.mean()) / std
 
 
+def lamp(squares: Tensor) -> Tensor:
+    """Every entry divided by the sum of those that are at least as large, its own included; [entries] float64.
+
+    ``squares`` [entries] are not negative; among equals the later ones count as larger. Zeros stay zeros. Source:
+    LAMP, arXiv:2010.07611, eq. 3.
+    """
+    ordered, order = squares.double().sort(stable=True)
+    above = ordered.flip(0).cumsum(0).flip(0)
+    return torch.empty_like(ordered).scatter_(0, order, ordered / above.clamp_min(1e-300))
+
+
 def per_unit(channel_scores_I: Tensor, columns_UW: Tensor, reduce: str) -> Tensor:
     """Channel scores gathered into units, [units]; ``reduce`` is ``sum`` or ``mean`` over a unit's columns."""
     gathered = channel_scores_I[columns_UW.to(channel_scores_I.device)]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from secateur.criteria import standardise
+from secateur.criteria import lamp, standardise
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda x_UE: x_UE.sum(dim=1),
@@ -32,5 +32,7 @@ NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda s_U: _divided(s_U, s_U.abs().max()),
     "sum": lambda s_U: _divided(s_U, s_U.sum().abs()),
     "standardise": standardise,
+    # for scores that are squares, such as those of depgraph_l2
+    "lamp": lamp,
 }
 """Scores of one group → scores that compete with those of other groups."""

@@ -112,8 +112,8 @@ class Part:
 
     ``weight`` is the whole parameter, ``index`` [units, width] the positions along ``dim`` of each unit. ``role`` is
     ``weight`` (two dimensions or more), ``scale`` (the weight of a norm) or ``bias``. ``gradient`` is that of the
-    loss, ``curvature`` the product of its Hessian with the gradient, both shaped like the weight, and empty for
-    methods whose ``needs`` don't name them.
+    loss, ``curvature`` the product of its Hessian with the gradient, ``diagonal`` an estimate of the Hessian's
+    diagonal, all shaped like the weight, and empty for methods whose ``needs`` don't name them.
     """
 
     tensor: str
@@ -123,6 +123,7 @@ class Part:
     weight: Tensor
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
     curvature: Tensor = field(default_factory=lambda: torch.empty(0))
+    diagonal: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def per_unit(self, scores: Tensor) -> Tensor:
         """Scores of all entries of the parameter, as rows of the units, [units, entries of one unit]."""
@@ -190,8 +191,8 @@ Flow = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 class Whole:
     """A whole traced network, for methods that weigh its parts against each other.
 
-    ``parameters`` are tensors by name; ``learned`` what the data told about them (``gradient``, ``curvature``), by
-    name too; ``flow`` gives the synaptic flow of the network with masked weights.
+    ``parameters`` are tensors by name; ``learned`` what the data told about them (``gradient``, ``curvature``,
+    ``diagonal``), by name too; ``flow`` gives the synaptic flow of the network with masked weights.
     """
 
     groups: tuple[Coupled, ...]
@@ -312,8 +313,8 @@ class ChannelMethod(Method):
 
     ``importance`` scores single parameters; what is coupled is put together by ``reduction`` and brought to one
     scale by ``normalizer`` (SPA, arXiv:2403.18955, §4). ``needs`` names what it wants beside the weights:
-    ``gradient``, ``curvature``, or ``inputs``, what the weights that read the channels are applied to. With
-    ``per_batch`` scores of single batches are averaged, without, gradients are.
+    ``gradient``, ``curvature``, ``diagonal``, or ``inputs``, what the weights that read the channels are applied to.
+    With ``per_batch`` scores of single batches are averaged, without, gradients are.
     """
 
     sparsity: float = option(0.3, "fraction of the budget that is removed", ge=0, lt=1)

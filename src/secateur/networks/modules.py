@@ -70,7 +70,7 @@ def plan_module(
         lambda name, parameter: _role(module, name, parameter),
         model=module_fingerprint(module),
         inputs=example.recorded(),
-        probe=_probe(chosen, anatomy, example, asked.data, asked.loss),
+        probe=_probe(chosen, anatomy, example, asked.data, asked.loss, asked.seed),
         consumers=seen.consumers() if seen else None,
         asked=asked,
         latencies=latencies,
@@ -92,10 +92,12 @@ def module_densities(
     )
 
 
-def _probe(method: ChannelMethod, anatomy: TracedAnatomy, example: Example, data: Any, loss: Loss | None) -> _Probe:
+def _probe(
+    method: ChannelMethod, anatomy: TracedAnatomy, example: Example, data: Any, loss: Loss | None, seed: int = 0
+) -> _Probe:
     if _of_gradients(method) and data is None:
         raise DataError(f"{method.name} needs data: give data= (batches) and, for anything but a classifier, loss=")
-    return _Probe(method, anatomy, example, data, loss or cross_entropy)
+    return _Probe(method, anatomy, example, data, loss or cross_entropy, seed)
 
 
 def _of_gradients(method: ChannelMethod) -> list[str]:
@@ -111,6 +113,7 @@ class _Probe:
     example: Example
     data: Any
     loss: Loss
+    seed: int
 
     def learned(self, removed: Iterable[int]) -> list[Learned]:
         needs = _of_gradients(self.method)
@@ -118,7 +121,8 @@ class _Probe:
             return [{}]
         module = self._without(removed)
         with evaluation_mode(module):
-            return learned(module, self.data, self.loss, needs, self.method.per_batch)
+            probes = getattr(self.method, "probes", 1)
+            return learned(module, self.data, self.loss, needs, self.method.per_batch, probes=probes, seed=self.seed)
 
     def flow(self, removed: Iterable[int]) -> Flow:
         def under(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a loss tells about parameters: its gradient, and the product of its Hessian with it."""
+"""What a loss tells about parameters: its gradient, and products of its Hessian."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 """(module, batch) → the mean loss of the batch, a scalar."""
 
 Learned = dict[str, dict[str, Tensor]]
-"""``gradient`` or ``curvature`` → parameter name → tensor shaped like the parameter."""
+"""``gradient``, ``curvature`` or ``diagonal`` → parameter name → tensor shaped like the parameter."""
 
 
 def cross_entropy(module: nn.Module, batch: Any) -> Tensor:
@@ -28,18 +28,23 @@ def cross_entropy(module: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(module(inputs), labels)
 
 
-def learned(module: nn.Module, data: Any, loss: Loss, needs: Sequence[str], per_batch: bool) -> list[Learned]:
+def learned(
+    module: nn.Module, data: Any, loss: Loss, needs: Sequence[str], per_batch: bool, *, probes: int = 1, seed: int = 0
+) -> list[Learned]:
     """What every batch tells, or all of them together: gradients are then the mean over batches.
 
+    ``curvature`` is H g. ``diagonal`` estimates that of H by ``probes`` products with random signs, drawn from
+    ``seed``: mean of z * (H z) (Hutchinson 1989; Bekas et al. 2007, eq. 5), which is exact for a diagonal H.
     The module is in evaluation mode and its ``.grad`` aren't touched. Raises DataError without data, NonFiniteError.
     """
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     found: list[Learned] = []
     count = 0
+    signs = torch.Generator().manual_seed(seed)
     for batch in batches(data):
         # fused attention has no second derivative
-        with sdpa_kernel(SDPBackend.MATH) if "curvature" in needs else nullcontext():
-            one = _of_batch(module, batch, loss, parameters, needs)
+        with sdpa_kernel(SDPBackend.MATH) if _SECOND & set(needs) else nullcontext():
+            one = _of_batch(module, batch, loss, parameters, needs, probes, signs)
         count += 1
         if per_batch or count == 1:
             found.append(one)
@@ -66,21 +71,48 @@ def _under_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def _of_batch(
-    module: nn.Module, batch: Any, loss: Loss, parameters: Mapping[str, Tensor], needs: Sequence[str]
+    module: nn.Module,
+    batch: Any,
+    loss: Loss,
+    parameters: Mapping[str, Tensor],
+    needs: Sequence[str],
+    probes: int,
+    signs: torch.Generator,
 ) -> Learned:
     value = loss(module, batch)
     if not isinstance(value, Tensor) or value.dim() != 0:
         raise DataError("loss(module, batch) must return a scalar tensor")
-    curved = "curvature" in needs
+    curved = bool(_SECOND & set(needs))
     gradients = torch.autograd.grad(value, list(parameters.values()), create_graph=curved, allow_unused=True)
     found = {"gradient": _named(parameters, gradients)}
-    if curved:
-        used = {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None}
-        inner = sum(((g.detach() * g).sum() for g in used.values()), torch.zeros(()))
-        found["curvature"] = _named(
-            parameters, torch.autograd.grad(inner, list(parameters.values()), allow_unused=True)
-        )
+    # constant where the loss is linear in a parameter: that has no second derivative
+    used = {n: g for n, g in zip(parameters, gradients, strict=True) if g is not None and g.requires_grad}
+
+    def product(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The Hessian times one vector per parameter."""
+        inner = [(vectors[name] * g).sum() for name, g in used.items()]
+        rows = torch.autograd.grad(inner, list(parameters.values()), allow_unused=True, retain_graph=True)
+        return _named(parameters, rows)
+
+    if "curvature" in needs:
+        found["curvature"] = product(found["gradient"]) if used else _named(parameters, [None] * len(parameters))
+    if "diagonal" in needs:
+        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for _ in range(probes if used else 0):
+            z = {n: _random_signs(p, signs) for n, p in parameters.items()}
+            for name, row in product(z).items():
+                total[name] += z[name] * row / probes
+        found["diagonal"] = total
     return {kind: tensors for kind, tensors in found.items() if kind in needs}
+
+
+_SECOND = {"curvature", "diagonal"}
+
+
+def _random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    # drawn on the CPU, so that every device sees the same ones
+    drawn = torch.randint(0, 2, like.shape, generator=generator)
+    return (2 * drawn - 1).to(like.device, like.dtype)
 
 
 def _named(parameters: Mapping[str, Tensor], tensors: Iterable[Tensor | None]) -> dict[str, Tensor]:
