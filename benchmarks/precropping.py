@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 import secateur as sc
 from secateur.allocate import global_masks, uniform
-from secateur.networks.modules import Example, module_anatomy
+from secateur.networks.applying import module_anatomy
+from secateur.networks.example import Example
 from secateur.observe.flow import synaptic_flow
 from secateur.structure.layers import Layer, layers_of
 

@@ -99,7 +99,7 @@ def anatomy(
         from secateur.models.decoders import decoder_anatomy
 
         return decoder_anatomy(model, heads=heads or "kv")  # type: ignore[arg-type]
-    from secateur.networks.modules import module_anatomy
+    from secateur.networks.applying import module_anatomy
 
     return module_anatomy(model, _example(example_inputs, example_kwargs), heads=heads or "outer", ignore=ignore)  # type: ignore[arg-type]
 
@@ -263,7 +263,7 @@ def apply(
 
         return apply_to_onnx(plan, model, mask=mask)
     if plan.inputs is not None:
-        from secateur.networks.modules import apply_to_module
+        from secateur.networks.applying import apply_to_module
 
         return apply_to_module(plan, model, inplace=inplace, mask=mask, optimizer=optimizer).module
     from secateur.models.surgery import apply_plan
@@ -323,7 +323,8 @@ def densities(
     Raises UsageError, DataError, ModelError or BudgetError.
     """
     from secateur.methods import make_method
-    from secateur.networks.modules import module_anatomy, module_densities
+    from secateur.networks.applying import module_anatomy
+    from secateur.networks.modules import module_densities
 
     chosen = make_method(method, method_options(method, options, sparsity, None, budget, 0))
     example = _example(example_inputs, example_kwargs)

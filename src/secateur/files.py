@@ -35,6 +35,23 @@ def check_output_file(path: Path, overwrite: bool = False) -> None:
 
 
 @contextmanager
+def output_file(path: str | Path) -> Generator[Path, None, None]:
+    """A file of the same name in a temporary folder beside ``path``, which takes its place when the block ends well.
+
+    Parents are made as needed. Raises OutputError when it can't be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            yield whole
+            os.replace(whole, path)
+    except OSError as error:
+        raise OutputError(f"can't write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
 def output_folder(folder: str | Path, overwrite: bool = False) -> Generator[Path, None, None]:
     """A temporary sibling of ``folder`` that takes its name when the block ends well, and vanishes otherwise.
 

@@ -10,8 +10,10 @@ import secateur as sc
 from channel_networks import Residual
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
 from secateur.methods import Coupled, Part, make_method
+from secateur.networks.applying import module_anatomy
+from secateur.networks.example import Example
 from secateur.networks.kinds import Asked
-from secateur.networks.modules import Example, module_anatomy, plan_module
+from secateur.networks.modules import plan_module
 from secateur.observe.gradients import cross_entropy, learned
 
 

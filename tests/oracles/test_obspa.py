@@ -9,9 +9,10 @@ from torch import nn
 import secateur as sc
 from secateur.heal import inverse_factor, inverse_hessian, obs_sweep, refit_without, removal_losses
 from secateur.methods import Consumer, Coupled, make_method
+from secateur.networks.applying import module_anatomy
 from secateur.networks.example import Example
 from secateur.networks.kinds import Asked
-from secateur.networks.modules import module_anatomy, plan_module
+from secateur.networks.modules import plan_module
 from secateur.observe import Gram
 
 GONE = [1, 4, 5, 9]

@@ -14,7 +14,8 @@ from channel_networks import Attention, Residual
 from secateur.allocate import synexp
 from secateur.errors import OptionError, PlanError
 from secateur.methods import make_method
-from secateur.networks.modules import Example, apply_to_module, module_anatomy
+from secateur.networks.applying import apply_to_module, module_anatomy
+from secateur.networks.example import Example
 from secateur.plans import Plan
 
 

@@ -14,7 +14,8 @@ import secateur as sc
 from channel_networks import Attention, Residual
 from secateur.allocate import erk, fit_shares, global_masks, of_masks, synexp, uniform
 from secateur.errors import BudgetError, DataError, UnsupportedModelError, UsageError
-from secateur.networks.modules import Example, module_anatomy
+from secateur.networks.applying import module_anatomy
+from secateur.networks.example import Example
 from secateur.observe.flow import synaptic_flow
 from secateur.structure.layers import layers_of
 from secateur.structure.streams import residual_streams

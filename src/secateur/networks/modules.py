@@ -1,48 +1,36 @@
-"""Any torch module: traced, planned, and cut as itself or as a graph."""
+"""Any torch module, traced: what a method sees of it, and the plan that comes of it."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.errors import DataError, PlanMismatchError, UnsupportedModelError, UsageError
-from secateur.heal.starting import NORMS, start_anew
+from secateur.errors import DataError
+from secateur.heal.starting import NORMS
 from secateur.methods import ChannelMethod, Fitting, Method
 from secateur.methods.base import Flow
+from secateur.networks.applying import apply_to_module, copied, masked_module, module_anatomy, module_fingerprint
 from secateur.networks.calibrating import calibration_of
 from secateur.networks.deciding import channel_method, decide_channels, decide_densities
 from secateur.networks.example import Example
-from secateur.networks.fitting import fitted, kept_entries, observe
+from secateur.networks.fitting import fitted, observe
 from secateur.networks.kinds import Asked
 from secateur.networks.latency import Latencies, Progress, measure_latencies
 from secateur.networks.latencytable import LatencyTable
-from secateur.networks.optimizers import check_optimizer, shrink_optimizer
 from secateur.observe.flow import synaptic_flow
 from secateur.observe.gradients import Learned, Loss, cross_entropy, learned
-from secateur.plans import Fingerprint, Plan, Provenance
+from secateur.plans import Plan
 from secateur.structure.exporting import evaluation_mode
-from secateur.structure.graphcut import cut_graph, zero_tensor
-from secateur.structure.groups import TracedAnatomy, traced_anatomy
-from secateur.structure.modulecut import Different, cut_module, shell
+from secateur.structure.groups import TracedAnatomy
 from secateur.structure.resize import Cut
-from secateur.structure.trace import attribute, trace
 
 _NOTHING = Asked()
-
-
-def module_anatomy(module: nn.Module, example: Example, *, heads: str = "outer", ignore: Sequence[str] = ()) -> Any:
-    """The groups of coupled channels of a module. Raises UsageError or UnsupportedModelError."""
-    if not isinstance(example.args, tuple) or not isinstance(module, nn.Module):
-        raise UsageError("example_inputs must be a tuple of what the module is called with")
-    return traced_anatomy(trace(module, example.args, example.kwargs), heads=heads, ignore=ignore)
 
 
 def plan_module(
@@ -136,7 +124,7 @@ class _Probe:
     def _without(self, removed: Iterable[int]) -> nn.Module:
         """The module, or a copy with zeros where units have left."""
         module, gone = self.anatomy.trace.module, set(removed)
-        return _masked(Cut(self.anatomy.trace, gone), _copied(module)) if gone else module
+        return masked_module(Cut(self.anatomy.trace, gone), copied(module)) if gone else module
 
 
 @dataclass(frozen=True)
@@ -177,156 +165,3 @@ def _role(module: nn.Module, name: str, parameter: Tensor) -> str:
     if leaf == "weight" and isinstance(module.get_submodule(path), NORMS):
         return "scale"
     return "weight" if parameter.dim() > 1 else "bias"
-
-
-def module_fingerprint(module: nn.Module) -> Fingerprint:
-    """Class, hash of all names and shapes, hash of all values."""
-    shapes, weights = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            shapes.update(f"{name}:{list(tensor.shape)};".encode())
-            if not tensor.is_meta:
-                weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    name = type(module).__name__
-    return Fingerprint(
-        architecture=name, shapes=shapes.hexdigest(), weights=weights.hexdigest(), num_layers=0, name=name
-    )
-
-
-@dataclass(frozen=True)
-class CutModule:
-    """A cut module; ``graph_because`` says why it is a ``GraphModule`` and not the user's own class."""
-
-    module: nn.Module
-    graph_because: str | None = None
-
-
-def apply_to_module(
-    plan: Plan,
-    module: nn.Module,
-    *,
-    anatomy: TracedAnatomy | None = None,
-    example: Example | None = None,
-    inplace: bool = False,
-    mask: bool = False,
-    optimizer: Optimizer | None = None,
-) -> CutModule:
-    """Cut a module, or zero what would leave; an ``optimizer`` of a module that is cut in place follows it.
-
-    Raises PlanMismatchError, UsageError or UnsupportedModelError.
-    """
-    provenance = plan.provenance[0]
-    check_optimizer(optimizer, module, inplace and not mask)
-    if module_fingerprint(module).shapes != plan.model.shapes:
-        raise PlanMismatchError(
-            f"the plan was made for {plan.model.architecture} with parameters of other shapes than this module's"
-        )
-    if example is None:
-        assert provenance.inputs is not None
-        example = Example.of(provenance.inputs)
-    options = provenance.options
-    heads, ignore = options.get("heads", "outer"), tuple(options.get("ignore", ()))
-    traced = module_anatomy(module, example, heads=heads, ignore=ignore) if anatomy is None else anatomy
-    for name, units in plan.groups.items():
-        if name not in traced or traced[name].units != units:
-            raise PlanMismatchError(f"this module has no group {name} of {units} channels, which the plan speaks of")
-    removed = traced.units_removed({name: plan.removed(name) for name in plan.keep})
-    cut = Cut(traced.trace, removed, traced.units_grown(plan.keep))
-    _check_values(plan, cut)
-    if mask:
-        masked = _masked(cut, module if inplace else _copied(module))
-        _put_values(plan, masked, dense=True)
-        return CutModule(masked)
-    graph = cut_graph(cut)
-    try:
-        made = cut_module(cut, graph, example.args, dict(example.kwargs or {}))
-    except Different as reason:
-        if inplace:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} can't be cut in place: {reason}; without inplace the result is a GraphModule"
-            ) from None
-        _started(graph, cut, provenance)
-        _put_values(plan, graph)
-        return CutModule(graph, str(reason))
-    if not inplace:
-        _own(made, module)
-    _started(made, cut, provenance)
-    if inplace:
-        before = dict(module.named_parameters(remove_duplicate=False))
-        _adopt(module, made)
-        made = module
-        if optimizer is not None:
-            shrink_optimizer(optimizer, before, module, cut, anew=bool(provenance.initialised))
-    _put_values(plan, made)
-    return CutModule(made)
-
-
-def _started(made: nn.Module, cut: Cut, provenance: Provenance) -> None:
-    """Give the cut module new weights where the plan asks for them."""
-    if provenance.initialised:
-        changed = {name for name, value in cut.trace.parameters.items() if cut.touches(value)}
-        start_anew(made, cut.trace.module, changed, provenance.initialised, provenance.seed)
-
-
-def _check_values(plan: Plan, cut: Cut) -> None:
-    """Values must be for what stays of a tensor of this module. Raises PlanMismatchError."""
-    for name in plan.values:
-        known = name in cut.trace.parameters and plan.mask_shapes[name] == cut.trace.parameters[name].shape
-        if not known or not torch.equal(plan.masks[name], kept_entries(cut, name)):
-            raise PlanMismatchError(f"the plan has values for entries of {name} that aren't those that stay")
-
-
-def _put_values(plan: Plan, module: nn.Module, *, dense: bool = False) -> None:
-    """Give what stays of a tensor the values that the plan has for it."""
-    with torch.no_grad():
-        for name, values in plan.values.items():
-            tensor = attribute(module, name)
-            values = values.to(tensor)
-            if dense:
-                tensor[plan.masks[name].to(tensor.device)] = values
-            else:
-                tensor.copy_(values.reshape(tensor.shape))
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    made = shell(module)
-    _own(made, module)
-    return made
-
-
-def _own(made: nn.Module, module: nn.Module) -> None:
-    """Give a copy tensors of its own where it shares them."""
-    shared = {id(t) for t in (*module.parameters(), *module.buffers())}
-    done: dict[int, Tensor] = {}
-    for part in made.modules():
-        for store in cast("tuple[dict[str, Any], ...]", (part._parameters, part._buffers)):
-            for name, tensor in store.items():
-                if tensor is None or id(tensor) not in shared:
-                    continue
-                if id(tensor) not in done:
-                    copied = tensor.detach().clone()
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    done[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied
-                store[name] = done[id(tensor)]
-
-
-def _adopt(module: nn.Module, made: nn.Module) -> None:
-    """Bring the caller's module to the state of its cut copy."""
-    for mine, theirs in zip(module.modules(), made.modules(), strict=True):
-        for name, value in theirs.__dict__.items():
-            if name != "_modules":
-                mine.__dict__[name] = value
-
-
-def _masked(cut: Cut, module: nn.Module) -> nn.Module:
-    done: set[int] = set()
-    with torch.no_grad():
-        for name, value in cut.trace.parameters.items():
-            try:
-                tensor = attribute(module, name)
-            except AttributeError:
-                continue  # a constant that export made
-            if isinstance(tensor, Tensor) and id(tensor) not in done and cut.touches(value):
-                done.add(id(tensor))
-                tensor.copy_(zero_tensor(cut, value, tensor))
-    return module

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +12,10 @@ import torch
 from torch import nn
 
 from secateur.errors import NonFiniteError, OutputError, UsageError, first_line, require_extra
-from secateur.files import check_output, check_output_file, output_folder
+from secateur.files import check_output, check_output_file, output_file, output_folder
 from secateur.manifest import write_manifest
+from secateur.networks.example import Example
 from secateur.networks.kinds import FILES, is_onnx
-from secateur.networks.modules import Example
 from secateur.plans import Plan
 from secateur.remote import is_url
 from secateur.report.card import card
@@ -136,15 +134,8 @@ def _as_onnx(module: nn.Module, plan: Plan) -> onnx.ModelProto:
 
 
 def _save_program(network: Any, out: str | Path, plan: Plan) -> None:
-    path = Path(out)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            torch.export.save(_exported(network, plan), whole)
-            os.replace(whole, path)
-    except OSError as error:
-        raise OutputError(f"can't write {path}: {error.strerror or error}") from error
+    with output_file(out) as path:
+        torch.export.save(_exported(network, plan), path)
 
 
 def _load_module(out: str, factory: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from secateur.errors import ModelLoadError, OutputError, first_line, require_extra
-from secateur.files import check_output_file
+from secateur.errors import ModelLoadError, first_line, require_extra
+from secateur.files import check_output_file, output_file
 
 if TYPE_CHECKING:
     import onnx
@@ -47,20 +46,14 @@ def save_onnx(model: onnx.ModelProto, path: str | Path, *, overwrite: bool = Fal
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     for file in (path, beside) if size > largest else (path,):
         check_output_file(file, overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            if size > largest:
-                onnx.save(model, whole, save_as_external_data=True, location=beside.name, size_threshold=1024)
-                # saving took the weights out of the model, which is the caller's
-                _take_back(model, folder)
-                os.replace(whole.with_name(beside.name), beside)
-            else:
-                onnx.save(model, whole)
-            os.replace(whole, path)
-    except OSError as error:
-        raise OutputError(f"can't write {path}: {error.strerror or error}") from error
+    with output_file(path) as whole:
+        if size > largest:
+            onnx.save(model, whole, save_as_external_data=True, location=beside.name, size_threshold=1024)
+            # saving took the weights out of the model, which is the caller's
+            _take_back(model, str(whole.parent))
+            os.replace(whole.with_name(beside.name), beside)
+        else:
+            onnx.save(model, whole)
 
 
 def _take_back(model: onnx.ModelProto, folder: str) -> None:
