@@ -121,6 +121,7 @@ def plan(
     sparsity: float | None = None,
     pattern: str | None = None,
     budget: str | None = None,
+    allocate: str | None = None,
     calibration: str | Path = "builtin",
     samples: int = 64,
     length: int = 512,
@@ -141,7 +142,8 @@ def plan(
 ) -> Plan:
     """Decide what to cut; ``model`` is left as it is.
 
-    ``sparsity`` is the fraction removed, in [0, 1). ``pattern`` is N:M for weight methods. ``calibration`` is
+    ``sparsity`` is the fraction removed, in [0, 1). ``pattern`` is N:M for weight methods. ``allocate`` names an
+    allocator with its options, which gives every matrix its own sparsity (``owl:m=5,lam=0.08``). ``calibration`` is
     ``builtin``, ``self``, a text/jsonl/parquet file or the name of a data set; ``samples`` windows of ``length``
     tokens are read. ``dtype`` is that of the calibration forwards. ``options`` are the method's own.
     ``statistics`` is a folder in which statistics of the dense model are kept, and found again by later plans that
@@ -155,7 +157,9 @@ def plan(
     whatever their scores (``{"layer4.*": 0.5}``, by pattern); the others make up the rest of the budget.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
+    from secateur.allocators import chosen_allocation
     from secateur.engine import decide
+    from secateur.errors import UsageError
     from secateur.methods import check_for_decoders, make_method
     from secateur.models.fingerprint import fingerprint
     from secateur.models.sources import Source
@@ -169,18 +173,21 @@ def plan(
     if _is_network(model, example_inputs, example_kwargs):
         from secateur.networks.kinds import Asked
 
+        if allocate is not None:
+            raise UsageError("allocate= is for language models: a network that is traced has scope= and ratios=")
         network = _open_network(model, chosen, example_inputs, example_kwargs, ignore, latency_table, progress)
         return network.plan(chosen, Asked(data, loss, ignore, ratios or {}, seed))
     check_for_decoders(chosen)
     decoder: PreTrainedModel = model  # type: ignore[assignment]
+    allocation = chosen_allocation(allocate, chosen)
     tokens = None
-    if chosen.statistics:
+    if chosen.statistics or (allocation and allocation.statistics):
         tokens = load_tokens(
             calibration, tokenizer, samples=samples, length=length, seed=seed, text_field=text_field, model=decoder
         )
     source = Source(decoder)
     compute, mine = compute_dtype(dtype, source.device), fingerprint(source)
-    decision = decide(
+    keeper = decide(
         chosen,
         source,
         tokens,
@@ -188,7 +195,10 @@ def plan(
         batch_tokens=batch_tokens,
         progress=progress or _no_progress,
         statistics=statistics_folder(statistics, mine, tokens, chosen, compute, batch_tokens),
-    ).whole
+        allocator=allocation.allocator if allocation else None,
+        allocator_statistics=statistics_folder(statistics, mine, tokens, allocation, compute, batch_tokens),
+    )
+    decision = keeper.whole
     provenance = Provenance(
         method=method,
         options=chosen.options(),
@@ -198,7 +208,8 @@ def plan(
         dtype=str(compute).removeprefix("torch."),
         versions=library_versions(),
         notes=tuple(decision.notes),
-    )
+        allocation=allocation.provenance if allocation else None,
+    ).allocated(keeper.allocated())
     return Plan(
         provenance=(provenance,),
         groups=decision.groups,

@@ -12,10 +12,19 @@ from torch import Tensor, nn
 
 from secateur.allocate import lowest_of_all, parse_pattern
 from secateur.allocate.units import Limits
+from secateur.allocators import (
+    Allocator,
+    BlockWeights,
+    Measuring,
+    Part,
+    check_follows,
+    matrix_sparsities,
+    with_sparsity,
+)
 from secateur.errors import BudgetError, DataError, UnsupportedModelError, UsageError
 from secateur.keeping import Decision, Keeper, SeenByModule
 from secateur.methods import LayerMethod, Method, Target, UnitMethod, WeightMethod
-from secateur.models.decoders import decoder_anatomy, unknown_family
+from secateur.models.decoders import decoder_anatomy, matrix_roles, unknown_family
 from secateur.models.sources import Source, check_finite
 from secateur.observe.activations import Activations
 from secateur.observe.calibration import Tokens
@@ -39,14 +48,20 @@ def decide(
     hidden: Activations | None = None,
     statistics: Path | None = None,
     ranks: Ranks = ALONE,
+    allocator: Allocator | None = None,
+    allocator_statistics: Path | None = None,
 ) -> Keeper:
     """What ``method`` removes from the model of ``source``; ``tokens`` are its calibration windows.
 
     Blocks that ``keeper`` has finished are left out. ``hidden`` are the activations at that point, or empty ones.
     ``statistics`` is a folder in which those of the dense model are kept, and found again, one file per block.
-    Each of the ``ranks`` walks its part of the windows, and all of them decide the same.
+    Each of the ``ranks`` walks its part of the windows, and all of them decide the same. The ``allocator`` gives
+    every matrix its sparsity first; its statistics are kept in ``allocator_statistics``.
     """
+    if allocator is not None:
+        check_follows(allocator, method)
     run = _Run(method, source, tokens, dtype, batch_tokens, progress, keeper or Keeper(), hidden, statistics, ranks)
+    run.allocator, run.allocator_statistics = allocator, allocator_statistics
     run.decide(method)
     return run.keeper
 
@@ -54,7 +69,7 @@ def decide(
 class _Run:
     def __init__(
         self,
-        method: Method,
+        method: Method | Measuring,
         source: Source,
         tokens: Tokens | None,
         dtype: torch.dtype,
@@ -73,6 +88,8 @@ class _Run:
         self.statistics, self.ranks = statistics, ranks
         self._walk: BlockWalk | None = None
         self._walk_arguments = (tokens, dtype, batch_tokens, hidden)
+        self.allocator: Allocator | None = None
+        self.allocator_statistics: Path | None = None
 
     def walk(self) -> BlockWalk | None:
         """The walk over calibration data, begun when it is first needed; None for a method that takes no data."""
@@ -84,7 +101,7 @@ class _Run:
         return self._walk
 
     @singledispatchmethod
-    def decide(self, method: Method) -> None:
+    def decide(self, method: Any) -> None:
         raise UsageError(f"{method.name} is not a post-training method of this engine")
 
     # -- single weights ------------------------------------------------------------------------------------------
@@ -101,12 +118,14 @@ class _Run:
         if getattr(method, "scope", "") == "global" and not method.pattern:
             self._decide_globally(method, targets)
             return
+        allocated = self._allocated(method, targets)
         for layer in self._blocks("prune"):
             part = Decision()
             members = [m for m in targets if m.layer == layer]
             block, seen = self._observe(layer, [m.module for m in members], advance=not method.sequential)
             for matrix in members:
-                weight = self._prune_matrix(method, matrix, seen.get(matrix.module, {}), part)
+                own = allocated.get(matrix.module, method)
+                weight = self._prune_matrix(own, matrix, seen.get(matrix.module, {}), part)
                 if block is not None and method.sequential:
                     _write(block, self._inside(matrix.module), weight, matrix.transposed)
             self._advance(method, block, layer)
@@ -127,6 +146,59 @@ class _Run:
         kept = (weight.T if matrix.transposed else weight)[stored]
         part.values[matrix.tensor] = kept.to(self.source.tensor(matrix.tensor).dtype).cpu()
         return weight
+
+    def _allocated(self, method: WeightMethod, targets: list[Matrix]) -> dict[str, WeightMethod]:
+        """The method as it prunes every matrix, by module; nothing without an allocator."""
+        if self.allocator is None:
+            return {}
+        roles = matrix_roles(self.source.model)
+        parts = [Part(m.module, m.layer, roles.get(m.module, ""), m.shape) for m in targets]
+        sparsities = self.ranks.on_main(self.keeper.allocated)
+        if sparsities is None:
+            sparsities = self._allocate_matrices(self.allocator, method, parts)
+        return {part.module: with_sparsity(method, part, sparsities[part.module]) for part in parts}
+
+    def _allocate_matrices(self, allocator: Allocator, method: WeightMethod, parts: list[Part]) -> dict[str, float]:
+        """Look at the dense model for the allocator, and keep what it gives every matrix."""
+        aside = self.keeper.aside("allocation")
+        if allocator.measures:
+            measuring = Measuring(allocator, method)
+            tokens, dtype, batch_tokens, hidden = self._walk_arguments
+            hidden = hidden.another(aside.hidden) if hidden is not None else None
+            _Run(
+                measuring,
+                self.source,
+                tokens,
+                dtype,
+                batch_tokens,
+                self.progress,
+                aside,
+                hidden,
+                self.allocator_statistics,
+                self.ranks,
+            ).decide(measuring)
+
+        def choose() -> dict[str, float]:
+            measured = [aside.ranked(f"block.{layer}") for layer in range(self.layers if allocator.measures else 0)]
+            found = matrix_sparsities(allocator, method, parts, measured)
+            self.keeper.allocate(found)
+            return found
+
+        return self.ranks.on_main(choose)
+
+    @decide.register
+    def _(self, measuring: Measuring) -> None:
+        allocator, method = measuring.allocator, measuring.method
+        for layer in self._blocks("allocate"):
+            modules = [m.module for m in self.anatomy.matrices if m.layer == layer]
+            if allocator.observes == "blocks":
+                block = BlockWeights((), {"": self._observe_block(layer)})
+            else:
+                _, seen = self._observe(layer, modules, advance=True)
+                block = BlockWeights(tuple(self._target(m, "weight", layer, name=m) for m in modules), seen)
+            ranked = {f"block.{layer}": allocator.measure(block, method)}
+            self.keeper.keep(layer, Decision(), final=False, walk=self._walk, ranked=ranked)
+            del block
 
     def _decide_globally(self, method: WeightMethod, targets: list[Matrix]) -> None:
         """One threshold over all matrices, from statistics of the dense model."""
@@ -240,12 +312,7 @@ class _Run:
             raise BudgetError(f"can't remove {count} of {group.units} blocks: at least one must stay")
         for layer in self._blocks("calibrate"):
             name = f"layers.{layer}"
-            seen = self._kept_seen(layer) or {}
-            walk = self.walk() if not seen else None
-            if walk is not None:
-                seen = {name: walk.observe_block(walk.open(layer), layer, method.needed_statistics())}
-                self._complete(layer, seen, dense=True)
-            score = method.score(Target(name, "layer", layer, torch.empty(0, 0)), seen.get(name, {}))
+            score = method.score(Target(name, "layer", layer, torch.empty(0, 0)), self._observe_block(layer))
             ranked = {name: torch.tensor([score], dtype=torch.float64)}
             self.keeper.keep(layer, Decision(), final=False, walk=self._walk, ranked=ranked)
         self.keeper.close(self._drop_lowest(group, count))
@@ -282,6 +349,16 @@ class _Run:
         seen = {full: found[short] for full, short in zip(modules, inside, strict=True)}
         self._complete(layer, seen, dense=advance)
         return block, seen
+
+    def _observe_block(self, layer: int) -> Mapping[str, Any]:
+        """Statistics of (input, output) of a block of the dense model."""
+        name = f"layers.{layer}"
+        seen = self._kept_seen(layer) or {}
+        walk = self.walk() if not seen else None
+        if walk is not None:
+            seen = {name: walk.observe_block(walk.open(layer), layer, self.method.needed_statistics())}
+            self._complete(layer, seen, dense=True)
+        return seen.get(name, {})
 
     def _complete(self, layer: int, seen: Mapping[str, dict[str, Any]], *, dense: bool) -> None:
         """Add to the statistics of a block what the other ranks saw; those of the dense model are kept."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from secateur.observe.driver import BlockWalk
 
 SeenByModule = Mapping[str, Mapping[str, Any]]
@@ -45,6 +47,24 @@ class Keeper:
         self.whole = Decision()
         self._seen: dict[int, SeenByModule] = {}
         self._ranked: dict[str, Tensor] = {}
+        self._allocated: dict[str, float] | None = None
+
+    @property
+    def hidden(self) -> Path | None:
+        """The folder for activations that don't fit into memory; None for a temporary one."""
+        return None
+
+    def aside(self, name: str) -> Keeper:
+        """A keeper for work that must be done before the blocks are decided."""
+        return Keeper()
+
+    def allocated(self) -> dict[str, float] | None:
+        """The sparsity of every matrix by module, as far as it has been chosen."""
+        return self._allocated
+
+    def allocate(self, sparsities: dict[str, float]) -> None:
+        """Keep the sparsity that was chosen for every matrix."""
+        self._allocated = sparsities
 
     def resume(self, walk: BlockWalk) -> None:
         """Put a walk that has just begun where the finished blocks end."""

@@ -91,6 +91,22 @@ class ExampleInputs(BaseModel):
     """``{"shape", "dtype"}`` of a tensor, ``{"value"}`` of anything else."""
 
 
+class Allocation(BaseModel):
+    """How the sparsity was spread: the allocator, its options, and the fraction that every matrix lost, by module."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    allocator: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    sparsities: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """For people: ``owl:m=5.0,lam=0.08``."""
+        options = ",".join(f"{key}={value}" for key, value in self.options.items() if value is not None)
+        return f"{self.allocator}:{options}" if options else self.allocator
+
+
 class Provenance(BaseModel):
     """How a plan came to be; enough to make it again."""
 
@@ -110,11 +126,20 @@ class Provenance(BaseModel):
     initialised: str = Field(default="", pattern="^(fresh|first)?$")
     """How layers start that change: with what they keep (empty), drawn anew (``fresh``), or with what they keep
     at the scale of a new draw (``first``)."""
+    allocation: Allocation | None = None
+    """Where the sparsity went, when an allocator said so."""
+
+    def allocated(self, sparsities: Mapping[str, float] | None) -> Provenance:
+        """The same with the sparsities that its allocator has chosen."""
+        if self.allocation is None:
+            return self
+        chosen = self.allocation.model_copy(update={"sparsities": dict(sparsities or {})})
+        return self.model_copy(update={"allocation": chosen})
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # plans keep the bytes that they had before there were traced modules, and networks that start anew
-        absent: dict[str, Any] = {"inputs": None, "initialised": ""}
+        absent: dict[str, Any] = {"inputs": None, "initialised": "", "allocation": None}
         return {key: value for key, value in handler(self).items() if key not in absent or value != absent[key]}
 
 

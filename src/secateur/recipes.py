@@ -30,6 +30,8 @@ from secateur.errors import RecipeError, UsageError, nearest
 from secateur.reading import read_bytes, shown
 
 if TYPE_CHECKING:
+    from secateur.allocators import Measuring
+    from secateur.methods import Method
     from secateur.report import LayerCut, Report
 
 Progress = Callable[[str, int, int], None]
@@ -52,7 +54,7 @@ class CalibrationSpec(BaseModel):
 
 
 class Step(BaseModel):
-    """One method and how much it removes; ``options`` are the method's own."""
+    """One method and how much it removes; ``options`` are the method's own, ``allocate`` says where it is removed."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,6 +62,7 @@ class Step(BaseModel):
     sparsity: float | None = None
     pattern: str | None = None
     budget: str | None = None
+    allocate: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -111,14 +114,22 @@ class Recipe(BaseModel):
         wanted = (step.sparsity, step.pattern, step.budget)
         return api.method_options(step.method, step.options, *wanted, self.calibration.seed)
 
+    def words(self, step: Step) -> tuple[Method, Measuring | None]:
+        """The method of a step with its options, and its allocator. Raises UsageError."""
+        from secateur.allocators import chosen_allocation
+        from secateur.methods import make_method
+
+        method = make_method(step.method, self.method_options(step))
+        return method, chosen_allocation(step.allocate, method)
+
     def check_methods(self) -> None:
-        """Look every method and option up, before anything is loaded. Raises UsageError."""
+        """Look every method, allocator and option up, before anything is loaded. Raises UsageError."""
         from secateur.allocate import parse_pattern
-        from secateur.methods import check_for_decoders, make_method
+        from secateur.methods import check_for_decoders
 
         for number, step in enumerate(self.steps, start=1):
             try:
-                method = make_method(step.method, self.method_options(step))
+                method, _ = self.words(step)
                 check_for_decoders(method)
                 if pattern := getattr(method, "pattern", ""):
                     parse_pattern(pattern)
@@ -134,6 +145,7 @@ class Recipe(BaseModel):
             "sparsity": step.sparsity,
             "pattern": step.pattern,
             "budget": step.budget,
+            "allocate": step.allocate,
             "options": step.options,
             "calibration": self.calibration.source,
             "samples": self.calibration.samples,

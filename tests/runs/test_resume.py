@@ -19,6 +19,7 @@ CASES = {
     "flap": {"method": "flap", "sparsity": 0.3},
     "magnitude, global": {"method": "magnitude", "sparsity": 0.5, "options": {"scope": "global"}},
     "shortgpt": {"method": "shortgpt", "options": {"layers": 1}},
+    "wanda, owl": {"method": "wanda", "sparsity": 0.5, "allocate": "owl"},
 }
 
 

@@ -5,6 +5,7 @@ from secateur.allocate.channels import CostOf, allocate_channels
 from secateur.allocate.cropping import crop_scores, fit_shares
 from secateur.allocate.densities import erk, global_masks, of_masks, synexp, uniform
 from secateur.allocate.masks import MaskRule, NofM, PerMatrix, PerRow, lowest_of_all, mask_rule, parse_pattern
+from secateur.allocate.shares import fit_sparsities, mixed_patterns, removed_counts
 from secateur.allocate.units import Allocator, GlobalAllocator, ManualAllocator, UniformAllocator
 
 __all__ = [
@@ -22,11 +23,14 @@ __all__ = [
     "crop_scores",
     "erk",
     "fit_shares",
+    "fit_sparsities",
     "global_masks",
     "lowest_of_all",
     "mask_rule",
+    "mixed_patterns",
     "of_masks",
     "parse_pattern",
+    "removed_counts",
     "synexp",
     "uniform",
 ]

@@ -33,6 +33,10 @@ class PerRow:
     def keep(self, scores_OI: Tensor) -> Tensor:
         return ~_lowest(scores_OI, int(scores_OI.shape[1] * self.sparsity))
 
+    def step(self, shape: tuple[int, int]) -> int:
+        """See ``WeightMethod.step``: every row loses one more."""
+        return shape[0]
+
 
 @dataclass(frozen=True)
 class PerMatrix:

@@ -11,6 +11,7 @@ import typer
 
 from secateur.cli.options import (
     ActivationMemory,
+    Allocate,
     Budget,
     ComputeDtype,
     Json,
@@ -45,6 +46,7 @@ def estimate(
     sparsity: Sparsity = None,
     pattern: Pattern = None,
     budget: Budget = None,
+    allocate: Allocate = None,
     recipe: RecipeFile = None,
     options: MethodOptions = None,
     samples: Samples = None,
@@ -67,7 +69,7 @@ def estimate(
     quiet: Quiet = False,
 ) -> None:
     load_plugins(plugin)
-    step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget}
+    step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget, "allocate": allocate}
     top = {
         "model": model,
         "revision": revision,

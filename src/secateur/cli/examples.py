@@ -11,6 +11,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Explain a method: source, equations, options with unit, default and range.",
         "secateur describe flap",
     ),
+    "allocators": (
+        "List the allocators, which say where the sparsity goes, or explain one.",
+        "secateur allocators owl",
+    ),
     "inspect": (
         "Show what can be cut in a model, what a unit costs, and what is frozen and why.",
         "secateur inspect smollm2-135m",

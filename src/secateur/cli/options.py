@@ -38,6 +38,13 @@ Pattern = Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in eve
 Budget = Annotated[
     str | None, typer.Option(metavar="params|macs|bytes|channels|latency", help="What the sparsity is a fraction of.")
 ]
+Allocate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:KEY=VALUE,...]",
+        help="Where the sparsity goes, see 'secateur allocators': owl:m=5,lam=0.08 (default: every matrix the same).",
+    ),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")
 ]

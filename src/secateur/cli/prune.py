@@ -13,6 +13,7 @@ from secateur.cli.measuring import Measurement
 from secateur.cli.network import NETWORK, NetworkJob, prune_network
 from secateur.cli.options import (
     ActivationMemory,
+    Allocate,
     AllowPickle,
     Budget,
     ComputeDtype,
@@ -70,6 +71,7 @@ def prune(
     sparsity: Sparsity = None,
     pattern: Pattern = None,
     budget: Budget = None,
+    allocate: Allocate = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -188,7 +190,7 @@ def prune(
         return
     everything = {str(parameter.name) for parameter in context.command.params}
     only_for("a language model", context, everything - _NETWORK_ONLY, "traced networks")
-    step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget}
+    step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget, "allocate": allocate}
     calibrate = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
         "model": model,

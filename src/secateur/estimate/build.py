@@ -17,7 +17,6 @@ from secateur.estimate.memory import memory
 from secateur.estimate.result import Estimate, StepEstimate
 from secateur.estimate.sizes import Sizes
 from secateur.estimate.work import flops, seconds
-from secateur.methods import make_method
 from secateur.recipes import Recipe
 
 
@@ -83,9 +82,11 @@ def check(estimate: Estimate) -> None:
 
 def _jobs(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None) -> list[Job]:
     last = len(recipe.steps)
+    words = [recipe.words(step) for step in recipe.steps]
     return [
         Job(
-            method=make_method(step.method, recipe.method_options(step)),
+            method=method,
+            allocation=allocation,
             samples=recipe.calibration.samples,
             length=recipe.calibration.length,
             dtype=dtype,
@@ -93,7 +94,7 @@ def _jobs(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None) -> 
             format=recipe.format if number == last else "dense",
             device=recipe.device,
         )
-        for number, step in enumerate(recipe.steps, start=1)
+        for number, (method, allocation) in enumerate(words, start=1)
     ]
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from secateur.allocators import Measuring
 from secateur.estimate.sizes import BlockSizes, Inputs
 from secateur.methods import LayerMethod, Method, UnitMethod, WeightMethod
 from secateur.observe import Needs
@@ -29,11 +30,17 @@ class Job:
     activation_memory: int | None = None
     format: str = "dense"
     device: str = "cpu"
+    allocation: Measuring | None = None
 
     @property
     def observes(self) -> bool:
         """Whether calibration text goes through the model."""
-        return bool(self.method.statistics)
+        return bool(self.method.statistics) or self.allocates
+
+    @property
+    def allocates(self) -> bool:
+        """Whether it goes through the dense model once before, for an allocator."""
+        return self.allocation is not None and bool(self.allocation.statistics)
 
     @property
     def tokens(self) -> int:
@@ -80,12 +87,22 @@ class Job:
         channels = [inputs.channels for inputs in self.targets(block)]
         if isinstance(self.method, LayerMethod):
             channels = [2 * hidden]
+        yield from self._each(channels, self._statistics)
+
+    def allocation_needs(self, block: BlockSizes, hidden: int) -> Iterator[Needs]:
+        """What the statistics of an allocator take of one block, before those of the method are there."""
+        if self.allocation is not None:
+            blocks = self.allocation.allocator.observes == "blocks"
+            channels = [2 * hidden] if blocks else [inputs.channels for inputs in block.inputs]
+            yield from self._each(channels, list(self.allocation.needed_statistics().values()))
+
+    def _each(self, channels: list[int], statistics: list[type]) -> Iterator[Needs]:
         for width in channels:
-            for kind in self._statistics:
+            for kind in statistics:
                 # a plugin's own class may not say what it takes
                 needs = getattr(kind, "needs", Accumulator.needs)
                 yield needs(width, tokens=self.tokens, batch=self.batch, length=self.length)
 
     @cached_property
     def _statistics(self) -> list[type]:
-        return list(self.method.needed_statistics().values()) if self.observes else []
+        return list(self.method.needed_statistics().values()) if self.method.statistics else []

@@ -108,9 +108,10 @@ def _observing(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
     width = max((outputs for outputs, _ in block.matrices), default=sizes.hidden)
     per_token = (3 * width + 3 * sizes.hidden) * job.dtype.itemsize + 2 * 4 * sizes.hidden
     held = sum(inputs.channels for inputs in job.targets(block)) * job.dtype.itemsize
+    before = list(job.allocation_needs(block, sizes.hidden))
     return {
-        "statistics": sum(n.state for n in needs),
-        "at work": job.batch * (per_token + held) + max((n.update for n in needs), default=0),
+        "statistics": max(sum(n.state for n in needs), sum(n.state for n in before)),
+        "at work": job.batch * (per_token + held) + max((n.update for n in [*needs, *before]), default=0),
     }
 
 

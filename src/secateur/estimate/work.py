@@ -37,6 +37,7 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
         for needs in job.needs(block, sizes.hidden):
             found["statistics"] += needs.update_flops
             found["factorisations"] += needs.solve_flops
+        found["statistics"] += sum(needs.update_flops for needs in job.allocation_needs(block, sizes.hidden))
         if job.repairs:
             found["sweeps"] += sum(sweep_flops(o, i) for o, i in block.matrices)
     return {name: count for name, count in found.items() if count}
@@ -55,10 +56,13 @@ def _unread_flops(block: BlockSizes, job: Job) -> int:
 
 
 def _passes(job: Job, *, last: bool) -> int:
-    """How often text goes through a block: again after the cut, for methods that look at what the cut blocks give."""
-    if not job.observes:
-        return 0
-    return 2 if job.method.sequential and not last else 1
+    """How often text goes through a block: again after the cut, for methods that look at what the cut blocks give.
+
+    An allocator has it go through the dense block before.
+    """
+    if not job.method.statistics:
+        return int(job.allocates)
+    return int(job.allocates) + (2 if job.method.sequential and not last else 1)
 
 
 def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
@@ -68,7 +72,11 @@ def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
         _passes(job, last=layer + 1 == len(sizes.blocks)) * _around(block, sizes, job)
         for layer, block in enumerate(sizes.blocks)
     )
-    statistics = sum(needs.moved for block in sizes.blocks for needs in job.needs(block, sizes.hidden))
+    statistics = sum(
+        needs.moved
+        for block in sizes.blocks
+        for needs in (*job.needs(block, sizes.hidden), *job.allocation_needs(block, sizes.hidden))
+    )
     found = {
         "check": _CHECKS * (sizes.stored + _entries(sizes)) / 2 / machine.moved,
         "forwards": count.get("forwards", 0) / machine.flops + around / machine.moved,

@@ -230,9 +230,7 @@ class Method:
     sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for spec in dataclasses.fields(self):
-            _check_option(self.name or type(self).__name__, spec, getattr(self, spec.name), hints[spec.name])
+        check_options(self, self.name or type(self).__name__)
 
     @classmethod
     def option_fields(cls) -> dict[str, dataclasses.Field[Any]]:
@@ -262,6 +260,15 @@ class WeightMethod(Method):
     def rule(self) -> MaskRule:
         """Who competes with whom, and how many stay."""
         raise NotImplementedError(f"{type(self).__name__} must define rule()")
+
+    def step(self, shape: tuple[int, int]) -> int:
+        """By how many weights the loss of a matrix of this shape, (outputs, inputs), grows at a time.
+
+        An allocator gives every matrix a multiple of it, so that what it asks for is what leaves.
+        """
+        # a method that prunes in its own way, and rules of others, take any number of weights
+        rule = self.rule() if type(self).rule is not WeightMethod.rule else None
+        return rule.step(shape) if hasattr(rule, "step") else 1  # type: ignore[union-attr]
 
     def prune(self, target: Target, seen: Seen) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
         """(mask [outputs, inputs] bool with True = kept, new weight or None, notes for the plan)."""
@@ -406,6 +413,13 @@ def check_for_decoders(method: Method) -> None:
             f"{method.name} removes coupled channels of a traced module: call secateur.prune with example_inputs, or"
             " take a method for language models ('secateur methods' shows them all)"
         )
+
+
+def check_options(options: Any, name: str) -> None:
+    """Raises OptionError when a field of this dataclass has a value of the wrong type or out of its range."""
+    hints = get_type_hints(type(options))
+    for spec in dataclasses.fields(options):
+        _check_option(name, spec, getattr(options, spec.name), hints[spec.name])
 
 
 def _check_option(method: str, spec: dataclasses.Field[Any], value: Any, hint: Any) -> None:

@@ -83,22 +83,35 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     Raises UnknownMethodError and OptionError.
     """
     cls = get_method(name)
-    fields, hints = cls.option_fields(), get_type_hints(cls)
-    values = {}
-    for key, value in (options or {}).items():
-        if key not in fields:
-            raise OptionError(
-                f"{name} has no option '{key}'{nearest(key, fields) or ';'} 'secateur describe {name}' lists them"
-            )
-        values[key] = _convert(name, key, value, hints[key])
-    return cls(**values)
+    return cls(**option_values(name, cls, options or {}, f"'secateur describe {name}' lists them"))
+
+
+def option_values(name: str, cls: type[Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options of a dataclass as values of their types; ``where`` says what lists them. Raises OptionError."""
+    known, hints = {field.name for field in dataclasses.fields(cls)}, get_type_hints(cls)
+    for key in options:
+        if key not in known:
+            raise OptionError(f"{name} has no option '{key}'{nearest(key, known) or ';'} {where}")
+    return {key: _convert(name, key, value, hints[key]) for key, value in options.items()}
 
 
 def describe(name: str) -> dict[str, Any]:
     """Everything known of a method: summary, docstring, descriptor and options with default, unit, range, meaning."""
     cls = get_method(name)
     module_doc = importlib.import_module(cls.__module__).__doc__ or cls.__doc__ or ""
-    options = {
+    return {
+        "name": name,
+        "summary": module_doc.strip().split("\n")[0],
+        "doc": module_doc.strip(),
+        "descriptor": dataclasses.asdict(cls.descriptor),
+        "options": describe_options(cls),
+        "sequential": cls.sequential,
+    }
+
+
+def describe_options(cls: type[Any]) -> dict[str, Any]:
+    """The options of a dataclass by name, with default, unit, range, choices and meaning."""
+    return {
         field.name: {
             "default": field.default,
             "unit": field.metadata.get("unit", ""),
@@ -106,15 +119,7 @@ def describe(name: str) -> dict[str, Any]:
             "choices": list(field.metadata.get("choices") or ()),
             "help": field.metadata.get("help", ""),
         }
-        for field in cls.option_fields().values()
-    }
-    return {
-        "name": name,
-        "summary": module_doc.strip().split("\n")[0],
-        "doc": module_doc.strip(),
-        "descriptor": dataclasses.asdict(cls.descriptor),
-        "options": options,
-        "sequential": cls.sequential,
+        for field in dataclasses.fields(cls)
     }
 
 

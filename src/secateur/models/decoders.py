@@ -106,6 +106,23 @@ def typed_blocks(model: PreTrainedModel) -> list[DecoderBlock]:
     return [DecoderBlock(family, f"{name}.{i}", block, i) for i, block in enumerate(blocks)]
 
 
+def matrix_roles(model: PreTrainedModel) -> dict[str, str]:
+    """What the matrices of the blocks are for, by module: ``q``, ``k``, ``v`` (or ``qkv``), ``o``, ``gate``, ``up`` (or
+    ``gate_up``) and ``down``. Empty for a model type without a table entry.
+    """
+    if family_of(model) is None:
+        return {}
+    roles: dict[str, str] = {}
+    for block in typed_blocks(model):
+        family = block.family
+        qkv = ("q", "k", "v") if len(family.qkv) == 3 else ("qkv",)
+        up = ("gate", "up") if len(family.up) == 2 else ("gate_up" if family.halves == 2 else "up",)
+        roles |= {block.path(family.attention, name): role for name, role in zip(family.qkv, qkv, strict=True)}
+        roles |= {block.path(family.mlp, name): role for name, role in zip(family.up, up, strict=True)}
+        roles |= {block.out: "o", block.down: "down"}
+    return roles
+
+
 def unknown_family(model: PreTrainedModel) -> str:
     """The sentence for a model type that the table doesn't hold."""
     known = ", ".join(sorted(FAMILIES))

@@ -1,5 +1,5 @@
 """Statistics of calibration data, and the walk that collects them block by block."""
 
-from secateur.observe.statistics import Gram, Moments, Needs, SequenceMoments, Similarity, Statistic, SumSquares
+from secateur.observe.statistics import Angle, Gram, Moments, Needs, SequenceMoments, Similarity, Statistic, SumSquares
 
-__all__ = ["Gram", "Moments", "Needs", "SequenceMoments", "Similarity", "Statistic", "SumSquares"]
+__all__ = ["Angle", "Gram", "Moments", "Needs", "SequenceMoments", "Similarity", "Statistic", "SumSquares"]

@@ -31,6 +31,10 @@ class Activations:
         self._bytes = 0
         self._spilled = False
 
+    def another(self, folder: Path | None) -> Activations:
+        """Empty ones of the same limit, which go to another folder."""
+        return Activations(limit=self._limit, folder=folder)
+
     def append(self, hidden: Tensor) -> None:
         """Add a batch, before the first pass."""
         size = hidden.numel() * hidden.element_size()

@@ -7,6 +7,7 @@ distributable. Sums are float32 or better. B sequences, T tokens, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -296,6 +297,32 @@ class Similarity(Accumulator):
     @property
     def mean(self) -> float:
         """Average cosine, in [-1, 1]."""
+        return self.total / max(self.tokens, 1)
+
+
+class Angle(Accumulator):
+    """Sum over tokens of the angle between a block's input and output, as a fraction of pi, float64 (CFSP)."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.tokens = 0
+
+    def update(self, x_BTC: Tensor) -> None:
+        """Input and output of the block, concatenated along channels; a token of zeros on one side counts as 1/3."""
+        before, after = (half.double() for half in x_BTC.chunk(2, dim=-1))
+        norms = before.norm(dim=-1) * after.norm(dim=-1)
+        # the published code takes 0.5 for a cosine that is not a number
+        cosine = torch.where(norms > 0, (before * after).sum(dim=-1) / norms, 0.5)
+        self.total += float(cosine.clamp(-1, 1).arccos().sum()) / math.pi
+        self.tokens += cosine.numel()
+
+    def merge(self, other: Angle) -> None:
+        self.total += other.total
+        self.tokens += other.tokens
+
+    @property
+    def mean(self) -> float:
+        """Average angle over pi, in [0, 1]."""
         return self.total / max(self.tokens, 1)
 
 

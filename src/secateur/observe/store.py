@@ -23,17 +23,28 @@ def statistics_folder(
     root: str | Path | None,
     model: Fingerprint,
     tokens: Tokens | None,
-    method: object,
+    method: object | None,
     dtype: torch.dtype,
     batch_tokens: int,
 ) -> Path | None:
-    """Where below ``root`` the statistics of this model lie that ``method`` takes from these tokens."""
-    if root is None or tokens is None:
+    """Where below ``root`` the statistics of this model lie that ``method`` takes from these tokens.
+
+    ``method`` may be an allocator at work; None where nothing is taken.
+    """
+    if root is None or tokens is None or method is None:
         return None
     names = sorted(method.needed_statistics())  # type: ignore[attr-defined]
-    kind = next(base.__name__ for base in type(method).__mro__ if base.__module__ == "secateur.methods.base")
+    kind = kind_of(method)
     what = [model.shapes, model.weights, tokens.info.sha256, names, kind, str(dtype), batch_tokens]
     return Path(root) / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def kind_of(method: object) -> str:
+    """What decides where a method's statistics are taken: the name of its base class in the contract."""
+    own = getattr(method, "kind", None)
+    if isinstance(own, str):
+        return own
+    return next(base.__name__ for base in type(method).__mro__ if base.__module__ == "secateur.methods.base")
 
 
 def write_seen(path: Path, seen: SeenByModule) -> None:

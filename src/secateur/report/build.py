@@ -22,12 +22,13 @@ BUDGET_WORDS = {
 def build_report(plan: Plan, anatomy: Anatomy) -> Report:
     """What ``plan`` removes from the dense model of this ``anatomy``; whoever measures adds metrics and samples."""
     provenance = plan.provenance[-1]
+    allocation = provenance.allocation
     layers = [_layer_cut(layer, plan, anatomy) for layer in range(anatomy.num_layers)]
     return Report(
         model=plan.model.name,
         revision=plan.model.revision,
         method=plan.method,
-        options=dict(provenance.options),
+        options=dict(provenance.options) | ({"allocate": allocation.label} if allocation else {}),
         requested=_requested(plan),
         achieved=removed_fraction(plan, anatomy),
         layers=layers,

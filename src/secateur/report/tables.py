@@ -31,7 +31,7 @@ from secateur.report.numbers import (
 from secateur.report.report import LayerCut, Metric
 
 if TYPE_CHECKING:
-    from secateur.plans import Plan, PlanDiff, Provenance
+    from secateur.plans import Allocation, Plan, PlanDiff, Provenance
     from secateur.structure import Anatomy
     from secateur.structure import Group as UnitGroup
 
@@ -173,6 +173,23 @@ def method_text(method: Mapping[str, Any]) -> RenderableType:
     )
 
 
+def allocators_table(allocators: Iterable[Mapping[str, Any]]) -> Table:
+    """One line per allocator; takes what ``describe_allocator`` returns."""
+    table = _table()
+    table.add_column("allocator", no_wrap=True, style="bold")
+    table.add_column("observes", no_wrap=True)
+    table.add_column("what it does")
+    for allocator in allocators:
+        table.add_row(_plain(allocator["name"]), allocator["observes"], _plain(_after_name(allocator)))
+    return table
+
+
+def allocator_text(allocator: Mapping[str, Any]) -> RenderableType:
+    """All about one allocator; takes what ``describe_allocator`` returns."""
+    head = Text(allocator["name"], style="bold")
+    return Group(head, Text(allocator["doc"]), Text(), _options_table(allocator["options"]))
+
+
 def cut_table(layers: Sequence[LayerCut]) -> Table:
     """Units before and after, and sparsity, of every layer (equal layers folded)."""
     units = {cut.layer: {kind: f"{old:,} → {new:,}" for kind, (old, new) in cut.units.items()} for cut in layers}
@@ -289,6 +306,8 @@ def _provenance_lines(provenance: Sequence[Provenance]) -> list[str]:
     for source in provenance:
         options = ", ".join(f"{key}={value}" for key, value in source.options.items())
         lines.append(f"{source.method}({options})")
+        if source.allocation is not None:
+            lines.append(_allocation_line(source.allocation))
         lines.append(f"model: {source.model.label or source.model.architecture}, {source.model.num_layers} layers")
         data = source.calibration
         if data is not None:
@@ -299,6 +318,12 @@ def _provenance_lines(provenance: Sequence[Provenance]) -> list[str]:
         versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
         lines.append(f"seed {source.seed}, {source.dtype}" + (f"; {versions}" if versions else ""))
     return lines
+
+
+def _allocation_line(allocation: Allocation) -> str:
+    given = allocation.sparsities.values()
+    span = f": matrices lose {100 * min(given):.1f} to {100 * max(given):.1f} %" if given else ""
+    return f"allocation: {allocation.label}{span}"
 
 
 def _compensation_line(plan: Plan) -> list[str]:

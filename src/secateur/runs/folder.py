@@ -8,6 +8,7 @@ OUT.run/
     weights/             block-00000.safetensors, ...: each block as it will be in the checkpoint
     seen/, ranked/       statistics and scores that the end of the run needs, for methods that decide globally
     hidden/              the activations that enter the next block; those of other ranks than 0 in rank-1/, ...
+    allocation/          the same once more, for what an allocator measures before the first block is decided
   step-1/out/            the checkpoint, until it takes its own name
 """
 
@@ -80,6 +81,10 @@ class StepFolder:
         """Where the checkpoint is put together."""
         return self.path / "out"
 
+    def aside(self, name: str) -> StepFolder:
+        """A folder within this one, for work that comes before its blocks."""
+        return StepFolder(self.path / name, self._stop, self._hint)
+
     def file(self, room: str, layer: int) -> Path:
         """What a room holds about one block."""
         return self.path / room / f"block-{layer:05d}.safetensors"
@@ -114,13 +119,27 @@ class DiskKeeper(Keeper):
     ) -> None:
         super().__init__()
         self._step, self._method, self._cutter, self._ranks, self._cut = step, method, cutter, ranks, cut
-        self.hidden = step.path / "hidden" if ranks.main else step.path / "hidden" / f"rank-{ranks.rank}"
         self.hidden.mkdir(exist_ok=True)
         self.finished = len(step.journal.of("block"))
         self._scores: dict[str, Tensor] = {}
         self._ranked_files: dict[str, Stored] = {}
         for layer in range(self.finished):
             self._remember(layer)
+
+    @property
+    def hidden(self) -> Path:
+        folder = self._step.path / "hidden"
+        return folder if self._ranks.main else folder / f"rank-{self._ranks.rank}"
+
+    def aside(self, name: str) -> DiskKeeper:
+        return DiskKeeper(self._step.aside(name), self._method, self._cutter, self._ranks, cut=False)
+
+    def allocated(self) -> dict[str, float] | None:
+        done = self._step.journal.of("allocated")
+        return done[True]["sparsities"] if done else None
+
+    def allocate(self, sparsities: dict[str, float]) -> None:
+        self._step.add(allocated=True, sparsities=sparsities)
 
     @property
     def closed(self) -> bool:
@@ -212,7 +231,7 @@ class DiskKeeper(Keeper):
             shapes |= {name: tuple(shape) for name, shape in entry["masks"].items()}
             kept |= entry["kept"]
             notes += entry["notes"]
-        provenance = self._cutter.provenance.model_copy(update={"notes": tuple(notes)})
+        provenance = self._cutter.provenance.model_copy(update={"notes": tuple(notes)}).allocated(self.allocated())
         return plan_of_parts(provenance, groups, shapes, tensors, kept)
 
     def _remember(self, layer: int) -> None:

@@ -47,4 +47,4 @@ def kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[Sto
 
 
 def _begun(folder: RunFolder) -> bool:
-    return any(journal.stat().st_size for journal in folder.path.glob("step-*/journal.jsonl"))
+    return any(journal.stat().st_size for journal in folder.path.glob("step-*/**/journal.jsonl"))

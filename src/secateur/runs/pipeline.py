@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from secateur.allocators import Measuring
 from secateur.engine import decide
 from secateur.methods import Method
 from secateur.models.fingerprint import fingerprint
 from secateur.models.sources import Source
 from secateur.models.surgery import check_fits
 from secateur.observe.activations import Activations
+from secateur.observe.store import statistics_folder
 from secateur.plans import Plan, Provenance
 from secateur.ranks import ALONE, Ranks
 from secateur.runs.checking import Progress, outside_checked
@@ -74,11 +76,12 @@ def plan_step(
     progress: Progress,
     statistics: Path | None = None,
     ranks: Ranks = ALONE,
+    allocation: Measuring | None = None,
 ) -> tuple[DiskKeeper, BlockCutter]:
-    """Decide by ``method``; what is done already is taken as it is. All ``ranks`` observe; the first one writes.
+    """Decide by ``method``, and by an allocator where there is one; what is done already is taken as it is.
 
-    Blocks are cut on the way unless ``output`` is None. Masks and values of the plan stay in the folder.
-    Raises Stopped at the next boundary once a signal has come.
+    All ``ranks`` observe; the first one writes. Blocks are cut on the way unless ``output`` is None. Masks and values
+    of the plan stay in the folder. Raises Stopped at the next boundary once a signal has come.
     """
     provenance = Provenance(
         method=method.name,
@@ -88,6 +91,7 @@ def plan_step(
         seed=seed,
         dtype=str(resources.dtype).removeprefix("torch."),
         versions=library_versions(),
+        allocation=allocation.provenance if allocation else None,
     )
     cutter = BlockCutter(source, provenance, output.format if output else "dense")
     keeper = DiskKeeper(step, method, cutter, ranks, cut=output is not None)
@@ -107,6 +111,10 @@ def plan_step(
                 hidden=Activations(limit=resources.activation_memory, folder=keeper.hidden),
                 statistics=statistics,
                 ranks=ranks,
+                allocator=allocation.allocator if allocation else None,
+                allocator_statistics=statistics_folder(
+                    statistics, provenance.model, tokens, allocation, resources.dtype, resources.batch_tokens
+                ),
             )
     return keeper, cutter
 

@@ -14,7 +14,7 @@ import torch
 
 from secateur.errors import UsageError
 from secateur.files import check_output, finish_folder
-from secateur.methods import Method, make_method
+from secateur.methods import Method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import fingerprint
 from secateur.models.loading import load_model, locate
@@ -206,7 +206,7 @@ class _Runner:
                 assert result is not None
                 plans.append(result.plan)
             else:
-                plans.append(plan_step(*self._what(number, step, source), output=None, **self._how())[0].finish())
+                plans.append(plan_step(*self._what(number, step, source), output=None, **self._how(step))[0].finish())
         return plans
 
     def _sources(self) -> Iterator[tuple[int, Step, Source]]:
@@ -225,16 +225,17 @@ class _Runner:
     def _step(self, number: int, step: Step, source: Source) -> StepResult | None:
         last = number == len(self._recipe.steps)
         output = Output(self._recipe.format if last else "dense", parse_size(self._recipe.max_shard_size))
-        return prune_step(*self._what(number, step, source), output=output, **self._how())
+        return prune_step(*self._what(number, step, source), output=output, **self._how(step))
 
     def _what(self, number: int, step: Step, source: Source) -> tuple[StepFolder, Method, Source, Tokens | None]:
-        method = make_method(step.method, self._recipe.method_options(step))
+        method, allocation = self._recipe.words(step)
         folder = StepFolder(self._folder.step(number), self._stop, hint(self._folder.out))
         # one rank reads, so that a text that is fetched or sampled is the same for all
-        tokens = self._ranks.on_main(lambda: self._tokens(source)) if method.statistics else None
+        observes = method.statistics or (allocation and allocation.statistics)
+        tokens = self._ranks.on_main(lambda: self._tokens(source)) if observes else None
         return folder, method, source, tokens
 
-    def _how(self) -> dict[str, Any]:
+    def _how(self, step: Step) -> dict[str, Any]:
         memory = self._recipe.activation_memory
         return {
             "resources": Resources(self._dtype, activation_memory=parse_size(memory) if memory else None),
@@ -242,6 +243,7 @@ class _Runner:
             "progress": self._options.progress,
             "statistics": self._options.statistics,
             "ranks": self._ranks,
+            "allocation": self._recipe.words(step)[1],
         }
 
     def _tokens(self, source: Source) -> Tokens:

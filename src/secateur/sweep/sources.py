@@ -151,27 +151,17 @@ def objectives(search: Search, dense: Record) -> list[tuple[str, str]]:
 def statistics_of(point: Point) -> set[str]:
     """What a point needs of the dense model's statistics, which are kept under such a name; empty when nothing.
 
-    A sequential method takes its statistics from a model that is cut already, which no other point has.
+    A sequential method takes its statistics from a model that is cut already, which no other point has; an allocator
+    takes them from the dense one.
     """
-    from secateur.methods import make_method
+    from secateur.observe.store import kind_of
 
-    arguments = point.recipe.plan_arguments(point.recipe.steps[0])
-    method = make_method(arguments["method"], _method_options(point.recipe, arguments))
-    names = sorted(method.needed_statistics())
-    if method.sequential or not names:
-        return set()
+    observers = [o for o in point.recipe.words(point.recipe.steps[0]) if o and o.statistics and not o.sequential]
     calibration = point.recipe.calibration
     # only text that the model writes itself depends on the seed
     text = calibration.model_dump(exclude=set() if calibration.source == "self" else {"seed"})
-    kind = next(base.__name__ for base in type(method).__mro__ if base.__module__ == "secateur.methods.base")
-    return {json.dumps([kind, names, text, point.recipe.dtype])}
-
-
-def _method_options(recipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    from secateur import api
-
-    general = (arguments["sparsity"], arguments["pattern"], arguments["budget"])
-    return api.method_options(arguments["method"], arguments["options"], *general, recipe.calibration.seed)
+    names = {kind_of(observer): sorted(observer.needed_statistics()) for observer in observers}
+    return {json.dumps([kind, needed, text, point.recipe.dtype]) for kind, needed in names.items()}
 
 
 def _rounded(value: Scalar) -> Scalar:

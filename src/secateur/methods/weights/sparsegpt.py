@@ -15,6 +15,7 @@ says so (theirs: fails).
 """
 
 from dataclasses import dataclass
+from math import gcd
 from typing import ClassVar
 
 from torch import Tensor
@@ -48,6 +49,10 @@ class SparseGPT(WeightMethod):
 
     def rule(self) -> MaskRule:
         return parse_pattern(self.pattern) if self.pattern else PerMatrix(self.sparsity, self.inclusive)
+
+    def step(self, shape: tuple[int, int]) -> int:
+        # every column block loses its share of what the matrix does, so that share must be whole
+        return shape[1] // gcd(min(self.block_size, shape[1]), shape[1])
 
     def prune(self, target: Target, seen: Seen) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
         rule = self.rule()

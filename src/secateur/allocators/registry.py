@@ -1,0 +1,89 @@
+"""Names → allocators: a file's name is the allocator's name, looked up when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from secateur.allocators.base import Allocator, Measuring, check_follows
+from secateur.errors import UsageError, nearest
+from secateur.methods import Method
+from secateur.methods.registry import describe_options, option_values
+
+A = TypeVar("A", bound=Allocator)
+
+_registered: dict[str, type[Allocator]] = {}
+
+
+def allocator(name: str) -> Callable[[type[A]], type[A]]:
+    """Class decorator that adds an allocator under ``name``. Raises ValueError for a name that is taken."""
+
+    def add(cls: type[A]) -> type[A]:
+        taken = _registered.get(name)
+        if taken is not None and taken.__module__ != cls.__module__:
+            raise ValueError(f"an allocator named {name!r} is registered already")
+        cls.name = name
+        _registered[name] = cls
+        return cls
+
+    return add
+
+
+@cache
+def list_allocators() -> tuple[str, ...]:
+    """Names of all allocators, sorted."""
+    found = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}
+    return tuple(sorted(found - {"base", "registry"}))
+
+
+def get_allocator(name: str) -> type[Allocator]:
+    """The allocator of that name. Raises UsageError with the nearest name."""
+    if name not in _registered:
+        if name not in list_allocators():
+            raise UsageError(
+                f"unknown allocator '{name}'{nearest(name, list_allocators()) or ';'} 'secateur allocators' shows them"
+                " all"
+            )
+        importlib.import_module(f"secateur.allocators.{name}")
+    return _registered[name]
+
+
+def parse_allocator(text: str) -> Allocator:
+    """``owl`` or ``owl:m=5,lam=0.08`` → the allocator with these options. Raises UsageError and OptionError."""
+    name, colon, rest = text.partition(":")
+    cls = get_allocator(name.strip())
+    options: dict[str, str] = {}
+    for pair in rest.split(",") if colon else ():
+        key, equals, value = (piece.strip() for piece in pair.partition("="))
+        if not key or not equals or key in options:
+            raise UsageError(f"an allocator is NAME or NAME:KEY=VALUE,KEY=VALUE, each key once, got '{text}'")
+        options[key] = value
+    return cls(**option_values(cls.name, cls, options, f"'secateur allocators {cls.name}' lists them"))
+
+
+def chosen_allocation(text: str | None, method: Method) -> Measuring | None:
+    """The allocator that ``text`` names, at work for ``method``; None without one.
+
+    Raises UsageError, also when ``method`` can't follow it, and OptionError.
+    """
+    if text is None:
+        return None
+    found = parse_allocator(text)
+    return Measuring(found, check_follows(found, method))
+
+
+def describe_allocator(name: str) -> dict[str, Any]:
+    """Everything known of an allocator: summary, docstring, what it observes, options with default and meaning."""
+    cls = get_allocator(name)
+    doc = (importlib.import_module(cls.__module__).__doc__ or "").strip()
+    return {
+        "name": name,
+        "summary": doc.split("\n")[0],
+        "doc": doc,
+        "observes": cls.observes,
+        "options": describe_options(cls),
+    }
