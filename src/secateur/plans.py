@@ -102,8 +102,8 @@ class Allocation(BaseModel):
 
     @property
     def label(self) -> str:
-        """For people: ``owl:m=5.0,lam=0.08``."""
-        options = ",".join(f"{key}={value}" for key, value in self.options.items() if value is not None)
+        """For people: ``owl:lam=0.08,m=5.0``."""
+        options = ",".join(f"{key}={value}" for key, value in sorted(self.options.items()) if value is not None)
         return f"{self.allocator}:{options}" if options else self.allocator
 
 

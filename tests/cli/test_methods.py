@@ -32,6 +32,17 @@ class Coin(WeightMethod):
 '''
 
 
+def test_allocators_are_listed_and_explained(cli):
+    from secateur.allocators import list_allocators
+
+    assert [one["name"] for one in json.loads(cli("allocators", "--json").out)] == list(list_allocators())
+    assert all(name in cli("allocators").out for name in list_allocators())
+    shown = cli("allocators", "owl").out
+    assert "lam_pattern" in shown and "2310.05175" in shown
+    assert json.loads(cli("allocators", "erk", "--json").out)["options"]["power"]["default"] == 1.0
+    assert cli("allocators", "owll").code == 2
+
+
 def test_methods_are_those_of_the_registry(cli):
     listed = json.loads(cli("methods", "--json").out)
     assert [method["name"] for method in listed] == list_methods()

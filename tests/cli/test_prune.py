@@ -44,6 +44,9 @@ def no_loading(monkeypatch):
         (["m", "--method", "flap", "--evaluate", "perplxity", "--dry-run"], "did you mean 'perplexity'?"),
         (["m", "--method", "flap", "--sparsity", "much", "--dry-run"], "--sparsity"),
         (["m", "--metod", "flap"], "--method"),
+        (["m", "--method", "wanda", "--allocate", "owll", "--dry-run"], "did you mean 'owl'?"),
+        (["m", "--method", "wanda", "--allocate", "owl:lam=2", "--dry-run"], "owl: lam must lie in [0, 1]"),
+        (["m", "--method", "flap", "--allocate", "owl", "--dry-run"], "flap removes heads and neurons"),
     ],
 )
 def test_misuse_is_one_line_and_code_2_before_anything_is_loaded(cli, no_loading, arguments, said):
@@ -69,6 +72,20 @@ def test_dry_run_shows_the_plan_and_writes_nothing(cli, tiny_checkpoint, tmp_pat
     assert run.code == 0, run.err
     assert "magnitude_sp" in run.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_allocator_is_shown_with_what_it_chose(cli, tiny_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("--method", "wanda", "--sparsity", 0.5, "--allocate", "owl:m=2", *QUICK, "--no-report", "--out", out)
+    made = cli("prune", tiny_checkpoint, *arguments)
+    assert made.code == 0, made.err
+    shown = cli("plan", "show", out).out
+    assert "allocation: owl:lam=0.08,lam_pattern=2.0,m=2.0: matrices lose 4" in shown
+    report = json.loads((out / "report.json").read_text(encoding="utf8"))
+    assert report["options"]["allocate"] == "owl:lam=0.08,lam_pattern=2.0,m=2.0"
+    (plan,) = json.loads(cli("plan", "show", out, "--json").out)["plans"]
+    given = plan["provenance"][0]["allocation"]["sparsities"]
+    assert given == {name.removesuffix(".weight"): mask["sparsity"] for name, mask in plan["masks"].items()}
 
 
 def test_dry_run_as_json_counts_what_would_go(cli, tiny_checkpoint):

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
+from secateur.allocators import chosen_allocation
 from secateur.estimate.disk import checkpoint_bytes, disk, speed_bound
 from secateur.estimate.job import Job
 from secateur.estimate.machine import Machine
@@ -62,6 +63,25 @@ def test_sequential_methods_run_every_block_twice_but_the_last(sizes, method, pa
     # to the inputs and no further: down_proj isn't run when nothing is cut yet
     unread = 2 * 2 * TOKENS * 64 * 32 if passes == 3 else 0
     assert flops(sizes, job(method)).get("forwards", 0) == passes * once - unread
+
+
+@pytest.mark.parametrize(
+    ("method", "allocate", "passes"),
+    [
+        ("magnitude", "owl", 2),
+        ("magnitude", "erk", 0),
+        ("wanda", "owl", 5),
+        ("wanda", "influence", 5),
+        ("wanda", "erk", 3),
+    ],
+)
+def test_an_allocator_sees_every_block_once_before(sizes, method, allocate, passes):
+    alone = job(method)
+    asked = replace(alone, allocation=chosen_allocation(allocate, alone.method))
+    once = TOKENS * (2 * LINEAR + 2 * 16 * 32)
+    assert flops(sizes, asked).get("forwards", 0) == passes * once
+    held = memory(sizes, asked, 0).process.get("hidden states", 0)
+    assert held == (TOKENS * 32 * 4 if passes else 0)
 
 
 def test_forward_operations_are_those_that_torch_counts(sizes, tiny_llama):

@@ -313,6 +313,17 @@ def test_what_statistics_a_point_shares(sweep_of):
     assert by_name["magnitude-sparsity=0.3-seed=0"] == by_name["wanda-sparsity=0.3-seed=0"] == set()
 
 
+def test_points_share_what_their_allocators_look_at(sweep_of):
+    grid = {"method": "wanda", "sparsity": [0.3, 0.5], "allocate": ["owl", "influence", "adapt", "erk"]}
+    found = {p.name.removeprefix("wanda-sparsity="): statistics_of(p) for p in sweep_of(grid).points}
+    assert found["0.3-allocate=owl"] == found["0.5-allocate=owl"] != set()
+    assert found["0.3-allocate=influence"] == found["0.3-allocate=adapt"] != found["0.3-allocate=owl"]
+    assert found["0.3-allocate=erk"] == set()
+    # a whole block is what shortgpt looks at as well
+    (blocks,) = sweep_of({"method": "shortgpt", "sparsity": 0.5}).points
+    assert statistics_of(blocks) == found["0.3-allocate=influence"]
+
+
 SEARCH = {"trials": 5, "objective": ["perplexity:builtin", "parameters"], "method": ["magnitude_sp", "random_sp"]}
 
 
