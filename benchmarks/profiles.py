@@ -18,7 +18,7 @@ RATE = 50
 # "function (file:line)". Files of both tools stand in one list, so that their profiles are counted alike.
 STAGES = (
     ("statistics", r"secateur/observe/statistics\.py|^(accumulate_\w+|calibrate_module) \(.*/pruning/"),
-    ("scoring", r"secateur/(methods|criteria|allocate|heal)/|^(sparsify_weight|compress_modules) \(.*/pruning/"),
+    ("scoring", r"secateur/(methods|criteria|allocate|heal|solver)/|^(sparsify_weight|compress_modules) \(.*/pruning/"),
     ("writing", r"^save_\w+ \(|^_?write\w* \(.*secateur/"),
     ("writing", r"secateur/(models/(saving|card|shards)|runs/(cutting|output)|files|manifest)\.py"),
     ("reading", r"^_?(from_pretrained|load_\w+|read_\w+) \(.*(transformers|safetensors|secateur/models)/"),

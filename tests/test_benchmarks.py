@@ -26,7 +26,7 @@ STACKS = {
     f"{RUNNER};{BLOCK};{FORWARD};Linear.forward (/env/torch/nn/modules/linear.py:125)": "forwards",
     f"{RUNNER};{BLOCK}": "driver",
     f"{RUNNER};{BLOCK};{FORWARD};Gram.update (/env/secateur/observe/statistics.py:160)": "statistics",
-    f"{RUNNER};_Run._prune_matrix (/env/secateur/engine.py:110);obs_sweep (/env/secateur/heal/obs.py:80)": "scoring",
+    f"{RUNNER};_Run._prune_matrix (/env/secateur/engine.py:110);obs_sweep (/env/secateur/solver/sweep.py:8)": "scoring",
     f"{RUNNER};load_model (/env/secateur/models/loading.py:55)": "reading",
     f"{RUNNER};save_model (/env/secateur/models/saving.py:70)": "writing",
     f"{RUNNER};Plan.write (/env/secateur/plans.py:200);dump (/usr/lib/python3.11/json/__init__.py:180)": "writing",

@@ -12,8 +12,8 @@ from channel_networks import Attention, Residual
 from cut_networks import difference, randomised
 from random_networks import RandomNetwork
 from secateur.errors import DataError, NonFiniteError, PlanMismatchError, SecateurError, UsageError
-from secateur.heal import inverse_hessian, refit_without
 from secateur.plans import Plan
+from secateur.solver import inverse_hessian, refit_without
 
 DTYPE = torch.double
 

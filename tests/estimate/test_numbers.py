@@ -17,11 +17,11 @@ from secateur.estimate.machine import Machine
 from secateur.estimate.memory import hidden_bytes, memory
 from secateur.estimate.sizes import Sizes, sizes_of
 from secateur.estimate.work import flops, forward_flops, seconds
-from secateur.heal import obs_sweep, sweep_flops
 from secateur.methods import make_method
 from secateur.models.opening import open_source
 from secateur.models.sources import Source
 from secateur.observe import Gram, Moments, SequenceMoments, SumSquares
+from secateur.solver import obs_sweep, sweep_flops
 
 LINEAR = 3 * 1024 + 3 * 2048  # q, o: 32 x 32, k, v: 16 x 32; gate, up, down: 64 x 32
 BLOCK = 4 * (LINEAR + 2 * 32)

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.heal import inverse_factor, inverse_hessian, obs_sweep, refit_without, removal_losses
 from secateur.methods import Consumer, Coupled, make_method
 from secateur.networks.applying import module_anatomy
 from secateur.networks.example import Example
 from secateur.networks.kinds import Asked
 from secateur.networks.modules import plan_module
 from secateur.observe import Gram
+from secateur.solver import inverse_factor, inverse_hessian, obs_sweep, refit_without, removal_losses
 
 GONE = [1, 4, 5, 9]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from secateur.errors import NonFiniteError
-from secateur.heal import inverse_factor, obs_sweep
 from secateur.methods import Target, make_method
 from secateur.observe import Gram
+from secateur.solver import inverse_factor, obs_sweep
 
 
 def gram_of(*batches):

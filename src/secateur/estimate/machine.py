@@ -145,7 +145,7 @@ def _factor_rate(device: str, trial: float) -> float:
 
 
 def _sweep_rate(device: str, trial: float) -> float:
-    from secateur.heal import obs_sweep
+    from secateur.solver import obs_sweep
 
     # as many columns as a sweep takes at once: nothing is left over for the product with the rest
     w_OI, u_II = _random(_OUTPUTS, _SWEPT, device=device), torch.eye(_SWEPT, device=device)

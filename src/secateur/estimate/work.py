@@ -7,8 +7,8 @@ from secateur.estimate.job import Job
 from secateur.estimate.machine import Machine
 from secateur.estimate.memory import hidden_bytes, spills
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.heal import sweep_flops
 from secateur.methods import UnitMethod, WeightMethod
+from secateur.solver import sweep_flops
 
 # passes over memory of isfinite (four results, each read again) and of a conversion, in entries read or written
 _CHECKS, _CONVERSIONS = 8, 2

@@ -32,9 +32,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.heal import inverse_hessian, refit_without, removal_losses
 from secateur.methods import ChannelMethod, Consumer, Coupled, Descriptor, Fitting, Noise, option, register
 from secateur.observe import Gram
+from secateur.solver import damping_notes, inverse_hessian, refit_without, removal_losses
 
 
 @register("obspa")
@@ -83,8 +83,7 @@ class OBSPA(ChannelMethod):
 
     def compensate(self, consumer: Consumer, gone: Tensor) -> tuple[Tensor, tuple[str, ...]]:
         inverse, used = self._inverse(consumer.gram)
-        notes = (f"{consumer.name}: damping raised to {used:g}",) if used > self.damping else ()
-        return refit_without(consumer.weight, inverse, gone), notes
+        return refit_without(consumer.weight, inverse, gone), damping_notes(consumer.name, self.damping, used)
 
     def _inverse(self, gram: Gram) -> tuple[Tensor, float]:
         return gram.cached("inverse", self.damping, lambda g: inverse_hessian(2.0 * g.total_CC.double(), self.damping))

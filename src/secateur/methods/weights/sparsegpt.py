@@ -21,9 +21,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.allocate import MaskRule, PerMatrix, parse_pattern
-from secateur.heal import inverse_factor, obs_sweep
 from secateur.methods import Descriptor, Seen, Target, WeightMethod, option, register
 from secateur.observe import Gram
+from secateur.solver import damping_notes, inverse_factor, obs_sweep
 
 
 @register("sparsegpt")
@@ -64,8 +64,7 @@ class SparseGPT(WeightMethod):
         if bool(dead.any()):
             weight = weight.masked_fill(dead, 0)
         weight, keep, _ = obs_sweep(weight, factor, rule.keep, block=block, group=group)
-        notes = (f"{target.name}: damping raised to {used:g}",) if used > self.damping else ()
-        return keep, weight, notes
+        return keep, weight, damping_notes(target.name, self.damping, used)
 
     def _factor(self, gram: Gram) -> tuple[Tensor, float]:
         return inverse_factor(gram.total_CC * (2.0 / gram.sequences), self.damping)

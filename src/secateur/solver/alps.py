@@ -1,0 +1,105 @@
+"""ALPS on one weight: ADMM whose penalty follows how much the support still changes.
+
+    B <- (G - V + rho D) (H + rho I)^-1;   D <- largest entries of B + V / rho;   V <- V + rho (B - D)
+
+in inputs scaled to a unit diagonal. Every three steps the number s of entries whose fate has changed since the last
+check decides on rho (k entries stay): s > k/10: times 1.3; s > k/200: times 1.2; s >= 1: times 1.1; s = 0: the end.
+Before rho has been raised by one of the first two rules it was too large from the start: it is divided by five, and
+where s >= 1 all begins again. O outputs, I inputs.
+
+Source: X. Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
+NeurIPS 2024, arXiv:2406.07831; official code mazumder-lab/ALPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from secateur.solver.problem import Curvature, Problem
+
+CHECK_EVERY = 3
+_RAISES = ((0.1, 1.3), (0.005, 1.2))
+_LAST_RAISE, _FALL, _MOST = 1.1, 5.0, 1e6
+# after so many steps a change of less than this share of the support is the end
+_PATIENCE, _SETTLED = 30, 3e-4
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """The schedule of rho: its value, and whether it was raised by one of the first two rules."""
+
+    rho: float
+    raised: bool = False
+
+    def after(self, changed: int, kept: int, step: int) -> tuple[Penalty, str]:
+        """(the next penalty, what to do: ``go on``, ``begin again`` or ``stop``); ``changed`` of ``kept`` entries."""
+        if step > _PATIENCE and changed < _SETTLED * kept:
+            return self, "stop"
+        for share, factor in _RAISES:
+            if changed > share * kept:
+                return Penalty(min(self.rho * factor, _MOST), raised=True), "go on"
+        if not self.raised:
+            return replace(self, rho=self.rho / _FALL), "begin again" if changed else "go on"
+        if not changed:
+            return self, "stop"
+        return replace(self, rho=min(self.rho * _LAST_RAISE, _MOST)), "go on"
+
+
+def alps(
+    problem: Problem, choose: Callable[[Tensor], Tensor], *, rho: float = 0.1, steps: int = 300
+) -> tuple[Tensor, Tensor, int]:
+    """(weight [outputs, inputs], keep mask, steps taken); the weight is B on its support and wants a refit.
+
+    ``choose`` ranks absolute values in scaled inputs, [outputs, inputs] → keep.
+    """
+    penalty, start_OI = Penalty(rho), problem.start_OI
+    keep_OI = choose(start_OI.abs())
+    kept = max(int(keep_OI.count_nonzero()), 1)
+    b_OI, d_OI, v_OI = start_OI, start_OI * keep_OI, torch.zeros_like(start_OI)
+    solve, checked_OI, step = _Solve(problem.curvature, len(start_OI)), keep_OI, 0
+    for step in range(1, steps + 1):
+        rho = penalty.rho
+        b_OI = solve(problem.g_OI - v_OI + rho * d_OI, rho)
+        wanted_OI = b_OI + v_OI / rho
+        keep_OI = choose(wanted_OI.abs())
+        d_OI = wanted_OI * keep_OI
+        v_OI = v_OI + rho * (b_OI - d_OI)
+        if step % CHECK_EVERY:
+            continue
+        changed = int((keep_OI != checked_OI).count_nonzero())
+        checked_OI = keep_OI
+        penalty, what = penalty.after(changed, kept, step)
+        if what == "stop":
+            break
+        if what == "begin again":
+            keep_OI = checked_OI = choose(start_OI.abs())
+            b_OI, d_OI, v_OI = start_OI, start_OI * keep_OI, torch.zeros_like(start_OI)
+    keep_OI = choose(b_OI.abs())
+    return problem.unscaled(b_OI * keep_OI), keep_OI, step
+
+
+class _Solve:
+    """x (H + rho I)^-1 for changing rho: through eigenvectors, or through an inverse that is made for every rho."""
+
+    def __init__(self, curvature: Curvature, outputs: int) -> None:
+        self._values_I, self._vectors_II = curvature.eigen
+        # making an inverse costs n^3 for every few steps, the other way one product with m rows more in each of them
+        self._few = outputs < len(self._values_I) / 3
+        self._made: tuple[float, Tensor] = (0.0, torch.empty(0))
+
+    def __call__(self, x_OI: Tensor, rho: float) -> Tensor:
+        if self._few:
+            return (x_OI @ self._vectors_II / (self._values_I + rho)) @ self._vectors_II.T
+        if self._made[0] != rho:
+            self._made = (rho, (self._vectors_II / (self._values_I + rho)) @ self._vectors_II.T)
+        return x_OI @ self._made[1]
+
+
+def alps_flops(outputs: int, inputs: int, steps: int = 30) -> int:
+    """Operations of one weight in ``steps`` steps, as many as it usually takes, without the eigenvectors."""
+    made = 0 if outputs < inputs / 3 else 2 * inputs**3 * -(-steps // CHECK_EVERY)
+    return made + steps * (2 if not made else 1) * 2 * outputs * inputs * inputs

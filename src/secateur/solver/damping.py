@@ -1,0 +1,85 @@
+"""Damped Hessians: what is added to a diagonal until a matrix can be factorised, and never another matrix instead.
+
+I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from secateur.errors import NonFiniteError
+
+_LADDER = (1.0, 10.0, 100.0, 1000.0)
+
+
+def inverse_factor(h_II: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
+    """(U, damping used): the upper Cholesky factor of the inverse of the damped Hessian, H^-1 = U^T U.
+
+    ``damping`` is relative to the mean of the diagonal. When the factorisation fails the damping is raised tenfold,
+    up to a thousandfold; never is another matrix used in its place. Inputs that were never active get a unit
+    diagonal. Raises NonFiniteError when even the last rung fails.
+    """
+    return _of_damped(h_II, damping, _upper_inverse_factor)
+
+
+def inverse_hessian(h_II: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
+    """(H^-1, damping used) of the damped Hessian, with the rules of ``inverse_factor``."""
+    return _of_damped(h_II, damping, _inverse)
+
+
+def _of_damped(h_II: Tensor, damping: float, solve: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, float]:
+    h_II = with_live_diagonal(h_II)
+    diagonal = h_II.diagonal()
+    mean = diagonal.mean()
+    for tried in rungs(damping):
+        damped = h_II + torch.diag_embed((tried * mean).expand_as(diagonal))
+        found = solve(damped)
+        if found is not None:
+            return found, tried
+    raise singular(damping)
+
+
+def with_live_diagonal(h_II: Tensor) -> Tensor:
+    """A copy with a unit diagonal for inputs that were never active. Raises NonFiniteError for NaN or inf."""
+    h_II = h_II.clone()
+    if not bool(torch.isfinite(h_II).all()):
+        raise NonFiniteError("the Hessian holds NaN or inf: the calibration activations overflow, try --dtype float32")
+    diagonal = h_II.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    return h_II
+
+
+def rungs(damping: float) -> Iterator[float]:
+    """What is tried one after the other: the damping that was asked for, then tenfold each time."""
+    for rung in _LADDER:
+        yield damping * rung if damping else (0.0 if rung == 1.0 else 1e-4 * rung)
+
+
+def singular(damping: float) -> NonFiniteError:
+    """The error when the last rung was not enough."""
+    tried = list(rungs(damping))[-1]
+    return NonFiniteError(f"the Hessian stays singular at a damping of {tried:g}: use more calibration data")
+
+
+def damping_notes(name: str, asked: float, used: float) -> tuple[str, ...]:
+    """What a plan says when more damping was used than was asked for."""
+    return (f"{name}: damping raised to {used:g}",) if used > asked else ()
+
+
+def _inverse(h_II: Tensor) -> Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(h_II)
+    if int(failed):
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    return inverse if bool(torch.isfinite(inverse).all()) else None
+
+
+def _upper_inverse_factor(h_II: Tensor) -> Tensor | None:
+    inverse = _inverse(h_II)
+    if inverse is None:
+        return None
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return upper if not int(failed) and bool(torch.isfinite(upper).all()) else None

@@ -1,0 +1,118 @@
+"""Groups of columns that leave a weight together, judged by what all others can make up for; and swaps of groups.
+
+    increase of the loss when group g leaves    1/2 * sum over outputs r of  W[r,g] ([H^-1]_gg)^-1 W[r,g]^T
+    joint removal of P     W    <- W - W[:,P] ([H^-1]_PP)^-1 [H^-1]_P,:
+                           H^-1 <- H^-1 - [H^-1]_:,P ([H^-1]_PP)^-1 [H^-1]_P,:
+
+O outputs, I inputs, U groups, W columns of one group.
+
+Source: X. Meng et al., "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial
+Optimization", ICML 2024, arXiv:2403.12983; official code mazumder-lab/OSSCAR.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.solver.columns import losses_of_groups
+from secateur.solver.problem import Problem
+
+
+def elimination(problem: Problem, columns_UW: Tensor, *, at_once: int = 1) -> Tensor:
+    """Rank of every group, [groups] float64, higher = leaves later: rounds of the ``at_once`` cheapest ones together.
+
+    Within a round those that cost less come first, so that the groups of lowest rank are those which the rounds remove
+    for any number of them.
+    """
+    w_OI, inverse_II = problem.start_OI.clone(), problem.curvature.inverse.clone()
+    rank_U = torch.zeros(len(columns_UW), dtype=torch.float64, device=w_OI.device)
+    live = torch.arange(len(columns_UW), device=w_OI.device)
+    columns_UW = columns_UW.to(w_OI.device)
+    while len(live):
+        losses = losses_of_groups(w_OI, inverse_II, columns_UW[live])
+        first = losses.argsort(stable=True)[:at_once]
+        gone = live[first]
+        rank_U[gone] = len(columns_UW) - len(live) + torch.arange(len(gone), device=w_OI.device, dtype=torch.float64)
+        live = live[torch.ones_like(live, dtype=torch.bool).index_fill_(0, first, False)]
+        if len(live):
+            _remove(w_OI, inverse_II, columns_UW[gone].flatten())
+    return rank_U
+
+
+def _remove(w_OI: Tensor, inverse_II: Tensor, gone: Tensor) -> None:
+    """Remove columns jointly, in place."""
+    rows_PI = inverse_II[gone]
+    solved_PI = torch.cholesky_solve(rows_PI, torch.linalg.cholesky(rows_PI[:, gone]))
+    w_OI -= w_OI[:, gone] @ solved_PI
+    inverse_II -= rows_PI.T @ solved_PI
+    w_OI[:, gone] = 0
+    inverse_II[gone], inverse_II[:, gone] = 0, 0
+    inverse_II[gone, gone] = 1
+
+
+def swaps(problem: Problem, columns_UW: Tensor, removed_U: Tensor, *, at_once: int, most: int = 30) -> Tensor:
+    """The removed groups (bool [groups], as many as before) after swaps that lower the loss of the refit.
+
+    A round takes the ``at_once`` cheapest groups out as well, then puts as many of all removed ones back, those with
+    the largest gain
+
+        1/2 * r^T C^-1 r,   r = G_j - H_jK H_KK^-1 G_K,   C = H_jj - H_jK H_KK^-1 H_Kj
+
+    It stops when the loss doesn't fall, or after ``most`` rounds.
+    """
+    columns_UW, removed_U = columns_UW.to(problem.g_OI.device), removed_U.clone()
+    best = _loss(problem, columns_UW, removed_U)
+    for _ in range(most):
+        tried_U = _swapped(problem, columns_UW, removed_U, min(at_once, int((~removed_U).sum()) - 1))
+        loss = _loss(problem, columns_UW, tried_U)
+        # rounding is no progress
+        if not loss < best - 1e-9 * abs(best):
+            break
+        removed_U, best = tried_U, loss
+    return removed_U
+
+
+def _swapped(problem: Problem, columns_UW: Tensor, removed_U: Tensor, count: int) -> Tensor:
+    if count < 1 or not bool(removed_U.any()):
+        return removed_U
+    tried_U = removed_U.clone()
+    kept_groups = (~removed_U).nonzero().flatten()
+    kept = columns_UW[kept_groups].flatten()
+    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(problem.h_II[kept][:, kept]))
+    w_OK = problem.g_OI[:, kept] @ inverse_KK
+    places = torch.arange(len(kept), device=kept.device).reshape(len(kept_groups), -1)
+    losses = losses_of_groups(w_OK, inverse_KK, places)
+    tried_U[kept_groups[losses.argsort(stable=True)[:count]]] = True
+    out = tried_U.nonzero().flatten()
+    back = out[gains(problem, columns_UW, tried_U).argsort(descending=True, stable=True)[:count]]
+    tried_U[back] = False
+    return tried_U
+
+
+def gains(problem: Problem, columns_UW: Tensor, removed_U: Tensor) -> Tensor:
+    """What the loss of the refit falls by when one removed group comes back, [removed groups] float64."""
+    kept = columns_UW[~removed_U].flatten()
+    lower_KK = torch.linalg.cholesky(problem.h_II[kept][:, kept])
+    w_OK = torch.cholesky_solve(problem.g_OI[:, kept].T, lower_KK).T
+    found = []
+    for columns in columns_UW[removed_U]:
+        across_KW = problem.h_II[kept][:, columns]
+        residual_OW = problem.g_OI[:, columns] - w_OK @ across_KW
+        schur_WW = problem.h_II[columns][:, columns] - across_KW.T @ torch.cholesky_solve(across_KW, lower_KK)
+        solved_WO = torch.cholesky_solve(residual_OW.T, torch.linalg.cholesky(schur_WW))
+        found.append(0.5 * (residual_OW.T * solved_WO).sum().double())
+    return torch.stack(found)
+
+
+def _loss(problem: Problem, columns_UW: Tensor, removed_U: Tensor) -> float:
+    """Of the refit on the groups that stay, up to a constant: -1/2 * sum of W * G."""
+    kept = columns_UW[~removed_U].flatten()
+    g_OK = problem.g_OI[:, kept]
+    w_KO = torch.cholesky_solve(g_OK.T, torch.linalg.cholesky(problem.h_II[kept][:, kept]))
+    return -0.5 * float((w_KO.double() * g_OK.T.double()).sum())
+
+
+def elimination_flops(outputs: int, inputs: int) -> int:
+    """Operations of one inverse and of the downdates of all rounds."""
+    return 2 * inputs**3 + 2 * (outputs + inputs) * inputs * inputs
