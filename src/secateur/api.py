@@ -122,6 +122,8 @@ def plan(
     pattern: str | None = None,
     budget: str | None = None,
     allocate: str | None = None,
+    heal: str | None = None,
+    target: str | None = None,
     calibration: str | Path = "builtin",
     samples: int = 64,
     length: int = 512,
@@ -143,7 +145,10 @@ def plan(
     """Decide what to cut; ``model`` is left as it is.
 
     ``sparsity`` is the fraction removed, in [0, 1). ``pattern`` is N:M for weight methods. ``allocate`` names an
-    allocator with its options, which gives every matrix its own sparsity (``owl:m=5,lam=0.08``). ``calibration`` is
+    allocator with its options, which gives every matrix its own sparsity (``owl:m=5,lam=0.08``). ``heal="refit"``
+    solves for what stays by least squares, whatever chose it, and ``heal="bias"`` puts the mean of removed heads and
+    neurons into a bias; ``target="dense"`` fits to what the dense model gives, so that a block repairs the errors of
+    those before it, ``"current"`` to what its own dense weights make of the inputs as they are. ``calibration`` is
     ``builtin``, ``self``, a text/jsonl/parquet file or the name of a data set; ``samples`` windows of ``length``
     tokens are read. ``dtype`` is that of the calibration forwards. ``options`` are the method's own.
     ``statistics`` is a folder in which statistics of the dense model are kept, and found again by later plans that
@@ -169,7 +174,7 @@ def plan(
     from secateur.plans import Plan, Provenance
     from secateur.versions import library_versions
 
-    chosen = make_method(method, method_options(method, options, sparsity, pattern, budget, seed))
+    chosen = make_method(method, method_options(method, options, sparsity, pattern, budget, seed, heal, target))
     if _is_network(model, example_inputs, example_kwargs):
         from secateur.networks.kinds import Asked
 
@@ -181,7 +186,7 @@ def plan(
     decoder: PreTrainedModel = model  # type: ignore[assignment]
     allocation = chosen_allocation(allocate, chosen)
     tokens = None
-    if chosen.statistics or (allocation and allocation.statistics):
+    if chosen.uses_data or (allocation and allocation.statistics):
         tokens = load_tokens(
             calibration, tokenizer, samples=samples, length=length, seed=seed, text_field=text_field, model=decoder
         )
@@ -228,6 +233,8 @@ def method_options(
     pattern: str | None,
     budget: str | None,
     seed: int,
+    heal: str | None = None,
+    target: str | None = None,
 ) -> dict[str, Any]:
     """The options of a method, with the general arguments filled in where the method has such an option.
 
@@ -238,7 +245,8 @@ def method_options(
 
     fields = get_method(method).option_fields()
     merged = dict(options or {})
-    for name, value in (("sparsity", sparsity), ("pattern", pattern), ("budget", budget)):
+    general = {"sparsity": sparsity, "pattern": pattern, "budget": budget, "heal": heal, "target": target}
+    for name, value in general.items():
         if value is None:
             continue
         if name not in fields:

@@ -22,10 +22,13 @@ from secateur.allocators import (
     with_sparsity,
 )
 from secateur.errors import BudgetError, DataError, UnsupportedModelError, UsageError
-from secateur.keeping import Decision, Keeper, SeenByModule
+from secateur.heal import BiasHealer, Refit, find
+from secateur.heal.refit import few_tokens
+from secateur.keeping import Decided, Decision, Keeper, SeenByModule
 from secateur.methods import LayerMethod, Method, Target, UnitMethod, WeightMethod
 from secateur.models.decoders import decoder_anatomy, matrix_roles, unknown_family
 from secateur.models.sources import Source, check_finite
+from secateur.observe import Cross, Gram, Moments, Statistic
 from secateur.observe.activations import Activations
 from secateur.observe.calibration import Tokens
 from secateur.observe.driver import BlockWalk
@@ -62,7 +65,10 @@ def decide(
         check_follows(allocator, method)
     run = _Run(method, source, tokens, dtype, batch_tokens, progress, keeper or Keeper(), hidden, statistics, ranks)
     run.allocator, run.allocator_statistics = allocator, allocator_statistics
-    run.decide(method)
+    if not run.keeper.closed:
+        run.decide(method)
+    if isinstance(method, WeightMethod | UnitMethod) and method.refits_later and run.keeper.closed:
+        run.refit(method)
     return run.keeper
 
 
@@ -80,23 +86,27 @@ class _Run:
         statistics: Path | None,
         ranks: Ranks,
     ) -> None:
-        if method.statistics and tokens is None:
-            raise DataError(f"{method.name} needs calibration data: give a tokenizer and a calibration text")
+        if method.uses_data and tokens is None:
+            heals = "" if method.statistics else f" with heal={getattr(method, 'heal', '')}"
+            raise DataError(f"{method.name}{heals} needs calibration data: give a tokenizer and a calibration text")
         self.method, self.source, self.progress, self.keeper = method, source, progress, keeper
         self.anatomy: Anatomy = decoder_anatomy(source.model, heads=getattr(method, "heads", "kv"))
         self.layers = len(source.blocks)
         self.statistics, self.ranks = statistics, ranks
         self._walk: BlockWalk | None = None
-        self._walk_arguments = (tokens, dtype, batch_tokens, hidden)
         self.allocator: Allocator | None = None
         self.allocator_statistics: Path | None = None
+        self._walk_arguments = (tokens, dtype, batch_tokens, Activations() if hidden is None else hidden)
+        self._observed: Mapping[str, type[Statistic]] = method.observed_statistics()
+        self._refit = Refit()
 
     def walk(self) -> BlockWalk | None:
         """The walk over calibration data, begun when it is first needed; None for a method that takes no data."""
         tokens, dtype, batch_tokens, hidden = self._walk_arguments
-        if self._walk is None and self.method.statistics and tokens is not None:
+        if self._walk is None and self._observed and tokens is not None:
             ids = self.ranks.part(tokens.ids)
-            self._walk = BlockWalk(self.source, ids, dtype=dtype, batch_tokens=batch_tokens, hidden=hidden)
+            dense = hidden.another("dense") if Cross in self._observed.values() else None
+            self._walk = BlockWalk(self.source, ids, dtype=dtype, batch_tokens=batch_tokens, hidden=hidden, dense=dense)
             self.keeper.resume(self._walk)
         return self._walk
 
@@ -115,18 +125,20 @@ class _Run:
             _check_pattern(method.pattern, targets)
         elif method.sparsity == 0:
             return
-        if getattr(method, "scope", "") == "global" and not method.pattern:
+        if method.decides_globally:
             self._decide_globally(method, targets)
             return
         allocated = self._allocated(method, targets)
         for layer in self._blocks("prune"):
             part = Decision()
             members = [m for m in targets if m.layer == layer]
-            block, seen = self._observe(layer, [m.module for m in members], advance=not method.sequential)
+            block, seen = self._observe(layer, [m.module for m in members], advance=not method.in_sequence)
+            if method.refits and not method.refits_later:
+                part.notes += self._few_tokens(layer, seen, method)
             for matrix in members:
                 own = allocated.get(matrix.module, method)
                 weight = self._prune_matrix(own, matrix, seen.get(matrix.module, {}), part)
-                if block is not None and method.sequential:
+                if block is not None and method.in_sequence:
                     _write(block, self._inside(matrix.module), weight, matrix.transposed)
             self._advance(method, block, layer)
             self.keeper.keep(layer, part, final=True, walk=self._walk)
@@ -137,14 +149,14 @@ class _Run:
         """Decide one matrix; returns its pruned weight [outputs, inputs]."""
         target = self._target(matrix.module, "weight", matrix.layer, name=matrix.module)
         keep, weight, notes = method.prune(target, seen)
-        stored = keep.T.contiguous() if matrix.transposed else keep
-        part.masks[matrix.tensor] = stored.cpu()
         part.notes += notes
+        if method.refits and not method.refits_later:
+            weight, notes = self._refit.weights(target.name, target.weight, keep, seen, weight)
+            part.notes += notes
         if weight is None:
+            part.masks[matrix.tensor] = (keep.T.contiguous() if matrix.transposed else keep).cpu()
             return target.weight * keep
-        check_finite(weight, matrix.module, matrix.layer, "compensated weights")
-        kept = (weight.T if matrix.transposed else weight)[stored]
-        part.values[matrix.tensor] = kept.to(self.source.tensor(matrix.tensor).dtype).cpu()
+        self._put(part, matrix.module, weight, keep, matrix.transposed, matrix.layer)
         return weight
 
     def _allocated(self, method: WeightMethod, targets: list[Matrix]) -> dict[str, WeightMethod]:
@@ -164,7 +176,7 @@ class _Run:
         if allocator.measures:
             measuring = Measuring(allocator, method)
             tokens, dtype, batch_tokens, hidden = self._walk_arguments
-            hidden = hidden.another(aside.hidden) if hidden is not None else None
+            hidden = hidden.elsewhere(aside.hidden)
             _Run(
                 measuring,
                 self.source,
@@ -200,6 +212,14 @@ class _Run:
             self.keeper.keep(layer, Decision(), final=False, walk=self._walk, ranked=ranked)
             del block
 
+    def _put(self, part: Decision, module: str, weight: Tensor, keep: Tensor, transposed: bool, layer: int) -> None:
+        """New values [outputs, inputs] for what ``keep`` keeps of the weight of a module."""
+        check_finite(weight, module, layer, "compensated weights")
+        name, stored = f"{module}.weight", keep.T.contiguous() if transposed else keep
+        part.masks[name] = stored.cpu()
+        kept = (weight.T if transposed else weight)[stored]
+        part.values[name] = kept.to(self.source.tensor(name).dtype).cpu()
+
     def _decide_globally(self, method: WeightMethod, targets: list[Matrix]) -> None:
         """One threshold over all matrices, from statistics of the dense model."""
         for layer in self._blocks("score"):
@@ -229,14 +249,18 @@ class _Run:
         if method.sparsity == 0:
             return
         total = Limits(budget=method.budget).cost(self.anatomy.blocks)
-        for layer in self._blocks("calibrate" if method.statistics else "score"):
+        for layer in self._blocks("calibrate" if self._observed else "score"):
             members = [g for g in groups if g.layer == layer]
             readers = [g.reader for g in members if g.reader]
             block, seen = self._observe(layer, readers, advance=not method.sequential)
             part = Decision(scores=self._scores(method, members, seen))
             if method.sequential:
                 self._allocate(method, members, part.scores, total // self.layers, part)
+                self._revise(method, members, seen, part)
                 self._compensate(method, members, seen, part)
+                if method.refits:
+                    part.notes += self._few_tokens(layer, seen, method)
+                    self._refit_groups(members, seen, part, part)
                 if block is not None:
                     self._silence(block, members, part)
             self._advance(method, block, layer)
@@ -250,11 +274,12 @@ class _Run:
     def _allocate_all(self, method: UnitMethod, groups: list[Group], total: int) -> Iterator[Decision]:
         part = Decision()
         self._allocate(method, groups, self.keeper.scores(), total, part)
+        revises = type(method).revise is not UnitMethod.revise
         # of what a method has no use for, nothing is read
-        compensates = type(method).compensate is not UnitMethod.compensate
-        for layer in range(self.layers) if compensates else ():
-            members = [g for g in groups if g.layer == layer]
-            self._compensate(method, members, self.keeper.seen(layer), part)
+        for layer in range(self.layers) if method.compensates or revises else ():
+            members, seen = [g for g in groups if g.layer == layer], self.keeper.seen(layer)
+            self._revise(method, members, seen, part)
+            self._compensate(method, members, seen, part)
         yield part
 
     def _scores(self, method: UnitMethod, groups: list[Group], seen: SeenByModule) -> dict[str, Tensor]:
@@ -274,29 +299,111 @@ class _Run:
             part.groups[group.name] = group.units
             part.keep[group.name] = kept[group.name]
 
+    def _revise(self, method: UnitMethod, groups: list[Group], seen: SeenByModule, part: Decision) -> None:
+        """Let the method have another look at which units leave, now that their number is known."""
+        if type(method).revise is UnitMethod.revise:
+            return
+        for group in groups:
+            gone = _complement(part.keep[group.name], group.units)
+            # a swap between parts that must lose the same number each would unbalance them
+            if len(gone) and group.balance == 1:
+                gone = method.revise(self._group_target(group), seen.get(group.reader or "", {}), gone)
+                part.keep[group.name] = _complement(gone.cpu(), group.units)
+
     def _compensate(self, method: UnitMethod, groups: list[Group], seen: SeenByModule, part: Decision) -> None:
         for group in groups:
             gone = _complement(part.keep[group.name], group.units)
             if not len(gone):
                 continue
-            bias = method.compensate(self._group_target(group), seen.get(group.reader or "", {}), gone)
+            target, mine = self._group_target(group), seen.get(group.reader or "", {})
+            bias = method.compensate(target, mine, gone)
+            if bias is None and method.heal == "bias":
+                columns = group.columns[gone].flatten()
+                bias = BiasHealer().heal(target.weight, find(mine, Moments).mean_C, columns)
             if bias is not None:
                 check_finite(bias, group.name, group.layer, "bias compensation")
                 part.biases[f"{group.reader}.bias"] = bias.float().cpu()
+
+    def _refit_groups(self, groups: list[Group], seen: SeenByModule, decided: Decided, part: Decision) -> None:
+        """Refit the columns that stay of the weights which read groups, and the biases where there are some."""
+        for group in groups:
+            gone, reader = _complement(decided.keep[group.name], group.units), group.reader or ""
+            if not len(gone):
+                continue
+            target, bias = self._group_target(group), f"{reader}.bias"
+            gone_I = torch.zeros(target.weight.shape[1], dtype=torch.bool, device=target.weight.device)
+            gone_I[group.columns[gone].flatten().to(gone_I.device)] = True
+            weight, added, notes = self._refit.columns(
+                group.name, target.weight, gone_I, seen[reader], bias=bias in decided.biases
+            )
+            part.notes += notes
+            self._put(part, reader, weight, ~gone_I.expand(weight.shape), not self._is_linear(reader), group.layer)
+            if added is not None:
+                check_finite(added, group.name, group.layer, "bias compensation")
+                part.biases[bias] = added.float().cpu()
 
     def _silence(self, block: nn.Module, groups: list[Group], part: Decision) -> None:
         """Make the working copy give what the cut block will give."""
         for group in groups:
             reader = block.get_submodule(self._inside(group.reader or ""))
             gone = _complement(part.keep[group.name], group.units)
-            columns = group.columns[gone].flatten()
+            columns, name = group.columns[gone].flatten(), f"{group.reader}.weight"
             weight: Tensor = reader.weight  # type: ignore[assignment]
             with torch.no_grad():
+                if name in part.values:
+                    values = part.values[name].to(weight.device, weight.dtype)
+                    weight.masked_scatter_(part.masks[name].to(weight.device), values)
                 weight.index_fill_(1 if isinstance(reader, nn.Linear) else 0, columns.to(weight.device), 0)
                 bias = part.biases.get(f"{group.reader}.bias")
                 if bias is not None:
                     old = reader.bias.detach() if reader.bias is not None else 0.0  # type: ignore[union-attr]
                     reader.bias = nn.Parameter((bias.to(weight.device) + old).to(weight.dtype))  # type: ignore[assignment]
+
+    # -- refitting what was decided on the dense model ---------------------------------------------------------------
+
+    def refit(self, method: WeightMethod | UnitMethod) -> None:
+        """A walk over the cut blocks, which gives new values to what stays of them."""
+        decided = self.keeper.decided()
+        hidden = self._walk_arguments[3].another()
+        self._walk, self._observed = None, method.refit_statistics()
+        self._walk_arguments = (*self._walk_arguments[:3], hidden)
+        matrices = [m for m in self.anatomy.matrices if m.tensor in decided.masks]
+        groups = [g for g in self.anatomy if g.name in decided.keep and g.reader]
+        for layer in self._blocks("refit", self.keeper.refitted):
+            part = Decision()
+            mine = [m for m in matrices if m.layer == layer]
+            members = [g for g in groups if g.layer == layer]
+            readers = [m.module for m in mine] or [g.reader for g in members if g.reader]
+            block, seen = self._observe(layer, readers, advance=False)
+            assert block is not None
+            part.notes += self._few_tokens(layer, seen, method)
+            for matrix in mine:
+                weight = self._refit_matrix(matrix, decided, seen[matrix.module], part)
+                _write(block, self._inside(matrix.module), weight, matrix.transposed)
+            if members and not mine:
+                self._refit_groups(members, seen, decided, part)
+                known = Decision(keep=dict(decided.keep), masks=part.masks, values=part.values, biases=part.biases)
+                self._silence(block, members, known)
+            self._go_on(block, layer)
+            self.keeper.refit(layer, part, self._walk)
+            del block, seen
+
+    def _refit_matrix(self, matrix: Matrix, decided: Decided, seen: Mapping[str, Any], part: Decision) -> Tensor:
+        target = self._target(matrix.module, "weight", matrix.layer, name=matrix.module)
+        stored = decided.masks[matrix.tensor].to(target.weight.device)
+        keep = stored.T if matrix.transposed else stored
+        weight, notes = self._refit.weights(target.name, target.weight, keep, seen)
+        part.notes += notes
+        self._put(part, matrix.module, weight, keep, matrix.transposed, matrix.layer)
+        return weight
+
+    def _few_tokens(self, layer: int, seen: SeenByModule, method: WeightMethod | UnitMethod) -> tuple[str, ...]:
+        """Said once, for the widest input of the first block."""
+        grams = [find(statistics, Gram) for statistics in seen.values()] if layer == 0 else []
+        widest = max(grams, key=lambda gram: len(gram.dead), default=None)
+        pattern = getattr(method, "pattern", "")
+        share = parse_pattern(pattern).share if pattern else method.sparsity
+        return few_tokens(widest.tokens, int(len(widest.dead) * (1 - share))) if widest is not None else ()
 
     # -- whole blocks --------------------------------------------------------------------------------------------
 
@@ -328,9 +435,9 @@ class _Run:
 
     # -- shared --------------------------------------------------------------------------------------------------
 
-    def _blocks(self, stage: str) -> Iterator[int]:
+    def _blocks(self, stage: str, finished: int | None = None) -> Iterator[int]:
         """The blocks that are not finished yet, each checked when its turn comes."""
-        for layer in range(self.keeper.finished, self.layers):
+        for layer in range(self.keeper.finished if finished is None else finished, self.layers):
             for name, tensor in self.source.block_tensors(layer).items():
                 self.source.check(name, tensor, layer)
             yield layer
@@ -345,7 +452,7 @@ class _Run:
             return None, {}
         block = walk.open(layer)
         inside = [self._inside(name) for name in modules]
-        found = walk.observe(block, layer, inside, self.method.needed_statistics(), advance=advance)
+        found = walk.observe(block, layer, inside, self._observed, advance=advance)
         seen = {full: found[short] for full, short in zip(modules, inside, strict=True)}
         self._complete(layer, seen, dense=advance)
         return block, seen
@@ -356,7 +463,7 @@ class _Run:
         seen = self._kept_seen(layer) or {}
         walk = self.walk() if not seen else None
         if walk is not None:
-            seen = {name: walk.observe_block(walk.open(layer), layer, self.method.needed_statistics())}
+            seen = {name: walk.observe_block(walk.open(layer), layer, self._observed)}
             self._complete(layer, seen, dense=True)
         return seen.get(name, {})
 
@@ -369,12 +476,12 @@ class _Run:
 
     def _kept_seen(self, layer: int) -> SeenByModule | None:
         """Statistics of the dense model from an earlier run, when those of this block and all later ones are there."""
-        if self.statistics is None or self._walk is not None or not self.method.statistics:
+        if self.statistics is None or self._walk is not None or not self._observed:
             return None
         # rank 0 looks for all: another run may be writing them right now
         if not self.ranks.on_main(lambda: self._kept_from(layer)):
             return None
-        return read_seen(self._statistics_file(layer), self.method.needed_statistics(), self.source.device_of(layer))
+        return read_seen(self._statistics_file(layer), self._observed, self.source.device_of(layer))
 
     def _kept_from(self, layer: int) -> bool:
         return all(self._statistics_file(later).is_file() for later in range(layer, self.layers))
@@ -385,8 +492,15 @@ class _Run:
 
     def _advance(self, method: Method, block: nn.Module | None, layer: int) -> None:
         """Let a block that was changed give the inputs of the next one; the last one has none."""
-        if method.sequential and self._walk is not None and block is not None and layer + 1 < self.layers:
+        if method.in_sequence and block is not None:
+            self._go_on(block, layer)
+
+    def _go_on(self, block: nn.Module, layer: int) -> None:
+        if self._walk is not None and layer + 1 < self.layers:
             self._walk.advance(block, layer)
+
+    def _is_linear(self, module: str) -> bool:
+        return isinstance(self.source.model.get_submodule(module), nn.Linear)
 
     def _inside(self, module: str) -> str:
         """Name of a module within its block."""

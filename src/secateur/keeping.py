@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -35,13 +35,32 @@ class Decision:
         self.notes += other.notes
 
 
+class Decided(Protocol):
+    """What has been decided about the whole model, by name: a Decision, or a Plan whose masks lie on disk."""
+
+    @property
+    def groups(self) -> Mapping[str, int]: ...
+
+    @property
+    def keep(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def biases(self) -> Mapping[str, Tensor]: ...
+
+
 class Keeper:
     """Takes what is known about each block when it is finished, and gives back what the end of a run needs.
 
-    ``finished`` is the number of blocks that were kept already when the run begins. ``whole`` is the decision.
+    ``finished`` is the number of blocks that were kept already when the run begins, ``refitted`` the number of those
+    that were refitted after everything was decided, and ``closed`` tells whether it was. ``whole`` is the decision.
     """
 
     finished = 0
+    refitted = 0
+    closed = False
 
     def __init__(self) -> None:
         self.whole = Decision()
@@ -67,7 +86,7 @@ class Keeper:
         self._allocated = sparsities
 
     def resume(self, walk: BlockWalk) -> None:
-        """Put a walk that has just begun where the finished blocks end."""
+        """Put a walk that has just begun where the blocks end that are finished, or refitted once all is decided."""
 
     def keep(
         self,
@@ -104,3 +123,12 @@ class Keeper:
         """Take what is decided about the model as a whole, part by part."""
         for part in parts:
             self.whole.add(part)
+        self.closed = True
+
+    def decided(self) -> Decided:
+        """What was decided about the whole model, once it is closed."""
+        return self.whole
+
+    def refit(self, layer: int, part: Decision, walk: BlockWalk | None) -> None:
+        """Block ``layer`` has new values, in ``part``, which replace what was decided about the same tensors."""
+        self.whole.add(part)

@@ -63,11 +63,13 @@ class Step(BaseModel):
     pattern: str | None = None
     budget: str | None = None
     allocate: str | None = None
+    heal: str | None = None
+    target: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _agree(self) -> Step:
-        for key in ("sparsity", "pattern", "budget"):
+        for key in ("sparsity", "pattern", "budget", "heal", "target"):
             if getattr(self, key) is not None and key in self.options:
                 raise ValueError(f"{key} is given twice, once among the options")
         found = re.fullmatch(r"(\d+):([1-9]\d*)", self.pattern or "")
@@ -112,7 +114,8 @@ class Recipe(BaseModel):
         from secateur import api
 
         wanted = (step.sparsity, step.pattern, step.budget)
-        return api.method_options(step.method, step.options, *wanted, self.calibration.seed)
+        seed = self.calibration.seed
+        return api.method_options(step.method, step.options, *wanted, seed, heal=step.heal, target=step.target)
 
     def words(self, step: Step) -> tuple[Method, Measuring | None]:
         """The method of a step with its options, and its allocator. Raises UsageError."""
@@ -146,6 +149,8 @@ class Recipe(BaseModel):
             "pattern": step.pattern,
             "budget": step.budget,
             "allocate": step.allocate,
+            "heal": step.heal,
+            "target": step.target,
             "options": step.options,
             "calibration": self.calibration.source,
             "samples": self.calibration.samples,

@@ -67,6 +67,11 @@ class NofM:
     n: int
     m: int
 
+    @property
+    def share(self) -> float:
+        """The fraction that leaves."""
+        return self.n / self.m
+
     def keep(self, scores_OI: Tensor) -> Tensor:
         rows, inputs = scores_OI.shape
         if inputs % self.m:

@@ -119,6 +119,7 @@ class Measuring:
     method: WeightMethod
 
     sequential: ClassVar[bool] = False
+    in_sequence: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -136,6 +137,15 @@ class Measuring:
     def needed_statistics(self) -> Mapping[str, type[Statistic]]:
         """See ``Method``."""
         return self.allocator.needed_statistics(self.method)
+
+    def observed_statistics(self) -> Mapping[str, type[Statistic]]:
+        """See ``Method``."""
+        return self.needed_statistics()
+
+    @property
+    def uses_data(self) -> bool:
+        """See ``Method``."""
+        return bool(self.statistics)
 
     @property
     def kind(self) -> str:

@@ -11,9 +11,11 @@ import typer
 
 from secateur.cli.options import (
     ActivationMemory,
+    Aim,
     Allocate,
     Budget,
     ComputeDtype,
+    Heal,
     Json,
     Length,
     MethodName,
@@ -47,6 +49,8 @@ def estimate(
     pattern: Pattern = None,
     budget: Budget = None,
     allocate: Allocate = None,
+    heal: Heal = None,
+    target: Aim = None,
     recipe: RecipeFile = None,
     options: MethodOptions = None,
     samples: Samples = None,
@@ -70,6 +74,7 @@ def estimate(
 ) -> None:
     load_plugins(plugin)
     step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget, "allocate": allocate}
+    step |= {"heal": heal, "target": target}
     top = {
         "model": model,
         "revision": revision,

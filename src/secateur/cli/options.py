@@ -45,6 +45,21 @@ Allocate = Annotated[
         help="Where the sparsity goes, see 'secateur allocators': owl:m=5,lam=0.08 (default: every matrix the same).",
     ),
 ]
+Heal = Annotated[
+    str | None,
+    typer.Option(
+        metavar="refit|bias|none",
+        help="refit: solve for what stays by least squares; bias: put the mean of removed units into a bias.",
+    ),
+]
+Aim = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="current|dense",
+        help="What least squares aim at: outputs on the inputs as they are now, or those of the dense model.",
+    ),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")
 ]

@@ -13,10 +13,12 @@ from secateur.cli.measuring import Measurement
 from secateur.cli.network import NETWORK, NetworkJob, prune_network
 from secateur.cli.options import (
     ActivationMemory,
+    Aim,
     Allocate,
     AllowPickle,
     Budget,
     ComputeDtype,
+    Heal,
     Ignore,
     Inputs,
     Json,
@@ -72,6 +74,8 @@ def prune(
     pattern: Pattern = None,
     budget: Budget = None,
     allocate: Allocate = None,
+    heal: Heal = None,
+    target: Aim = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -191,6 +195,7 @@ def prune(
     everything = {str(parameter.name) for parameter in context.command.params}
     only_for("a language model", context, everything - _NETWORK_ONLY, "traced networks")
     step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget, "allocate": allocate}
+    step |= {"heal": heal, "target": target}
     calibrate = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
         "model": model,

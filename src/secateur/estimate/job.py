@@ -70,8 +70,7 @@ class Job:
         if pattern:
             from secateur.allocate import parse_pattern
 
-            rule = parse_pattern(pattern)
-            return rule.n / rule.m
+            return parse_pattern(pattern).share
         return float(getattr(self.method, "sparsity", 0.0))
 
     def targets(self, block: BlockSizes) -> tuple[Inputs, ...]:

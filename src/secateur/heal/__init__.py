@@ -1,11 +1,18 @@
 """Repair: what the kept part does to make up for the removed part."""
 
 from secateur.heal.bias import BiasHealer, Healer, mean_bias
+from secateur.heal.refit import EXACT_INPUTS, TARGETS, Refit, find, problem_of, with_statistics
 from secateur.heal.starting import start_anew
 
 __all__ = [
     "BiasHealer",
+    "EXACT_INPUTS",
+    "TARGETS",
     "Healer",
+    "Refit",
+    "find",
     "mean_bias",
+    "problem_of",
     "start_anew",
+    "with_statistics",
 ]

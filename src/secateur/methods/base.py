@@ -20,7 +20,8 @@ from torch import Tensor
 from secateur.allocate import CHANNEL_SCOPES, Allocator, MaskRule
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
 from secateur.errors import OptionError, UsageError, nearest
-from secateur.observe import Gram, Statistic
+from secateur.heal.refit import TARGETS, with_statistics
+from secateur.observe import Cross, Gram, Moments, Statistic
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.layers import Layer, layers_of
 from secateur.structure.streams import residual_streams
@@ -228,6 +229,8 @@ class Method:
     descriptor: ClassVar[Descriptor]
     statistics: ClassVar[Mapping[str, type[Statistic]]] = {}
     sequential: ClassVar[bool] = False
+    costly: ClassVar[bool] = False
+    """Whether it takes hours even on a small language model."""
 
     def __post_init__(self) -> None:
         check_options(self, self.name or type(self).__name__)
@@ -245,6 +248,30 @@ class Method:
         """The statistics that these options need; by default all of the class."""
         return self.statistics
 
+    @property
+    def refits(self) -> bool:
+        """Whether the engine solves for what stays, on top of what the method decides."""
+        return False
+
+    @property
+    def refits_later(self) -> bool:
+        """Whether it does so in a walk of its own, since everything is decided on the dense model first."""
+        return False
+
+    @property
+    def in_sequence(self) -> bool:
+        """Whether later blocks see what the cut ones give, in the walk that decides."""
+        return self.sequential
+
+    def observed_statistics(self) -> Mapping[str, type[Statistic]]:
+        """All that is observed in the walk that decides: what the method needs, and what heals on the way."""
+        return self.needed_statistics()
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether calibration data is needed."""
+        return self.refits or bool(self.observed_statistics())
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightMethod(Method):
@@ -252,6 +279,52 @@ class WeightMethod(Method):
 
     sparsity: float = option(0.5, "fraction of the weights of every matrix that is removed", ge=0, lt=1)
     pattern: str = option("", "N:M pattern, N zeros in every M consecutive inputs (2:4); overrides sparsity")
+    heal: str = option(
+        "none",
+        "refit: solve for the weights that stay by least squares, whatever chose them",
+        choices=("none", "refit"),
+    )
+    target: str = option(
+        "current",
+        "what least squares aim at: outputs of the dense weight on the inputs as they are now, or of the dense model",
+        choices=TARGETS,
+    )
+
+    fits: ClassVar[bool] = False
+    """Whether the method itself solves for weights by the ``target``."""
+    sweeps: ClassVar[bool] = False
+    """Whether it goes through a matrix column by column."""
+
+    @property
+    def decides_globally(self) -> bool:
+        """Whether all weights of the model compete, so that their scores are kept until the end."""
+        return getattr(self, "scope", "") == "global" and not self.pattern
+
+    @property
+    def refits(self) -> bool:
+        return self.heal == "refit"
+
+    @property
+    def refits_later(self) -> bool:
+        return self.refits and (self.decides_globally or bool(self.statistics and not self.sequential))
+
+    @property
+    def in_sequence(self) -> bool:
+        return self.sequential or (self.refits and not self.refits_later)
+
+    def observed_statistics(self) -> Mapping[str, type[Statistic]]:
+        more: list[type[Statistic]] = [Gram] if self.refits and not self.refits_later else []
+        if self.target == "dense" and (more or self.fits):
+            more.append(Cross)
+        return with_statistics(self.needed_statistics(), *more)
+
+    def refit_statistics(self) -> Mapping[str, type[Statistic]]:
+        """What is observed in a walk that only refits."""
+        return with_statistics({}, Gram, *([Cross] if self.target == "dense" else []))
+
+    def solve_flops(self, outputs: int, inputs: int) -> int:
+        """Operations of the products by which the method itself finds new weights for one matrix; for estimates."""
+        return 0
 
     def score(self, target: Target, seen: Seen) -> Tensor:
         """Score of every weight, [outputs, inputs], higher = keep."""
@@ -286,8 +359,54 @@ class UnitMethod(Method):
     )
     min_keep: int = option(1, "units that every group keeps at least", unit="units", ge=1)
     round_to: int = option(1, "kept FFN neurons are a multiple of this", unit="neurons", ge=1)
+    heal: str = option(
+        "none",
+        "bias: put the mean of what leaves into a bias; refit: solve for the columns that stay by least squares",
+        choices=("none", "bias", "refit"),
+    )
+    target: str = option(
+        "current",
+        "what least squares aim at: outputs of the dense weight on the inputs as they are now, or of the dense model",
+        choices=TARGETS,
+    )
 
     kinds: ClassVar[tuple[str, ...]] = ("kv_head", "head", "neuron")
+    fits: ClassVar[bool] = False
+    """Whether the method itself judges units by the ``target``."""
+
+    @property
+    def refits(self) -> bool:
+        return self.heal == "refit"
+
+    @property
+    def refits_later(self) -> bool:
+        return self.refits and not self.sequential
+
+    @property
+    def compensates(self) -> bool:
+        """Whether a bias may make up for what leaves."""
+        return self.heal == "bias" or type(self).compensate is not UnitMethod.compensate
+
+    def observed_statistics(self) -> Mapping[str, type[Statistic]]:
+        more: list[type[Statistic]] = [Moments] if self.heal == "bias" else []
+        if self.refits and not self.refits_later:
+            more = list(self.refit_statistics().values())
+        elif self.fits:
+            more += [Cross] if self.target == "dense" else []
+        return with_statistics(self.needed_statistics(), *more)
+
+    def refit_statistics(self) -> Mapping[str, type[Statistic]]:
+        """What is observed to refit columns, and the bias with them."""
+        more = [Moments] if self.compensates else []
+        return with_statistics({}, Gram, *more, *([Cross] if self.target == "dense" else []))
+
+    def revise(self, target: Target, seen: Seen, removed: Tensor) -> Tensor:
+        """The units that leave, ascending int64 [removed], once their number is known; by default as allocated."""
+        return removed
+
+    def solve_flops(self, outputs: int, inputs: int) -> int:
+        """Operations of the products by which the method judges the units of one weight; for estimates."""
+        return 0
 
     def score(self, target: Target, seen: Seen) -> Tensor:
         """Score of every unit, [units], higher = keep."""

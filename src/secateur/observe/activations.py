@@ -31,8 +31,15 @@ class Activations:
         self._bytes = 0
         self._spilled = False
 
-    def another(self, folder: Path | None) -> Activations:
-        """Empty ones of the same limit, which go to another folder."""
+    def another(self, name: str = "") -> Activations:
+        """Empty ones with the same limit, in a folder ``name`` within this one's; without, in its very place."""
+        folder = None if self._folder is None else self._folder / name
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+        return self.elsewhere(folder)
+
+    def elsewhere(self, folder: Path | None) -> Activations:
+        """Empty ones with the same limit, which go to another folder."""
         return Activations(limit=self._limit, folder=folder)
 
     def append(self, hidden: Tensor) -> None:

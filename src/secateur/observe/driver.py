@@ -50,7 +50,8 @@ class BlockWalk:
     """Hidden states on their way through the blocks of ``source``.
 
     ``ids`` is [windows, length] int64. Blocks are opened in ``dtype`` one at a time. ``hidden`` holds the inputs of
-    the next block. Raises NonFiniteError as soon as a block gives NaN or inf.
+    the next block. With ``dense`` a second stream goes beside it, through the blocks as they are opened, whatever is
+    done to them afterwards. Raises NonFiniteError as soon as a block gives NaN or inf.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class BlockWalk:
         dtype: torch.dtype,
         batch_tokens: int = 2048,
         hidden: Activations | None = None,
+        dense: Activations | None = None,
     ) -> None:
         self._source, self._dtype = source, dtype
         self._batches = list(ids.to(source.device).split(max(1, batch_tokens // ids.shape[1])))
         self.hidden = hidden if hidden is not None else Activations()
+        self.dense = dense
         self._calls: dict[int, list[_Call]] = {}
         self._enter(source.shell(dtype))
 
@@ -79,7 +82,8 @@ class BlockWalk:
         """Statistics of the input of every named module of ``block``; modules that read one tensor share them.
 
         With ``advance`` the outputs become the inputs of the next block; without, a forward ends at the last of the
-        named modules, whose product nobody reads. Raises NonFiniteError.
+        named modules, whose product nobody reads. Those of the dense stream always do, so that the block must be as it
+        was opened. Raises NonFiniteError.
         """
         watch = _InputWatch(block, modules, statistics, whole=advance)
         with watch:
@@ -89,10 +93,15 @@ class BlockWalk:
                     output = self._run(block, layer, i, self.hidden[i])
                     if advance:
                         self.hidden[i] = output
+                if self.dense is not None:
+                    with watch.second():
+                        self.dense[i] = self._run(block, layer, i, self.dense[i])
                 watch.end_of_batch()
         watch.check_finite(layer)
         if advance:
             self.hidden.turn()
+        if self.dense is not None:
+            self.dense.turn()
         return watch.seen
 
     @torch.inference_mode()
@@ -107,6 +116,11 @@ class BlockWalk:
             self.hidden[i] = output
         self.hidden.turn()
         return seen
+
+    @property
+    def streams(self) -> list[Activations]:
+        """The hidden states, and those of the dense model where they are wanted."""
+        return [self.hidden] if self.dense is None else [self.hidden, self.dense]
 
     @torch.inference_mode()
     def advance(self, block: nn.Module, layer: int) -> None:
@@ -129,7 +143,8 @@ class BlockWalk:
         for ids in self._batches:
             with _recording(self._source.blocks, first, as_tuple) as (hidden, calls):
                 shell(input_ids=ids, use_cache=False)
-            self.hidden.append(_cast(hidden[0], self._dtype, self._source.device))
+            for stream in self.streams:
+                stream.append(_cast(hidden[0], self._dtype, self._source.device))
             if ids.shape[0] not in self._calls:
                 self._calls[ids.shape[0]] = list(self._cast_calls(calls))
 
@@ -174,7 +189,8 @@ class _AllSeen(Exception):
 class _InputWatch:
     """Hooks that feed the inputs of modules to statistics; modules which read the same tensor share one set.
 
-    Unless the ``whole`` forward is wanted, the hook that saw the last input of a batch raises ``_AllSeen``.
+    Statistics of pairs get the input of the first run of a batch together with that of the second. Unless the ``whole``
+    of the first is wanted, the hook that saw its last input raises ``_AllSeen``.
     """
 
     def __init__(
@@ -185,8 +201,10 @@ class _InputWatch:
         self._owner: dict[tuple[Any, ...], str] = {}
         self._owned: set[str] = set()
         self._held: list[Tensor] = []
+        self._paired = [name for name, kind in statistics.items() if getattr(kind, "paired", False)]
+        self._first: dict[str, Tensor] = {}
         self._whole = whole
-        self._first_batch = True
+        self._first_batch, self._second = True, False
         self._missing = set(self._modules)
         self._handles: list[Any] = []
         self.seen: dict[str, dict[str, Statistic]] = {}
@@ -199,9 +217,19 @@ class _InputWatch:
         for handle in self._handles:
             handle.remove()
 
+    @contextmanager
+    def second(self) -> Iterator[None]:
+        """Within the block, what modules read are the second halves of pairs."""
+        self._second = True
+        try:
+            yield
+        finally:
+            self._second = False
+
     def end_of_batch(self) -> None:
         self._first_batch = False
         self._held.clear()
+        self._first.clear()
         self._missing = set(self._modules)
 
     def check_finite(self, layer: int) -> None:
@@ -214,6 +242,9 @@ class _InputWatch:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._second:
+                self._pair(name, args[0])
+                return
             self._take(name, args[0])
             self._missing.discard(name)
             if not (self._missing or self._whole):
@@ -234,8 +265,18 @@ class _InputWatch:
         elif name not in self._owned:
             return
         x_BTC = x if x.dim() == 3 else x.unsqueeze(0)
-        for statistic in self.seen[name].values():
-            statistic.update(x_BTC)
+        for key, statistic in self.seen[name].items():
+            if key not in self._paired:
+                statistic.update(x_BTC)
+        if self._paired:
+            self._first[name] = x_BTC
+
+    def _pair(self, name: str, x: Tensor) -> None:
+        if name in self._owned:
+            second_BTC = x if x.dim() == 3 else x.unsqueeze(0)
+            for key in self._paired:
+                statistic: Any = self.seen[name][key]
+                statistic.update_pair(self._first[name], second_BTC)
 
 
 def _first(output: Any) -> Tensor:

@@ -272,6 +272,63 @@ class Gram(Accumulator):
         return upper + upper.triu(1).T
 
 
+class Cross(Accumulator):
+    """X^T X0 over all tokens: the inputs of a module in the network as it is now, times those in the dense one.
+
+    ``total_CC`` float32 (float64 for float64 inputs) is [channels, channels], and ``dense_sum_C`` the sum of X0. Both
+    inputs are of the same tokens.
+    """
+
+    paired = True
+
+    @classmethod
+    def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
+        """See ``Accumulator``; not symmetric, so that all of it is computed."""
+        square = 4 * channels * channels
+        return Needs(
+            state=square + 8 * channels,
+            stored=square + 8 * channels,
+            # two copies of a batch, of which one is held until the other is there
+            update=3 * 4 * batch * channels,
+            moved=4 * 4 * tokens * channels,
+            update_flops=2 * tokens * channels * channels,
+        )
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self.dense_sum_C = torch.zeros((), dtype=torch.float64)
+        self.tokens = 0
+
+    def update_pair(self, x_BTC: Tensor, dense_BTC: Tensor) -> None:
+        """Take in one batch of both inputs, [sequences, tokens, channels] each."""
+        x, dense = (part.reshape(-1, part.shape[-1]) for part in (x_BTC, dense_BTC))
+        exact = x.dtype == torch.bfloat16
+        x, dense = (part if part.dtype == torch.float64 else part.float() for part in (x, dense))
+        if self._total is None:
+            self._total = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+        with _bfloat16_factors() if exact else nullcontext():
+            self._total.addmm_(x.T, dense)
+        self.dense_sum_C = self.dense_sum_C.to(dense.device) + _column_sums(dense).double()
+        self.tokens += x.shape[0]
+
+    def update(self, x_BTC: Tensor) -> None:
+        """Both inputs, concatenated along channels."""
+        self.update_pair(*x_BTC.chunk(2, dim=-1))
+
+    def merge(self, other: Cross) -> None:
+        if other._total is not None:
+            self._total = other._total.clone() if self._total is None else self._total + other._total
+        self.dense_sum_C = self.dense_sum_C + other.dense_sum_C
+        self.tokens += other.tokens
+
+    @property
+    def total_CC(self) -> Tensor:
+        """X^T X0, [channels, channels]: rows are inputs as they are now, columns those of the dense network."""
+        if self._total is None:
+            raise ValueError("this product has seen no data")
+        return self._total
+
+
 class Similarity(Accumulator):
     """Sum over tokens of the cosine between a block's input and output, float64 (ShortGPT's Block Influence)."""
 

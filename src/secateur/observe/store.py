@@ -33,7 +33,7 @@ def statistics_folder(
     """
     if root is None or tokens is None or method is None:
         return None
-    names = sorted(method.needed_statistics())  # type: ignore[attr-defined]
+    names = sorted(method.observed_statistics())  # type: ignore[attr-defined]
     kind = kind_of(method)
     what = [model.shapes, model.weights, tokens.info.sha256, names, kind, str(dtype), batch_tokens]
     return Path(root) / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 from secateur.plans import Plan
 from secateur.report.report import LayerCut, Report
@@ -90,5 +91,19 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
         for group in anatomy.groups
         if group.layer == layer and group.name in plan.keep
     )
-    masked = sum(plan.sparsity(tensor) * size for tensor, size in sizes.items() if tensor in plan.masks)
+    refitted = _refitted(layer, plan, anatomy, sizes)
+    masked = sum(plan.sparsity(t) * size for t, size in sizes.items() if t in plan.masks and t not in refitted)
     return cut + masked * (1 - cut / total) if total else 0.0
+
+
+def _refitted(layer: int, plan: Plan, anatomy: Anatomy, sizes: Mapping[str, int]) -> set[str]:
+    """Readers whose mask says nothing but which columns leave with their units: it stands there for the new values."""
+    inputs = {m.tensor: m.shape[1] for m in anatomy.matrices if m.tensor in sizes}
+    found = set()
+    for group in anatomy.groups:
+        tensor = f"{group.reader}.weight"
+        if group.layer == layer and group.name in plan.keep and tensor in plan.masks:
+            left = inputs[tensor] - group.columns[plan.removed(group.name)].numel()
+            if plan.kept_entries(tensor) == sizes[tensor] // inputs[tensor] * left:
+                found.add(tensor)
+    return found

@@ -4,10 +4,12 @@ OUT.run/
   run.json               what is being done: recipe, model, calibration, versions; a resumed run must match it
   step-1/
     journal.jsonl        one line per finished piece of work; nothing counts that isn't in it
-    plan/                block-00000.safetensors, ...: the decision about each block
+    plan/                block-00000.safetensors, ...: the decision about each block; whole-...: what was decided at
+                         the end; refit-...: new values of each block after that
     weights/             block-00000.safetensors, ...: each block as it will be in the checkpoint
     seen/, ranked/       statistics and scores that the end of the run needs, for methods that decide globally
-    hidden/              the activations that enter the next block; those of other ranks than 0 in rank-1/, ...
+    hidden/              the activations that enter the next block; those of other ranks than 0 in rank-1/, ..., and
+                         those of the dense model, where they are needed too, in dense/
     allocation/          the same once more, for what an allocator measures before the first block is decided
   step-1/out/            the checkpoint, until it takes its own name
 """
@@ -85,6 +87,10 @@ class StepFolder:
         """A folder within this one, for work that comes before its blocks."""
         return StepFolder(self.path / name, self._stop, self._hint)
 
+    def reopen(self) -> None:
+        """Read the journal again, which another rank has written to."""
+        self.journal = Journal(self.path / "journal.jsonl")
+
     def file(self, room: str, layer: int) -> Path:
         """What a room holds about one block."""
         return self.path / room / f"block-{layer:05d}.safetensors"
@@ -120,11 +126,12 @@ class DiskKeeper(Keeper):
         super().__init__()
         self._step, self._method, self._cutter, self._ranks, self._cut = step, method, cutter, ranks, cut
         self.hidden.mkdir(exist_ok=True)
-        self.finished = len(step.journal.of("block"))
+        self.finished, self.refitted = len(step.journal.of("block")), len(step.journal.of("refit"))
         self._scores: dict[str, Tensor] = {}
         self._ranked_files: dict[str, Stored] = {}
         for layer in range(self.finished):
             self._remember(layer)
+        self.closed = bool(step.journal.of("closed"))
 
     @property
     def hidden(self) -> Path:
@@ -142,14 +149,16 @@ class DiskKeeper(Keeper):
         self._step.add(allocated=True, sparsities=sparsities)
 
     @property
-    def closed(self) -> bool:
-        """True when everything has been decided."""
-        return bool(self._step.journal.of("closed"))
+    def complete(self) -> bool:
+        """True when nothing is left to decide or to refit."""
+        return self.closed and (not self._method.refits_later or self.refitted == self._cutter.layers)
 
     def resume(self, walk: BlockWalk) -> None:
-        state = self._state(self.finished)
-        if self.finished and state.is_file():
-            walk.hidden.restore(state)
+        done = self.refitted if self.closed else self.finished
+        states = self._states(walk, done)
+        if done and all(path.is_file() for path in states):
+            for stream, path in zip(walk.streams, states, strict=True):
+                stream.restore(path)
 
     def keep(
         self,
@@ -161,15 +170,21 @@ class DiskKeeper(Keeper):
         seen: SeenByModule | None = None,
         ranked: Mapping[str, Tensor] | None = None,
     ) -> None:
-        if walk is not None and layer + 1 < self._cutter.layers:
-            walk.hidden.store(self._state(layer + 1))
-            sync_folder(self.hidden)
-        # a block counts as finished only when every rank can go on from there
-        self._ranks.meet()
+        self._store(layer, walk)
         if self._ranks.main:
             self._write(layer, part, final, seen, ranked)
         self.finished = layer + 1
         self._step.check_stop(f"block {layer + 1} of {self._cutter.layers}", self._ranks)
+
+    def _store(self, layer: int, walk: BlockWalk | None) -> None:
+        """Keep what enters the next block; a block counts as finished only when every rank can go on from there."""
+        if walk is not None and layer + 1 < self._cutter.layers:
+            for stream, path in zip(walk.streams, self._states(walk, layer + 1), strict=True):
+                path.parent.mkdir(exist_ok=True)
+                stream.store(path)
+                sync_folder(path.parent)
+            sync_folder(self.hidden)
+        self._ranks.meet()
 
     def _write(
         self,
@@ -187,19 +202,24 @@ class DiskKeeper(Keeper):
         if final and self._cut:
             self._cutter.write(layer, part, self._step.file("weights", layer))
         self._step.add(block=layer, final=final and self._cut, **_part_document(part))
-        for state in self._step.path.joinpath("hidden").rglob(self._state(layer).name):
-            state.unlink(missing_ok=True)
+        self._forget(layer)
         self._remember(layer)
 
-    def _state(self, layer: int) -> Path:
-        """The file of the activations that enter a block."""
-        return self.hidden / self._step.file("hidden", layer).name
+    def _forget(self, layer: int) -> None:
+        """Remove the activations of all ranks that enter a block which is finished."""
+        for state in self._step.path.joinpath("hidden").rglob(self._step.file("hidden", layer).name):
+            state.unlink(missing_ok=True)
+
+    def _states(self, walk: BlockWalk, layer: int) -> list[Path]:
+        """The files of the activations that enter a block, one for every stream of the walk."""
+        name = self._step.file("hidden", layer).name
+        return [self.hidden / name, self.hidden / "dense" / name][: len(walk.streams)]
 
     def seen(self, layer: int) -> SeenByModule:
         path = self._step.file("seen", layer)
         if not path.is_file():
             return {}
-        return read_seen(path, self._method.needed_statistics(), self._cutter.source.device_of(layer))
+        return read_seen(path, self._method.observed_statistics(), self._cutter.source.device_of(layer))
 
     def ranked(self, name: str) -> Tensor:
         return self._ranked_files[name].read()
@@ -208,6 +228,7 @@ class DiskKeeper(Keeper):
         return self._scores
 
     def close(self, parts: Iterator[Decision]) -> None:
+        self.closed = True
         if not self._ranks.main:
             return
         documents = []
@@ -217,13 +238,37 @@ class DiskKeeper(Keeper):
             documents.append(_part_document(part))
         self._step.add(closed=True, parts=documents)
 
+    def decided(self) -> Plan:
+        # what one rank has written, all of them read
+        self._ranks.meet()
+        if not self._ranks.main:
+            self._step.reopen()
+        return self._whole()
+
+    def refit(self, layer: int, part: Decision, walk: BlockWalk | None) -> None:
+        self._store(layer, walk)
+        if self._ranks.main:
+            path = self._step.path / "plan" / f"refit-{layer:05d}.safetensors"
+            write_tensors(path, _part_tensors(part, self._cutter.provenance), durable=True)
+            self._step.add(refit=layer, **_part_document(part))
+            self._forget(layer)
+        self.refitted = layer + 1
+        self._step.check_stop(f"refitting block {layer + 1} of {self._cutter.layers}", self._ranks)
+
     def finish(self) -> Plan:
         """The whole plan, its large parts still on disk."""
         if not self.closed:
             self.close(iter(()))
-        entries = [*self._step.journal.of("block").values(), *self._step.journal.of("closed")[True]["parts"]]
+        return self._whole()
+
+    def _whole(self) -> Plan:
+        journal = self._step.journal
+        entries = [*journal.of("block").values(), *journal.of("closed")[True]["parts"], *journal.of("refit").values()]
         tensors: dict[str, Stored] = {}
-        for file in sorted((self._step.path / "plan").glob("*.safetensors")):
+        # a part that was refitted replaces what was decided before; what no line tells of doesn't count
+        refits = [self._step.path / "plan" / f"refit-{layer:05d}.safetensors" for layer in journal.of("refit")]
+        others = [f for kind in ("block", "whole") for f in (self._step.path / "plan").glob(f"{kind}-*.safetensors")]
+        for file in [*sorted(others), *refits]:
             tensors |= read_header(file)
         groups, shapes, kept, notes = {}, {}, {}, []
         for entry in entries:

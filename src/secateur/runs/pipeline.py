@@ -99,7 +99,7 @@ def plan_step(
     ranks.meet()
     # again when a run goes on: it may have died before all was looked at
     with outside_checked(source, progress) if ranks.main else nullcontext(progress) as report:
-        if not keeper.closed:
+        if not keeper.complete:
             decide(
                 method,
                 source,

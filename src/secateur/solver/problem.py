@@ -81,7 +81,7 @@ class Curvature:
         if cross_II is not None:
             # of inputs that were never active the dense weight stays
             pulled_OI = w_OI * (self.ridge_I + self.silent_I)
-            g_OI = (w_OI @ cross_II.T.to(w_OI.dtype) + pulled_OI) / self.scale_I
+            g_OI = (w_OI @ cross_II.to(w_OI.dtype).T + pulled_OI) / self.scale_I
         start_OI = scaled_OI if cross_II is None else torch.cholesky_solve(g_OI.T, torch.linalg.cholesky(self.h_II)).T
         return Problem(self, g_OI, start_OI, w_OI)
 

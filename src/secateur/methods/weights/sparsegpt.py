@@ -23,7 +23,7 @@ from torch import Tensor
 from secateur.allocate import MaskRule, PerMatrix, parse_pattern
 from secateur.methods import Descriptor, Seen, Target, WeightMethod, option, register
 from secateur.observe import Gram
-from secateur.solver import damping_notes, inverse_factor, obs_sweep
+from secateur.solver import damping_notes, inverse_factor, obs_sweep, sweep_flops
 
 
 @register("sparsegpt")
@@ -37,6 +37,7 @@ class SparseGPT(WeightMethod):
 
     statistics: ClassVar = {"gram": Gram}
     sequential: ClassVar[bool] = True
+    sweeps: ClassVar[bool] = True
     descriptor: ClassVar = Descriptor(
         object="weights",
         granularity="element",
@@ -65,6 +66,9 @@ class SparseGPT(WeightMethod):
             weight = weight.masked_fill(dead, 0)
         weight, keep, _ = obs_sweep(weight, factor, rule.keep, block=block, group=group)
         return keep, weight, damping_notes(target.name, self.damping, used)
+
+    def solve_flops(self, outputs: int, inputs: int) -> int:
+        return sweep_flops(outputs, inputs)
 
     def _factor(self, gram: Gram) -> tuple[Tensor, float]:
         return inverse_factor(gram.total_CC * (2.0 / gram.sequences), self.damping)

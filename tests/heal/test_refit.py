@@ -1,0 +1,234 @@
+"""``heal=refit`` on whole models: what it solves, what it sees, and that every method can have it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import secateur as sc
+from families import make_tiny, tiny_ids
+from runs import plan_for
+from secateur.engine import decide
+from secateur.errors import DataError, OptionError
+from secateur.heal import Refit, with_statistics
+from secateur.methods import UnitMethod, WeightMethod, get_method, list_methods, make_method
+from secateur.models.decoders import decoder_anatomy
+from secateur.models.sources import Source
+from secateur.observe import Cross, Gram, Moments
+from secateur.observe.driver import BlockWalk
+from secateur.plans import Plan
+from secateur.report.build import removed_fraction
+
+IDS = tiny_ids(windows=12, length=32)
+WEIGHTS = [m for m in list_methods() if issubclass(get_method(m), WeightMethod)]
+UNITS = [m for m in list_methods() if issubclass(get_method(m), UnitMethod)]
+DOUBLE = torch.float64
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Float64, so that what is compared differs by rounding only."""
+    return make_tiny("llama").double()
+
+
+def inputs_of(model, names):
+    """What modules read when the model reads the calibration tokens, [tokens, channels] each."""
+    seen, handles = {}, []
+    for name in names:
+
+        def hook(module, args, name=name):
+            seen[name] = args[0].detach().reshape(-1, args[0].shape[-1])
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+    with torch.no_grad():
+        model(IDS)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def refitted(w_OI, keep_OI, x, y, damping=0.01):
+    """Row by row by normal equations, damped towards the dense weight."""
+    h = x.T @ x
+    ridge = damping * h.diagonal().mean()
+    out = torch.zeros_like(w_OI)
+    for row, mask in enumerate(keep_OI):
+        k = mask.nonzero().flatten()
+        left = h[k][:, k] + ridge * torch.eye(len(k), dtype=DOUBLE)
+        right = x[:, k].T @ y[:, row] + ridge * w_OI[row, k]
+        # pulled towards the dense weight: of what is removed, the pull acts through nothing
+        out[row, k] = torch.linalg.solve(left, right)
+    return out
+
+
+def only(plan: Plan, part: str) -> Plan:
+    """The part of a plan about one block."""
+    from dataclasses import replace
+
+    kinds = ("groups", "keep", "masks", "values", "biases")
+    return replace(plan, **{k: {n: v for n, v in getattr(plan, k).items() if part in n} for k in kinds}, scores={})
+
+
+@pytest.mark.parametrize("target", ["current", "dense"])
+def test_a_refit_solves_for_what_the_mask_keeps(model, target):
+    plan = plan_for("magnitude", model, IDS, dtype=DOUBLE, sparsity=0.5, heal="refit", target=target)
+    plain = plan_for("magnitude", model, IDS, sparsity=0.5)
+    names = ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    # the second block is dense while it is observed, behind the first one as it is cut
+    behind = sc.apply(only(plan, ".0."), model)
+    now, dense = inputs_of(behind, names), inputs_of(model, names)
+    cut = sc.apply(plan, model)
+    for name in names:
+        tensor = f"{name}.weight"
+        w, keep = model.get_parameter(tensor), plan.masks[tensor]
+        assert torch.equal(keep, plain.masks[tensor])
+        wanted = (dense if target == "dense" else now)[name] @ w.T
+        torch.testing.assert_close(
+            cut.get_parameter(tensor), refitted(w, keep, now[name], wanted), rtol=1e-6, atol=1e-8
+        )
+
+
+def error(model, pruned):
+    return float((logits(model) - logits(pruned)).square().mean())
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+@pytest.mark.parametrize("options", [{"sparsity": 0.6}, {"pattern": "2:4"}])
+def test_every_weight_method_can_be_refitted_and_gains(method, options, model):
+    plans = {heal: plan_for(method, model, IDS, dtype=DOUBLE, heal=heal, **options) for heal in ("none", "refit")}
+    first = [name for name in plans["none"].masks if ".layers.0." in name]
+    assert all(torch.equal(plans["none"].masks[name], plans["refit"].masks[name]) for name in first)
+    assert set(plans["refit"].values) == set(plans["refit"].masks)
+    name = "model.layers.0.self_attn.o_proj"
+    x, w = inputs_of(model, [name])[name], model.get_parameter(f"{name}.weight")
+
+    def lost(plan):
+        return float((x @ (w - sc.apply(plan, model).get_parameter(f"{name}.weight")).T).detach().square().sum())
+
+    assert lost(plans["refit"]) < lost(plans["none"]) * 1.001
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_masks_of_one_threshold_for_all_are_refitted_afterwards(method, model):
+    plan = plan_for(method, model, IDS, dtype=DOUBLE, sparsity=0.5, scope="global", heal="refit")
+    plain = plan_for(method, model, IDS, dtype=DOUBLE, sparsity=0.5, scope="global")
+    assert all(torch.equal(mask, plain.masks[name]) for name, mask in plan.masks.items())
+    assert set(plan.values) == set(plan.masks)
+    assert error(model, sc.apply(plan, model)) < error(model, sc.apply(plain, model))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("method", UNITS)
+def test_columns_that_stay_are_refitted_and_a_cut_model_is_the_masked_one(method, family):
+    model = make_tiny(family)
+    options = {"sparsity": 0.4, "round_to": 2}
+    plain = plan_for(method, model, IDS, heal="none", **options)
+    plan = plan_for(method, model, IDS, heal="refit", **options)
+    anatomy = decoder_anatomy(model)
+    first = [name for name in plan.keep if name.startswith("layers.0.")]
+    assert first and all(torch.equal(plan.keep[name], plain.keep[name]) for name in first)
+    cut = [anatomy[name].reader + ".weight" for name in plan.keep if len(plan.removed(name))]
+    assert set(plan.values) == set(plan.masks) == set(cut)
+    masked, small = sc.apply(plan, model, mask=True), sc.apply(plan, model)
+    torch.testing.assert_close(logits(masked), logits(small), rtol=1e-4, atol=1e-4)
+    # a column that leaves is no zero weight beside it
+    assert removed_fraction(plan, anatomy) == pytest.approx(removed_fraction(plain, anatomy), abs=0.02)
+
+
+def test_a_refit_of_columns_with_a_bias_fits_both(model):
+    plan = plan_for("flap", model, IDS, dtype=DOUBLE, sparsity=0.3, heal="refit")
+    name = "model.layers.0.mlp.down_proj"
+    x, w = inputs_of(model, [name])[name], model.get_parameter(f"{name}.weight")
+    kept = plan.keep["layers.0.mlp"]
+    cut = sc.apply(plan, model).get_submodule(name)
+    # the best that any weight and bias can do, but for the damping
+    wide = torch.cat([x[:, kept], torch.ones(len(x), 1, dtype=DOUBLE)], dim=1)
+    best = (x @ w.T - wide @ torch.linalg.lstsq(wide, x @ w.T).solution).detach().square().sum()
+    found = (x @ w.T - cut(x[:, kept])).detach().square().sum()
+    assert float(best) <= float(found) < 1.05 * float(best)
+    # what is left is nothing that a bias could still take
+    torch.testing.assert_close(cut(x[:, kept]).mean(dim=0), (x @ w.T).mean(dim=0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["wanda_sp", "magnitude_sp", "random_sp"])
+def test_a_bias_keeps_the_mean_of_what_the_reader_gives(method, model):
+    plan = plan_for(method, model, IDS, dtype=DOUBLE, sparsity=0.3, heal="bias")
+    name = "model.layers.0.mlp.down_proj"
+    x, w = inputs_of(model, [name])[name], model.get_parameter(f"{name}.weight")
+    kept = plan.keep["layers.0.mlp"]
+    given = x[:, kept] @ w[:, kept].T + plan.biases[f"{name}.bias"].double()
+    torch.testing.assert_close(given.mean(dim=0), (x @ w.T).mean(dim=0), rtol=0, atol=1e-5)
+
+
+def test_nothing_is_observed_twice_and_what_is_missing_is_added():
+    assert set(make_method("sparsegpt", {"heal": "refit"}).observed_statistics()) == {"gram"}
+    assert set(make_method("magnitude").observed_statistics()) == set()
+    found = make_method("magnitude", {"heal": "refit", "target": "dense"}).observed_statistics()
+    assert set(found.values()) == {Gram, Cross}
+    # the walk that decides takes what it did, and the later one what a refit needs
+    flap = make_method("flap", {"heal": "refit"})
+    assert flap.observed_statistics() == make_method("flap").observed_statistics()
+    assert set(flap.refit_statistics().values()) == {Gram, Moments}
+    assert with_statistics({"mine": Gram}, Gram, Moments) == {"mine": Gram, "heal.moments": Moments}
+
+
+def test_the_second_stream_goes_through_the_dense_blocks(model):
+    from secateur.observe.activations import Activations
+
+    source = Source(model)
+    walk = BlockWalk(source, IDS, dtype=DOUBLE, batch_tokens=64, dense=Activations())
+    for layer in range(len(source.blocks)):
+        block = walk.open(layer)
+        seen = walk.observe(block, layer, ["self_attn.q_proj"], {"c": Cross, "g": Gram}, advance=False)
+        with torch.no_grad():
+            block.mlp.down_proj.weight.mul_(0.5)
+        walk.advance(block, layer)
+        now = walk.hidden
+        cross, gram = seen["self_attn.q_proj"]["c"], seen["self_attn.q_proj"]["g"]
+        assert torch.allclose(cross.total_CC, gram.total_CC) == (layer == 0)
+    with torch.no_grad():
+        states = model.model(IDS, output_hidden_states=True).hidden_states
+    last = torch.cat([walk.dense[i] for i in range(len(walk.dense))])
+    torch.testing.assert_close(model.model.norm(last), states[-1])
+    assert not torch.allclose(last, torch.cat([now[i] for i in range(len(now))]))
+
+
+def test_little_data_is_said_once(model):
+    plan = plan_for("wanda", model, IDS[:2], heal="refit", sparsity=0.5)
+    assert plan is not None
+    from secateur.heal.refit import few_tokens
+
+    assert few_tokens(400, 100) == ()
+    assert "399 calibration tokens for 100 weights" in few_tokens(399, 100)[0]
+
+
+def test_a_dead_input_stops_nothing():
+    x = torch.randn(1, 50, 6, generator=torch.Generator().manual_seed(0))
+    x[..., 2] = 0
+    gram, cross = Gram(), Cross()
+    gram.update(x)
+    cross.update_pair(x, x)
+    w = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    keep = torch.ones(4, 6, dtype=torch.bool)
+    keep[:, 0] = False
+    for seen in ({"g": gram}, {"g": gram, "c": cross}):
+        found, notes = Refit().weights("m", w, keep, seen)
+        assert torch.isfinite(found).all() and notes == ()
+        torch.testing.assert_close(found[:, 2], w[:, 2])
+
+
+def test_what_a_method_cannot_do_is_refused():
+    with pytest.raises(OptionError, match="heal must be one of none, refit, got 'bias'"):
+        make_method("wanda", {"heal": "bias"})
+    with pytest.raises(DataError, match="magnitude with heal=refit needs calibration data"):
+        decide(
+            make_method("magnitude", {"heal": "refit"}), Source(make_tiny("llama")), None,
+            dtype=DOUBLE, batch_tokens=64, progress=lambda *_: None,
+        )  # fmt: skip
+    with pytest.raises(OptionError, match="shortgpt takes no heal"):
+        sc.plan(make_tiny("llama"), method="shortgpt", heal="refit")
