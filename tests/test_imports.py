@@ -12,7 +12,7 @@ SOURCE = Path(secateur.__file__).parent
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
 BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", "ranks", "ahead"}
-BASE |= {"usercode", "timing", "kinds", ""}
+BASE |= {"usercode", "timing", "kinds", "latencytable", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "sweep": {"recipes", "api", "methods", "models", "evaluation", "observe", "report", "plans"},
     "recipes": {"api", "allocators", "methods", "allocate", "report", "plans"},
     "engine": {
+        "budgets",
         "keeping",
         "allocators",
         "methods",
@@ -60,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         "structure",
         "plans",
     },
+    "budgets": {"methods", "models", "criteria", "allocate", "observe", "structure", "plans"},
     "networks": {"methods", "report", "allocate", "observe", "heal", "structure", "plans"},
     "train": {"models", "structure", "plans"},
     "api": {
@@ -67,6 +69,7 @@ ALLOWED: dict[str, set[str]] = {
         "allocators",
         "networks",
         "methods",
+        "allocate",
         "models",
         "evaluation",
         "verification",
@@ -101,6 +104,7 @@ ALLOWED: dict[str, set[str]] = {
     "kinds": set(),
     "usercode": set(),
     "timing": set(),
+    "latencytable": set(),
     "ranks": set(),
     "": set(),
 }

@@ -43,8 +43,8 @@ def test_defaults_are_those_of_the_plan(load):
     arguments = load("steps: [{method: flap}]").plan_arguments(load("steps: [{method: flap}]").steps[0])
     assert arguments == {
         "method": "flap", "sparsity": None, "pattern": None, "budget": None, "allocate": None, "heal": None,
-        "target": None, "options": {}, "calibration": "builtin", "samples": 64, "length": 512, "seed": 0, "text_field": None,
-        "dtype": "auto",
+        "target": None, "options": {}, "calibration": "builtin", "samples": 64, "length": 512, "seed": 0,
+        "text_field": None, "dtype": "auto",
     }  # fmt: skip
 
 

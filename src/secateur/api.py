@@ -120,7 +120,7 @@ def plan(
     method: str,
     sparsity: float | None = None,
     pattern: str | None = None,
-    budget: str | None = None,
+    budget: str | Mapping[str, float] | None = None,
     allocate: str | None = None,
     heal: str | None = None,
     target: str | None = None,
@@ -157,8 +157,10 @@ def plan(
     ``method`` removes coupled channels; ``data`` are then batches and ``loss(module, batch)`` is their mean loss, by
     default the cross-entropy of a classifier on (inputs, class indices), for methods that need gradients. Methods that
     look at inputs take batches as they are, labels behind the inputs or none; ``ignore`` as in ``anatomy``.
-    ``budget="latency"`` measures the module's calls on this machine at several widths; ``latency_table`` is a file in
-    which the measurements are kept, and found again. ``ratios`` are fractions of the channels of groups that leave
+    ``budget`` of a decoder may be several fractions that stay, all of them together: ``{"latency": 0.7, "kv_bytes":
+    0.5}``. ``budget="latency"`` measures the module's calls, or the decoder's blocks, on this machine at several
+    widths; ``latency_table`` is a file in which the measurements are kept, and found again, by default that of this
+    machine in the user's cache for decoders. ``ratios`` are fractions of the channels of groups that leave
     whatever their scores (``{"layer4.*": 0.5}``, by pattern); the others make up the rest of the budget.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
@@ -202,6 +204,7 @@ def plan(
         statistics=statistics_folder(statistics, mine, tokens, chosen, compute, batch_tokens),
         allocator=allocation.allocator if allocation else None,
         allocator_statistics=statistics_folder(statistics, mine, tokens, allocation, compute, batch_tokens),
+        latency_table=Path(latency_table) if latency_table is not None else None,
     )
     decision = keeper.whole
     provenance = Provenance(
@@ -213,6 +216,7 @@ def plan(
         dtype=str(compute).removeprefix("torch."),
         versions=library_versions(),
         notes=tuple(decision.notes),
+        budgets=decision.budgets,
         allocation=allocation.provenance if allocation else None,
     ).allocated(keeper.allocated())
     return Plan(
@@ -231,7 +235,7 @@ def method_options(
     options: Mapping[str, Any] | None,
     sparsity: float | None,
     pattern: str | None,
-    budget: str | None,
+    budget: str | Mapping[str, float] | None,
     seed: int,
     heal: str | None = None,
     target: str | None = None,
@@ -240,11 +244,15 @@ def method_options(
 
     Raises OptionError for a general argument that the method doesn't have.
     """
+    from secateur.allocate.asked import written
     from secateur.errors import OptionError
     from secateur.methods import get_method
 
     fields = get_method(method).option_fields()
     merged = dict(options or {})
+    budget = None if budget is None else written(budget)
+    if sparsity is not None and "=" in (budget or ""):
+        raise OptionError(f"sparsity and budget {budget} both say how much stays: give one of them")
     general = {"sparsity": sparsity, "pattern": pattern, "budget": budget, "heal": heal, "target": target}
     for name, value in general.items():
         if value is None:

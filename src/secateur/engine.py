@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import singledispatchmethod
+from functools import partial, singledispatchmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,15 @@ from secateur.allocators import (
     check_follows,
     matrix_sparsities,
     with_sparsity,
+)
+from secateur.budgets import (
+    Budgets,
+    measure_variants,
+    read_losses,
+    variants_file,
+    variants_of,
+    windows_for,
+    write_losses,
 )
 from secateur.errors import BudgetError, DataError, UnsupportedModelError, UsageError
 from secateur.heal import BiasHealer, Refit, find
@@ -53,18 +62,20 @@ def decide(
     ranks: Ranks = ALONE,
     allocator: Allocator | None = None,
     allocator_statistics: Path | None = None,
+    latency_table: Path | None = None,
 ) -> Keeper:
     """What ``method`` removes from the model of ``source``; ``tokens`` are its calibration windows.
 
     Blocks that ``keeper`` has finished are left out. ``hidden`` are the activations at that point, or empty ones.
     ``statistics`` is a folder in which those of the dense model are kept, and found again, one file per block.
     Each of the ``ranks`` walks its part of the windows, and all of them decide the same. The ``allocator`` gives
-    every matrix its sparsity first; its statistics are kept in ``allocator_statistics``.
+    every matrix its sparsity first; its statistics are kept in ``allocator_statistics``. ``latency_table`` is the file
+    of a budget of latency, by default one in the user's cache.
     """
     if allocator is not None:
         check_follows(allocator, method)
     run = _Run(method, source, tokens, dtype, batch_tokens, progress, keeper or Keeper(), hidden, statistics, ranks)
-    run.allocator, run.allocator_statistics = allocator, allocator_statistics
+    run.allocator, run.allocator_statistics, run.latency_table = allocator, allocator_statistics, latency_table
     if not run.keeper.closed:
         run.decide(method)
     if isinstance(method, WeightMethod | UnitMethod) and method.refits_later and run.keeper.closed:
@@ -93,6 +104,7 @@ class _Run:
         self.anatomy: Anatomy = decoder_anatomy(source.model, heads=getattr(method, "heads", "kv"))
         self.layers = len(source.blocks)
         self.statistics, self.ranks = statistics, ranks
+        self.latency_table: Path | None = None
         self._walk: BlockWalk | None = None
         self.allocator: Allocator | None = None
         self.allocator_statistics: Path | None = None
@@ -246,15 +258,17 @@ class _Run:
         groups = self.anatomy.of_kind(*method.kinds)
         if not groups:
             raise UnsupportedModelError(unknown_family(self.source.model))
-        if method.sparsity == 0:
+        if all(fraction == 1 for fraction in method.asked.values()):
             return
         total = Limits(budget=method.budget).cost(self.anatomy.blocks)
+        # refused before anything is observed
+        budgets = self._budgets(method, groups) if method.programmed else None
         for layer in self._blocks("calibrate" if self._observed else "score"):
             members = [g for g in groups if g.layer == layer]
             readers = [g.reader for g in members if g.reader]
-            block, seen = self._observe(layer, readers, advance=not method.sequential)
+            block, seen = self._observe(layer, readers, advance=not method.in_sequence)
             part = Decision(scores=self._scores(method, members, seen))
-            if method.sequential:
+            if method.in_sequence:
                 self._allocate(method, members, part.scores, total // self.layers, part)
                 self._revise(method, members, seen, part)
                 self._compensate(method, members, seen, part)
@@ -265,15 +279,20 @@ class _Run:
                     self._silence(block, members, part)
             self._advance(method, block, layer)
             self.keeper.keep(
-                layer, part, final=method.sequential, walk=self._walk, seen=None if method.sequential else seen
+                layer, part, final=method.in_sequence, walk=self._walk, seen=None if method.in_sequence else seen
             )
             del block, seen
-        if not method.sequential:
-            self.keeper.close(self._allocate_all(method, groups, total))
+        if not method.in_sequence:
+            self.keeper.close(self._allocate_all(method, groups, total, budgets))
 
-    def _allocate_all(self, method: UnitMethod, groups: list[Group], total: int) -> Iterator[Decision]:
-        part = Decision()
-        self._allocate(method, groups, self.keeper.scores(), total, part)
+    def _allocate_all(
+        self, method: UnitMethod, groups: list[Group], total: int, budgets: Budgets | None
+    ) -> Iterator[Decision]:
+        part, scores = Decision(), self.keeper.scores()
+        if budgets is None:
+            self._allocate(method, groups, scores, total, part)
+        else:
+            self._meet(budgets, method, groups, scores, part)
         revises = type(method).revise is not UnitMethod.revise
         # of what a method has no use for, nothing is read
         for layer in range(self.layers) if method.compensates or revises else ():
@@ -293,8 +312,10 @@ class _Run:
     def _allocate(
         self, method: UnitMethod, groups: list[Group], scores: Mapping[str, Tensor], total: int, part: Decision
     ) -> None:
-        limits = Limits(budget=method.budget, min_keep=method.min_keep, round_to=method.round_to)
-        kept = method.allocator().allocate({g.name: scores[g.name] for g in groups}, groups, total, limits)
+        kept = method.allocator().allocate({g.name: scores[g.name] for g in groups}, groups, total, _limits(method))
+        self._keep(groups, kept, part)
+
+    def _keep(self, groups: list[Group], kept: Mapping[str, Tensor], part: Decision) -> None:
         for group in groups:
             part.groups[group.name] = group.units
             part.keep[group.name] = kept[group.name]
@@ -309,6 +330,49 @@ class _Run:
             if len(gone) and group.balance == 1:
                 gone = method.revise(self._group_target(group), seen.get(group.reader or "", {}), gone)
                 part.keep[group.name] = _complement(gone.cpu(), group.units)
+
+    def _budgets(self, method: UnitMethod, groups: list[Group]) -> Budgets:
+        def found() -> Budgets:
+            budgets = Budgets.of(method, self.anatomy, self.source, self.latency_table, self.progress)
+            budgets.check(groups, _limits(method))
+            return budgets
+
+        return self.ranks.on_main(found)
+
+    def _meet(
+        self, budgets: Budgets, method: UnitMethod, groups: list[Group], scores: Mapping[str, Tensor], part: Decision
+    ) -> None:
+        """Decide by an integer programme over all groups."""
+        losses = self._variant_losses(method, groups, scores) if method.variants == "measured" else None
+        allocator = budgets.allocator(scores, losses)
+        kept = allocator.allocate({g.name: scores[g.name] for g in groups}, groups, 0, _limits(method))
+        self._keep(groups, kept, part)
+        part.budgets = budgets.account(kept, groups)
+        part.notes += budgets.notes
+
+    def _variant_losses(
+        self, method: UnitMethod, groups: list[Group], scores: Mapping[str, Tensor]
+    ) -> dict[str, dict[int, float]]:
+        tokens, dtype, *_ = self._walk_arguments
+        assert tokens is not None
+        ids = windows_for(tokens.ids, method.variant_tokens)
+        variants = {g.name: variants_of(g, scores[g.name], _limits(method)) for g in groups}
+        path = variants_file(self.statistics, ids, variants, [method.name, method.options(), str(dtype)])
+        losses = read_losses(path)
+        if losses is None:
+            losses = measure_variants(
+                self.source, ids, variants, groups, partial(self._cut_to, method), dtype=dtype, progress=self.progress
+            )
+            if path is not None:
+                write_losses(path, losses)
+        return losses
+
+    def _cut_to(self, method: UnitMethod, block: nn.Module, group: Group, units: Tensor) -> None:
+        """Leave these units of a group in the working copy of its block, and make up for the others."""
+        part = Decision(groups={group.name: group.units}, keep={group.name: units})
+        if method.compensates:
+            self._compensate(method, [group], self.keeper.seen(group.layer), part)
+        self._silence(block, [group], part)
 
     def _compensate(self, method: UnitMethod, groups: list[Group], seen: SeenByModule, part: Decision) -> None:
         for group in groups:
@@ -516,6 +580,10 @@ class _Run:
         # float64 models are kept as they are: their users want the exact answer
         weight = weight if weight.dtype == torch.float64 else weight.float()
         return Target(name, kind, layer, weight) if columns is None else Target(name, kind, layer, weight, columns)
+
+
+def _limits(method: UnitMethod) -> Limits:
+    return Limits(budget=method.budget, min_keep=method.min_keep, round_to=method.round_to)
 
 
 def _check_pattern(pattern: str, matrices: list[Matrix]) -> None:

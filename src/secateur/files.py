@@ -14,6 +14,13 @@ from secateur.errors import OutputError
 from secateur.remote import check_remote, is_url, place, remote_folder, upload_folder
 
 
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept: SECATEUR_CACHE, or ``secateur`` in the user's cache folder."""
+    if own := os.environ.get("SECATEUR_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
+
+
 def check_output(folder: str | Path, overwrite: bool = False) -> None:
     """Refuse an output that exists, before any work starts. Raises OutputError, and for a URL what fsspec lacks."""
     if is_url(folder):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from secateur.observe.driver import BlockWalk
+    from secateur.plans import BudgetAccount
 
 SeenByModule = Mapping[str, Mapping[str, Any]]
 
@@ -27,10 +28,11 @@ class Decision:
     biases: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    budgets: dict[str, BudgetAccount] = field(default_factory=dict)
 
     def add(self, other: Decision) -> None:
         """Take in the decision about other parts of the model."""
-        for name in ("groups", "keep", "masks", "values", "biases", "scores"):
+        for name in ("groups", "keep", "masks", "values", "biases", "scores", "budgets"):
             getattr(self, name).update(getattr(other, name))
         self.notes += other.notes
 

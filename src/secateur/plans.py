@@ -107,6 +107,18 @@ class Allocation(BaseModel):
         return f"{self.allocator}:{options}" if options else self.allocator
 
 
+class BudgetAccount(BaseModel):
+    """A budget and what came of it: ``asked`` is the fraction of the dense cost that may stay."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    asked: float
+    dense: float
+    pruned: float
+    """Counted, or expected from measurements."""
+    unit: str = ""
+
+
 class Provenance(BaseModel):
     """How a plan came to be; enough to make it again."""
 
@@ -136,10 +148,13 @@ class Provenance(BaseModel):
         chosen = self.allocation.model_copy(update={"sparsities": dict(sparsities or {})})
         return self.model_copy(update={"allocation": chosen})
 
+    budgets: dict[str, BudgetAccount] = Field(default_factory=dict)
+    """Budgets that were met together, by name; empty where the method spread one by itself."""
+
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # plans keep the bytes that they had before there were traced modules, and networks that start anew
-        absent: dict[str, Any] = {"inputs": None, "initialised": "", "allocation": None}
+        # plans keep the bytes that they had before there were these
+        absent: dict[str, Any] = {"inputs": None, "initialised": "", "allocation": None, "budgets": {}}
         return {key: value for key, value in handler(self).items() if key not in absent or value != absent[key]}
 
 

@@ -61,7 +61,7 @@ class Step(BaseModel):
     method: str
     sparsity: float | None = None
     pattern: str | None = None
-    budget: str | None = None
+    budget: str | dict[str, float] | None = None
     allocate: str | None = None
     heal: str | None = None
     target: str | None = None
@@ -100,6 +100,7 @@ class Recipe(BaseModel):
     devices: list[str] = Field(default_factory=list)
     max_shard_size: str = "5GB"
     activation_memory: str | None = None
+    latency_table: str | None = None
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Recipe:
@@ -152,6 +153,7 @@ class Recipe(BaseModel):
             "heal": step.heal,
             "target": step.target,
             "options": step.options,
+            "latency_table": self.latency_table,
             "calibration": self.calibration.source,
             "samples": self.calibration.samples,
             "length": self.calibration.length,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 
 import torch
+
+from secateur.errors import OptionError, nearest
 
 Step = Callable[[int], None]
 """Called with the number of rounds that are done."""
@@ -44,3 +47,30 @@ def take_turns(
                 times[name].append(taken)
         step(repeat + 2)
     return times
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A request to a language model: ``batch`` sequences of ``prompt`` tokens, to which ``new`` tokens are written."""
+
+    batch: int = 1
+    prompt: int = 256
+    new: int = 32
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """From ``batch=1,prompt=256,new=32``, any of which may be left out. Raises OptionError."""
+        known = [field.name for field in fields(cls)]
+        found: dict[str, int] = {}
+        for part in text.split(",") if text else ():
+            name, _, value = (piece.strip() for piece in part.partition("="))
+            if name not in known:
+                raise OptionError(f"a workload is made of {', '.join(known)}, got {name!r}{nearest(name, known)}")
+            least = 0 if name == "new" else 1
+            if not value.isdecimal() or int(value) < least:
+                raise OptionError(f"workload {name} must be a whole number of at least {least}, got {value!r}")
+            found[name] = int(value)
+        return cls(**found)
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={value}" for name, value in asdict(self).items())

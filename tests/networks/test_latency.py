@@ -13,8 +13,8 @@ import secateur as sc
 from channel_networks import Attention, Residual
 from secateur import timing
 from secateur.errors import BudgetError, DataError, UnsupportedModelError, UsageError
+from secateur.latencytable import Entry, LatencyTable
 from secateur.networks import timedcalls
-from secateur.networks.latencytable import Entry, LatencyTable
 from secateur.plans import Plan
 from secateur.structure.resize import named_arguments
 

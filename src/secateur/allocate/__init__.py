@@ -5,12 +5,14 @@ from secateur.allocate.channels import CostOf, allocate_channels
 from secateur.allocate.cropping import crop_scores, fit_shares
 from secateur.allocate.densities import erk, global_masks, of_masks, synexp, uniform
 from secateur.allocate.masks import MaskRule, NofM, PerMatrix, PerRow, lowest_of_all, mask_rule, parse_pattern
+from secateur.allocate.programme import Budget, ProgrammeAllocator, choose, measured_losses, score_losses
 from secateur.allocate.shares import fit_sparsities, mixed_patterns, removed_counts
 from secateur.allocate.units import Allocator, GlobalAllocator, ManualAllocator, UniformAllocator
 
 __all__ = [
     "CHANNEL_SCOPES",
     "Allocator",
+    "Budget",
     "CostOf",
     "GlobalAllocator",
     "ManualAllocator",
@@ -18,8 +20,10 @@ __all__ = [
     "NofM",
     "PerMatrix",
     "PerRow",
+    "ProgrammeAllocator",
     "UniformAllocator",
     "allocate_channels",
+    "choose",
     "crop_scores",
     "erk",
     "fit_shares",
@@ -27,10 +31,12 @@ __all__ = [
     "global_masks",
     "lowest_of_all",
     "mask_rule",
+    "measured_losses",
     "mixed_patterns",
     "of_masks",
     "parse_pattern",
     "removed_counts",
+    "score_losses",
     "synexp",
     "uniform",
 ]

@@ -85,7 +85,7 @@ def kept_units(chosen: Sequence[Bundle], groups: Sequence[Group]) -> Kept:
     return {name: torch.cat(parts).sort().values if parts else empty for name, parts in kept.items()}
 
 
-def _minimum(group: Group, ordered: Sequence[Bundle], limits: Limits) -> int:
+def least_bundles(group: Group, ordered: Sequence[Bundle], limits: Limits) -> int:
     """Number of bundles that hold at least ``min_keep`` units (per key-value group, for query heads)."""
     needed, held = limits.min_keep * group.balance, 0
     for count, bundle in enumerate(ordered, start=1):
@@ -117,7 +117,7 @@ class GlobalAllocator:
         forced, free = [], []
         for group in groups:
             ordered = bundles(group, scores[group.name], limits)
-            least = _minimum(group, ordered, limits)
+            least = least_bundles(group, ordered, limits)
             forced += ordered[:least]
             free += ordered[least:]
         free.sort(key=lambda b: -b.value)
@@ -161,7 +161,7 @@ class UniformAllocator:
 
     def _layer(self, scores: Scores, groups: Sequence[Group], share: float, limits: Limits) -> list[Bundle]:
         ordered = {g.name: bundles(g, scores[g.name], limits) for g in groups}
-        least = {g.name: _minimum(g, ordered[g.name], limits) for g in groups}
+        least = {g.name: least_bundles(g, ordered[g.name], limits) for g in groups}
         keep = {n: max(least[n], len(b) - int(len(b) * self.sparsity)) for n, b in ordered.items()}
         if self.fill and self.sparsity > 0:
             self._meet(groups, ordered, least, keep, share, limits)
@@ -228,7 +228,7 @@ class ManualAllocator:
         forced, free = [], []
         for group in groups:
             ordered = bundles(group, scores[group.name], limits)
-            least = _minimum(group, ordered, limits)
+            least = least_bundles(group, ordered, limits)
             forced += ordered[:least]
             free += ordered[least:]
         free.sort(key=lambda b: -b.value)

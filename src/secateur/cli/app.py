@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli import allocators, convert, describe, estimate, evaluate, inspect, methods, plan, prune, sweep, verify
+from secateur.cli import (
+    allocators,
+    convert,
+    describe,
+    estimate,
+    evaluate,
+    inspect,
+    latency_table,
+    methods,
+    plan,
+    prune,
+    sweep,
+    verify,
+)
 from secateur.cli.examples import help_text
 from secateur.cli.options import Plugins, load_plugins
 
@@ -44,6 +57,7 @@ app.command("sweep", help=help_text("sweep"))(sweep.sweep)
 app.command("verify", help=help_text("verify"))(verify.verify)
 app.command("convert", help=help_text("convert"))(convert.convert)
 app.command("inspect", help=help_text("inspect"))(inspect.inspect)
+app.command("latency-table", help=help_text("latency-table"))(latency_table.latency_table)
 app.command("methods", help=help_text("methods"))(methods.methods)
 app.command("allocators", help=help_text("allocators"))(allocators.allocators)
 app.command("describe", help=help_text("describe"))(describe.describe)

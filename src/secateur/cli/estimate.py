@@ -29,6 +29,8 @@ from secateur.cli.options import (
     Sparsity,
     StoredFormat,
     TrustRemoteCode,
+    Uniform,
+    joined,
     load_plugins,
 )
 from secateur.cli.output import print_json, show, working
@@ -51,6 +53,7 @@ def estimate(
     allocate: Allocate = None,
     heal: Heal = None,
     target: Aim = None,
+    uniform: Uniform = False,
     recipe: RecipeFile = None,
     options: MethodOptions = None,
     samples: Samples = None,
@@ -73,7 +76,7 @@ def estimate(
     quiet: Quiet = False,
 ) -> None:
     load_plugins(plugin)
-    step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget, "allocate": allocate}
+    step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": joined(budget), "allocate": allocate}
     step |= {"heal": heal, "target": target}
     top = {
         "model": model,
@@ -85,7 +88,8 @@ def estimate(
         "activation_memory": activation_memory,
     }
     data = {"samples": samples, "length": length}
-    job = build_recipe(recipe, given(top), given(data), given(step), parse_options(options or []))
+    own = {**parse_options(options or []), **({"uniform": "true"} if uniform else {})}
+    job = build_recipe(recipe, given(top), given(data), given(step), own)
     if job.model is None:
         raise UsageError("name a model: a hub id, a folder, a .gguf file or smollm2-135m")
     job.check_methods()

@@ -49,6 +49,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Measure models side by side; the first is the baseline.",
         "secateur evaluate smollm2-135m pruned --task perplexity:builtin --task size",
     ),
+    "latency-table": (
+        "Measure what a request takes by the widths of a model's blocks, for budgets of latency.",
+        "secateur latency-table smollm2-135m --workload batch=1,prompt=16,new=2 --out latency.csv",
+    ),
     "sweep": (
         "Prune a model at many settings, and show which of them are worth having.",
         "secateur sweep sweep.yaml --workers 1 --out sweep",

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from secateur.models.sources import Source
+    from secateur.plans import Plan
     from secateur.recipes import Recipe
     from secateur.report import Report
     from secateur.runs.pipeline import StepResult
@@ -47,14 +48,14 @@ class Measurement:
         table = api.evaluate(
             {"dense": dense, "pruned": pruned},
             tokenizer,
-            list(dict.fromkeys([*self.job.evaluate, "size"])),
+            list(dict.fromkeys([*self.job.evaluate, *_asked(result.plan), "size"])),
             length=self.job.calibration.length,
             windows=self.job.windows,
             seed=self.job.calibration.seed,
             text_field=self.job.calibration.text_field,
             progress=self.progress,
         )
-        report.metrics = list(table)
+        report.metrics = [*report.metrics, *table]
         prompt = self.prompt or (DEFAULT_PROMPT if self.sample else None)
         if prompt is not None and tokenizer is not None:
             from secateur.report import Sample
@@ -77,9 +78,14 @@ class Measurement:
         for tally in result.tallies.values():
             pruned.know(tally.zeros)
         try:
-            report.metrics = stored_size({"dense": source, "pruned": pruned})
+            report.metrics = [*report.metrics, *stored_size({"dense": source, "pruned": pruned})]
         finally:
             pruned.close()
+
+
+def _asked(plan: Plan) -> list[str]:
+    """What must be measured to see whether the budgets of a plan are met: the rest is counted."""
+    return [f"request:{p.options['workload']}" for p in plan.provenance if "latency" in p.budgets]
 
 
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

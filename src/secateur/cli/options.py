@@ -36,7 +36,25 @@ Sparsity = Annotated[
 ]
 Pattern = Annotated[str | None, typer.Option(metavar="N:M", help="N zeros in every M weights, as in 2:4.")]
 Budget = Annotated[
-    str | None, typer.Option(metavar="params|macs|bytes|channels|latency", help="What the sparsity is a fraction of.")
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[=FRACTION]",
+        help="What the sparsity is a fraction of: params, macs, bytes, kv_bytes, channels, latency. Or, of language "
+        "models, NAME=FRACTION, the fraction of the dense model that may stay; repeatable, all of them are met.",
+    ),
+]
+Uniform = Annotated[
+    bool,
+    typer.Option("--uniform", help="Heads and neurons: the best widths that are equal in every layer."),
+]
+LatencyTableFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--latency-table",
+        metavar="FILE",
+        help="JSON or CSV file in which the times of a latency budget are kept, and found again; it may come from "
+        "another machine.",
+    ),
 ]
 Allocate = Annotated[
     str | None,
@@ -95,6 +113,11 @@ Plugins = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="FILE|MODULE", help="Python code that registers methods; repeatable."),
 ]
+
+
+def joined(budget: Sequence[str] | None) -> str | None:
+    """Budgets that were given one by one, as one text."""
+    return ",".join(budget) if budget else None
 
 
 def only_for(what: str, context: typer.Context, names: Collection[str], meant: str) -> None:

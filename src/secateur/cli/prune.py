@@ -22,6 +22,7 @@ from secateur.cli.options import (
     Ignore,
     Inputs,
     Json,
+    LatencyTableFile,
     Length,
     MaxShardSize,
     MethodName,
@@ -37,6 +38,8 @@ from secateur.cli.options import (
     Sparsity,
     StoredFormat,
     TrustRemoteCode,
+    Uniform,
+    joined,
     load_plugins,
     only_for,
 )
@@ -54,8 +57,8 @@ if TYPE_CHECKING:
 
 # options that count for traced networks, and those that count for them alone
 _NETWORK_OPTIONS = {"model", "method", "sparsity", "budget", "out", "options", "seed", "report", "evaluate"}
-_NETWORK_OPTIONS |= {"dry_run", "overwrite"}
-_NETWORK_ONLY = {"input", "ignore", "data", "loss", "latency_table"}
+_NETWORK_OPTIONS |= {"dry_run", "overwrite", "latency_table"}
+_NETWORK_ONLY = {"input", "ignore", "data", "loss"}
 _ALWAYS = {"plugin", "json", "quiet"}
 
 
@@ -159,14 +162,8 @@ def prune(
             help="Function of module and batch (default: cross-entropy of a classifier).",
         ),
     ] = None,
-    latency_table: Annotated[
-        Path | None,
-        typer.Option(
-            "--latency-table",
-            metavar="FILE",
-            help="Where the times of --budget latency are kept, and found again by later runs on this machine.",
-        ),
-    ] = None,
+    latency_table: LatencyTableFile = None,
+    uniform: Uniform = False,
     plugin: Plugins = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -178,7 +175,7 @@ def prune(
             model or "",
             method=method,
             sparsity=sparsity,
-            budget=budget,
+            budget=joined(budget),
             out=out,
             options=parse_options(options or []),
             seed=seed or 0,
@@ -194,7 +191,7 @@ def prune(
         return
     everything = {str(parameter.name) for parameter in context.command.params}
     only_for("a language model", context, everything - _NETWORK_ONLY, "traced networks")
-    step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": budget, "allocate": allocate}
+    step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": joined(budget), "allocate": allocate}
     step |= {"heal": heal, "target": target}
     calibrate = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
@@ -209,11 +206,13 @@ def prune(
         "format": format,
         "max_shard_size": max_shard_size,
         "activation_memory": activation_memory,
+        "latency_table": str(latency_table) if latency_table else None,
     }
+    own = {**parse_options(options or []), **({"uniform": "true"} if uniform else {})}
     ranks = join()
     with ranks.together(), working(quiet or not ranks.main) as progress:
         load_plugins(plugin)
-        job = build_recipe(recipe, given(top), given(calibrate), given(step), parse_options(options or []))
+        job = build_recipe(recipe, given(top), given(calibrate), given(step), own)
         html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
         ranks.on_main(lambda: check_push(push_to_hub, job.out, private=private, overwrite=overwrite))
         if dry_run and ranks.size > 1:

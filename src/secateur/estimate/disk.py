@@ -18,7 +18,7 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
     # the states before and after a block are both there for a moment; and a file is kept once it is needed
     states = (4 if spills(sizes, job) else 2) * hidden
     seen = 0
-    if isinstance(job.method, UnitMethod) and not job.method.sequential:
+    if isinstance(job.method, UnitMethod) and not job.method.in_sequence:
         seen = sum(n.stored for block in sizes.blocks for n in job.needs(block, sizes.hidden))
     ranked = 4 * linear if job.ranks_globally else 0
     blocks = checkpoint_bytes(sizes, job) - sizes.outside_stored

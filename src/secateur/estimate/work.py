@@ -50,7 +50,7 @@ def forward_flops(block: BlockSizes, sizes: Sizes, job: Job) -> int:
 
 def _unread_flops(block: BlockSizes, job: Job) -> int:
     """Of the products with the input that comes last: a forward that only looks at inputs ends there."""
-    if not (job.observes and job.method.sequential):
+    if not (job.observes and job.method.in_sequence):
         return 0
     return sum(2 * job.tokens * outputs * inputs for last in block.inputs[-1:] for outputs, inputs in last.matrices)
 
@@ -62,7 +62,7 @@ def _passes(job: Job, *, last: bool) -> int:
     """
     if not job.method.statistics:
         return int(job.allocates)
-    return int(job.allocates) + (2 if job.method.sequential and not last else 1)
+    return int(job.allocates) + (2 if job.method.in_sequence and not last else 1)
 
 
 def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:

@@ -12,6 +12,7 @@ from secateur.evaluation.base import Evaluation, Inputs, Progress, Settings, is_
 from secateur.evaluation.latency import Latency, Macs
 from secateur.evaluation.lm_eval_task import LmEval
 from secateur.evaluation.perplexity import Perplexity
+from secateur.evaluation.request import Request
 from secateur.evaluation.size import Size
 from secateur.evaluation.speed import Speed
 from secateur.evaluation.tables import Table
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 KINDS: dict[str, tuple[str, Callable[[str], Evaluation]]] = {
     "perplexity": ("perplexity:SOURCE", Perplexity.parse),
     "speed": ("speed", Speed.parse),
+    "request": ("request", Request.parse),
     "size": ("size", Size.parse),
     "lm_eval": ("lm_eval:TASK", LmEval.parse),
     "accuracy": ("accuracy:IMAGES", Accuracy.parse),
@@ -32,7 +34,7 @@ KINDS: dict[str, tuple[str, Callable[[str], Evaluation]]] = {
 }
 
 # What only language models have.
-DECODERS_ONLY = ("perplexity", "speed", "lm_eval")
+DECODERS_ONLY = ("perplexity", "speed", "request", "lm_eval")
 
 FOR_ALL = tuple(form for kind, (form, _) in KINDS.items() if kind not in DECODERS_ONLY)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.allocate import CHANNEL_SCOPES, Allocator, MaskRule
+from secateur.allocate.asked import parse_budgets
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
 from secateur.errors import OptionError, UsageError, nearest
 from secateur.heal.refit import TARGETS, with_statistics
@@ -25,6 +26,7 @@ from secateur.observe import Cross, Gram, Moments, Statistic
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.layers import Layer, layers_of
 from secateur.structure.streams import residual_streams
+from secateur.timing import Workload
 
 DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
     "object": ("weights", "heads_and_neurons", "layers", "channels"),
@@ -353,7 +355,20 @@ class UnitMethod(Method):
     """Removes whole heads and FFN neurons."""
 
     sparsity: float = option(0.2, "fraction of the budget (by default of the blocks' parameters) removed", ge=0, lt=1)
-    budget: str = option("params", "what the sparsity is a fraction of", choices=("params", "macs", "bytes"))
+    budget: str = option(
+        "params",
+        "what the sparsity is a fraction of (params, macs, bytes, kv_bytes, latency), or fractions of the dense model"
+        " that may stay, all of them together (latency=0.7,kv_bytes=0.5)",
+    )
+    uniform: bool = option(False, "the best widths that are equal in every layer, so that the checkpoint stays plain")
+    variants: str = option(
+        "measured",
+        "with uniform, kv_bytes, latency or fractions, what a group with fewer units loses: the KL divergence measured"
+        " with all other groups whole, or the sum of the scores of what leaves",
+        choices=("measured", "scores"),
+    )
+    variant_tokens: int = option(1024, "calibration tokens on which variants are measured", unit="tokens", ge=1)
+    workload: str = option("batch=1,prompt=256,new=32", "the request whose latency is a budget", unit="tokens")
     heads: str = option(
         "kv", "attention unit: a key-value head with its queries, or one query head of each", choices=("kv", "query")
     )
@@ -380,7 +395,7 @@ class UnitMethod(Method):
 
     @property
     def refits_later(self) -> bool:
-        return self.refits and not self.sequential
+        return self.refits and not self.in_sequence
 
     @property
     def compensates(self) -> bool:
@@ -407,6 +422,38 @@ class UnitMethod(Method):
     def solve_flops(self, outputs: int, inputs: int) -> int:
         """Operations of the products by which the method judges the units of one weight; for estimates."""
         return 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Workload.parse(self.workload)
+        if "kv_bytes" in self.asked and self.heads == "query":
+            raise OptionError("budget kv_bytes needs heads=kv: single query heads leave the KV cache as it is")
+
+    @cached_property
+    def asked(self) -> Mapping[str, float]:
+        """Budget → fraction of the dense model that may stay."""
+        return parse_budgets(self.budget, self.sparsity)
+
+    @property
+    def programmed(self) -> bool:
+        """Whether an integer programme decides how many units stay, in place of the method's own allocator."""
+        return self.uniform or "=" in self.budget or self.budget in ("kv_bytes", "latency")
+
+    @property
+    def uses_data(self) -> bool:
+        return super().uses_data or (self.programmed and self.variants == "measured")
+
+    @property
+    def in_sequence(self) -> bool:
+        # how many units stay of a block depends on all others, so all are scored in the dense model
+        return super().in_sequence and not self.programmed
+
+    def options(self) -> dict[str, Any]:
+        # where the budget says what stays, nothing asks for the sparsity, and nobody should read its default
+        found = super().options()
+        if "=" in self.budget:
+            del found["sparsity"]
+        return found
 
     def score(self, target: Target, seen: Seen) -> Tensor:
         """Score of every unit, [units], higher = keep."""

@@ -123,16 +123,17 @@ class Source:
         """A working copy of one block in ``dtype`` on its device, in eval mode; writing to it changes nothing else."""
         return copy.deepcopy(self.blocks[layer]).to(self.device_of(layer), dtype).eval()
 
-    def shell(self, dtype: torch.dtype) -> nn.Module:
+    def shell(self, dtype: torch.dtype, *, whole: bool = False) -> nn.Module:
         """The base model in ``dtype`` around the source's own blocks, which its caller must not run.
 
-        Embeddings, which may be larger than all the rest, stay as they are stored; only what they give is converted.
+        With ``whole`` the head is part of it. Embeddings, which may be larger than all the rest, stay as they are
+        stored; only what they give is converted.
         """
-        base = self.model.base_model
+        base = self.model if whole else self.model.base_model
         # nothing is copied but the modules themselves
         shared = {id(p): p for p in base.parameters()} | {id(self.blocks): self.blocks}
         shell = copy.deepcopy(base, shared)
-        prefix = _prefix(self.model)
+        prefix = "" if whole else _prefix(self.model)
         for name, parameter in list(shell.named_parameters()):
             if (prefix + name).startswith(f"{self.name}."):
                 continue
@@ -146,7 +147,19 @@ class Source:
                 value = value.to(self.device, dtype if value.is_floating_point() else value.dtype)
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
             del parameter
+        if whole and (tied := self._tied_head()) is not None:
+            # the embedding's own copy stays as it is stored
+            value = self.tensor(tied).to(self.device, dtype)
+            shell.get_output_embeddings().weight = nn.Parameter(value, requires_grad=False)  # type: ignore[operator]
         return shell.eval()
+
+    def _tied_head(self) -> str | None:
+        """Name of the embedding whose weight the head uses, or None when it has its own."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        table = getattr(embedding, "weight", None)
+        if table is None or getattr(head, "weight", None) is not table:
+            return None
+        return next(name for name, parameter in self.model.named_parameters() if parameter is table)
 
     def mapped(self, name: str) -> Tensor:
         """One tensor of which only the rows that are looked at take memory, where that is possible."""

@@ -170,10 +170,10 @@ def _drop_blocks(model: PreTrainedModel, layers: list[int]) -> None:
         for module in blocks[old].modules():
             if getattr(module, "layer_idx", None) == old:
                 module.layer_idx = new  # type: ignore[assignment]
-    _shorten_config(model.config, kept)
+    shorten_config(model.config, kept)
 
 
-def _shorten_config(config: Any, kept: list[int]) -> None:
+def shorten_config(config: Any, kept: list[int]) -> None:
     overrides = layer_overrides(config)
     for key in _PER_LAYER_LISTS:
         values = getattr(config, key, None)
@@ -195,7 +195,7 @@ def _follow_sizes(model: PreTrainedModel) -> None:
     """Bring module attributes and the config in line with the shapes of the cut weights."""
     blocks = typed_blocks(model)
     family, config = blocks[0].family, model.config
-    sizes = [_layer_sizes(block) for block in blocks]
+    sizes = [layer_sizes(block) for block in blocks]
     for block in blocks:
         _set_attributes(block)
     if family.plain_heads:
@@ -213,7 +213,7 @@ def _follow_sizes(model: PreTrainedModel) -> None:
     _declare_biases(model, blocks)
 
 
-def _layer_sizes(block: DecoderBlock) -> dict[str, int]:
+def layer_sizes(block: DecoderBlock) -> dict[str, int]:
     family = block.family
     entries = {family.heads_key: block.heads, family.ffn_key: block.neurons}
     if family.kv_heads_key is not None:

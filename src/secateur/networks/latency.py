@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from secateur.errors import PlanError, UnsupportedModelError
-from secateur.networks.latencytable import Entry, LatencyTable
+from secateur.latencytable import Entry, LatencyTable
 from secateur.networks.timedcalls import LEVELS, TimedCall, kept_units, milliseconds, time_call, timed_calls
 from secateur.structure.exporting import evaluation_mode
 from secateur.structure.graphcut import cut_graph

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from secateur.errors import DataError
 from secateur.heal.starting import NORMS
+from secateur.latencytable import LatencyTable
 from secateur.methods import ChannelMethod, Fitting, Method
 from secateur.methods.base import Flow
 from secateur.networks.applying import apply_to_module, copied, masked_module, module_anatomy, module_fingerprint
@@ -22,7 +23,6 @@ from secateur.networks.example import Example
 from secateur.networks.fitting import fitted, observe
 from secateur.networks.kinds import Asked
 from secateur.networks.latency import Latencies, Progress, measure_latencies
-from secateur.networks.latencytable import LatencyTable
 from secateur.observe.flow import synaptic_flow
 from secateur.observe.gradients import Learned, Loss, cross_entropy, learned
 from secateur.plans import Plan

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from secateur import timing
 from secateur.errors import UnsupportedModelError, first_line
-from secateur.networks.latencytable import Entry
+from secateur.latencytable import Entry
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.kept import Kept
 from secateur.structure.resize import Cut, Unfit, named_arguments, resized

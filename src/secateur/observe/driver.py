@@ -43,7 +43,7 @@ class Blocks(Protocol):
 
     def open(self, layer: int, dtype: torch.dtype) -> nn.Module: ...
 
-    def shell(self, dtype: torch.dtype) -> nn.Module: ...
+    def shell(self, dtype: torch.dtype, *, whole: bool = False) -> nn.Module: ...
 
 
 class BlockWalk:
@@ -69,6 +69,7 @@ class BlockWalk:
         self.hidden = hidden if hidden is not None else Activations()
         self.dense = dense
         self._calls: dict[int, list[_Call]] = {}
+        self._as_tuple: list[bool] = []
         self._enter(source.shell(dtype))
 
     def open(self, layer: int) -> nn.Module:
@@ -129,6 +130,20 @@ class BlockWalk:
             self.hidden[i] = self._run(block, layer, i, self.hidden[i])
         self.hidden.turn()
 
+    @torch.inference_mode()
+    def run(self, block: nn.Module, layer: int, batch: int, hidden: Tensor) -> Tensor:
+        """What a block makes of hidden states that stand in for those of a batch, [sequences, length, hidden]."""
+        return self._run(block, layer, batch, hidden)
+
+    @torch.inference_mode()
+    def logits(self, head: nn.Module, batch: int, hidden: Tensor) -> Tensor:
+        """What the model makes of the hidden states behind its last block, [sequences, length, vocabulary].
+
+        ``head`` is the whole shell of the source.
+        """
+        with _giving(self._source.blocks, hidden, self._as_tuple[0]):
+            return head(input_ids=self._batches[batch], use_cache=False).logits
+
     def _run(self, block: nn.Module, layer: int, batch: int, hidden: Tensor) -> Tensor:
         call = self._calls[hidden.shape[0]][layer]
         output = _first(block(hidden.to(self._source.device_of(layer)), *call.args, **call.kwargs))
@@ -139,7 +154,7 @@ class BlockWalk:
     @torch.inference_mode()
     def _enter(self, shell: nn.Module) -> None:
         """Run the model around its blocks: record how every block is called, and what enters the first one."""
-        first, as_tuple = self._source.open(0, self._dtype), []
+        first, as_tuple = self._source.open(0, self._dtype), self._as_tuple
         for ids in self._batches:
             with _recording(self._source.blocks, first, as_tuple) as (hidden, calls):
                 shell(input_ids=ids, use_cache=False)
@@ -177,6 +192,22 @@ def _recording(
         for block in blocks:
             block.forward = forward
         yield hidden, calls
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _giving(blocks: nn.ModuleList, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
+    """Blocks that give these hidden states, whatever they are called with."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (hidden, None) if as_tuple else hidden
+
+    try:
+        for block in blocks:
+            block.forward = forward
+        yield
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from secateur.plans import Plan
-from secateur.report.report import LayerCut, Report
+from secateur.report.report import LayerCut, Metric, Report
 from secateur.structure import Anatomy
 from secateur.versions import library_versions, machine
 
@@ -36,6 +36,7 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
         scores={name: scores.tolist() for name, scores in plan.scores.items()},
         keep={name: kept.tolist() for name, kept in plan.keep.items()},
         calibration=provenance.calibration.model_dump() if provenance.calibration else None,
+        metrics=_budget_metrics(plan),
         notes=[note for p in plan.provenance for note in p.notes],
         versions=library_versions(),
         machine=machine(),
@@ -55,10 +56,28 @@ def _requested(plan: Plan) -> str:
             parts.append(f"{options['pattern']} of the weights")
         elif options.get("layers"):
             parts.append(f"{options['layers']} blocks")
+        elif p.budgets:
+            left = (f"{100 * account.asked:.1f} % of the {BUDGET_WORDS[name]}" for name, account in p.budgets.items())
+            parts.append(f"{' and '.join(left)} left")
         else:
             what = BUDGET_WORDS.get(options.get("budget", ""), "weights")
             parts.append(f"{100 * options.get('sparsity', 0):.1f} % of the {what}")
     return ", then ".join(parts)
+
+
+def _budget_metrics(plan: Plan) -> list[Metric]:
+    """What was asked of every budget, and what is expected; a parameter is counted, a latency was measured by parts."""
+    return [
+        Metric(
+            f"budget: {BUDGET_WORDS[name]}",
+            account.unit,
+            {"dense": account.dense, "pruned": account.pruned},
+            higher_is_better=False,
+            protocol=f"at most {account.asked:.1%} asked, {account.pruned / account.dense:.1%} expected",
+        )
+        for p in plan.provenance
+        for name, account in p.budgets.items()
+    ]
 
 
 def _layer_cut(layer: int, plan: Plan, anatomy: Anatomy) -> LayerCut:

@@ -32,7 +32,7 @@ from secateur.keeping import Decision, Keeper, SeenByModule
 from secateur.methods import Method
 from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen
-from secateur.plans import Plan, Provenance, plan_of_parts
+from secateur.plans import BudgetAccount, Plan, Provenance, plan_of_parts
 from secateur.ranks import ALONE, Ranks
 from secateur.remote import is_url, place
 from secateur.runs.cutting import BlockCutter
@@ -270,13 +270,16 @@ class DiskKeeper(Keeper):
         others = [f for kind in ("block", "whole") for f in (self._step.path / "plan").glob(f"{kind}-*.safetensors")]
         for file in [*sorted(others), *refits]:
             tensors |= read_header(file)
-        groups, shapes, kept, notes = {}, {}, {}, []
+        groups, shapes, kept, notes, budgets = {}, {}, {}, [], {}
         for entry in entries:
             groups |= entry["groups"]
             shapes |= {name: tuple(shape) for name, shape in entry["masks"].items()}
             kept |= entry["kept"]
             notes += entry["notes"]
-        provenance = self._cutter.provenance.model_copy(update={"notes": tuple(notes)}).allocated(self.allocated())
+            budgets |= entry["budgets"]
+        accounts = {name: BudgetAccount(**account) for name, account in budgets.items()}
+        about = {"notes": tuple(notes), "budgets": accounts}
+        provenance = self._cutter.provenance.model_copy(update=about).allocated(self.allocated())
         return plan_of_parts(provenance, groups, shapes, tensors, kept)
 
     def _remember(self, layer: int) -> None:
@@ -304,6 +307,7 @@ def _part_document(part: Decision) -> dict[str, Any]:
         "masks": {n: list(m.shape) for n, m in part.masks.items()},
         "kept": {n: int(m.count_nonzero()) for n, m in part.masks.items()},
         "notes": part.notes,
+        "budgets": {name: account.model_dump() for name, account in part.budgets.items()},
     }
 
 

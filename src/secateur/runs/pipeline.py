@@ -77,6 +77,7 @@ def plan_step(
     statistics: Path | None = None,
     ranks: Ranks = ALONE,
     allocation: Measuring | None = None,
+    latency_table: Path | None = None,
 ) -> tuple[DiskKeeper, BlockCutter]:
     """Decide by ``method``, and by an allocator where there is one; what is done already is taken as it is.
 
@@ -115,6 +116,7 @@ def plan_step(
                 allocator_statistics=statistics_folder(
                     statistics, provenance.model, tokens, allocation, resources.dtype, resources.batch_tokens
                 ),
+                latency_table=latency_table,
             )
     return keeper, cutter
 

@@ -244,6 +244,7 @@ class _Runner:
             "statistics": self._options.statistics,
             "ranks": self._ranks,
             "allocation": self._recipe.words(step)[1],
+            "latency_table": Path(table) if (table := self._recipe.latency_table) else None,
         }
 
     def _tokens(self, source: Source) -> Tokens:

@@ -1,0 +1,51 @@
+"""Budgets as users write them: ``params``, or ``latency=0.7,kv_bytes=0.5``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from secateur.errors import OptionError, nearest
+
+BUDGETS = ("params", "macs", "bytes", "kv_bytes", "latency")
+
+
+def parse_budgets(text: str, sparsity: float) -> dict[str, float]:
+    """Budget → fraction of the dense model that may stay, in the order in which they are written.
+
+    A name alone leaves ``1 - sparsity``. Raises OptionError.
+    """
+    if "=" not in text:
+        _check_name(text)
+        return {text: 1 - sparsity}
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        _check_name(name)
+        if name in found:
+            raise OptionError(f"budget {name} is given twice")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise OptionError(
+                f"budget {name} takes a fraction of the dense model, as in {name}=0.7, got {value!r}"
+            ) from None
+        if not 0 < found[name] <= 1:
+            raise OptionError(
+                f"budget {name} must lie in (0, 1], got {value} (it is the fraction of the dense model that may stay)"
+            )
+    return found
+
+
+def written(budget: str | Mapping[str, float]) -> str:
+    """Budgets as text: ``{"latency": 0.7}`` is ``latency=0.7``."""
+    if isinstance(budget, str):
+        return budget
+    return ",".join(f"{name}={fraction!r}" for name, fraction in budget.items())
+
+
+def _check_name(name: str) -> None:
+    if name not in BUDGETS:
+        raise OptionError(
+            f"budget must be one of {', '.join(BUDGETS)}, or fractions of them that stay (latency=0.7,kv_bytes=0.5),"
+            f" got {name!r}{nearest(name, BUDGETS)}"
+        )
