@@ -40,3 +40,36 @@ def write_gguf(path: Path, model, tokenizer) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def shorten(source: Path, target: Path, layers: int, vocabulary: int) -> None:
+    """The first blocks and the first tokens of a GGUF file, as a file of its own; weights stay quantised.
+
+    Tokens of a byte-level BPE stand in the order of the merges that make them, so the first ones are a tokenizer too.
+    """
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(source)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    tokens = fields["tokenizer.ggml.tokens"][:vocabulary]
+    known, architecture = set(tokens), fields["general.architecture"]
+    fields |= {
+        f"{architecture}.block_count": layers,
+        f"{architecture}.vocab_size": vocabulary,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": fields["tokenizer.ggml.token_type"][:vocabulary],
+        "tokenizer.ggml.merges": [m for m in fields["tokenizer.ggml.merges"] if m.replace(" ", "") in known],
+    }
+    # the writer says the architecture by itself
+    writer = gguf.GGUFWriter(target, fields.pop("general.architecture"))
+    for name, value in fields.items():
+        types = reader.fields[name].types
+        writer.add_key_value(name, value, types[0], sub_type=types[1] if len(types) > 1 else None)
+    for tensor in reader.tensors:
+        _, _, block = tensor.name.partition("blk.")
+        if not block or int(block.partition(".")[0]) < layers:
+            rows = tensor.data[:vocabulary] if tensor.name in ("token_embd.weight", "output.weight") else tensor.data
+            writer.add_tensor(tensor.name, np.ascontiguousarray(rows), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
