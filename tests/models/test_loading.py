@@ -229,3 +229,13 @@ def test_damaged_gguf(tmp_path: Path) -> None:
 
 def test_every_builtin_has_a_home() -> None:
     assert set(loading.BUILTINS) == {"smollm2-135m", "gemma3-270m"}
+
+
+def test_a_folder_may_be_called_like_a_built_in_model(tiny_checkpoint, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").symlink_to(tiny_checkpoint)
+    # the name alone is the built-in model; that of a folder loses its dot when it becomes a Path
+    monkeypatch.setattr(loading, "_builtin", lambda name: pytest.fail(f"{name} was loaded"))
+    words = ["--method", "flap", "--samples", 2, "--length", 32, "--calibration", "self", "--no-report"]
+    run = cli("prune", "./smollm2-135m", *words, "--out", "pruned")
+    assert run.code == 0, run.err

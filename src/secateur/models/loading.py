@@ -154,7 +154,8 @@ def _is_id(name: str | Path) -> bool:
 
 def _local(name: str | Path) -> str:
     text = str(name)
-    if text in BUILTINS:
+    # a Path is a folder, whatever it is called: ``Path("./smollm2-135m")`` has lost its dot
+    if text in BUILTINS and not isinstance(name, Path):
         return str(_builtin(text))
     path = Path(text).expanduser()
     if path.is_dir():

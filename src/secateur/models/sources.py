@@ -198,7 +198,7 @@ class CheckpointSource(Source):
         return sorted({part.file for part in parts})
 
     @property
-    def folder(self) -> Path | None:
+    def folder(self) -> Path:
         return Path(self.model.config._name_or_path)
 
     def tensor(self, name: str) -> Tensor:

@@ -252,7 +252,7 @@ class _Runner:
         model: Any = source.model
         if data.source == "self" and isinstance(source, CheckpointSource):
             # only a whole model writes text
-            model, _ = load_model(source.model.config._name_or_path, dtype="auto", device=self._recipe.device)
+            model, _ = load_model(source.folder, dtype="auto", device=self._recipe.device)
         return load_tokens(
             data.source,
             self._tokenizer,
