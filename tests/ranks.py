@@ -9,15 +9,30 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+PRELOADED = [
+    "pytest",
+    "accelerate",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+    "secateur.runs.run",
+    "secateur.train.sharding",
+]
+
 
 def run_ranks(job: Callable[..., None], world: int, *arguments: Any) -> None:
     """Call ``job(rank, *arguments)`` on ``world`` ranks and wait; an error of any rank is raised here.
 
     ``job`` must be importable by its own name, so it lives in a file at the top of ``tests/``.
     """
+    import multiprocessing
+
     import torch.multiprocessing
 
-    torch.multiprocessing.spawn(_start, (job, world, _free_port(), *arguments), nprocs=world)
+    # ranks are forked from a process that has only imported: starting them afresh takes longer than what they do
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    started = (job, world, _free_port(), *arguments)
+    torch.multiprocessing.start_processes(_start, started, nprocs=world, start_method="forkserver")
 
 
 def _start(rank: int, job: Callable[..., None], world: int, port: int, *arguments: Any) -> None:

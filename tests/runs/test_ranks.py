@@ -261,7 +261,9 @@ def test_both_launchers_work_and_one_rank_speaks(launcher, checkpoint, tmp_path)
     done = torchrun("prune", checkpoint, *options, "--out", tmp_path / "out", launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["method"] == "wanda"
-    assert [line.partition(",")[0] for line in done.stderr.splitlines() if line.startswith("prune ")] == ["prune 3/3"]
+    # a slow machine is told of the blocks between as well, but once
+    said = [line.partition(",")[0] for line in done.stderr.splitlines() if line.startswith("prune ")]
+    assert said[-1] == "prune 3/3" and len(set(said)) == len(said)
     assert plan_of(tmp_path / "out").masks
 
 
