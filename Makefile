@@ -10,7 +10,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 MODEL  ?= smollm2-135m
 DEMO   ?= demo/smollm2-135m-flap-20
 # two workers, one thread each: the tests are many small models, not one large one
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# and the files that take longest come first (tests/conftest.py), not those with the most tests
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format docs docs-check wheel wheel-test clean

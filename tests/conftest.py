@@ -26,6 +26,13 @@ settings.load_profile("secateur")
 
 torch.set_num_threads(1)
 
+# A file runs as a whole on one worker, so the long ones start first and the short ones fill what is left at the end.
+LONGEST = ("test_random_networks", "test_docs", "test_end_to_end", "test_ranks", "test_channel_methods", "test_sweep")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 def build_tokenizer(vocab_size: int = 512, **arguments: object) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on part of the built-in text; ``<s>`` is token 0 and ``</s>`` token 1."""

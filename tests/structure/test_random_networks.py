@@ -38,7 +38,10 @@ def cut_and_check(seed: int, counts: Counter[str]) -> None:
         check(found, 1e-9)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+# tracing the lines that run makes this a third slower, and the first parts reach what the others reach
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.no_cover] if part >= 5 else []) for part in range(PARTS)]
+)
 def test_cut_equals_masked(part):
     counts: Counter[str] = Counter()
     for seed in cases(part):
