@@ -9,6 +9,7 @@ import typer
 from secateur.cli import (
     allocators,
     convert,
+    curve,
     describe,
     estimate,
     evaluate,
@@ -54,6 +55,7 @@ app.command("estimate", help=help_text("estimate"))(estimate.estimate)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate", help=help_text("evaluate"))(evaluate.evaluate)
 app.command("sweep", help=help_text("sweep"))(sweep.sweep)
+app.command("curve", help=help_text("curve"))(curve.curve)
 app.command("verify", help=help_text("verify"))(verify.verify)
 app.command("convert", help=help_text("convert"))(convert.convert)
 app.command("inspect", help=help_text("inspect"))(inspect.inspect)

@@ -57,6 +57,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Prune a model at many settings, and show which of them are worth having.",
         "secateur sweep sweep.yaml --workers 1 --out sweep",
     ),
+    "curve": (
+        "Show how quality falls with sparsity, where its knee is, and which sparsity to take.",
+        "secateur curve smollm2-135m --method magnitude --sparsities 0.2:0.8 --points 3 --windows 4 --out curve",
+    ),
 }
 
 

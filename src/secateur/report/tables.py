@@ -190,6 +190,16 @@ def allocator_text(allocator: Mapping[str, Any]) -> RenderableType:
     return Group(head, Text(allocator["doc"]), Text(), _options_table(allocator["options"]))
 
 
+def rows_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Plain cells under their heads; numbers to the right."""
+    table = _table()
+    for name in header:
+        table.add_column(_plain(name), justify="right" if name else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_plain(cell) for cell in row))
+    return table
+
+
 def cut_table(layers: Sequence[LayerCut]) -> Table:
     """Units before and after, and sparsity, of every layer (equal layers folded)."""
     units = {cut.layer: {kind: f"{old:,} → {new:,}" for kind, (old, new) in cut.units.items()} for cut in layers}

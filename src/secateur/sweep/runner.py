@@ -18,7 +18,7 @@ from secateur.sweep.worker import Failure, Job
 
 Progress = Callable[[str, int, int], None]
 # everything that a sweep writes into its folder, and all that --overwrite may remove
-OURS = ("journal.jsonl", "results.json", "results.csv", "sweep.html", "plans", "statistics")
+OURS = ("journal.jsonl", "results.json", "results.csv", "sweep.html", "curve.json", "curve.html", "plans", "statistics")
 
 
 @dataclass

@@ -1,0 +1,228 @@
+"""``secateur curve``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_module
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from secateur.cli.options import (
+    Allocate,
+    Budget,
+    ComputeDtype,
+    Json,
+    Length,
+    MethodName,
+    MethodOptions,
+    Overwrite,
+    Plugins,
+    Quiet,
+    Samples,
+    TrustRemoteCode,
+    load_plugins,
+)
+from secateur.cli.output import print_json, show, show_notes, working
+from secateur.cli.prune import given, parse_options
+from secateur.errors import UsageError
+
+if TYPE_CHECKING:
+    from secateur.sweep.records import Journal
+    from secateur.sweep.runner import Results
+    from secateur.sweep.spec import Sweep
+
+DEFAULT_POINTS = 6
+
+
+def curve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for 'prune'.")],
+    method: MethodName = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for curve and plans.")] = None,
+    sparsities: Annotated[
+        str,
+        typer.Option(
+            metavar="LOW:HIGH|S,S,...", help="The range that is looked at, or the sparsities themselves that are run."
+        ),
+    ] = "0.1:0.8",
+    points: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Sparsities of a range that are run; those between are predicted.")
+    ] = DEFAULT_POINTS,
+    within: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="Recommend the largest sparsity whose perplexity stays within this factor of the dense one (default: "
+            "the knee, where the curve lies furthest below the line from its first to its last point, both axes scaled "
+            "to [0, 1], perplexity by its logarithm).",
+        ),
+    ] = None,
+    budget: Budget = None,
+    allocate: Allocate = None,
+    options: MethodOptions = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE|DATASET", help="builtin, self, a text/jsonl/parquet file, or a data set."),
+    ] = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random choice (default 0).")] = None,
+    dtype: ComputeDtype = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="Device (default cpu).")] = None,
+    evaluate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--evaluate",
+            metavar="TASK",
+            help="What to measure, as 'evaluate --task' (default perplexity:builtin); the first decides, and each gets "
+            "a curve; repeatable.",
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(metavar="N", help="Windows that perplexity reads (default 40).")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the curve in the folder.")] = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    plugin: Plugins = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    if method is None:
+        raise UsageError("name a method with --method ('secateur methods' lists them)")
+    if out is None:
+        raise UsageError("give a folder for the curve with --out")
+    if resume and overwrite:
+        raise UsageError("--resume goes on with what --overwrite would remove: give one of them")
+    if within is not None and not within > 1:
+        raise UsageError(f"--within is a factor above 1, got {within:g}: 1.2 allows a fifth more perplexity")
+    load_plugins(plugin)
+    step = {"method": method, "budget": budget, "allocate": allocate, "options": parse_options(options or [])}
+    data = {"source": calibration, "samples": samples, "length": length, "seed": seed}
+    recipe = {
+        "model": model,
+        "steps": [given(step)],
+        "calibration": given(data),
+        **given({"dtype": dtype, "device": device, "evaluate": evaluate or None, "windows": windows}),
+    }
+    asked = _sweep(recipe, parse_sparsities(sparsities, points))
+    from secateur.evaluation import make_task
+
+    for task in asked.base.evaluate:
+        make_task(task)
+    with working(quiet) as progress:
+        results, curves = _run(asked, recipe, out, resume, overwrite, trust_remote_code, plugin or [], within, progress)
+    notes = [*results.notes, *_write(results, curves, out)]
+    show_notes([*notes, *(f"{record.name} failed: {record.error}" for record in results.failed)], quiet)
+    _show(results, curves, out, json)
+
+
+def parse_sparsities(text: str, points: int) -> list[float]:
+    """``0.1:0.8`` → so many sparsities from one to the other; ``0.3,0.5`` → these. Raises UsageError."""
+    try:
+        low, colon, high = text.partition(":")
+        if colon:
+            first, last = float(low), float(high)
+            found = [round(first + (last - first) * i / (points - 1), 4) for i in range(points)]
+        else:
+            found = [float(one) for one in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--sparsities takes LOW:HIGH or S,S,... in (0, 1), got '{text}'") from None
+    found = sorted(set(found))
+    if len(found) < 2 or not (found[0] > 0 and found[-1] < 1):
+        raise UsageError(f"--sparsities takes two or more different ones in (0, 1), the lower first, got '{text}'")
+    return found
+
+
+def _sweep(recipe: dict[str, Any], sparsities: list[float]) -> Sweep:
+    from secateur.sweep.spec import make_sweep
+
+    return make_sweep({**recipe, "sweep": {"grid": {"sparsity": sparsities}}}, "command line")
+
+
+def _run(
+    asked: Sweep,
+    recipe: dict[str, Any],
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    plugins: list[str],
+    within: float | None,
+    progress: Any,
+) -> tuple[Results, list[Any]]:
+    """Run the points, then the setting that they recommend, so that what was expected there meets what is."""
+    from secateur.sweep.curve import curve_of, predicted_at, quality_metrics
+    from secateur.sweep.pools import InSequence
+    from secateur.sweep.runner import make_job, open_journal, run_sweep
+
+    job = make_job(asked, out, trust_remote_code=trust_remote_code, plugins=tuple(plugins))
+    journal, finished = open_journal(out, job, resume=resume, overwrite=overwrite)
+    pool = InSequence(job)
+    try:
+        with _resumable(journal, asked):
+            results = run_sweep(asked, pool, journal, finished, progress)
+            first = curve_of(results, within=within)
+            ran = [point.values["sparsity"] for point in asked.points]
+            prediction = None
+            if first.recommended not in first.points and first.recommended > 0:
+                prediction = predicted_at(first, first.recommended)
+                more = _sweep(recipe, sorted([*map(float, ran), first.recommended]))
+                results = run_sweep(more, pool, journal, journal.resume(), progress)
+    finally:
+        pool.close()
+    assert results.dense is not None
+    curves = [curve_of(results, name, within) for name in quality_metrics(results.dense)]
+    # the setting that was checked is the one to take, also where the new point moves the knee a little
+    curves[0] = replace(curves[0], recommended=first.recommended, prediction=prediction)
+    return results, curves
+
+
+@contextmanager
+def _resumable(journal: Journal, asked: Sweep) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        from secateur.cli.running import INTERRUPTED
+        from secateur.sweep.runner import collect
+
+        done = len(collect(asked, journal.resume()).points)
+        print(f"interrupted; {done} of {asked.size} points are done: --resume goes on with the rest", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _write(results: Results, curves: list[Any], out: Path) -> list[str]:
+    """``curve.json`` and ``curve.html``, each whole or not at all; returns notes on what is missing."""
+    from secateur.files import write_text
+    from secateur.sweep.curve import curve_document
+
+    document = json_module.dumps(curve_document(curves, results), indent=1, ensure_ascii=False)
+    write_text(out / "curve.json", document + "\n")
+    if importlib.util.find_spec("plotly") is None:
+        return ["curve.html needs plotly, which is not installed: pip install 'secateur[report]'"]
+    from secateur.sweep.curvepage import render_curve
+
+    write_text(out / "curve.html", render_curve(curves, results))
+    return []
+
+
+def _show(results: Results, curves: list[Any], out: Path, json: bool) -> None:
+    if json:
+        from secateur.sweep.curve import curve_document
+
+        print_json({"output": str(out), **curve_document(curves, results)})
+        return
+    from secateur.report.tables import rows_table
+    from secateur.sweep.curvepage import points_table, verdict
+
+    name = next(r.name for r in results.points if r.done)
+    show(
+        rows_table(*points_table(curves, results)),
+        verdict(curves[0], results),
+        f"curve.html and the plan of every point, as {out / 'plans' / name}, are in {out}",
+    )

@@ -1,0 +1,118 @@
+"""Curves: what lies between the points, the knee, and the setting that is recommended."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import secateur as sc
+from secateur.errors import UsageError
+from secateur.observe.calibration import builtin_text
+from secateur.report import Metric
+from secateur.sweep.curve import knee_of, monotone_cubic, predicted_at, through
+
+PERPLEXITY = Metric("perplexity:builtin", "", {}, False, "2 windows")
+ACCURACY = Metric("lm_eval:task acc", "", {}, True)
+points = st.lists(st.tuples(st.floats(0.01, 1), st.floats(-5, 5)), min_size=2, max_size=8)
+
+
+@given(points)
+def test_the_cubic_meets_its_points_and_stays_between_them(steps):
+    x, y = np.cumsum([step for step, _ in steps]), np.array([value for _, value in steps])
+    assert monotone_cubic(x, y, x) == pytest.approx(y, abs=1e-9)
+    for i in range(len(x) - 1):
+        inside = monotone_cubic(x, y, np.linspace(x[i], x[i + 1], 9))
+        low, high = sorted(y[i : i + 2])
+        assert inside.min() >= low - 1e-9 and inside.max() <= high + 1e-9
+        # no turn between two points
+        assert (np.diff(inside) * np.sign(y[i + 1] - y[i]) >= -1e-9).all()
+
+
+def test_the_cubic_of_a_line_is_the_line():
+    x = [0.0, 0.3, 0.4, 1.0]
+    assert monotone_cubic(x, [2 * v + 1 for v in x], [0.1, 0.35, 0.9]) == pytest.approx([1.2, 1.7, 2.8])
+
+
+@given(st.floats(2, 12))
+def test_the_knee_of_an_exponential_is_where_its_slope_is_that_of_the_chord(rate):
+    x = np.linspace(0, 1, 2001)
+    expected = math.log((math.exp(rate) - 1) / rate) / rate
+    assert x[knee_of(x, np.exp(rate * x))] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("y", [[1, 2, 3, 4], [4, 3, 2, 1], [1, 3, 3.5, 3.6]])
+def test_what_never_lies_below_its_line_has_its_knee_at_the_end(y):
+    assert knee_of([0, 1, 2, 3], y) == 3
+
+
+@given(st.floats(0.1, 10), st.floats(1, 100))
+def test_scale_of_the_axes_moves_no_knee(stretch, height):
+    x, y = np.linspace(0, 1, 50), np.linspace(0, 1, 50) ** 4
+    assert knee_of(stretch * x, 7 + height * y) == knee_of(x, y)
+
+
+def test_a_curve_recommends_its_knee_or_what_stays_within_a_factor():
+    # log perplexity 3 + 8 s^4 / 0.4096: flat, then steep
+    values = {s: math.exp(3 + 8 * (s / 0.8) ** 4) for s in (0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8)}
+    curve = through(values, PERPLEXITY)
+    # where 4 t^3 = 1
+    assert curve.knee == curve.recommended == pytest.approx(0.8 * 0.25 ** (1 / 3), abs=0.015)
+    assert predicted_at(curve, 0.3) == pytest.approx(math.exp(3 + 8 * 0.375**4), rel=0.05)
+    within = through(values, PERPLEXITY, within=1.5)
+    assert within.recommended == pytest.approx(0.8 * (math.log(1.5) / 8) ** 0.25, abs=0.02)
+    assert predicted_at(within, within.recommended) <= 1.5 * values[0]
+    # the runs themselves are on the grid
+    assert [predicted_at(curve, s) for s in values] == pytest.approx(list(values.values()))
+
+
+def test_accuracies_fall_and_are_not_put_on_a_logarithm():
+    values = {0.0: 0.8, 0.3: 0.78, 0.5: 0.7, 0.7: 0.3}
+    curve = through(values, ACCURACY, within=1.2)
+    assert curve.higher_is_better and 0.3 < curve.knee <= 0.5
+    assert predicted_at(curve, curve.recommended) >= 0.8 / 1.2
+    assert curve.predicted[-1] == pytest.approx(0.3)
+
+
+def test_nothing_stays_within_a_factor_that_the_first_point_exceeds():
+    assert through({0.0: 10.0, 0.2: 50.0, 0.4: 60.0}, PERPLEXITY, within=1.001).recommended == 0.0
+
+
+def test_two_points_are_too_few():
+    with pytest.raises(UsageError, match="two sparsities besides the dense model"):
+        through({0.0: 10.0, 0.5: 20.0}, PERPLEXITY)
+
+
+@pytest.fixture(scope="module")
+def trained(make_llama, tiny_tokenizer):
+    """A tiny model that has learnt something, so that pruning has something to lose."""
+    model = make_llama(num_hidden_layers=2, hidden_size=64, intermediate_size=128)
+    ids = tiny_tokenizer(builtin_text("calibration"), return_tensors="pt").input_ids[0]
+    windows = ids[: len(ids) // 64 * 64].reshape(-1, 64)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        batch = windows[torch.randint(len(windows), (8,), generator=generator)]
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_a_prediction_holds_against_full_runs(trained, tiny_tokenizer):
+    def perplexity(sparsity):
+        plan = sc.plan(trained, None, method="random", sparsity=sparsity)
+        table = sc.evaluate(
+            {"m": sc.apply(plan, trained)}, tiny_tokenizer, ["perplexity:builtin"], length=64, windows=8
+        )
+        return table["perplexity"].values["m"]
+
+    ran = {sparsity: perplexity(sparsity) for sparsity in (0.0, 0.3, 0.6, 0.9)}
+    # 512 tokens that are equally likely are what it started from
+    assert 1.15 * ran[0.0] < ran[0.9] and ran[0.0] < 60
+    curve = through(ran, PERPLEXITY)
+    for sparsity in (0.1, 0.2, 0.45, 0.75, curve.knee):
+        assert math.log(predicted_at(curve, sparsity)) == pytest.approx(math.log(perplexity(sparsity)), abs=0.07)
