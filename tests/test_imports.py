@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {
         "budgets",
         "keeping",
+        "searching",
         "allocators",
         "methods",
         "models",
@@ -90,6 +91,7 @@ ALLOWED: dict[str, set[str]] = {
     "observe": {"structure", "plans"},
     "report": {"structure", "plans"},
     "structure": {"plans"},
+    "searching": {"keeping", "models", "observe", "structure", "plans"},
     "keeping": set(),
     "plans": set(),
     "ahead": set(),

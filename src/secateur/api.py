@@ -188,7 +188,7 @@ def plan(
     decoder: PreTrainedModel = model  # type: ignore[assignment]
     allocation = chosen_allocation(allocate, chosen)
     tokens = None
-    if chosen.uses_data or (allocation and allocation.statistics):
+    if chosen.uses_data or (allocation and allocation.needs_text):
         tokens = load_tokens(
             calibration, tokenizer, samples=samples, length=length, seed=seed, text_field=text_field, model=decoder
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, singledispatchmethod
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from secateur.allocators import (
     matrix_sparsities,
     with_sparsity,
 )
+from secateur.allocators.base import Wishes
+from secateur.allocators.trying import Trying
 from secateur.budgets import (
     Budgets,
     measure_variants,
@@ -43,6 +46,7 @@ from secateur.observe.calibration import Tokens
 from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen
 from secateur.ranks import ALONE, Ranks
+from secateur.searching import LevelTrials, level_tensors
 from secateur.structure import Anatomy, Group, Matrix
 
 Progress = Callable[[str, int, int], None]
@@ -140,7 +144,7 @@ class _Run:
         if method.decides_globally:
             self._decide_globally(method, targets)
             return
-        allocated = self._allocated(method, targets)
+        allocated = self._allocated(method)
         for layer in self._blocks("prune"):
             part = Decision()
             members = [m for m in targets if m.layer == layer]
@@ -171,12 +175,11 @@ class _Run:
         self._put(part, matrix.module, weight, keep, matrix.transposed, matrix.layer)
         return weight
 
-    def _allocated(self, method: WeightMethod, targets: list[Matrix]) -> dict[str, WeightMethod]:
+    def _allocated(self, method: WeightMethod) -> dict[str, WeightMethod]:
         """The method as it prunes every matrix, by module; nothing without an allocator."""
         if self.allocator is None:
             return {}
-        roles = matrix_roles(self.source.model)
-        parts = [Part(m.module, m.layer, roles.get(m.module, ""), m.shape) for m in targets]
+        parts = self._parts()
         sparsities = self.ranks.on_main(self.keeper.allocated)
         if sparsities is None:
             sparsities = self._allocate_matrices(self.allocator, method, parts)
@@ -185,6 +188,8 @@ class _Run:
     def _allocate_matrices(self, allocator: Allocator, method: WeightMethod, parts: list[Part]) -> dict[str, float]:
         """Look at the dense model for the allocator, and keep what it gives every matrix."""
         aside = self.keeper.aside("allocation")
+        if isinstance(allocator, Trying) and self.ranks.size > 1:
+            raise UsageError(f"allocator {allocator.name} tries whole models out in one process: leave torchrun out")
         if allocator.measures:
             measuring = Measuring(allocator, method)
             tokens, dtype, batch_tokens, hidden = self._walk_arguments
@@ -203,12 +208,38 @@ class _Run:
             ).decide(measuring)
 
         def choose() -> dict[str, float]:
-            measured = [aside.ranked(f"block.{layer}") for layer in range(self.layers if allocator.measures else 0)]
-            found = matrix_sparsities(allocator, method, parts, measured)
+            if isinstance(allocator, Trying):
+                wished = self._searched(allocator, method, parts, aside)
+                found = matrix_sparsities(allocator, method, parts, wished=wished)
+            else:
+                layers = range(self.layers if allocator.measures else 0)
+                measured = [aside.ranked(f"block.{layer}") for layer in layers]
+                found = matrix_sparsities(allocator, method, parts, measured)
             self.keeper.allocate(found)
             return found
 
         return self.ranks.on_main(choose)
+
+    def _searched(self, search: Trying, method: WeightMethod, parts: list[Part], aside: Keeper) -> Wishes:
+        """The sparsities that a search over whole models finds."""
+        tokens, dtype = self._walk_arguments[:2]
+        if tokens is None:
+            raise DataError(f"allocator {search.name} needs calibration data: give a tokenizer and a calibration text")
+        trials = LevelTrials(
+            self.source,
+            self.anatomy.matrices,
+            tokens.ids,
+            aside,
+            dtype=dtype,
+            generations=getattr(search, "generations", 0),
+            progress=self.progress,
+        )
+        return search.at(parts, search.run(parts, method.sparsity, trials), method.sparsity)
+
+    def _parts(self) -> list[Part]:
+        """The matrices as allocators see them."""
+        roles = matrix_roles(self.source.model)
+        return [Part(m.module, m.layer, roles.get(m.module, ""), m.shape) for m in self.anatomy.matrices]
 
     @decide.register
     def _(self, measuring: Measuring) -> None:
@@ -220,7 +251,11 @@ class _Run:
             else:
                 _, seen = self._observe(layer, modules, advance=True)
                 block = BlockWeights(tuple(self._target(m, "weight", layer, name=m) for m in modules), seen)
-            ranked = {f"block.{layer}": allocator.measure(block, method)}
+            if isinstance(allocator, Trying):
+                made = allocator.prune_levels(block, method, self._parts())
+                ranked = dict(chain(*(level_tensors(*m).items() for m in zip(modules, made, strict=True))))
+            else:
+                ranked = {f"block.{layer}": allocator.measure(block, method)}
             self.keeper.keep(layer, Decision(), final=False, walk=self._walk, ranked=ranked)
             del block
 

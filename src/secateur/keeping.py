@@ -69,6 +69,7 @@ class Keeper:
         self._seen: dict[int, SeenByModule] = {}
         self._ranked: dict[str, Tensor] = {}
         self._allocated: dict[str, float] | None = None
+        self._notes: dict[str, dict[int, Any]] = {}
 
     @property
     def hidden(self) -> Path | None:
@@ -86,6 +87,14 @@ class Keeper:
     def allocate(self, sparsities: dict[str, float]) -> None:
         """Keep the sparsity that was chosen for every matrix."""
         self._allocated = sparsities
+
+    def note(self, name: str, number: int, value: Any) -> None:
+        """Keep something small and JSON-ready that a resumed run goes on from, by its name and a number."""
+        self._notes.setdefault(name, {})[number] = value
+
+    def noted(self, name: str) -> Mapping[int, Any]:
+        """What was noted under that name, by number."""
+        return self._notes.get(name, {})
 
     def resume(self, walk: BlockWalk) -> None:
         """Put a walk that has just begun where the blocks end that are finished, or refitted once all is decided."""

@@ -16,7 +16,9 @@ from secateur.methods import make_method
 from secateur.models.decoders import matrix_roles
 
 ALLOCATORS = list_allocators()
-ONE_PER_BLOCK = [name for name in ALLOCATORS if get_allocator(name).measures and name != "global"]
+ONE_PER_BLOCK = [name for name in ALLOCATORS if get_allocator(name).measures and name not in ("global", "search")]
+# what takes minutes as it is meant
+QUICK = {"search": "search:generations=2,offspring=2,first_tokens=32,last_tokens=64"}
 BAD = [
     (name, field.name, (field.metadata["le"] if field.metadata["le"] is not None else field.metadata["ge"] - 3) + 1)
     for name in ALLOCATORS
@@ -27,7 +29,9 @@ BAD = [
 
 def plan(model, tokenizer, allocate, method="wanda", **arguments):
     given = {"sparsity": 0.6} | arguments
-    return sc.plan(model, tokenizer, method=method, allocate=allocate, samples=4, length=32, **given)
+    return sc.plan(
+        model, tokenizer, method=method, allocate=QUICK.get(allocate, allocate), samples=4, length=32, **given
+    )
 
 
 def removed(made) -> tuple[int, int]:
@@ -112,6 +116,15 @@ def test_patterns_of_blocks_are_mixed(deep, tiny_tokenizer):
         assert (per_group == round(4 * found[name.removesuffix(".weight")])).all()
 
 
+def test_a_slope_is_tried_out(deep, tiny_tokenizer):
+    found = plan(deep, tiny_tokenizer, "progression:beta=auto", "magnitude")
+    zeros, weights = removed(found)
+    assert abs(zeros - 0.6 * weights) <= 1 / 2
+    assert found.provenance[0].allocation.options["beta"] == "auto"
+    slopes = [f"progression:slope={k / 10}" for k in range(9)]
+    assert any(not found.diff(plan(deep, tiny_tokenizer, slope, "magnitude")) for slope in slopes)
+
+
 def test_a_repairing_method_follows_too(deep, tiny_tokenizer):
     made = plan(deep, tiny_tokenizer, "owl", "sparsegpt", options={"block_size": 24})
     zeros, weights = removed(made)
@@ -130,6 +143,7 @@ def test_a_repairing_method_follows_too(deep, tiny_tokenizer):
         ("wanda", {}, "owl:n=3", "owl has no option 'n'"),
         ("wanda", {}, "owl:m", "an allocator is NAME or NAME:KEY=VALUE,KEY=VALUE, each key once, got 'owl:m'"),
         ("wanda", {}, "owl:m=1,m=2", "each key once"),
+        ("wanda", {}, "progression:beta=much", "progression: beta must be a number or auto, got 'much'"),
         ("wanda", {}, "owl:m=x", "owl: m must be of type float, got 'x'"),
     ],
 )

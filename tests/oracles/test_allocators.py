@@ -92,6 +92,31 @@ def test_kinds_shift_queries_and_keys_against_values_and_outputs():
         Progression(slope=0.9, attention=0.2).sparsities([*parts, Part("x", 1, "q", (10, 10))], [], 0.7)
 
 
+class ByTenths:
+    """Trials whose best slope is 0.3, and that say what they were asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def divergence(self, levels, tokens, seed):
+        assert len(set(levels)) == 1
+        self.asked.append(levels[0])
+        return abs(levels[0] - 3)
+
+
+def test_beta_auto_takes_the_slope_that_does_least():
+    search, trials = parse_allocator("progression:beta=auto,attention=0").working(), ByTenths()
+    found = search.at(blocks(5), search.run(blocks(5), 0.6, trials), 0.6)
+    assert trials.asked == list(range(9))
+    assert found == pytest.approx(Progression(slope=0.3, attention=0).sparsities(blocks(5), [], 0.6))
+    assert search.name == "progression" and search.options()["beta"] == "auto"
+    # slopes that would leave the interval beside what attention adds are not tried
+    parts, narrow = [*blocks(5, role="q"), Part("v", 0, "v", (100, 100))], ByTenths()
+    wide = parse_allocator("progression:beta=auto,attention=0.5").working()
+    wide.run(parts, 0.6, narrow)
+    assert 0 < len(narrow.asked) < 9
+
+
 # -- CFSP ------------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ CASES = {
     "magnitude, global": {"method": "magnitude", "sparsity": 0.5, "options": {"scope": "global"}},
     "shortgpt": {"method": "shortgpt", "options": {"layers": 1}},
     "wanda, owl": {"method": "wanda", "sparsity": 0.5, "allocate": "owl"},
+    "magnitude, search": {"method": "magnitude", "sparsity": 0.5, "allocate": "search:generations=3,offspring=2"},
 }
 
 

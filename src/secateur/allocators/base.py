@@ -73,16 +73,27 @@ class Allocator:
     """Base class of all allocators; the fields of a subclass are its options. Raises OptionError for bad ones.
 
     ``observes`` says what its statistics see: the ``inputs`` of every matrix, input and output of ``blocks``, or
-    ``nothing``. An allocator that looks at no block at all has ``measures`` false.
+    ``nothing``. An allocator that looks at no block at all has ``measures`` false; one that ``tries`` whole models
+    out is a ``Trying``.
     """
 
     name: ClassVar[str] = ""
     observes: ClassVar[str] = "nothing"
     statistics: ClassVar[Mapping[str, type[Statistic]]] = {}
     measures: ClassVar[bool] = False
+    tries: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self, self.name or type(self).__name__)
+
+    @property
+    def trial_tokens(self) -> int:
+        """Tokens that go through whole models, where the allocator tries some."""
+        return 0
+
+    def working(self) -> Allocator:
+        """The allocator that does the work with these options; by default this one."""
+        return self
 
     def options(self) -> dict[str, Any]:
         """The options as plain values, for provenance."""
@@ -134,6 +145,11 @@ class Measuring:
     def statistics(self) -> Mapping[str, type[Statistic]]:
         return self.needed_statistics()
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is read for the allocator, be it only to try models out."""
+        return bool(self.statistics) or self.allocator.tries
+
     def needed_statistics(self) -> Mapping[str, type[Statistic]]:
         """See ``Method``."""
         return self.allocator.needed_statistics(self.method)
@@ -171,16 +187,21 @@ def check_follows(allocator: Allocator, method: Method) -> WeightMethod:
 
 
 def matrix_sparsities(
-    allocator: Allocator, method: WeightMethod, parts: Sequence[Part], measured: Sequence[Tensor]
+    allocator: Allocator,
+    method: WeightMethod,
+    parts: Sequence[Part],
+    measured: Sequence[Tensor] = (),
+    wished: Wishes | None = None,
 ) -> dict[str, float]:
     """The sparsity of every matrix by module: one that ``method`` can give it, so that the whole is what it asks for.
 
-    With a pattern it is the fraction N/M of the matrix. Raises BudgetError.
+    With a pattern it is the fraction N/M of the matrix. ``wished`` are the sparsities that a search has found, instead
+    of those from what was ``measured``. Raises BudgetError.
     """
     sizes = [part.size for part in parts]
     names = [part.module for part in parts]
     if not method.pattern:
-        wished = allocator.sparsities(parts, measured, method.sparsity)
+        wished = allocator.sparsities(parts, measured, method.sparsity) if wished is None else wished
         steps = [method.step(part.shape) for part in parts]
         counts = removed_counts(wished, sizes, steps, method.sparsity)
         return {name: count / size for name, count, size in zip(names, counts, sizes, strict=True)}

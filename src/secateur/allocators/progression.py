@@ -6,7 +6,9 @@ What the first blocks get wrong all later ones amplify. S is the sparsity that i
 weighted by the weights of the blocks. No data.
 
 beta may be at most 2 * min(S, 1 - S) / (L - 1), so that every s_l lies in [0, 1]. `slope` gives it as a fraction of
-that, which means the same at every depth and sparsity; `beta` gives it in absolute terms.
+that, which means the same at every depth and sparsity; `beta` gives it in absolute terms. With `beta=auto` slopes from
+0 to 0.8 are tried out: each matrix is pruned for all of them, by the method, on the dense model, and the slope is taken
+that leaves the predictions for some calibration text nearest to the dense model's (mean KL divergence per token).
 
 Kinds: what `attention` adds follows what evolutionary searches have found (q and k sparser, v and o denser):
 
@@ -16,20 +18,26 @@ after which all s are shifted together until S is met. With attention = 0 this i
 
 Source: "arithmetic progression" of arXiv:2502.14770 (beta by a grid of step 0.002, each value a full pruning run); the
 signs of the kinds from the 70 % optima that IST-DASLab/EvoPress has published (arXiv:2410.14649).
-Differs from the former: its beta is searched for every model and sparsity; the default slope here is one number.
+Differs from the former: its beta is searched for every model and sparsity, by perplexity after full runs; the default
+slope here is one number, and beta=auto measures the divergence of matrices that were pruned apart.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
 from secateur.allocators.base import Allocator, Part, Wishes, sizes_of
 from secateur.allocators.registry import allocator
-from secateur.errors import BudgetError
+from secateur.allocators.trying import Levels, Trials, Trying
+from secateur.errors import BudgetError, OptionError
 from secateur.methods import option
 
+# what beta=auto tries; at 70 % and 32 blocks this is the published grid
+_SLOPES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _KINDS = {"q": 1.0, "k": 1.0, "v": -1.0, "o": -1.0}
 
 
@@ -41,17 +49,30 @@ class Progression(Allocator):
     slope: float = option(
         0.4, "beta as a fraction of the largest possible one; negative: late blocks denser", ge=-1, le=1
     )
-    beta: float | None = option(None, "increment from block to block, instead of slope", unit="sparsity")
+    beta: float | str | None = option(
+        None, "increment from block to block, instead of slope; auto: tried out", unit="sparsity"
+    )
     attention: float = option(
         0.2, "what q and k lose more, and v and o less, as a fraction of min(S, 1 - S)", ge=-1, le=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.beta, str) and self.beta != "auto":
+            try:
+                object.__setattr__(self, "beta", float(self.beta))
+            except ValueError:
+                raise OptionError(f"progression: beta must be a number or auto, got {self.beta!r}") from None
+
+    def working(self) -> Allocator:
+        return SlopeSearch(progression=self) if self.beta == "auto" else self
 
     def sparsities(self, parts: Sequence[Part], measured: Sequence[Tensor], sparsity: float) -> Wishes:
         layers = np.array([part.layer for part in parts], dtype=np.float64)
         room, steps = min(sparsity, 1.0 - sparsity), float(layers.max())
         # a single block has no step
         most = 2 * room / steps if steps else 0.0
-        beta = self.slope * most if self.beta is None else self.beta
+        beta = self.beta if isinstance(self.beta, float | int) else self.slope * most
         if steps and abs(beta) > most * (1 + 1e-9):
             raise BudgetError(
                 f"allocator progression: beta {beta:g} would leave [0, 1]: with {int(steps) + 1} blocks at sparsity"
@@ -67,3 +88,37 @@ class Progression(Allocator):
                 " [0, 1]: lower slope (or beta) or attention"
             )
         return found.clip(0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlopeSearch(Trying):
+    """The progression whose slope is tried out; level k of all matrices is the k-th slope."""
+
+    progression: Progression
+    tokens: int = 2048
+
+    name: ClassVar[str] = "progression"
+
+    def options(self) -> dict[str, Any]:
+        return self.progression.options()
+
+    @property
+    def trial_tokens(self) -> int:
+        return len(_SLOPES) * self.tokens
+
+    def level_sparsities(self, parts: Sequence[Part], sparsity: float) -> list[dict[int, float]]:
+        levels: list[dict[int, float]] = [{} for _ in parts]
+        for k in range(len(_SLOPES)):
+            # beside what attention adds not every slope leaves [0, 1]
+            with suppress(BudgetError):
+                for level, wished in zip(levels, self.at(parts, (k,) * len(parts), sparsity), strict=True):
+                    level[k] = float(wished)
+        return levels
+
+    def run(self, parts: Sequence[Part], sparsity: float, trials: Trials) -> Levels:
+        possible = self.level_sparsities(parts, sparsity)[0]
+        return min(((k,) * len(parts) for k in possible), key=lambda one: trials.divergence(one, self.tokens, 0))
+
+    def at(self, parts: Sequence[Part], levels: Levels, sparsity: float) -> Wishes:
+        chosen = replace(self.progression, beta=None, slope=_SLOPES[levels[0]])
+        return chosen.sparsities(parts, [], sparsity)

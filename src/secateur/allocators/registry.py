@@ -37,7 +37,7 @@ def allocator(name: str) -> Callable[[type[A]], type[A]]:
 def list_allocators() -> tuple[str, ...]:
     """Names of all allocators, sorted."""
     found = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}
-    return tuple(sorted(found - {"base", "registry"}))
+    return tuple(sorted(found - {"base", "registry", "trying"}))
 
 
 def get_allocator(name: str) -> type[Allocator]:
@@ -72,7 +72,7 @@ def chosen_allocation(text: str | None, method: Method) -> Measuring | None:
     """
     if text is None:
         return None
-    found = parse_allocator(text)
+    found = parse_allocator(text).working()
     return Measuring(found, check_follows(found, method))
 
 

@@ -53,6 +53,11 @@ class Job:
         return min(self.samples, max(1, self.batch_tokens // self.length)) * self.length if self.observes else 0
 
     @property
+    def trial_tokens(self) -> int:
+        """Tokens that go through whole models, for an allocator that tries some."""
+        return self.allocation.allocator.trial_tokens if self.allocation is not None else 0
+
+    @property
     def repairs(self) -> bool:
         """Whether the weights that stay get new values."""
         return self.method.descriptor.recovery == "least_squares"

@@ -26,6 +26,8 @@ _PAGES = 1 << 16
 # What the heap keeps of freed tensors, as a fraction of all that comes and goes. The C library hands allocations above
 # 32 MB back at once, so that there is an end to it.
 _SLACK, _MOST_SLACK = 0.1, 1 << 28
+# tokens whose predictions are kept while models are tried out
+_TRIED = 4096
 # what lies on the device that computes
 _ON_DEVICE = ("working copy", "hidden states", "statistics", "at work")
 
@@ -53,6 +55,7 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
     block = max(sizes.blocks, key=lambda b: b.entries)
     steady = {"process": baseline, **_model(sizes, block), **_walk(sizes, job, block)}
     stages = [_entering(sizes, job), _observing(sizes, job, block), _deciding(sizes, job, block), _ending(sizes, job)]
+    stages.append(_trying(sizes, job))
     most = max(stages, key=lambda stage: sum(stage.values()))
     parts = {name: size for name, size in {**steady, **most}.items() if size}
     device: dict[str, int] = {}
@@ -135,3 +138,12 @@ def _ending(sizes: Sizes, job: Job) -> dict[str, int]:
     if not job.ranks_globally:
         return {}
     return {"at work": max(block.widest for block in sizes.blocks) * (4 + 4 + 4 + 8 + 8)}
+
+
+def _trying(sizes: Sizes, job: Job) -> dict[str, int]:
+    """A whole model, its dense matrices beside it, and the predictions of both for some tokens."""
+    if not job.trial_tokens or job.allocation is None:
+        return {}
+    entries = sum(block.entries for block in sizes.blocks) + sizes.outside_entries + sizes.linear
+    predictions = 4 * sizes.vocabulary * (min(job.tokens, job.trial_tokens, _TRIED) + 3 * job.length)
+    return {"whole model": entries * job.dtype.itemsize, "at work": predictions}

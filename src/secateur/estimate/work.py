@@ -40,6 +40,8 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
         found["statistics"] += sum(needs.update_flops for needs in job.allocation_needs(block, sizes.hidden))
         if job.repairs:
             found["sweeps"] += sum(sweep_flops(o, i) for o, i in block.matrices)
+    # whole models, the head among them
+    found["forwards"] += job.trial_tokens * 2 * (sizes.linear + sizes.head)
     return {name: count for name, count in found.items() if count}
 
 

@@ -123,6 +123,10 @@ class Source:
         """A working copy of one block in ``dtype`` on its device, in eval mode; writing to it changes nothing else."""
         return copy.deepcopy(self.blocks[layer]).to(self.device_of(layer), dtype).eval()
 
+    def whole(self, dtype: torch.dtype) -> PreTrainedModel:
+        """A working copy of the whole model in ``dtype``, in eval mode; it takes the memory that the model does."""
+        return copy.deepcopy(self.model).to(self.device, dtype).eval()  # type: ignore[arg-type]
+
     def shell(self, dtype: torch.dtype, *, whole: bool = False) -> nn.Module:
         """The base model in ``dtype`` around the source's own blocks, which its caller must not run.
 
@@ -262,6 +266,15 @@ class CheckpointSource(Source):
             # a copy even where nothing is converted: what is held must stay as it is stored
             _set(block, name.removeprefix(prefix), tensor.to(device, cast, copy=True))
         return block.to(device, dtype).eval()
+
+    def whole(self, dtype: torch.dtype) -> PreTrainedModel:
+        model: PreTrainedModel = copy.deepcopy(self.model)
+        for name, stored in self.stored.items():
+            value = stored.read()
+            _set(model, name, value.to(self.device, dtype if value.is_floating_point() else value.dtype))
+        # a tied tensor is stored under its first name alone
+        model.tie_weights()
+        return model.to(self.device).eval()  # type: ignore[arg-type]
 
     def mapped(self, name: str) -> Tensor:
         stored = self.stored[name]

@@ -148,6 +148,13 @@ class DiskKeeper(Keeper):
     def allocate(self, sparsities: dict[str, float]) -> None:
         self._step.add(allocated=True, sparsities=sparsities)
 
+    def note(self, name: str, number: int, value: Any) -> None:
+        self._step.add(**{name: number, "value": value})
+        self._step.check_stop(f"{name} {number + 1}", self._ranks)
+
+    def noted(self, name: str) -> Mapping[int, Any]:
+        return {number: entry["value"] for number, entry in self._step.journal.of(name).items()}
+
     @property
     def complete(self) -> bool:
         """True when nothing is left to decide or to refit."""

@@ -231,7 +231,7 @@ class _Runner:
         method, allocation = self._recipe.words(step)
         folder = StepFolder(self._folder.step(number), self._stop, hint(self._folder.out))
         # one rank reads, so that a text that is fetched or sampled is the same for all
-        observes = method.uses_data or (allocation and allocation.statistics)
+        observes = method.uses_data or (allocation and allocation.needs_text)
         tokens = self._ranks.on_main(lambda: self._tokens(source)) if observes else None
         return folder, method, source, tokens
 

@@ -1,0 +1,107 @@
+"""Search: shift sparsity between matrices, and keep what leaves the model's predictions most as they were.
+
+    level e of matrix k:  it loses base_k + e * unit weights,   e = -levels..levels, as far as that lies within it
+    fitness             = mean over tokens of KL(dense model's next-token distribution || that of the candidate)
+
+One level is the same number of weights in every matrix, so that a matrix one level up and another one down keep the
+whole as it is. base is the arithmetic progression, with its defaults. All levels of all matrices are pruned beforehand,
+by the method, on the dense model. An offspring is the parent after n = min(r, r') shifts, r and r' drawn from 1..3: a
+matrix that can goes one level denser, and one that can goes one level sparser. The offspring are measured on
+`first_tokens` tokens; the best `survivors` of them and the parent are measured on `last_tokens`, and the best of these
+is the next parent.
+
+Source: O. Sieberling et al., "EvoPress", 2024, arXiv:2410.14649; official code IST-DASLab/EvoPress. Differs from it:
+starts at the progression (theirs: all matrices alike, where its published optima are much like a progression); a few
+minutes on two cores instead of 400 generations of 64 offspring on up to 65,536 tokens; the parent is never lost to a
+fresh draw of tokens, because the last stage always reads the same ones; equal offspring are measured once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from secateur.allocators.base import Part, Wishes, sizes_of
+from secateur.allocators.progression import Progression
+from secateur.allocators.registry import allocator
+from secateur.allocators.trying import Levels, Trials, Trying
+from secateur.methods import option
+
+
+@allocator("search")
+@dataclass(frozen=True, kw_only=True)
+class Search(Trying):
+    """Options of the level search; the numbers of tokens and offspring fit two cores and a small model."""
+
+    levels: int = option(4, "levels to either side of the progression", ge=1)
+    generations: int = option(12, "parents after the first", ge=0)
+    offspring: int = option(8, "candidates per generation", ge=1)
+    survivors: int = option(2, "candidates that reach the last stage", ge=1)
+    first_tokens: int = option(512, "what all candidates are measured on", unit="tokens", ge=2)
+    last_tokens: int = option(2048, "what the survivors and the parent are measured on", unit="tokens", ge=2)
+    seed: int = option(0, "seed of shifts and of the tokens of the first stage", ge=0)
+
+    def base(self, parts: Sequence[Part], sparsity: float) -> Wishes:
+        """The sparsities at level 0, [parts]."""
+        return Progression().sparsities(parts, [], sparsity)
+
+    def unit(self, parts: Sequence[Part], sparsity: float) -> int:
+        """How many weights one level is: half of what the narrowest square matrix has to give, over the levels."""
+        side = min(max(part.shape) for part in parts)
+        return max(1, int(0.5 * min(sparsity, 1 - sparsity) / self.levels * side**2))
+
+    def ranges(self, parts: Sequence[Part], sparsity: float) -> list[range]:
+        """The levels of every part that leave it some weights, and need none that it hasn't."""
+        unit = self.unit(parts, sparsity)
+        found = []
+        for part, base in zip(parts, self.base(parts, sparsity) * sizes_of(parts), strict=True):
+            low = min(int(base // unit), self.levels)
+            high = min(int((part.size - 1 - base) // unit), self.levels)
+            found.append(range(-low, max(high, 0) + 1))
+        return found
+
+    def at(self, parts: Sequence[Part], levels: Levels, sparsity: float) -> Wishes:
+        """The sparsities of these levels, [parts]."""
+        return self.base(parts, sparsity) + self.unit(parts, sparsity) * (1 / sizes_of(parts)) * levels
+
+    def level_sparsities(self, parts: Sequence[Part], sparsity: float) -> list[dict[int, float]]:
+        unit, bases = self.unit(parts, sparsity), self.base(parts, sparsity)
+        ranges = self.ranges(parts, sparsity)
+        return [
+            {level: float(base) + level * unit / part.size for level in levels}
+            for part, base, levels in zip(parts, bases, ranges, strict=True)
+        ]
+
+    @property
+    def trial_tokens(self) -> int:
+        """Tokens that go through the whole model in all."""
+        each = self.offspring * self.first_tokens + (self.survivors + 1) * self.last_tokens
+        return self.generations * each
+
+    def run(self, parts: Sequence[Part], sparsity: float, trials: Trials) -> Levels:
+        """The levels of the best parent. A run that goes on behind ``trials.done()`` gives the same."""
+        ranges, done = self.ranges(parts, sparsity), trials.done()
+        parent = done[-1] if done else (0,) * len(parts)
+        for generation in range(len(done), self.generations):
+            # of its own in every generation, so that it doesn't matter where a run was interrupted
+            random = Random(self.seed * 1_000_003 + generation)
+            candidates = {shifted(parent, ranges, random) for _ in range(self.offspring)} - {parent}
+            draw = random.randrange(1 << 30)
+            ranked = sorted((trials.divergence(one, self.first_tokens, draw), one) for one in candidates)
+            finalists = [one for _, one in ranked[: self.survivors]] + [parent]
+            # the parent comes last, and stays only where nothing is better or equal
+            parent = min(finalists, key=lambda one: trials.divergence(one, self.last_tokens, self.seed))
+            trials.finish(generation, parent)
+        return parent
+
+
+def shifted(parent: Levels, ranges: Sequence[range], random: Random) -> Levels:
+    """The parent after a few shifts: each makes one part a level denser and one, perhaps the same, a level sparser."""
+    levels = list(parent)
+    for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
+        able = [i for i, level in enumerate(levels) if level - 1 in ranges[i]]
+        if not able:
+            break
+        levels[random.choice(able)] -= 1
+        # the one that went down can always come back
+        levels[random.choice([i for i, level in enumerate(levels) if level + 1 in ranges[i]])] += 1
+    return tuple(levels)
