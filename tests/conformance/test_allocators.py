@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import secateur as sc
 from secateur.allocators import Part, describe_allocator, get_allocator, list_allocators, parse_allocator
 from secateur.errors import OptionError, UsageError
-from secateur.methods import make_method
+from secateur.methods import get_method, list_methods, make_method
 from secateur.models.decoders import matrix_roles
 
 ALLOCATORS = list_allocators()
@@ -114,6 +114,21 @@ def test_patterns_of_blocks_are_mixed(deep, tiny_tokenizer):
     for name, mask in made.masks.items():
         per_group = (~mask).reshape(-1, 4).sum(dim=1)
         assert (per_group == round(4 * found[name.removesuffix(".weight")])).all()
+
+
+@pytest.mark.parametrize("method", list_methods(object="weights"))
+def test_every_method_for_weights_follows_to_the_weight(method, deep, tiny_tokenizer):
+    options = {} if "scope" not in get_method(method).option_fields() else {"scope": "layer"}
+    if make_method(method).decides_globally:
+        with pytest.raises(UsageError, match="spreads the sparsity itself"):
+            plan(deep, tiny_tokenizer, "progression", method)
+    made = plan(deep, tiny_tokenizer, "progression", method, options=options)
+    zeros, weights = removed(made)
+    chosen = make_method(method, options)
+    steps = min(chosen.step((m.shape[0], m.shape[1])) for m in sc.anatomy(deep).matrices)
+    assert abs(zeros - 0.6 * weights) <= max(steps / 2, 0.5)
+    given = made.provenance[0].allocation.sparsities
+    assert given == {name.removesuffix(".weight"): made.sparsity(name) for name in made.masks}
 
 
 def test_a_slope_is_tried_out(deep, tiny_tokenizer):

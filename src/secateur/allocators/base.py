@@ -177,7 +177,7 @@ def check_follows(allocator: Allocator, method: Method) -> WeightMethod:
             f"allocator {allocator.name} gives matrices their sparsity, and {method.name} removes {what}: take a method"
             " for weights ('secateur methods --object weights' lists them)"
         )
-    if getattr(method, "scope", "") == "global" and not method.pattern:
+    if method.decides_globally:
         raise UsageError(
             f"{method.name} with scope=global spreads the sparsity itself and can't follow allocator {allocator.name}:"
             " leave one of them out"
@@ -219,8 +219,9 @@ def matrix_sparsities(
 def with_sparsity(method: WeightMethod, part: Part, sparsity: float) -> WeightMethod:
     """``method`` as it prunes this matrix; ``sparsity`` is one that ``matrix_sparsities`` gave."""
     if not method.pattern:
-        # rules round down: a quarter of a weight more, so that no rounding of floats loses a whole one
-        return dataclasses.replace(method, sparsity=(round(sparsity * part.size) + 0.25) / part.size)
+        # a quarter of a weight to the side that is rounded off: no rounding of floats then loses or takes a whole one
+        count = round(sparsity * part.size) + (-0.25 if method.rounds_up else 0.25)
+        return dataclasses.replace(method, sparsity=max(count, 0.0) / part.size)
     m = parse_pattern(method.pattern).m
     n = round(sparsity * m)
     if n == 0:

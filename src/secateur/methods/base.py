@@ -294,6 +294,8 @@ class WeightMethod(Method):
 
     fits: ClassVar[bool] = False
     """Whether the method itself solves for weights by the ``target``."""
+    rounds_up: ClassVar[bool] = False
+    """Whether a fraction of a weight is one that leaves."""
     sweeps: ClassVar[bool] = False
     """Whether it goes through a matrix column by column."""
 

@@ -39,6 +39,7 @@ class OBC(WeightMethod):
     sequential: ClassVar[bool] = True
     fits: ClassVar[bool] = True
     costly: ClassVar[bool] = True
+    rounds_up: ClassVar[bool] = True
     descriptor: ClassVar = Descriptor(
         object="weights",
         granularity="element",
