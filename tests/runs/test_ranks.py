@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing import ProcessRaisedException
 
 import rank_jobs
 import secateur as sc
@@ -358,3 +359,23 @@ def test_a_half_set_environment_is_refused(environment, message, monkeypatch):
     with pytest.raises(UsageError, match=message):
         join()
     assert started_as_main() == (environment["RANK"] == "0")
+
+
+def test_ranks_allocate_by_what_all_of_them_saw(checkpoint, tmp_path):
+    def asked(allocate: str, out: Path) -> dict[str, Any]:
+        job = recipe(checkpoint, "wanda", out)
+        job["steps"][0]["allocate"] = allocate
+        return job
+
+    # magnitudes of the scores of all matrices, and angles of blocks
+    names = ("owl:m=2", "cfsp:alpha=100")
+    run_ranks(
+        rank_jobs.prune, 2, {f"two-{i}": asked(name, tmp_path / f"two-{i}") for i, name in enumerate(names)}, tmp_path
+    )
+    for i, name in enumerate(names):
+        sc.run(asked(name, tmp_path / f"one-{i}"))
+        one, two = (plan_of(tmp_path / f"{who}-{i}").provenance[0].allocation for who in ("one", "two"))
+        assert len(set(one.sparsities.values())) > 2
+        assert two.sparsities == pytest.approx(one.sparsities, abs=1 / 32 + 1e-9)
+    with pytest.raises(ProcessRaisedException, match="UsageError: allocator search .* in one process: leave torchrun"):
+        run_ranks(rank_jobs.prune, 2, {"search": asked("search", tmp_path / "search")}, tmp_path)
