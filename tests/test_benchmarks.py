@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur
+from families import make_tiny
 from secateur import timing
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -210,3 +211,31 @@ def test_rows_of_the_obspa_study_are_means_over_seeds(study, monkeypatch):
     ((name, _, setting, table, _),) = written
     assert name == "obspa" and setting["seeds"] == [0, 1]
     assert table[0]["top-1 %"] == 75.0 and table[0]["over seeds"] == "70.0 to 80.0"
+
+
+def test_what_is_asked_of_a_language_model_is_compared_with_what_it_takes(study, monkeypatch):
+    def take_turns(works, repeats, devices, step=None):
+        found = {}
+        for name, work in works.items():
+            with FlopCounterMode(display=False) as counter:
+                work()
+            found[name] = [1e-9 * counter.get_total_flops()] * repeats
+        return found
+
+    monkeypatch.setattr(timing, "take_turns", take_turns)
+    budgets, model = study("budgets"), make_tiny("llama")
+    asked = {name: setting for name, setting in budgets.settings(0.8, 0.5).items() if "and" in name}
+    dense, cut = budgets.compare(
+        model,
+        None,
+        asked,
+        method="random_sp",
+        workload="batch=1,prompt=8,new=2",
+        repeats=1,
+        evaluate=[],
+        options={"variants": "scores"},
+        windows=1,
+    )
+    assert cut["asked"] == 0.8 and cut["KV bytes asked"] == cut["KV bytes left"] == 0.5
+    assert cut["measured"] == pytest.approx(cut["expected"], rel=0.02) and cut["within"]
+    assert cut["request ms"] < dense["request ms"] and cut["parameters"] < dense["parameters"]

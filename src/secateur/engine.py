@@ -392,7 +392,9 @@ class _Run:
         assert tokens is not None
         ids = windows_for(tokens.ids, method.variant_tokens)
         variants = {g.name: variants_of(g, scores[g.name], _limits(method)) for g in groups}
-        path = variants_file(self.statistics, ids, variants, [method.name, method.options(), str(dtype)])
+        # what is asked of a method changes which variants there are, and not what they lose
+        own = {name: value for name, value in method.options().items() if name not in UnitMethod.asking}
+        path = variants_file(self.statistics, ids, variants, [method.name, own, str(dtype)])
         losses = read_losses(path)
         if losses is None:
             losses = measure_variants(

@@ -23,6 +23,7 @@ from secateur.methods import make_method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.latency import measure_decoder
 from secateur.models.sources import Source
+from secateur.models.surgery import layer_overrides
 from secateur.timing import Workload
 
 LOAD = Workload(batch=2, prompt=12, new=3)
@@ -73,7 +74,7 @@ def test_what_is_expected_of_a_cut_model_is_what_it_takes(clock, family):
 def test_a_model_that_was_cut_before_takes_less_from_the_start(clock):
     model = make_tiny("llama")
     cut = sc.prune(model, method="magnitude_sp", budget={"params": 0.6}, options={"variants": "scores"}).model
-    assert cut.config.per_layer_config
+    assert layer_overrides(cut.config)
     assert measured(cut).dense == pytest.approx(request_ms(cut), rel=2e-2)
 
 
@@ -122,7 +123,9 @@ def test_a_table_of_another_machine_is_used_with_a_note(clock, tmp_path):
     table = LatencyTable(path, machine={**LatencyTable().machine, "cpu": "Another 9000"})
     with pytest.raises(UsageError, match=r"lacks 4 measurements .* where cpu is Another 9000 \(here "):
         measured(model, table)
-    table.entries = (found := LatencyTable(), measured(model, found))[0].entries
+    found = LatencyTable()
+    measured(model, found)
+    table.entries = {name.replace(" on cpu", " on cuda"): entry for name, entry in found.entries.items()}
     table.save()
     asked = {"budget": {"latency": 0.8}, "options": {"workload": str(LOAD), "variants": "scores"}}
     plan = sc.plan(model, method="magnitude_sp", latency_table=path, **asked)

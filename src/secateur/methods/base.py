@@ -388,6 +388,10 @@ class UnitMethod(Method):
     )
 
     kinds: ClassVar[tuple[str, ...]] = ("kv_head", "head", "neuron")
+    asking: ClassVar[tuple[str, ...]] = (
+        "sparsity", "budget", "uniform", "variants", "variant_tokens", "workload", "min_keep", "round_to",
+    )  # fmt: skip
+    """Options that say how much may stay, and not what is worth keeping."""
     fits: ClassVar[bool] = False
     """Whether the method itself judges units by the ``target``."""
 

@@ -99,7 +99,7 @@ def measure_decoder(
     Raises UsageError when that is needed of a table of another machine, DataError when the request is too long.
     """
     check_length(source.model, workload.prompt + workload.new)
-    key = _key(source, anatomy, workload)
+    key = _found(table, _key(source, anatomy, workload), source)
     kinds = _kinds(anatomy)
     missing = [kind for kind in kinds if f"{key}; {kind}" not in table.entries]
     if missing or f"{key}; rest" not in table.entries:
@@ -193,7 +193,8 @@ def _probe(source: Source, blocks: int) -> PreTrainedModel:
     for name in sizes[0]:
         if family.plain_heads or name == family.ffn_key:
             setattr(config, name, max(entry[name] for entry in sizes))
-    probe: Any = type(model)(config)
+    with torch.random.fork_rng():
+        probe: Any = type(model)(config)
     return probe.to(source.device, model.dtype).eval()
 
 
@@ -246,7 +247,7 @@ def _single(milliseconds: float) -> Entry:
 
 
 def _key(source: Source, anatomy: Anatomy, workload: Workload) -> str:
-    """Architecture, shapes, dtype, device, threads and request: everything but the machine that the times depend on."""
+    """Architecture, shapes, dtype and request: everything that the times depend on but the machine and its device."""
     model = source.model
     widest = _widest(anatomy)
     shapes: Sequence[Any] = (
@@ -258,5 +259,13 @@ def _key(source: Source, anatomy: Anatomy, workload: Workload) -> str:
     )
     digest = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:12]
     dtype = str(model.dtype).removeprefix("torch.")
-    where = f"{dtype} on {source.device.type}, {torch.get_num_threads()} threads"
-    return f"{type(model).__name__} {digest}, {anatomy.num_layers} blocks, {where}; {workload}"
+    return f"{type(model).__name__} {digest}, {anatomy.num_layers} blocks, {dtype}; {workload}"
+
+
+def _found(table: LatencyTable, key: str, source: Source) -> str:
+    """``key`` on the device of the source; in a table of another machine on whatever device was measured there."""
+    if table.difference:
+        for name in table.entries:
+            if name.startswith(f"{key} on "):
+                return name.rpartition("; ")[0]
+    return f"{key} on {source.device.type}"
