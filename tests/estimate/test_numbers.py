@@ -84,6 +84,14 @@ def test_an_allocator_sees_every_block_once_before(sizes, method, allocate, pass
     assert held == (TOKENS * 32 * 4 if passes else 0)
 
 
+def test_variants_go_through_their_block_and_those_behind_it(sizes):
+    asked = job("flap", budget="params=0.8,macs=0.9", variant_tokens=32)
+    # five of heads and five of neurons, in the first block and in the second
+    assert flops(sizes, asked)["variants"] == 2 * 32 * (10 * LINEAR + 20 * LINEAR + 20 * sizes.head)
+    assert asked.sparsity == pytest.approx(0.2)
+    assert "variants" not in flops(sizes, job("flap", budget="params=0.8", variants="scores"))
+
+
 def test_forward_operations_are_those_that_torch_counts(sizes, tiny_llama):
     ids = torch.zeros(4, 16, dtype=torch.int64)
     # torch counts no attention in the kernel that a CPU runs, and here that to all tokens, of which half are masked

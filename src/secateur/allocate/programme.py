@@ -31,7 +31,7 @@ Numbers = NDArray[np.float64]
 
 LEVELS = 48
 """Variants of a group besides the whole one, at most: 1536 neurons are kept in steps of 32."""
-GAP = 1e-5
+GAP = 1e-4
 """Relative distance to the optimum at which the solver stops."""
 
 

@@ -76,7 +76,19 @@ class Job:
             from secateur.allocate import parse_pattern
 
             return parse_pattern(pattern).share
-        return float(getattr(self.method, "sparsity", 0.0))
+        method = self.method
+        if isinstance(method, UnitMethod) and method.programmed:
+            # of other budgets nobody knows yet how many weights they take along
+            told = [1 - left for name, left in method.asked.items() if name in ("params", "macs", "bytes")]
+            return max(told, default=0.0)
+        return float(getattr(method, "sparsity", 0.0))
+
+    @property
+    def variant_tokens(self) -> int:
+        """Tokens on which groups with fewer units are measured."""
+        method = self.method
+        measures = isinstance(method, UnitMethod) and method.programmed and method.variants == "measured"
+        return min(method.variant_tokens, self.samples * self.length) if measures else 0  # type: ignore[attr-defined]
 
     def targets(self, block: BlockSizes) -> tuple[Inputs, ...]:
         """What the method looks at in a block: all inputs, those of readers, or none."""

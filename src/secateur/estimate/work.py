@@ -19,6 +19,8 @@ _AROUND_HIDDEN, _AROUND_FFN, _AROUND_ATTENTION = 24, 6, 12
 _LOADING = 50
 # entries read and written for a score: float32 copy, |W|, product
 _SCORING = 8
+# of a group, at most
+VARIANTS = 5
 
 
 def flops(sizes: Sizes, job: Job) -> dict[str, int]:
@@ -29,6 +31,7 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
             n * forward_flops(block, sizes, job) - _unread_flops(block, job)
             for n, block in zip(passes, sizes.blocks, strict=True)
         ),
+        "variants": _variant_flops(sizes, job),
         "statistics": 0,
         "factorisations": 0,
         "sweeps": 0,
@@ -43,6 +46,15 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
     # whole models, the head among them
     found["forwards"] += job.trial_tokens * 2 * (sizes.linear + sizes.head)
     return {name: count for name, count in found.items() if count}
+
+
+def _variant_flops(sizes: Sizes, job: Job) -> int:
+    """Of measuring what variants lose: those of a block go through it and through all blocks behind it."""
+    through, variants = 0, 0
+    for block in sizes.blocks:
+        variants += VARIANTS * sum(inputs.reader for inputs in block.inputs)
+        through += variants * block.linear
+    return 2 * job.variant_tokens * (through + variants * sizes.head)
 
 
 def forward_flops(block: BlockSizes, sizes: Sizes, job: Job) -> int:
@@ -82,6 +94,7 @@ def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
     found = {
         "check": _CHECKS * (sizes.stored + _entries(sizes)) / 2 / machine.moved,
         "forwards": count.get("forwards", 0) / machine.flops + around / machine.moved,
+        "variants": count.get("variants", 0) / machine.flops,
         "statistics": count.get("statistics", 0) / machine.float32_flops + statistics / machine.moved,
         "decide": _deciding(sizes, job, machine, count),
         "write": _written(sizes, job) / machine.written,
@@ -89,6 +102,8 @@ def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
     if not (sizes.streamed or sizes.loaded):
         found["load"] = _LOADING * sizes.stored / machine.moved
     reading = (sizes.stored if sizes.streamed else 0) / machine.read
+    if not found["variants"]:
+        del found["variants"]
     hidden = found["forwards"] + found["statistics"] + found["decide"]
     found["read"] = max(reading - hidden, reading / max(len(sizes.blocks), 1))
     return found
