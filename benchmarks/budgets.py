@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--variant-tokens", type=int, default=1024)
+    parser.add_argument("--variant-tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a short run that shows that it works; writes no result")

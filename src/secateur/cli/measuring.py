@@ -55,7 +55,7 @@ class Measurement:
             text_field=self.job.calibration.text_field,
             progress=self.progress,
         )
-        report.metrics = [*report.metrics, *table]
+        report.metrics = [*table, *report.metrics]
         prompt = self.prompt or (DEFAULT_PROMPT if self.sample else None)
         if prompt is not None and tokenizer is not None:
             from secateur.report import Sample
@@ -78,7 +78,7 @@ class Measurement:
         for tally in result.tallies.values():
             pruned.know(tally.zeros)
         try:
-            report.metrics = [*report.metrics, *stored_size({"dense": source, "pruned": pruned})]
+            report.metrics = [*stored_size({"dense": source, "pruned": pruned}), *report.metrics]
         finally:
             pruned.close()
 

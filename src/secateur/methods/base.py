@@ -369,7 +369,7 @@ class UnitMethod(Method):
         " with all other groups whole, or the sum of the scores of what leaves",
         choices=("measured", "scores"),
     )
-    variant_tokens: int = option(1024, "calibration tokens on which variants are measured", unit="tokens", ge=1)
+    variant_tokens: int = option(512, "calibration tokens on which variants are measured", unit="tokens", ge=1)
     workload: str = option("batch=1,prompt=256,new=32", "the request whose latency is a budget", unit="tokens")
     heads: str = option(
         "kv", "attention unit: a key-value head with its queries, or one query head of each", choices=("kv", "query")
