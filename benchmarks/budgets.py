@@ -7,6 +7,7 @@ python benchmarks/budgets.py --calibration builtin --evaluation builtin --quick
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +26,8 @@ this machine, says of the cut model, and `measured` the median of {{repeats}} in
 as fractions of the dense model. `off` is how far what was measured is from what was asked; it is to stay within
 {TOLERANCE:.0%} (`within`). What variants lose is their KL divergence, measured one at a time; in the row `by scores`
 it is the sum of the method's scores. The `uniform` row has equal widths in every layer. `plan s` is the time of
-calibration, variants and programme together, without the table, which took {{table_seconds:.0f}} s.
+plan and cut; calibration and variants are part of the first row and found again by the others. The table of latencies
+took {{table_seconds:.0f}} s.
 """
 
 
@@ -126,21 +128,24 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model, tokenizer = sc.load(arguments.model)
     table_seconds = time_table(model, arguments.workload)
-    rows = compare(
-        model,
-        tokenizer,
-        settings(arguments.latency, arguments.kv_bytes),
-        method=arguments.method,
-        workload=arguments.workload,
-        repeats=arguments.repeats,
-        evaluate=[f"perplexity:{arguments.evaluation}"],
-        options={"variant_tokens": arguments.variant_tokens},
-        windows=arguments.windows,
-        calibration=arguments.calibration,
-        samples=arguments.samples,
-        length=arguments.length,
-        dtype="float32",
-    )
+    # statistics, and what variants lose, are the same for all budgets
+    with tempfile.TemporaryDirectory() as folder:
+        rows = compare(
+            model,
+            tokenizer,
+            settings(arguments.latency, arguments.kv_bytes),
+            method=arguments.method,
+            workload=arguments.workload,
+            repeats=arguments.repeats,
+            evaluate=[f"perplexity:{arguments.evaluation}"],
+            options={"variant_tokens": arguments.variant_tokens},
+            windows=arguments.windows,
+            calibration=arguments.calibration,
+            samples=arguments.samples,
+            length=arguments.length,
+            dtype="float32",
+            statistics=folder,
+        )
     if arguments.quick:
         return
     setting = {**vars(arguments), "dtype": "float32", "seed": 0, "tolerance": TOLERANCE}
