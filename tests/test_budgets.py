@@ -40,7 +40,17 @@ def test_kl_divergence_by_hand():
     dense, other = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 3.0]]]).log_softmax(-1)
     by_hand = 0.5 * (0.5 / other.exp()).log().sum()
     assert kl_divergence(dense, other) == pytest.approx(float(by_hand))
-    assert kl_divergence(dense, dense + 7) == 0.0
+    assert kl_divergence(dense, dense + 7) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_kl_divergence_is_that_of_torch_and_keeps_the_digits_of_a_small_one():
+    generator = torch.Generator().manual_seed(0)
+    dense = 10 * torch.randn(2, 300, 50, generator=generator)
+    for apart in (1.0, 1e-2):
+        other = dense + apart * torch.randn(dense.shape, generator=generator)
+        log_p, log_q = dense.double().log_softmax(-1), other.double().log_softmax(-1)
+        exact = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / 600
+        assert kl_divergence(dense, other) == pytest.approx(float(exact), rel=1e-2)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied-bias", "gemma2", "gpt2", "falcon", "granite", "opt"])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from secateur.allocate import Budget, ProgrammeAllocator, measured_losses, score_losses
 from secateur.allocate.units import Limits, bundles, kept_units, least_bundles
-from secateur.criteria.divergence import kl_divergence
+from secateur.criteria.divergence import Divergence
 from secateur.errors import CorruptFileError, UsageError
 from secateur.files import write_text
 from secateur.latencytable import LatencyTable
@@ -164,10 +164,10 @@ def measure_variants(
         walk.advance(block, layer)
         progress("variants", layer + 1, blocks + 1)
     head = source.shell(dtype, whole=True)
-    dense_BTV = walk.logits(head, 0, walk.hidden[0])
+    divergence = Divergence(walk.logits(head, 0, walk.hidden[0]))
     found: dict[str, dict[int, float]] = {g.name: {} for g in groups}
     for i, (name, kept) in enumerate(born):
-        found[name][kept] = kl_divergence(dense_BTV, walk.logits(head, 0, hidden[i]))
+        found[name][kept] = divergence.of(walk.logits(head, 0, hidden[i]))
     progress("variants", blocks + 1, blocks + 1)
     return found
 

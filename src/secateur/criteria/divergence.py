@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 ROWS = 256
 """Positions whose logits are copied to float32 at a time."""
 
 
-def kl_divergence(dense_BTV: Tensor, other_BTV: Tensor) -> float:
-    """Mean over positions of KL(dense || other) in nats, from logits [sequences, length, vocabulary] of any dtype.
+class Divergence:
+    """KL divergence of predictions from those of a dense model, whose part is worked out once.
 
-        KL = sum over tokens v of  p_v * (log p_v - log q_v)
+        KL = sum over tokens v of  p_v * (a_v - b_v)  -  logsumexp(a)  +  logsumexp(b)
 
-    It is 0 where the predictions are the same, however the logits are shifted. Sums are float64, logs float32.
+    a are the logits of the dense model, [sequences, length, vocabulary] of any dtype, b those of the other, and p the
+    probabilities of the dense one. Differences are taken first, so that a small divergence keeps its digits.
     """
-    total = torch.zeros((), dtype=torch.float64, device=dense_BTV.device)
-    rows, others = (logits.flatten(0, -2).split(ROWS) for logits in (dense_BTV, other_BTV))
-    for mine_TV, theirs_TV in zip(rows, others, strict=True):
-        log_p, log_q = log_softmax(mine_TV.float(), dim=-1), log_softmax(theirs_TV.float(), dim=-1)
-        total += (log_p.exp() * (log_p - log_q)).sum(dim=-1).double().sum()
-    return float(total) / dense_BTV[..., 0].numel()
+
+    def __init__(self, dense_BTV: Tensor) -> None:
+        self._rows = [rows_TV.float() for rows_TV in dense_BTV.flatten(0, -2).split(ROWS)]
+        self._sums = [rows_TV.logsumexp(dim=-1) for rows_TV in self._rows]
+        self._probabilities = [
+            (rows_TV - sums_T[:, None]).exp_() for rows_TV, sums_T in zip(self._rows, self._sums, strict=True)
+        ]
+
+    def of(self, other_BTV: Tensor) -> float:
+        """Mean over positions of KL(dense || other) in nats; 0 where predictions are the same, however shifted."""
+        total = torch.zeros((), dtype=torch.float64, device=other_BTV.device)
+        others = other_BTV.flatten(0, -2).split(ROWS)
+        for dense_TV, p_TV, sums_T, rows_TV in zip(self._rows, self._probabilities, self._sums, others, strict=True):
+            theirs_TV = rows_TV.float()
+            apart_T = ((dense_TV - theirs_TV) * p_TV).sum(dim=-1)
+            total += (apart_T.double() - sums_T.double() + theirs_TV.logsumexp(dim=-1).double()).sum()
+        return float(total) / other_BTV[..., 0].numel()
+
+
+def kl_divergence(dense_BTV: Tensor, other_BTV: Tensor) -> float:
+    """``Divergence`` of one model, in nats per position."""
+    return Divergence(dense_BTV).of(other_BTV)
