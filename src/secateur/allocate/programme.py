@@ -10,8 +10,8 @@ measured, and needn't be linear. HiGHS solves it, by branch and bound.
 Source: A. Bercovich et al., "Puzzle: Distillation-Based NAS for Inference-Optimized LLMs", arXiv:2411.19146, §4: an
 integer programme over block variants under memory, latency and throughput, with scores of one variant at a time.
 
-Laws: every budget is met; no other choice of variants that meets them loses less; a second budget never lowers the
-loss.
+Laws: every budget is met; no other choice of variants that meets them loses less, as far as the solver can tell apart
+what is within ``GAP`` of each other and proves it within ``NODES`` branches; a second budget never lowers the loss.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ LEVELS = 48
 """Variants of a group besides the whole one, at most: 1536 neurons are kept in steps of 32."""
 GAP = 1e-4
 """Relative distance to the optimum at which the solver stops."""
+INFEASIBLE = 2
+"""What scipy's ``milp`` says of a programme that has no solution."""
+NODES = 1000
+"""Branches that it looks at, at most: among many variants that are as good as each other, a proof can take forever."""
 
 
 @dataclass(frozen=True)
@@ -178,13 +182,10 @@ def choose(losses: Sequence[Numbers], costs: Sequence[Numbers], limits: Numbers)
         slack = 1e-9 * np.maximum(np.abs(limits), scale)
         constraints.append(LinearConstraint((spent / scale).T, -np.inf, (limits + slack) / scale))
     span = float(flat.max() - flat.min()) or 1.0
-    found = milp(
-        flat / span,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": GAP},
-    )
+    programme = {"integrality": np.ones(len(flat)), "bounds": Bounds(0, 1), "constraints": constraints}
+    found = milp(flat / span, **programme, options={"mip_rel_gap": GAP, "node_limit": NODES})
+    if found.x is None and found.status != INFEASIBLE:
+        found = milp(flat / span, **programme, options={"mip_rel_gap": GAP})
     if found.x is None:
         return None
     ends = np.cumsum(sizes)
