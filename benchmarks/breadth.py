@@ -4,7 +4,7 @@
 
 needs torchvision, timm and torch-pruning, which secateur doesn't. Every model runs in a process of its own, which may
 run out of time or memory without harm; rows are kept as they come, so a killed run goes on where it was. ``--again``
-runs those of some classes once more.
+runs those of some classes once more; ``--published`` takes the rows of the last result for done.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from typing import Any
 
 import breadth_check
 import zoo
-from common import write_result
+from common import finished_rows, write_result
 
 LIBRARIES = {"secateur": breadth_check.secateur, "torch-pruning": breadth_check.torch_pruning}
 COLUMNS = ("source", "model", "secateur", "error", "macs fall", "params fall", "averages", "form", "reason")
@@ -54,8 +55,8 @@ make the output. It is run as it is on any model: not with what its examples set
 - exact: it runs and equals the dense network with zeros for the parameters that it removed, or our reference for the
   units that it removed. differs: it runs and equals neither. A scale of attention that follows the smaller heads
   is one cause, which training can mend; a cut of the wrong channels is another.
-- fails: it raises, removes nothing, gives outputs of another shape, or isn't done in the time that its row names; where
-  we looked, its groups then grew without an end in sight.
+- fails: it raises, removes nothing, gives outputs of another shape, or isn't done in the processor time that its row
+  names, which is several times what secateur takes; where we looked, its groups then grew without an end in sight.
 - runs: it runs, but there is nothing to hold it to: it normalises over what was cut, and what was cut isn't a set of
   units of ours.
 
@@ -73,11 +74,12 @@ def main() -> None:
     parser.add_argument("--library", choices=tuple(LIBRARIES), action="append")
     parser.add_argument("--again", default="", help="classes to run again, such as 'wrong,fails'; 'all' for every one")
     parser.add_argument("--fraction", type=float, default=0.3, help="of the channels that leave")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds of one model")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds of processor time of one model")
     parser.add_argument("--memory", type=float, default=16, help="GB of address space of one model")
+    parser.add_argument("--published", action="store_true", help="go on from the rows of the last result")
     parser.add_argument("--table", action="store_true", help="only write the result from the rows")
     arguments = parser.parse_args()
-    known = read_rows(arguments.rows)
+    known = (published_rows() if arguments.published else {}) | read_rows(arguments.rows)
     if not arguments.table:
         run_all(arguments, known)
     write(known, arguments.fraction)
@@ -90,23 +92,43 @@ def read_rows(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     return {(row["source"], row["model"], row["library"]): row for row in rows}
 
 
+def published_rows() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What ``_table_row`` made rows of the last result from."""
+    found = {}
+    for row in finished_rows("breadth"):
+        theirs = {"class": row["torch-pruning"], "macs fall": row["its macs fall"], "reason": row.get("its reason", "")}
+        for library, mine in (("secateur", {**row, "class": row["secateur"]}), ("torch-pruning", theirs)):
+            if mine["class"]:
+                key = (row["source"], row["model"], library)
+                found[key] = {k: v for k, v in mine.items() if v != ""}
+    return found
+
+
 def run_all(arguments: argparse.Namespace, known: dict[tuple[str, str, str], dict[str, Any]]) -> None:
     _import_all()
     again = arguments.again.split(",")
-    for entry in zoo.entries(arguments.patterns):
+    # the cheapest first, as far as that is known: a run that is stopped then has most of them
+    cost = {key[:2]: _seconds(row) for key, row in known.items() if key[2] == "secateur"}
+    models = sorted(zoo.entries(arguments.patterns), key=lambda e: cost.get((e.source, e.name), float("inf")))
+    for entry in models:
         for library in arguments.library or LIBRARIES:
             key = (entry.source, entry.name, library)
             if key in known and "all" not in again and known[key]["class"] not in again:
                 continue
             row = {"source": entry.source, "model": entry.name, "library": library}
             # ours is a yardstick for how long a model takes to build and run
-            ours = known.get((*key[:2], "secateur"), {}).get("seconds", arguments.timeout)
+            ours = cost.get(key[:2], arguments.timeout)
             limit = arguments.timeout if library == "secateur" else min(arguments.timeout, max(60, 3 * ours))
             row |= in_process(library, entry, limit, arguments)
             known[key] = row
             with arguments.rows.open("a", encoding="utf8") as sink:
                 sink.write(json.dumps(row) + "\n")
-            print(*key, row["class"], row.get("error", ""), row.get("reason", ""), f"{row['seconds']:.0f}s", flush=True)
+            print(*key, row["class"], row.get("error", ""), row.get("reason", ""), f"{_seconds(row):.0f}s", flush=True)
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    """Processor time of a model; published rows have that of the cut, and building and running takes as much again."""
+    return row.get("seconds", 2 * sum(row.get(name, 0) for name in TIMES))
 
 
 def _import_all() -> None:
@@ -122,23 +144,26 @@ def in_process(library: str, entry: zoo.Entry, limit: float, arguments: argparse
     """The row of one model from a fork of this process, or why there is none."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    start = time.monotonic()
-    child = context.Process(target=_work, args=(library, entry, arguments, sender))
+    child = context.Process(target=_work, args=(library, entry, limit, arguments, sender))
     child.start()
     sender.close()
+    out_of_time = {"class": "fails", "reason": f"out of time after {limit:.0f} s", "seconds": limit}
     try:
-        out_of_time = {"class": "fails", "reason": f"out of time after {limit:.0f} s"}
-        row = receiver.recv() if receiver.poll(limit) else out_of_time
+        # processor time is what is limited, so that a busy machine changes nothing; this is for what hangs
+        row = receiver.recv() if receiver.poll(10 * limit) else out_of_time
     except EOFError:
-        row = {"class": "fails", "reason": "its process died"}
+        child.join()
+        died = {"class": "fails", "reason": "its process died"}
+        row = out_of_time if child.exitcode == -signal.SIGXCPU else died
     child.kill()
     child.join()
-    return {**row, "seconds": time.monotonic() - start}
+    return row
 
 
-def _work(library: str, entry: zoo.Entry, arguments: argparse.Namespace, sender: Any) -> None:
-    limit = int(arguments.memory * 1e9)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+def _work(library: str, entry: zoo.Entry, limit: float, arguments: argparse.Namespace, sender: Any) -> None:
+    memory = int(arguments.memory * 1e9)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of other people's models
     try:
         row = LIBRARIES[library](entry, arguments.fraction)
@@ -148,7 +173,7 @@ def _work(library: str, entry: zoo.Entry, arguments: argparse.Namespace, sender:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "secateur" in f.filename]
         at = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
         row = {"class": "fails", "reason": breadth_check.first_line(error) + at}
-    sender.send(row)
+    sender.send({**row, "seconds": time.process_time()})
 
 
 def write(known: dict[tuple[str, str, str], dict[str, Any]], fraction: float) -> None:
@@ -166,8 +191,9 @@ def _table_row(known: dict[tuple[str, str, str], dict[str, Any]], source: str, n
     row = {**ours, "secateur": ours.get("class", ""), "source": source, "model": name}
     found = {column: row.get(column, "") for column in (*COLUMNS[:-1], *TIMES)}
     found |= {"torch-pruning": theirs.get("class", ""), "its macs fall": theirs.get("macs fall", "")}
-    reasons = [ours.get("reason"), theirs.get("reason") and f"torch-pruning: {theirs['reason']}", ours.get("note")]
-    return {**found, "reason": "; ".join(r.replace("|", "/") for r in reasons if r)}
+    reasons = [ours.get("reason"), ours.get("note")]
+    found["reason"] = "; ".join(r.replace("|", "/") for r in reasons if r)
+    return {**found, "its reason": theirs.get("reason", "").replace("|", "/")}
 
 
 def summary(known: dict[tuple[str, str, str], dict[str, Any]], models: list[tuple[str, str]]) -> str:

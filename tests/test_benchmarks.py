@@ -185,6 +185,19 @@ def test_a_shuffled_mask_has_the_same_counts_in_every_layer(study):
     assert round((1 - asked.sparsity()) * total) == masked
 
 
+def test_published_rows_of_the_breadth_study_are_gone_on_from(study, monkeypatch):
+    breadth = study("breadth")
+    ours = {"class": "exact", "error": 1e-9, "macs fall": 0.4, "averages": "", "form": "module", "export s": 3.0}
+    theirs = {"class": "fails", "reason": "RuntimeError: shape '[2, 3|4]' is invalid"}
+    known = {("t", "a", "secateur"): ours, ("t", "a", "torch-pruning"): theirs, ("t", "b", "secateur"): ours}
+    table = [breadth._table_row(known, "t", name) for name in "ab"]
+    monkeypatch.setattr(breadth, "finished_rows", lambda name: table)
+    again = breadth.published_rows()
+    assert set(again) == set(known)
+    assert [breadth._table_row(again, "t", name) for name in "ab"] == table
+    assert breadth._seconds(again["t", "b", "secateur"]) == 6
+
+
 def test_networks_of_the_obspa_study_are_cut_through_their_shortcuts(study):
     obspa = study("obspa")
     torch.manual_seed(0)
