@@ -10,6 +10,7 @@ import secateur as sc
 from secateur.methods import Consumer, Coupled, make_method
 from secateur.networks.applying import module_anatomy
 from secateur.networks.example import Example
+from secateur.networks.fitting import _shifted
 from secateur.networks.kinds import Asked
 from secateur.networks.modules import plan_module
 from secateur.observe import Gram
@@ -189,6 +190,35 @@ def test_without_norms_statistics_stay():
     plan = planned(module, x, [x], norms="stored")
     assert set(plan.values) == {"conv2.weight", "head.weight"}
     assert torch.equal(sc.apply(plan, module).norm2.running_var, module.norm2.running_var[plan.keep["conv2"]])
+
+
+def test_shifted_norms_have_their_statistics_moved_by_the_change():
+    """By hand: what norm2 sees in the dense and in the refitted network, on data that its statistics aren't from."""
+    module, x = convolutions()
+    nn.init.uniform_(module.norm2.running_mean, -0.5, 0.5)
+    nn.init.uniform_(module.norm2.running_var, 0.5, 2.0)
+    plan = planned(module, x, [x[:40], x[40:]], norms="shift")
+    cut, first, second = sc.apply(plan, module), plan.keep["conv1"], plan.keep["conv2"]
+    with torch.no_grad():
+        seen = torch.relu(module.norm1(module.conv1(x)))
+        before = module.conv2(seen)[:, second]
+        after = nn.functional.conv2d(seen[:, first], cut.conv2.weight, stride=2, padding=1)
+    (mean, variance), (new_mean, new_variance) = (
+        (made.mean(dim=(0, 2, 3)), made.transpose(0, 1).flatten(1).var(dim=1)) for made in (before, after)
+    )
+    expected = module.norm2.running_mean[second] + new_mean - mean
+    assert torch.allclose(cut.norm2.running_mean, expected, atol=1e-7)
+    expected = module.norm2.running_var[second] * new_variance / variance
+    assert torch.allclose(cut.norm2.running_var, expected, rtol=1e-6)
+    # nothing has changed before norm1
+    assert torch.equal(cut.norm1.running_var, module.norm1.running_var[first])
+
+
+def test_a_channel_that_was_constant_gets_the_variance_that_it_has_now():
+    zero, one = torch.zeros(2), torch.ones(2)
+    stored, before, after = (one, 2 * one), (one, torch.tensor([0.0, 4.0])), (zero, 3 * one)
+    mean, variance = _shifted(stored, before, after)
+    assert mean.tolist() == [0, 0] and variance.tolist() == [2 + 3, 2 * 3 / 4]
 
 
 def test_channels_that_others_stand_in_for_cost_nothing():

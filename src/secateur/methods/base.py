@@ -178,6 +178,7 @@ class Fitting:
 
     - ``stored``: those that they have;
     - ``refit``: behind a change those of the inputs, which the network then keeps;
+    - ``shift``: behind a change the stored ones moved by what the change did to those of the inputs;
     - ``own``: those of the inputs while these are looked at, after which the network has its stored ones again.
     """
 

@@ -8,7 +8,7 @@ once, and puts what they become into the plan.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -35,6 +35,8 @@ class Seen:
     anatomy: TracedAnatomy
     readers: Readers
     grams: Mapping[Place, Gram]
+    moments: Mapping[fx.Node, Moments] = field(default_factory=dict)
+    """What batch norms see in the dense network, where that is asked for."""
 
     def uses(self, reader: Reader) -> list[Reader]:
         """The readers that apply the same matrix."""
@@ -67,32 +69,37 @@ class Seen:
         return found
 
 
-def observe(anatomy: TracedAnatomy, calibration: Calibration, *, own_norms: bool = False) -> Seen:
-    """Run the dense network on every batch; with ``own_norms`` batch norms work with the statistics of all batches.
+def observe(anatomy: TracedAnatomy, calibration: Calibration, *, norms: str = "stored") -> Seen:
+    """Run the dense network on every batch. ``norms`` as in ``Fitting``: with ``own``, batch norms work with the
+    statistics of all batches; with ``shift``, what they see is remembered.
 
     Raises NonFiniteError, or DataError where there are no statistics.
     """
     readers = find_readers(anatomy.trace)
     grams: dict[Place, Gram] = {}
-    norms = _batch_norms(anatomy.trace) if own_norms else {}
-    last = next(reversed(readers.by_node), None)
+    moments: dict[fx.Node, Moments] = {}
+    found = _batch_norms(anatomy.trace) if norms in ("own", "shift") else {}
+    order = list(anatomy.trace.graph.nodes)
+    last = max((*readers.by_node, *found), key=order.index, default=None)
     batches = [Batch(traced.trace, inputs) for traced, inputs in calibration]
-    # statistics need all batches at a time, anything else only one
-    for together in [batches] if own_norms else [[batch] for batch in batches]:
+    # norms that work with their own statistics need all batches at a time, anything else only one
+    for together in [batches] if norms == "own" else [[batch] for batch in batches]:
         walk, seen = Walk(anatomy.trace, together), set[Place]()
 
         def visit(node: fx.Node, tensors: Tensors, walk: Walk = walk, seen: set[Place] = seen) -> None:
             mine = [reader for reader in readers.by_node.get(node, ()) if _place(reader) not in seen]
             seen |= {_place(reader) for reader in mine}
             _update(grams, mine, tensors)
-            if node in norms:
-                _reestimate(walk, node, norms[node], tensors)
+            if node in found and norms == "own":
+                _set_norm(walk, found[node], *_statistics(node, _moments(node, tensors)))
+            elif node in found:
+                moments.setdefault(node, Moments()).merge(_moments(node, tensors))
 
         if last is not None:
             with torch.no_grad():
                 walk.run(visit, until=last)
     _check_finite(grams, readers.found)
-    return Seen(anatomy, readers, grams)
+    return Seen(anatomy, readers, grams, moments)
 
 
 def fitted(method: ChannelMethod, plan: Plan, seen: Seen, calibration: Calibration) -> Plan:
@@ -143,7 +150,7 @@ class _Fit:
         self._changed: set[fx.Node] = set()
 
     def run(self) -> None:
-        if self._how.sequential or self._how.norms == "refit":
+        if self._how.sequential or self._how.norms in ("refit", "shift"):
             fitted = {*self._seen.readers.by_node, *self._norms}
             self.walk.run(self._visit, until=max(fitted, key=list(self._cut.trace.graph.nodes).index))
             return
@@ -155,8 +162,12 @@ class _Fit:
         if refitted or self.walk.mixes(node) or not self._changed.isdisjoint(node.all_input_nodes):
             self._changed.add(node)
         if node in self._norms and (self._how.norms == "own" or node in self._changed):
-            _reestimate(self.walk, node, self._norms[node], tensors)
-            self.found += self._norms[node] if self._how.norms == "refit" else ()
+            now = _statistics(node, _moments(node, tensors))
+            if self._how.norms == "shift":
+                stored = [self.walk.tensor(name).double() for name in self._norms[node]]
+                now = _shifted(stored, _statistics(node, self._seen.moments[node]), now)
+            _set_norm(self.walk, self._norms[node], *now)
+            self.found += () if self._how.norms == "own" else self._norms[node]
 
     def _refit(self, readers: Sequence[Reader], tensors: Tensors | None) -> bool:
         """Fit the matrices of one call; whether any of their columns leave."""
@@ -189,14 +200,37 @@ class _Fit:
         return torch.from_numpy(~self._cut.kept(reader.labels)).repeat_interleave(reader.width)
 
 
-def _reestimate(walk: Walk, node: fx.Node, names: tuple[str, str], tensors: Tensors) -> None:
-    """Give a batch norm the mean and variance of what it is about to see, channel by channel. Raises DataError."""
+def _moments(node: fx.Node, tensors: Tensors) -> Moments:
+    """What a batch norm is about to see, channel by channel."""
     seen = Moments()
     for x in tensors(node.all_input_nodes[0]):
         seen.update(x.movedim(1, -1).reshape(1, -1, x.shape[1]))
+    return seen
+
+
+def _statistics(node: fx.Node, seen: Moments) -> tuple[Tensor, Tensor]:
+    """Mean and variance, [channels] float64. Raises DataError."""
     if seen.count < 2:
         raise DataError(f"{describe(node)} sees one entry per channel in all of the data: give more of it")
-    for name, found in zip(names, (seen.mean_C, seen.variance()), strict=True):
+    return seen.mean_C, seen.variance()
+
+
+def _shifted(
+    stored: Sequence[Tensor], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Stored mean and variance, moved as those of the data moved: the mean by a difference, the variance by a ratio.
+
+    What few data say by chance, or other data than those of training, is in ``before`` as in ``after``.
+    """
+    mean = stored[0] + (after[0] - before[0])
+    # a channel that was constant has no ratio
+    variance = torch.where(before[1] > 0, stored[1] * after[1] / before[1], stored[1] + after[1])
+    return mean, variance
+
+
+def _set_norm(walk: Walk, names: tuple[str, str], mean: Tensor, variance: Tensor) -> None:
+    """Let a batch norm work with these statistics."""
+    for name, found in zip(names, (mean, variance), strict=True):
         walk.changed[name] = found.to(walk.tensor(name))
 
 

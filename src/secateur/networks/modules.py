@@ -50,7 +50,7 @@ def plan_module(
         how = chosen.fitting() or Fitting()
         again = partial(module_anatomy, module, heads=chosen.heads, ignore=asked.ignore)
         calibration = calibration_of(asked.data, how.noise, example, anatomy, again)
-        seen = observe(anatomy, calibration, own_norms=how.norms == "own")
+        seen = observe(anatomy, calibration, norms=how.norms)
     plan = decide_channels(
         chosen,
         anatomy,

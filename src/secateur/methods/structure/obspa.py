@@ -51,9 +51,9 @@ class OBSPA(ChannelMethod):
     )
     norms: str = option(
         "auto",
-        "statistics of batch norms: the stored ones, fitted behind a change, or the noise's own while it is looked at;"
-        " auto is refit for data and own for noise",
-        choices=("auto", "stored", "refit", "own"),
+        "statistics of batch norms: the stored ones, fitted behind a change, moved by what the change did, or the"
+        " noise's own while it is looked at; auto is refit for data and own for noise",
+        choices=("auto", "stored", "refit", "shift", "own"),
     )
     low: float = option(-1.0, "smallest value of the noise")
     high: float = option(1.0, "largest value of the noise")
