@@ -73,7 +73,11 @@ def bundles(group: Group, scores_U: Tensor, limits: Limits) -> list[Bundle]:
         order = scores_U.argsort(descending=True, stable=True)
         chunks = list(order.split(limits.round_to if group.kind in ROUNDED else 1))
     each = limits.cost(group.cost)
-    return [Bundle(group.name, c, float(scores_U[c].double().mean()), each * len(c)) for c in chunks]
+    if len(chunks) == len(scores_U):  # one by one, without a mean of each
+        values = scores_U[torch.cat(chunks)].double().tolist() if chunks else []
+    else:
+        values = [float(scores_U[c].double().mean()) for c in chunks]
+    return [Bundle(group.name, c, value, each * len(c)) for c, value in zip(chunks, values, strict=True)]
 
 
 def kept_units(chosen: Sequence[Bundle], groups: Sequence[Group]) -> Kept:

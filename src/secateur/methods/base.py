@@ -548,7 +548,7 @@ class ChannelMethod(Method):
         for part in group.parts:
             scores = importance(part)
             if scores is not None:
-                rows.append(reduce(part.per_unit(scores.double())))
+                rows.append(reduce(part.per_unit(scores).double()))
         return reduce(torch.stack(rows, dim=1)) if rows else None
 
     def score(self, group: Coupled) -> Tensor | None:

@@ -33,16 +33,23 @@ def module_anatomy(module: nn.Module, example: Example, *, heads: str = "outer",
 
 def module_fingerprint(module: nn.Module) -> Fingerprint:
     """Class, hash of all names and shapes, hash of all values."""
-    shapes, weights = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            shapes.update(f"{name}:{list(tensor.shape)};".encode())
-            if not tensor.is_meta:
-                weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    weights = hashlib.sha256()
+    for _, tensor in _named_tensors(module):
+        if not tensor.is_meta:
+            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     name = type(module).__name__
     return Fingerprint(
-        architecture=name, shapes=shapes.hexdigest(), weights=weights.hexdigest(), num_layers=0, name=name
+        architecture=name, shapes=_hash_of_shapes(module), weights=weights.hexdigest(), num_layers=0, name=name
     )
+
+
+def _hash_of_shapes(module: nn.Module) -> str:
+    found = "".join(f"{name}:{list(tensor.shape)};" for name, tensor in _named_tensors(module))
+    return hashlib.sha256(found.encode()).hexdigest()
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, t) for name, t in sorted(module.state_dict().items()) if isinstance(t, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def apply_to_module(
     """
     provenance = plan.provenance[0]
     check_optimizer(optimizer, module, inplace and not mask)
-    if module_fingerprint(module).shapes != plan.model.shapes:
+    if _hash_of_shapes(module) != plan.model.shapes:
         raise PlanMismatchError(
             f"the plan was made for {plan.model.architecture} with parameters of other shapes than this module's"
         )

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +24,13 @@ class Exported:
 
     program: torch.export.ExportedProgram
     decomposed: bool
+    _ready: list[fx.GraphModule] = field(default_factory=list, repr=False)
+    """One that was made on the way, and that nobody has yet: making one takes a good part of an export."""
 
     def graph_module(self) -> fx.GraphModule:
         """The program as a module with a flat functional graph: a new one, of the same nodes, with every call."""
+        if self._ready:
+            return self._ready.pop()
         made: Any = self.program.module(check_guards=False)
         if not self.decomposed:
             make_functional(made.graph)
@@ -51,10 +55,9 @@ def export(
             program = torch.export.export(
                 module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
             )
-            found = Exported(program, decomposed=False)
             graph: Any = program.module(check_guards=False)
             if make_functional(graph.graph) and all(known(n) for n in graph.graph.nodes if n.op == "call_function"):
-                return found
+                return Exported(program, decomposed=False, _ready=[graph])
             return Exported(program.run_decompositions({}), decomposed=True)
         except Exception as error:
             _check_runs(module, args, kwargs, error)

@@ -36,6 +36,7 @@ class Units:
         self._products: dict[tuple[int, int], int] = {}
         self._fixed: dict[str, int] = {}
         self._tables: dict[int, tuple[Labels, Labels]] = {}
+        self._sets: dict[int, frozenset[int]] = {}
 
     # -- making labels -------------------------------------------------------------------------------------------
 
@@ -145,7 +146,7 @@ class Units:
         """Position by position, ``first`` and ``second`` leave together."""
         if first is second:
             return
-        self._tables.clear()
+        self._forget()
         while True:
             first, second = self.roots(first), self.roots(second)
             differ = first != second
@@ -220,7 +221,7 @@ class Units:
 
     def pin(self, labels: Labels, why: str) -> None:
         """These positions stay; ``why`` is the reason."""
-        self._tables.clear()
+        self._forget()
         for root in np.unique(self.roots(labels)):
             self._pin_root(int(root), why)
 
@@ -287,13 +288,33 @@ class Units:
         """
         known = self._tables.get(id(labels))
         if known is None:
-            roots, where = np.unique(self.roots(labels), return_inverse=True)
-            sets = [sorted(self.units_of(r)) for r in roots.tolist()]
-            width = max((len(s) for s in sets), default=0) or 1
-            table = np.array([s + [-1] * (width - len(s)) for s in sets], dtype=np.int64).reshape(-1, width)
             # the array itself is held, so that its id stays its own
-            known = self._tables[id(labels)] = (labels, table[where.reshape(-1)])
+            known = self._tables[id(labels)] = (labels, self._table(self.roots(labels)))
         return known[1]
+
+    def _table(self, roots: Labels) -> Labels:
+        special = self._special[roots]
+        # as a rule a position is a unit
+        if not special.any():
+            return roots[:, None]
+        several, where = np.unique(roots[special], return_inverse=True)
+        sets = [sorted(self._remembered(r)) for r in several.tolist()]
+        width = max(map(len, sets)) or 1
+        table = np.full((len(roots), width), -1, dtype=np.int64)
+        table[:, 0] = roots
+        rows = np.array([s + [-1] * (width - len(s)) for s in sets], dtype=np.int64).reshape(-1, width)
+        table[special] = rows[where.reshape(-1)]
+        return table
+
+    def _remembered(self, root: int) -> frozenset[int]:
+        """``units_of``, remembered like tables."""
+        if root not in self._sets:
+            self._sets[root] = self.units_of(root)
+        return self._sets[root]
+
+    def _forget(self) -> None:
+        self._tables.clear()
+        self._sets.clear()
 
     def times(self, removed: Iterable[int], grown: Mapping[int, int]) -> NDArray[np.int64]:
         """[labels + 1] int64, how often each unit is there: never when removed, as ``grown`` says, or once.
