@@ -185,6 +185,23 @@ def test_a_shuffled_mask_has_the_same_counts_in_every_layer(study):
     assert round((1 - asked.sparsity()) * total) == masked
 
 
+def test_a_mask_shuffled_within_its_channels_uses_no_others(study):
+    precropping = study("precropping")
+    torch.manual_seed(0)
+    setting = precropping.settings(None)[0]
+    asked = precropping.Asked(setting, setting.network(), torch.randn(1, 1, 8, 8), density=0.05, seed=0)
+    chosen, (network, drawn) = precropping.synflow(asked)[1], precropping.same_channels(asked)
+    for name, mask in drawn.items():
+        assert int(mask.sum()) == int(chosen[name].sum())
+        for dim in (0, 1):
+            used = mask.movedim(dim, 0).flatten(1).any(dim=1)
+            assert not (used & ~chosen[name].movedim(dim, 0).flatten(1).any(dim=1)).any()
+    assert any(not torch.equal(chosen[name], drawn[name]) for name in chosen)
+    assert precropping.channels_used(network, {}, setting) == 100
+    used = precropping.channels_used(network, chosen, setting)
+    assert used < precropping.channels_used(network, precropping.shuffled(asked)[1], setting) <= 100
+
+
 def test_published_rows_of_the_breadth_study_are_gone_on_from(study, monkeypatch):
     breadth = study("breadth")
     ours = {"class": "exact", "error": 1e-9, "macs fall": 0.4, "averages": "", "form": "module", "export s": 3.0}
