@@ -8,7 +8,7 @@ from torch import nn
 
 import secateur as sc
 from channel_networks import Residual
-from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
+from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
 from secateur.methods import Coupled, Part, make_method
 from secateur.networks.applying import module_anatomy
 from secateur.networks.example import Example
@@ -232,6 +232,18 @@ def test_reductions_and_normalisers():
     }  # fmt: skip
     assert NORMALIZERS["mean"](torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
     assert NORMALIZERS["lamp"](torch.tensor([1.0, 4.0, 9.0, 0.0])).tolist() == [1 / 14, 4 / 13, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_slices_are_reduced_as_their_entries_are(reduction):
+    """Whatever dimension units lie along, and with one position or several of it, all entries of a unit count."""
+    scores = torch.rand(4, 6, 3, generator=torch.Generator().manual_seed(0))
+    for dim, index in ((0, [[2], [0]]), (1, [[1, 4], [0, 5]]), (-2, [[3, 2, 0]]), (2, [[1]])):
+        for one, along in ((scores, dim), (scores[:, 0, 0], 0)):
+            index_UW = torch.tensor(index).clamp(max=one.shape[along] - 1)
+            entries = one.movedim(along, 0)[index_UW].flatten(1).double()
+            found = reduce_slices(one, along, index_UW, reduction)
+            assert found.dtype == torch.float64 and torch.allclose(found, REDUCTIONS[reduction](entries), rtol=1e-12)
 
 
 def test_a_residual_stream_is_scored_by_all_its_layers():

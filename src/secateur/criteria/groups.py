@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from secateur.criteria import lamp, standardise
@@ -19,6 +20,26 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "first": lambda x_UE: x_UE[:, 0],
 }
 """Entries of every unit → one number per unit."""
+
+_ALONG: dict[str, Callable[[Tensor, list[int]], Tensor]] = {
+    "sum": lambda x, dims: x.sum(dim=dims, dtype=torch.float64),
+    "mean": lambda x, dims: x.mean(dim=dims, dtype=torch.float64),
+    "max": lambda x, dims: x.amax(dim=dims),
+}
+"""Reductions that may be taken dimension by dimension."""
+
+
+def reduce_slices(scores: Tensor, dim: int, index_UW: Tensor, reduction: str) -> Tensor:
+    """Scores of all entries of a parameter → [units] float64, for units that have ``index_UW`` along ``dim``.
+
+    What a unit's slices hold is put together before they are looked up, where that is the same: nothing is copied then.
+    """
+    index_UW = index_UW.to(scores.device)
+    if reduction not in _ALONG:
+        return REDUCTIONS[reduction](scores.movedim(dim, 0)[index_UW].flatten(1).double())
+    others = [d for d in range(scores.dim()) if d != dim % scores.dim()]
+    along = _ALONG[reduction](scores, others) if others else scores
+    return REDUCTIONS[reduction](along.double()[index_UW])
 
 
 def _divided(scores_U: Tensor, by: Tensor) -> Tensor:

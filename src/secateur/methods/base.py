@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur.allocate import CHANNEL_SCOPES, Allocator, MaskRule
 from secateur.allocate.asked import parse_budgets
-from secateur.criteria.groups import NORMALIZERS, REDUCTIONS
+from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
 from secateur.errors import OptionError, UsageError, nearest
 from secateur.heal.refit import TARGETS, with_statistics
 from secateur.observe import Cross, Gram, Moments, Statistic
@@ -543,13 +543,12 @@ class ChannelMethod(Method):
 
     def reduced(self, group: Coupled, importance: Callable[[Part], Tensor | None]) -> Tensor | None:
         """Scores of entries put together for every unit of a group, [units] float64; None when there are none."""
-        reduce = REDUCTIONS[self.reduction]
         rows = []
         for part in group.parts:
             scores = importance(part)
             if scores is not None:
-                rows.append(reduce(part.per_unit(scores).double()))
-        return reduce(torch.stack(rows, dim=1)) if rows else None
+                rows.append(reduce_slices(scores, part.dim, part.index, self.reduction))
+        return REDUCTIONS[self.reduction](torch.stack(rows, dim=1)) if rows else None
 
     def score(self, group: Coupled) -> Tensor | None:
         """Score of every unit of a group, [units] float64, higher = keep; None keeps the whole group."""
