@@ -377,5 +377,5 @@ def test_ranks_allocate_by_what_all_of_them_saw(checkpoint, tmp_path):
         one, two = (plan_of(tmp_path / f"{who}-{i}").provenance[0].allocation for who in ("one", "two"))
         assert len(set(one.sparsities.values())) > 2
         assert two.sparsities == pytest.approx(one.sparsities, abs=1 / 32 + 1e-9)
-    with pytest.raises(ProcessRaisedException, match="UsageError: allocator search .* in one process: leave torchrun"):
+    with pytest.raises(ProcessRaisedException, match=r"UsageError: allocator search .* in one process: leave torchrun"):
         run_ranks(rank_jobs.prune, 2, {"search": asked("search", tmp_path / "search")}, tmp_path)
