@@ -14,12 +14,19 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import secateur as sc
 from secateur.errors import NonFiniteError, OutputError, RankError, SecateurError, UsageError
-from secateur.observe import Gram, Moments, SequenceMoments, Similarity, SumSquares
+from secateur.observe import Cross, Gram, Moments, SequenceMoments, Similarity, SumSquares
 from secateur.observe.driver import BlockWalk
 from secateur.ranks import Ranks, join
 from secateur.runs.folder import DiskKeeper
 
-STATISTICS = {"gram": Gram, "moments": Moments, "sequences": SequenceMoments, "pair": Similarity, "squares": SumSquares}
+STATISTICS = {
+    "cross": Cross,
+    "gram": Gram,
+    "moments": Moments,
+    "sequences": SequenceMoments,
+    "pair": Similarity,
+    "squares": SumSquares,
+}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
 from secateur.allocators import chosen_allocation
+from runs import plan_for
 from secateur.estimate.disk import checkpoint_bytes, disk, speed_bound
 from secateur.estimate.job import Job
 from secateur.estimate.machine import Machine
@@ -20,7 +21,8 @@ from secateur.estimate.work import flops, forward_flops, seconds
 from secateur.methods import make_method
 from secateur.models.opening import open_source
 from secateur.models.sources import Source
-from secateur.observe import Gram, Moments, SequenceMoments, SumSquares
+from secateur.observe import Cross, Gram, Moments, SequenceMoments, SumSquares
+from secateur.observe.driver import BlockWalk
 from secateur.solver import obs_sweep, sweep_flops
 
 LINEAR = 3 * 1024 + 3 * 2048  # q, o: 32 x 32, k, v: 16 x 32; gate, up, down: 64 x 32
@@ -92,6 +94,37 @@ def test_variants_go_through_their_block_and_those_behind_it(sizes):
     assert "variants" not in flops(sizes, job("flap", budget="params=0.8", variants="scores"))
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "passes", "streams"),
+    [
+        ("magnitude", {"heal": "refit"}, 3, 1),
+        ("wanda", {"heal": "refit", "target": "dense"}, 5, 2),
+        ("magnitude", {"heal": "refit", "scope": "global"}, 3, 1),
+        ("wanda", {"heal": "refit", "scope": "global"}, 5, 1),
+        ("flap", {"heal": "refit"}, 5, 1),
+        ("flap", {"heal": "refit", "target": "dense"}, 7, 2),
+        ("magnitude_sp", {"heal": "bias"}, 2, 1),
+        ("osscar", {}, 3, 1),
+    ],
+)
+def test_text_goes_through_a_block_as_often_as_it_really_does(sizes, tiny_llama, method, options, passes, streams):
+    mine = job(method, **options)
+    once = TOKENS * (2 * LINEAR + 2 * 16 * 32)
+    assert flops(sizes, mine).get("forwards", 0) == passes * once
+    assert hidden_bytes(sizes, mine) == streams * TOKENS * 32 * 4
+    counted = []
+    real = BlockWalk._run
+
+    def run(self, block, layer, batch, hidden):
+        counted.append(hidden.shape[0])
+        return real(self, block, layer, batch, hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockWalk, "_run", run)
+        plan_for(method, tiny_llama, torch.zeros(4, 16, dtype=torch.int64) + torch.arange(16), **options)
+    assert sum(counted) == passes * 4
+
+
 def test_forward_operations_are_those_that_torch_counts(sizes, tiny_llama):
     ids = torch.zeros(4, 16, dtype=torch.int64)
     # torch counts no attention in the kernel that a CPU runs, and here that to all tokens, of which half are masked
@@ -108,7 +141,7 @@ def test_work_of_sparsegpt_by_hand(sizes):
     assert found["statistics"] == 2 * (3 * (2 * TOKENS * 32**2 * 7 // 12) + 2 * TOKENS * 64**2 * 7 // 12)
     assert found["factorisations"] == 2 * (3 * (4 * 32**3 // 3) + 4 * 64**3 // 3)
     # a single block of columns: nothing is left for products
-    assert found.get("sweeps", 0) == 0
+    assert found.get("solving", 0) == 0
     assert sweep_flops(10, 384) == 10 * 384 * 256
 
 
@@ -121,11 +154,12 @@ def test_sweep_products_are_those_that_torch_runs():
     assert counted.get_total_flops() == 2 * 8 * 16 * 96 == sweep_flops(8, 64, block=16)
 
 
-@pytest.mark.parametrize("kind", [Gram, SumSquares, Moments, SequenceMoments])
+@pytest.mark.parametrize("kind", [Gram, SumSquares, Moments, SequenceMoments, Cross])
 def test_statistics_take_what_they_say(kind):
     statistic = kind()
     for _ in range(2):
-        statistic.update(torch.randn(2, 16, 24))
+        # a pair of inputs comes side by side
+        statistic.update(torch.randn(2, 16, 24 * (2 if kind is Cross else 1)))
     held = sum(t.numel() * t.element_size() for t in statistic.state().values() if t.dim())
     needs = kind.needs(24, tokens=TOKENS, batch=32, length=16)
     # one number per sequence aside; and SumSquares has half of the sums that a statistic may have

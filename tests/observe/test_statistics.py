@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.observe import Gram, Moments, SequenceMoments, Similarity, Statistic, SumSquares
+from secateur.observe import Cross, Gram, Moments, SequenceMoments, Similarity, Statistic, SumSquares
 
-KINDS = [SumSquares, Moments, SequenceMoments, Gram, Similarity]
+KINDS = [SumSquares, Moments, SequenceMoments, Gram, Cross, Similarity]
 
 
 def values(statistic) -> dict[str, torch.Tensor]:
@@ -22,6 +22,8 @@ def values(statistic) -> dict[str, torch.Tensor]:
         return {"sums": statistic.sums_NC, "squares": statistic.squares_NC}
     if isinstance(statistic, Gram):
         return {"gram": statistic.total_CC.double(), "count": torch.tensor([statistic.sequences, statistic.tokens])}
+    if isinstance(statistic, Cross):
+        return {"cross": statistic.total_CC.double(), "sum": statistic.dense_sum_C}
     return {"mean": torch.tensor(statistic.mean, dtype=torch.float64)}
 
 
@@ -95,6 +97,19 @@ def test_gram_equals_the_plain_product(channels):
     gram.update(x)
     flat = x.reshape(-1, channels)
     torch.testing.assert_close(gram.total_CC, flat.T @ flat)
+
+
+def test_cross_equals_the_plain_product_and_a_gram_where_both_inputs_are_one():
+    x, dense = torch.randn(2, 3, 11, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cross, same, gram = Cross(), Cross(), Gram()
+    cross.update_pair(x, dense)
+    same.update_pair(x, x)
+    gram.update(x)
+    torch.testing.assert_close(cross.total_CC, x.reshape(-1, 5).T @ dense.reshape(-1, 5))
+    torch.testing.assert_close(cross.dense_sum_C, dense.sum(dim=(0, 1)))
+    torch.testing.assert_close(same.total_CC, gram.total_CC)
+    with pytest.raises(ValueError, match="no data"):
+        _ = Cross().total_CC
 
 
 def test_gram_says_when_it_has_seen_nothing():

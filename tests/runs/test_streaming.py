@@ -38,6 +38,12 @@ METHODS = {
     "random_sp, query heads": ("random_sp", {"sparsity": 0.3, "heads": "query"}),
     "shortgpt": ("shortgpt", {"layers": 1}),
 }
+HEALED = {
+    "magnitude, refit": ("magnitude", {"heal": "refit", "target": "dense"}),
+    "flap, refit": ("flap", {"sparsity": 0.3, "heal": "refit"}),
+    "magnitude_sp, bias": ("magnitude_sp", {"sparsity": 0.3, "heal": "bias"}),
+    "osscar": ("osscar", {"sparsity": 0.3, "local_search": True}),
+}
 
 
 def step(path: Path) -> StepFolder:
@@ -109,7 +115,16 @@ def test_every_family_meets_every_kind_of_method():
 
 @pytest.mark.parametrize(("family", "case"), PAIRS)
 def test_streamed_equals_in_memory(family, case, tmp_path):
-    method, options = METHODS[case]
+    check_streamed(family, *METHODS[case], tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama-tied-bias", "gpt2"])
+@pytest.mark.parametrize("case", HEALED)
+def test_what_heals_streams_alike(family, case, tmp_path):
+    check_streamed(family, *HEALED[case], tmp_path)
+
+
+def check_streamed(family, method, options, tmp_path):
     model = make_tiny(family)
     try:
         plan = plan_for(method, model, IDS, **options)

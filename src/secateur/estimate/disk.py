@@ -14,6 +14,10 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
     plan = 0
     if isinstance(job.method, WeightMethod):
         plan = -(-linear // 8) + (int(linear * (1 - job.sparsity)) * sizes.itemsize if job.repairs else 0)
+    elif job.method.refits:
+        # new values of the weights that read units
+        read = sum(o * i for block in sizes.blocks for inputs in job.targets(block) for o, i in inputs.matrices)
+        plan = -(-read // 8) + int(read * (1 - job.sparsity)) * sizes.itemsize
     hidden = hidden_bytes(sizes, job)
     # the states before and after a block are both there for a moment; and a file is kept once it is needed
     states = (4 if spills(sizes, job) else 2) * hidden

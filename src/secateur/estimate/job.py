@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,8 +11,9 @@ import torch
 from secateur.allocators import Measuring
 from secateur.estimate.sizes import BlockSizes, Inputs
 from secateur.methods import LayerMethod, Method, UnitMethod, WeightMethod
-from secateur.observe import Needs
+from secateur.observe import Cross, Needs
 from secateur.observe.statistics import Accumulator
+from secateur.solver import cg_flops, refit_columns_flops
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Job:
     @property
     def observes(self) -> bool:
         """Whether calibration text goes through the model."""
-        return bool(self.method.statistics) or self.allocates
+        return self.method.uses_data or self.allocates
 
     @property
     def allocates(self) -> bool:
@@ -59,14 +60,34 @@ class Job:
 
     @property
     def repairs(self) -> bool:
-        """Whether the weights that stay get new values."""
-        return self.method.descriptor.recovery == "least_squares"
+        """Whether all weights that stay get new values."""
+        method = self.method
+        return isinstance(method, WeightMethod) and (method.descriptor.recovery == "least_squares" or method.refits)
 
     @property
     def ranks_globally(self) -> bool:
         """Whether all weights of the model compete, so that their scores are kept until the end."""
-        method = self.method
-        return isinstance(method, WeightMethod) and getattr(method, "scope", "") == "global" and not method.pattern
+        return isinstance(self.method, WeightMethod) and self.method.decides_globally
+
+    @property
+    def streams(self) -> int:
+        """How many hidden states there are of every token: those of the dense model too, where they are the target."""
+        return 2 if Cross in (*self._deciding.values(), *self._refitting.values()) else 1
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """How often text goes through a block, and through the last one, which needn't give inputs to another."""
+        again = 1 if self.method.in_sequence else 0
+        paired = 1 if Cross in self._deciding.values() else 0
+        first = (1 + again + paired, 1 + paired) if self._deciding else (0, 0)
+        paired = 1 if Cross in self._refitting.values() else 0
+        later = (2 + paired, 1 + paired) if self._refitting else (0, 0)
+        return first[0] + later[0], first[1] + later[1]
+
+    @property
+    def looks(self) -> int:
+        """How many of the passes through a block end at the last input that is looked at."""
+        return int(bool(self._deciding) and self.method.in_sequence) + int(bool(self._refitting))
 
     @property
     def sparsity(self) -> float:
@@ -99,26 +120,53 @@ class Job:
         return ()
 
     def needs(self, block: BlockSizes, hidden: int) -> Iterator[Needs]:
-        """What the statistics of one block take, input by input."""
+        """What the statistics of one block take, input by input, in the walk that decides."""
+        return self._needs(block, hidden, self._deciding)
+
+    def later_needs(self, block: BlockSizes, hidden: int) -> Iterator[Needs]:
+        """The same in the walk that only refits; nothing where there is none."""
+        return self._needs(block, hidden, self._refitting)
+
+    def _needs(self, block: BlockSizes, hidden: int, statistics: Mapping[str, type]) -> Iterator[Needs]:
         channels = [inputs.channels for inputs in self.targets(block)]
         if isinstance(self.method, LayerMethod):
             channels = [2 * hidden]
-        yield from self._each(channels, self._statistics)
+        yield from self._each(channels, statistics.values())
 
     def allocation_needs(self, block: BlockSizes, hidden: int) -> Iterator[Needs]:
         """What the statistics of an allocator take of one block, before those of the method are there."""
         if self.allocation is not None:
             blocks = self.allocation.allocator.observes == "blocks"
             channels = [2 * hidden] if blocks else [inputs.channels for inputs in block.inputs]
-            yield from self._each(channels, list(self.allocation.needed_statistics().values()))
+            yield from self._each(channels, self.allocation.needed_statistics().values())
 
-    def _each(self, channels: list[int], statistics: list[type]) -> Iterator[Needs]:
+    def _each(self, channels: list[int], statistics: Collection[type]) -> Iterator[Needs]:
         for width in channels:
             for kind in statistics:
                 # a plugin's own class may not say what it takes
                 needs = getattr(kind, "needs", Accumulator.needs)
                 yield needs(width, tokens=self.tokens, batch=self.batch, length=self.length)
 
+    def solve_flops(self, block: BlockSizes) -> int:
+        """Operations by which new weights of a block are found, by the method and by a refit of its masks."""
+        method = self.method
+        if not isinstance(method, WeightMethod | UnitMethod):
+            return 0
+        matrices = [matrix for inputs in self.targets(block) for matrix in inputs.matrices]
+        found = sum(method.solve_flops(o, i) for o, i in matrices)
+        if isinstance(method, WeightMethod) and method.refits:
+            found += sum(cg_flops(o, i) for o, i in matrices)
+        elif method.refits:
+            found += sum(refit_columns_flops(o, i) for o, i in matrices)
+        return found
+
     @cached_property
-    def _statistics(self) -> list[type]:
-        return list(self.method.needed_statistics().values()) if self.method.statistics else []
+    def _deciding(self) -> Mapping[str, type]:
+        return self.method.observed_statistics()
+
+    @cached_property
+    def _refitting(self) -> Mapping[str, type]:
+        method = self.method
+        return (
+            method.refit_statistics() if isinstance(method, WeightMethod | UnitMethod) and method.refits_later else {}
+        )

@@ -19,6 +19,10 @@ _CHECKED = 1 << 20
 _SCORING = 4 + 8 + 6
 # the matrix that is being repaired, its mask, and the new values that stay
 _REPAIRING = 4 + 1 + 4 + 4
+# conjugate gradients on a mask: what is aimed at, where they begin, the solution, residual, direction, its image
+_REFITTING = 6 * 4
+# squares of an input in float64 while columns are refitted: H and G, H damped and scaled, its factor, part of it
+_COLUMN_SQUARES = 6 * 8
 # float64 weights and their squares
 _UNIT_SCORING = 8 + 8
 # around every row of a mapped embedding the kernel maps this much, where the file is in its cache
@@ -68,13 +72,14 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
 
 
 def hidden_bytes(sizes: Sizes, job: Job) -> int:
-    """The hidden states of all calibration tokens."""
-    return job.tokens * sizes.hidden * job.dtype.itemsize
+    """The hidden states of all calibration tokens, in every stream."""
+    return job.streams * job.tokens * sizes.hidden * job.dtype.itemsize
 
 
 def spills(sizes: Sizes, job: Job) -> bool:
     """Whether they go to a file."""
-    return job.activation_memory is not None and hidden_bytes(sizes, job) > job.activation_memory
+    # each stream has the limit for itself
+    return job.activation_memory is not None and hidden_bytes(sizes, job) > job.streams * job.activation_memory
 
 
 def _model(sizes: Sizes, block: BlockSizes) -> dict[str, int]:
@@ -90,7 +95,7 @@ def _walk(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
     hidden = hidden_bytes(sizes, job)
     if spills(sizes, job):
         # one batch on its way in, one on its way out
-        hidden = 2 * job.batch * sizes.hidden * job.dtype.itemsize
+        hidden = 2 * job.streams * job.batch * sizes.hidden * job.dtype.itemsize
     return {"working copy": block.entries * job.dtype.itemsize, "hidden states": hidden}
 
 
@@ -105,7 +110,10 @@ def _entering(sizes: Sizes, job: Job) -> dict[str, int]:
 def _observing(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
     if not job.observes:
         return {}
-    needs = list(job.needs(block, sizes.hidden))
+    needs = max(
+        (list(job.needs(block, sizes.hidden)), list(job.later_needs(block, sizes.hidden))),
+        key=lambda many: sum(n.state for n in many),
+    )
     # the widest outputs before, after and beside the activation function, the residual stream in float32 and beside
     # it, and the inputs that are held until the first batch ends
     width = max((outputs for outputs, _ in block.matrices), default=sizes.hidden)
@@ -119,17 +127,22 @@ def _observing(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
 
 
 def _deciding(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
-    needs = list(job.needs(block, sizes.hidden))
+    needs = [*job.needs(block, sizes.hidden)]
+    if job.method.refits_later:
+        needs = max((needs, [*job.later_needs(block, sizes.hidden)]), key=lambda many: sum(n.state for n in many))
     statistics = sum(n.state + n.derived for n in needs)
     solving = max((n.solve for n in needs), default=0)
     targets = [matrix for inputs in job.targets(block) for matrix in inputs.matrices]
     largest = max((outputs * inputs for outputs, inputs in targets), default=0)
     copy = 0 if sizes.itemsize == 4 else 4
     if isinstance(job.method, WeightMethod):
-        work = largest * (copy + (_REPAIRING if job.repairs else _SCORING))
+        work = largest * (copy + (_REPAIRING if job.repairs else _SCORING) + (_REFITTING if job.method.refits else 0))
+        work += max((job.method.solve_bytes(outputs, inputs) for outputs, inputs in targets), default=0)
         made = block.linear + (int(block.linear * (1 - job.sparsity)) * sizes.itemsize if job.repairs else 0)
         return {"statistics": statistics, "decision": made, "at work": max(work, solving)}
     work = largest * (copy + _UNIT_SCORING) if isinstance(job.method, UnitMethod) else 0
+    if job.method.refits or getattr(job.method, "fits", False):
+        work += _COLUMN_SQUARES * max((inputs.channels for inputs in job.targets(block)), default=0) ** 2
     return {"statistics": statistics, "at work": work}
 
 

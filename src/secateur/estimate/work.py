@@ -8,7 +8,6 @@ from secateur.estimate.machine import Machine
 from secateur.estimate.memory import hidden_bytes, spills
 from secateur.estimate.sizes import BlockSizes, Sizes
 from secateur.methods import UnitMethod, WeightMethod
-from secateur.solver import sweep_flops
 
 # passes over memory of isfinite (four results, each read again) and of a conversion, in entries read or written
 _CHECKS, _CONVERSIONS = 8, 2
@@ -34,15 +33,14 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
         "variants": _variant_flops(sizes, job),
         "statistics": 0,
         "factorisations": 0,
-        "sweeps": 0,
+        "solving": 0,
     }
     for block in sizes.blocks:
-        for needs in job.needs(block, sizes.hidden):
+        for needs in (*job.needs(block, sizes.hidden), *job.later_needs(block, sizes.hidden)):
             found["statistics"] += needs.update_flops
             found["factorisations"] += needs.solve_flops
         found["statistics"] += sum(needs.update_flops for needs in job.allocation_needs(block, sizes.hidden))
-        if job.repairs:
-            found["sweeps"] += sum(sweep_flops(o, i) for o, i in block.matrices)
+        found["solving"] += job.solve_flops(block)
     # whole models, the head among them
     found["forwards"] += job.trial_tokens * 2 * (sizes.linear + sizes.head)
     return {name: count for name, count in found.items() if count}
@@ -64,9 +62,8 @@ def forward_flops(block: BlockSizes, sizes: Sizes, job: Job) -> int:
 
 def _unread_flops(block: BlockSizes, job: Job) -> int:
     """Of the products with the input that comes last: a forward that only looks at inputs ends there."""
-    if not (job.observes and job.method.in_sequence):
-        return 0
-    return sum(2 * job.tokens * outputs * inputs for last in block.inputs[-1:] for outputs, inputs in last.matrices)
+    last = sum(outputs * inputs for read in block.inputs[-1:] for outputs, inputs in read.matrices)
+    return job.looks * 2 * job.tokens * last
 
 
 def _passes(job: Job, *, last: bool) -> int:
@@ -74,9 +71,7 @@ def _passes(job: Job, *, last: bool) -> int:
 
     An allocator has it go through the dense block before.
     """
-    if not job.method.statistics:
-        return int(job.allocates)
-    return int(job.allocates) + (2 if job.method.in_sequence and not last else 1)
+    return int(job.allocates) + job.passes[1 if last else 0]
 
 
 def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
@@ -89,7 +84,11 @@ def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
     statistics = sum(
         needs.moved
         for block in sizes.blocks
-        for needs in (*job.needs(block, sizes.hidden), *job.allocation_needs(block, sizes.hidden))
+        for needs in (
+            *job.needs(block, sizes.hidden),
+            *job.later_needs(block, sizes.hidden),
+            *job.allocation_needs(block, sizes.hidden),
+        )
     )
     found = {
         "check": _CHECKS * (sizes.stored + _entries(sizes)) / 2 / machine.moved,
@@ -120,8 +119,8 @@ def _around(block: BlockSizes, sizes: Sizes, job: Job) -> float:
 
 
 def _deciding(sizes: Sizes, job: Job, machine: Machine, count: dict[str, int]) -> float:
-    taken = count.get("factorisations", 0) / machine.factor_flops + count.get("sweeps", 0) / machine.float32_flops
-    if job.repairs:
+    taken = count.get("factorisations", 0) / machine.factor_flops + count.get("solving", 0) / machine.float32_flops
+    if isinstance(job.method, WeightMethod) and job.method.sweeps:
         # within blocks of columns, one column after the other
         taken += sizes.linear / machine.swept
     if isinstance(job.method, WeightMethod):

@@ -315,7 +315,7 @@ class WeightMethod(Method):
 
     @property
     def in_sequence(self) -> bool:
-        return self.sequential or (self.refits and not self.refits_later)
+        return not self.decides_globally and (self.sequential or (self.refits and not self.refits_later))
 
     def observed_statistics(self) -> Mapping[str, type[Statistic]]:
         more: list[type[Statistic]] = [Gram] if self.refits and not self.refits_later else []
@@ -329,6 +329,10 @@ class WeightMethod(Method):
 
     def solve_flops(self, outputs: int, inputs: int) -> int:
         """Operations of the products by which the method itself finds new weights for one matrix; for estimates."""
+        return 0
+
+    def solve_bytes(self, outputs: int, inputs: int) -> int:
+        """Bytes that this takes on top of the matrix; for estimates."""
         return 0
 
     def score(self, target: Target, seen: Seen) -> Tensor:

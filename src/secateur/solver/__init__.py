@@ -5,8 +5,8 @@ from secateur.solver.alps import alps, alps_flops
 from secateur.solver.columns import refit_without, removal_losses
 from secateur.solver.damping import damping_notes, inverse_factor, inverse_hessian
 from secateur.solver.groups import elimination, elimination_flops, gains, swaps
-from secateur.solver.masked import cg_flops, masked_cg, masked_exact, refit, refit_columns
-from secateur.solver.obs import downdated, greedy, greedy_flops, spread
+from secateur.solver.masked import cg_flops, masked_cg, masked_exact, refit, refit_columns, refit_columns_flops
+from secateur.solver.obs import downdated, greedy, greedy_bytes, greedy_flops, spread
 from secateur.solver.problem import Curvature, Problem
 from secateur.solver.sweep import obs_sweep, sweep_flops
 
@@ -24,6 +24,7 @@ __all__ = [
     "elimination_flops",
     "gains",
     "greedy",
+    "greedy_bytes",
     "greedy_flops",
     "inverse_factor",
     "inverse_hessian",
@@ -32,6 +33,7 @@ __all__ = [
     "obs_sweep",
     "refit",
     "refit_columns",
+    "refit_columns_flops",
     "refit_without",
     "removal_losses",
     "spread",

@@ -94,6 +94,11 @@ def spread(order: Tensor, losses: Tensor, count: int, inputs: int) -> Tensor:
     return keep_OI
 
 
+def greedy_bytes(outputs: int, inputs: int) -> int:
+    """Bytes: the inverses of the rows of a chunk, and as much again while they shrink; order and losses of all rows."""
+    return 2 * max(_CHUNK_BYTES, 8 * inputs * inputs) + 2 * 8 * outputs * inputs
+
+
 def greedy_flops(outputs: int, inputs: int) -> int:
     """Operations of the downdates of all rows, which shrink from all inputs to none."""
     return outputs * 2 * inputs**3 // 2

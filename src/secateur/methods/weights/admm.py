@@ -70,5 +70,8 @@ class ADMM(WeightMethod):
             return self.rule()
         return mask_rule("", self.sparsity * (1 - (1 - (step + 1) / last) ** 3), self.scope)
 
+    def solve_bytes(self, outputs: int, inputs: int) -> int:
+        return 4 * inputs * (6 * outputs + 2 * inputs)
+
     def solve_flops(self, outputs: int, inputs: int) -> int:
         return admm_flops(outputs, inputs, self.steps)

@@ -63,5 +63,8 @@ class ALPS(WeightMethod):
             notes += (f"{target.name}: the support had not settled after {steps} steps",)
         return keep, weight, notes
 
+    def solve_bytes(self, outputs: int, inputs: int) -> int:
+        return 4 * inputs * (7 * outputs + 6 * inputs)
+
     def solve_flops(self, outputs: int, inputs: int) -> int:
         return alps_flops(outputs, inputs) + cg_flops(outputs, inputs, self.refit_steps)

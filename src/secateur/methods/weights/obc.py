@@ -25,7 +25,7 @@ from secateur.allocate import parse_pattern
 from secateur.heal import problem_of
 from secateur.methods import Descriptor, Seen, Target, WeightMethod, option, register
 from secateur.observe import Gram
-from secateur.solver import cg_flops, greedy, greedy_flops, refit, spread
+from secateur.solver import cg_flops, greedy, greedy_bytes, greedy_flops, refit, spread
 
 
 @register("obc")
@@ -63,6 +63,9 @@ class OBC(WeightMethod):
             count = math.ceil(round(losses.numel() * self.sparsity, 6))
         keep = spread(order, losses, count, inputs)
         return keep, refit(problem, keep).to(target.weight.dtype), notes
+
+    def solve_bytes(self, outputs: int, inputs: int) -> int:
+        return greedy_bytes(outputs, inputs)
 
     def solve_flops(self, outputs: int, inputs: int) -> int:
         return greedy_flops(outputs, inputs) + cg_flops(outputs, inputs)
