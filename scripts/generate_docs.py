@@ -181,6 +181,12 @@ def example(method: dict[str, Any]) -> str:
     """What takes seconds and writes nothing: a dry run on few and short windows, or a small network."""
     if method["descriptor"]["object"] == "channels":
         return channel_example(method)
+    if method["costly"]:
+        return f"""What it takes is said before anything is done:
+
+```bash
+secateur estimate smollm2-135m --method {method["name"]}
+```"""
     command = f"secateur prune smollm2-135m --method {method['name']} --dry-run"
     if method["descriptor"]["data"] != "none":
         command += " --samples 4 --length 128"

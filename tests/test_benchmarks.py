@@ -269,3 +269,16 @@ def test_what_is_asked_of_a_language_model_is_compared_with_what_it_takes(study,
     assert cut["asked"] == 0.8 and cut["KV bytes asked"] == cut["KV bytes left"] == 0.5
     assert cut["measured"] == pytest.approx(cut["expected"], rel=0.02) and cut["within"]
     assert cut["request ms"] < dense["request ms"] and cut["parameters"] < dense["parameters"]
+
+
+def test_the_front_of_second_order_methods_and_its_picture(study):
+    module = study("second_order")
+    rows = [
+        {"kind": "weights", "removed": "0.5", "method": name, "perplexity": perplexity, "cpu seconds": seconds}
+        for name, perplexity, seconds in (("wanda", 48.0, 70.0), ("slow", 50.0, 80.0), ("alps", 34.0, 200.0))
+    ]
+    for row in rows:
+        row["front"] = "yes" if module.on_front(rows, row) else ""
+    assert [row["front"] for row in rows] == ["yes", "", "yes"]
+    picture = module.drawn([{"removed": "", "method": "dense", "perplexity": 25.6}, *rows])
+    assert picture.count("<circle") == 3 and "weights, 0.5 removed" in picture

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from secateur import api
+from secateur.plans import Plan
 
 QUICK = ("--samples", 4, "--length", 32, "--no-report")
 
@@ -210,3 +211,30 @@ def test_bad_option_of_a_step_names_the_step(cli, no_loading, tmp_path):
     run = cli("prune", "--recipe", recipe, "--dry-run")
     assert run.code == 2
     assert "step 2: wanda has no option 'x'" in run.err
+
+
+def test_a_refit_from_the_command_line(cli, tiny_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    asked = ("--method", "magnitude", "--sparsity", 0.5, "--heal", "refit", "--target", "dense", *QUICK, "--out", out)
+    run = cli("prune", tiny_checkpoint, *asked, "--no-measure")
+    assert run.code == 0, run.err
+    plan = Plan.load(out / "plan")
+    assert (plan.provenance[0].options["heal"], plan.provenance[0].options["target"]) == ("refit", "dense")
+    assert set(plan.values) == set(plan.masks) and plan.provenance[0].calibration
+    assert {finding.status for finding in api.verify(out, tiny_checkpoint)} <= {"passed", "not checked"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "wanda", "--heal", "bias"], "heal must be one of none, refit, got 'bias'"),
+        (["--method", "flap", "--heal", "refitt"], "did you mean 'refit'?"),
+        (["--method", "flap", "--target", "past"], "target must be one of current, dense"),
+        (["--method", "shortgpt", "--heal", "refit"], "shortgpt takes no heal"),
+        (["--method", "flap", "--heal", "bias", "--set", "heal=refit"], "given twice"),
+    ],
+)
+def test_a_repair_that_is_not_possible_is_refused(cli, no_loading, arguments, said):
+    run = cli("prune", "m", *arguments, "--dry-run")
+    assert (run.code, run.err.count("\n")) == (2, 1)
+    assert said in run.err

@@ -233,7 +233,7 @@ class Method:
     statistics: ClassVar[Mapping[str, type[Statistic]]] = {}
     sequential: ClassVar[bool] = False
     costly: ClassVar[bool] = False
-    """Whether it takes hours even on a small language model."""
+    """Whether even a small language model takes a minute or more, whatever the data."""
 
     def __post_init__(self) -> None:
         check_options(self, self.name or type(self).__name__)

@@ -52,6 +52,7 @@ class OSSCAR(UnitMethod):
     statistics: ClassVar = {"gram": Gram}
     sequential: ClassVar[bool] = True
     fits: ClassVar[bool] = True
+    costly: ClassVar[bool] = True
     descriptor: ClassVar = Descriptor(
         object="heads_and_neurons",
         granularity="structured_group",

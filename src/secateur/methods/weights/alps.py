@@ -41,6 +41,7 @@ class ALPS(WeightMethod):
     statistics: ClassVar = {"gram": Gram}
     sequential: ClassVar[bool] = True
     fits: ClassVar[bool] = True
+    costly: ClassVar[bool] = True
     descriptor: ClassVar = Descriptor(
         object="weights",
         granularity="element",

@@ -1,0 +1,220 @@
+"""Quality against time of second-order pruning and of refits, beside the methods that they start from.
+
+    python benchmarks/second_order.py --calibration VALID.txt --evaluation TEST.txt
+
+Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 windows of 512 tokens. Every row is a
+process of its own, so that its peak memory is its own; the result is written after every row, and a second call goes
+on where the first stopped. ``--only 0.7`` runs the rows of one setting first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, finished_rows, write_result
+from processes import measured
+
+# (method, options) of single weights, at every setting
+WEIGHTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("alps", {}),
+    ("sparsegpt", {"heal": "refit"}),
+    ("wanda", {"heal": "refit"}),
+    ("admm", {}),
+    ("sparsegpt", {}),
+    ("wanda", {}),
+    ("wanda", {"heal": "refit", "target": "dense"}),
+    ("alps", {"target": "dense"}),
+    ("admm", {"heal": "refit"}),
+    ("magnitude", {}),
+    ("magnitude", {"heal": "refit"}),
+)
+UNITS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("flap", {}),
+    ("flap", {"heal": "refit"}),
+    ("osscar", {}),
+    ("osscar", {"target": "dense"}),
+    ("wanda_sp", {}),
+    ("wanda_sp", {"heal": "bias"}),
+    ("wanda_sp", {"heal": "refit"}),
+)
+WEIGHT_SETTINGS = ({"sparsity": 0.5}, {"sparsity": 0.7}, {"pattern": "2:4"}, {"sparsity": 0.6})
+UNIT_SETTINGS = ({"sparsity": 0.2}, {"sparsity": 0.3}, {"sparsity": 0.4})
+REFERENCE = {
+    ("wanda", "0.5"): "48.4",
+    ("sparsegpt", "0.5"): "38.2–38.8",
+    ("sparsegpt + refit", "0.5"): "35.9",
+    ("alps", "0.5"): "34.1",
+    ("wanda", "0.7"): "654",
+    ("sparsegpt", "0.7"): "106.7",
+    ("alps", "0.7"): "66.2",
+}
+
+TEXT = """
+Perplexity after pruning, no training afterwards, with the seconds of the whole plan and the peak memory of its
+process (model, plan and evaluation) beside it. Single weights: fraction of every matrix of the blocks. Heads and
+neurons: fraction of the blocks' linear weights. `refit` is `--heal refit`; `dense` says that least squares aim at what
+the dense model gives (`--target dense`). The reference column holds what plain second implementations gave with the
+same windows. `front` marks rows
+which nothing at the same setting beats in both perplexity and time.
+
+![Perplexity against seconds](second-order-smollm2-135m.svg)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--only", action="append", help="settings to run, as in the table: 0.7, 2:4; repeatable")
+    parser.add_argument("--kind", choices=("weights", "units"), help="default: both")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row:
+        _row(arguments, json.loads(arguments.row))
+        return
+    name = f"second-order-{Path(arguments.model).name}"
+    rows = finished_rows(name) or [{"removed": "", "method": "dense", **_measure(arguments, "", {})}]
+    for kind, method, options, setting in _wanted(arguments):
+        label, asked = _label(method, options), str(next(iter(setting.values())))
+        if any((row["method"], row["removed"], row.get("kind")) == (label, asked, kind) for row in rows):
+            continue
+        found = _measure(arguments, method, {**setting, **options})
+        rows.append({"kind": kind, "removed": asked, "method": label, **found})
+        rows[-1]["reference"] = REFERENCE.get((label, asked), "") if kind == "weights" else ""
+        print(rows[-1], flush=True)
+        _write(name, arguments, rows)
+
+
+def _wanted(arguments: argparse.Namespace) -> Any:
+    for kind, settings, runs in (("weights", WEIGHT_SETTINGS, WEIGHTS), ("units", UNIT_SETTINGS, UNITS)):
+        for setting in settings:
+            if arguments.only and str(next(iter(setting.values()))) not in arguments.only:
+                continue
+            for method, options in runs if arguments.kind in (None, kind) else ():
+                yield kind, method, options, setting
+
+
+def _label(method: str, options: dict[str, Any]) -> str:
+    heal = f" + {options['heal']}" if "heal" in options else ""
+    return method + heal + (", dense" if options.get("target") == "dense" else "")
+
+
+def _measure(arguments: argparse.Namespace, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity, seconds and peak memory of one row, from a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        given = ["--model", arguments.model, "--calibration", arguments.calibration, "--evaluation"]
+        given += [arguments.evaluation, "--row", json.dumps({"method": method, "options": options, "folder": folder})]
+        run = measured([sys.executable, __file__, *given], log=log, environment=os.environ)
+        found = json.loads((Path(folder) / "row.json").read_text(encoding="utf8"))
+        return {**found, "peak MB": run.peak_bytes / 1e6}
+
+
+def _row(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
+    import secateur as sc
+    from secateur.report.build import removed_fraction
+
+    model, tokenizer = sc.load(arguments.model)
+    found: dict[str, Any] = {}
+    cut = model
+    if row["method"]:
+        started, worked = time.perf_counter(), time.process_time()
+        plan = sc.plan(
+            model,
+            tokenizer,
+            method=row["method"],
+            options=row["options"],
+            calibration=arguments.calibration,
+            samples=64,
+            length=512,
+            dtype="float32",
+        )
+        found["seconds"] = time.perf_counter() - started
+        # what this process was given of the processors, whatever else was running
+        found["cpu seconds"] = time.process_time() - worked
+        found["really removed"] = f"{removed_fraction(plan, sc.anatomy(model)):.4f}"
+        found["notes"] = len(plan.provenance[0].notes)
+        cut = sc.apply(plan, model)
+    tasks = [f"perplexity:{arguments.evaluation}"]
+    table = sc.evaluate({"model": cut}, tokenizer, tasks, length=512, windows=40)
+    found = {"perplexity": table["perplexity"].values["model"], **found}
+    (Path(row["folder"]) / "row.json").write_text(json.dumps(found), encoding="utf8")
+
+
+def on_front(rows: list[dict[str, Any]], row: dict[str, Any]) -> bool:
+    """Whether no other row of the same setting is at least as good in both perplexity and processor time."""
+    mine = (row["perplexity"], row["cpu seconds"])
+    for other in rows:
+        if other is not row and (other.get("kind"), other["removed"]) == (row["kind"], row["removed"]):
+            theirs = (other["perplexity"], other["cpu seconds"])
+            if theirs[0] <= mine[0] and theirs[1] <= mine[1] and theirs != mine:
+                return False
+    return True
+
+
+def _write(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if "cpu seconds" in row:
+            row["front"] = "yes" if on_front(rows, row) else ""
+    setting = {
+        "model": arguments.model,
+        "calibration": "WikiText-2 validation, file as it is, 64 consecutive windows of 512 tokens",
+        "evaluation": "WikiText-2 test, file as it is, first 40 consecutive windows of 512 tokens",
+        "seed": 0,
+        "dtype": "float32",
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+    }
+    text = TEXT.replace("second-order-smollm2-135m", name)
+    write_result(name, "Second-order pruning: quality against time", setting, rows, text)
+    (RESULTS / f"{name}.svg").write_text(drawn(rows), encoding="utf8")
+
+
+WIDTH, HEIGHT, LEFT, BOTTOM = 760, 300, 60, 40
+
+
+def drawn(rows: list[dict[str, Any]]) -> str:
+    """One panel a setting: perplexity over processor seconds, both logarithmic; the front in another colour."""
+    settings = list(dict.fromkeys((row["kind"], row["removed"]) for row in rows if "cpu seconds" in row))
+    parts = []
+    for place, (kind, removed) in enumerate(settings):
+        mine = [row for row in rows if (row.get("kind"), row["removed"]) == (kind, removed)]
+        parts.append(f'<g transform="translate(0 {place * HEIGHT})">{_panel(f"{kind}, {removed} removed", mine)}</g>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT * max(1, len(settings))}" '
+    return head + 'font-family="sans-serif" font-size="11">' + "".join(parts) + "</svg>\n"
+
+
+def _panel(title: str, rows: list[dict[str, Any]]) -> str:
+    across = _axis([row["cpu seconds"] for row in rows], LEFT, WIDTH - 170)
+    up = _axis([row["perplexity"] for row in rows], HEIGHT - BOTTOM, 30)
+    marks = [
+        f'<circle cx="{across(row["cpu seconds"]):.1f}" cy="{up(row["perplexity"]):.1f}" r="4" '
+        f'fill="{"#c2410c" if row["front"] else "#64748b"}"/>'
+        f'<text x="{across(row["cpu seconds"]) + 7:.1f}" y="{up(row["perplexity"]) + 4:.1f}">'
+        f"{row['method']} {row['perplexity']:.4g}</text>"
+        for row in rows
+    ]
+    axes = f'<path d="M{LEFT} 24V{HEIGHT - BOTTOM}H{WIDTH - 20}" fill="none" stroke="#94a3b8"/>'
+    names = (
+        f'<text x="{LEFT}" y="16" font-weight="bold">{title}</text>'
+        f'<text x="{WIDTH - 20}" y="{HEIGHT - 22}" text-anchor="end">processor seconds of the plan, logarithmic</text>'
+        f'<text transform="translate(16 {HEIGHT - BOTTOM}) rotate(-90)">perplexity, logarithmic</text>'
+    )
+    return axes + names + "".join(marks)
+
+
+def _axis(values: list[float], start: float, stop: float) -> Any:
+    low, high = math.log(min(values)), math.log(max(values))
+    return lambda value: start + (stop - start) * (0.05 + 0.9 * (math.log(value) - low) / ((high - low) or 1.0))
+
+
+if __name__ == "__main__":
+    main()
