@@ -124,6 +124,18 @@ def test_what_heals_streams_alike(family, case, tmp_path):
     check_streamed(family, *HEALED[case], tmp_path)
 
 
+@pytest.mark.parametrize("case", [("wanda", {"sparsity": 0.5}), ("flap", {"sparsity": 0.3})])
+def test_both_streams_of_hidden_states_go_to_files(case, tmp_path):
+    method, options = case[0], {**case[1], "heal": "refit", "target": "dense"}
+    model = make_tiny("llama")
+    model.save_pretrained(tmp_path / "dense")
+    plan = plan_for(method, model, IDS, **options)
+    result = stream(tmp_path / "dense", tmp_path / "work", method, options, limit=1000)
+    assert (tmp_path / "work" / "hidden" / "hidden.bin").is_file()
+    assert (tmp_path / "work" / "hidden" / "dense" / "hidden.bin").is_file()
+    assert plan.values and all(torch.equal(values, result.plan.values[name]) for name, values in plan.values.items())
+
+
 def check_streamed(family, method, options, tmp_path):
     model = make_tiny(family)
     try:
