@@ -145,6 +145,20 @@ def test_work_of_sparsegpt_by_hand(sizes):
     assert sweep_flops(10, 384) == 10 * 384 * 256
 
 
+def test_work_of_solvers_by_hand(sizes):
+    matrices = {(32, 32): 2, (16, 32): 2, (64, 32): 2, (32, 64): 1}
+    refit = sum(n * 2 * 11 * o * i * i for (o, i), n in matrices.items())
+    assert flops(sizes, job("magnitude", heal="refit"))["solving"] == 2 * refit
+    admm = sum(n * (2 * i**3 + 2 * 21 * o * i * i) for (o, i), n in matrices.items())
+    assert flops(sizes, job("admm"))["solving"] == 2 * admm
+    assert flops(sizes, job("admm", heal="refit"))["solving"] == 2 * (admm + refit)
+    # eigenvectors once for every input: three of 32 channels, one of 64
+    eigen = 18 * (3 * 32**3 + 64**3)
+    assert flops(sizes, job("alps"))["solving"] > 2 * (eigen + refit)
+    columns = sum(2 * i**3 // 3 + 4 * o * i * i for o, i in ((32, 32), (32, 64)))
+    assert flops(sizes, job("flap", heal="refit"))["solving"] == 2 * columns
+
+
 def test_sweep_products_are_those_that_torch_runs():
     weight, factor = torch.randn(8, 64), torch.eye(64)
     mapping = {torch.ops.aten.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1]}

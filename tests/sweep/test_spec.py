@@ -7,6 +7,7 @@ import pytest
 from secateur.errors import OptionError, RecipeError, UnknownMethodError, UsageError
 from secateur.recipes import make_recipe
 from secateur.sweep.axes import Choice, Range, point_name
+from secateur.sweep.sources import statistics_of
 from secateur.sweep.spec import load_sweep, make_sweep
 
 
@@ -47,6 +48,32 @@ def test_axes_reach_every_part_of_a_recipe():
     assert (calibration.samples, calibration.length, calibration.source) == (8, 64, "self")
     assert step.options == {"pattern": "", "use_variant": True} and step.sparsity == 0.4
     assert point.recipe.dtype == "float32"
+
+
+def test_a_repair_is_an_axis_and_another_one_another_point():
+    found = points({"method": "wanda", "heal": ["none", "refit"], "target": ["current", "dense"]})
+    assert [(p.recipe.steps[0].heal, p.recipe.steps[0].target) for p in found] == [
+        ("none", "current"), ("none", "dense"), ("refit", "current"), ("refit", "dense"),
+    ]  # fmt: skip
+    assert len({p.key for p in found}) == 4
+    with pytest.raises(OptionError, match="shortgpt takes no heal"):
+        points({"method": "shortgpt", "heal": ["refit"]})
+
+
+@pytest.mark.parametrize(
+    ("step", "shared"),
+    [
+        ({"method": "flap"}, True),
+        ({"method": "flap", "heal": "refit"}, True),
+        ({"method": "magnitude_sp", "heal": "bias"}, True),
+        ({"method": "magnitude", "heal": "refit"}, False),
+        ({"method": "wanda"}, False),
+        ({"method": "wanda", "options": {"scope": "global"}}, True),
+    ],
+)
+def test_points_share_what_is_taken_from_the_dense_model(step, shared):
+    (point,) = points({"sparsity": [0.3]}, steps=[step])
+    assert bool(statistics_of(point)) == shared
 
 
 def test_steps_are_named_by_their_number():

@@ -25,7 +25,7 @@ from secateur.allocate import MaskRule, mask_rule
 from secateur.heal import problem_of
 from secateur.methods import Descriptor, Seen, Target, WeightMethod, option, register
 from secateur.observe import Gram
-from secateur.solver import alps, alps_flops, cg_flops, refit
+from secateur.solver import alps, alps_flops, cg_flops, eigen_flops, refit
 
 
 @register("alps")
@@ -63,6 +63,9 @@ class ALPS(WeightMethod):
         if steps == self.steps:
             notes += (f"{target.name}: the support had not settled after {steps} steps",)
         return keep, weight, notes
+
+    def input_flops(self, inputs: int) -> int:
+        return eigen_flops(inputs)
 
     def solve_bytes(self, outputs: int, inputs: int) -> int:
         return 4 * inputs * (7 * outputs + 6 * inputs)
