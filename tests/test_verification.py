@@ -62,6 +62,7 @@ CHAINS = {
     "sparsegpt": [SPARSEGPT],
     "flap": [FLAP],
     "flap, refitted": [("flap", {"sparsity": 0.3, "heal": "refit"})],
+    "sparsegpt then magnitude": [SPARSEGPT, MAGNITUDE],
     "osscar then magnitude": [("osscar", {"sparsity": 0.3}), MAGNITUDE],
     "blocks": [BLOCKS],
     "queries": [QUERIES],

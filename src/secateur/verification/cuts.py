@@ -14,7 +14,7 @@ from secateur.models.skeleton import Checkpoint
 from secateur.models.sources import Source
 from secateur.verification.findings import Finding
 from secateur.verification.plans import StoredPlan
-from secateur.verification.trace import Masked, Trace
+from secateur.verification.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,14 +78,18 @@ def check_masks(checkpoint: Checkpoint, found: Trace, base: Source | None) -> Fi
             continue
         with finding.noting():
             weight = checkpoint.read(name)
-            for masked in masks:
+            left = torch.ones(weight.shape, dtype=torch.bool)
+            # from the last step back: what a later one removes has no value of an earlier one any more
+            for masked in reversed(masks):
                 untouched = len(masks) == 1 and not masked.cuts and not found.renamed
                 source = base if untouched else None
-                checked = _check_mask(name, weight, masked, found, source, finding)
+                mask, values = masked.expected()
+                checked = _check_mask(name, weight, (mask, values), left, found, source, finding)
                 if checked is None:
                     unknown.append(name)
                     break
                 zeros += checked
+                left = left & mask if mask.shape == left.shape else left
     finding.detail = f"{len(found.masks)} weights are zero where the plan says"
     if zeros:
         finding.detail += f"; {zeros:,} entries that it keeps are zero too"
@@ -97,10 +101,19 @@ def check_masks(checkpoint: Checkpoint, found: Trace, base: Source | None) -> Fi
 
 
 def _check_mask(
-    name: str, weight: Tensor, masked: Masked, found: Trace, base: Source | None, finding: Finding
+    name: str,
+    weight: Tensor,
+    expected: tuple[Tensor, Tensor | None],
+    left: Tensor,
+    found: Trace,
+    base: Source | None,
+    finding: Finding,
 ) -> int | None:
-    """The number of zeros among the kept entries; None when the weight was cut in a way that is not known."""
-    mask, values = masked.expected()
+    """The number of zeros among the kept entries; None when the weight was cut in a way that is not known.
+
+    ``left`` are the entries that later steps leave.
+    """
+    mask, values = expected
     if mask.shape != weight.shape:
         if found.units and found.model is None:
             return None
@@ -113,7 +126,8 @@ def _check_mask(
         values = base.tensor(name)
     if values is None:
         return int((weight[mask] == 0).sum())
-    other = int((weight[mask] != values[mask].to(weight.dtype)).sum()) if values.shape == weight.shape else 0
+    kept = mask & left
+    other = int((weight[kept] != values[kept].to(weight.dtype)).sum()) if values.shape == weight.shape else 0
     if other:
-        finding.add(f"{name}: {other} of {int(mask.sum())} entries that the plan keeps have another value")
+        finding.add(f"{name}: {other} of {int(kept.sum())} entries that the plan keeps have another value")
     return 0
