@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -85,11 +85,6 @@ class Job:
         return first[0] + later[0], first[1] + later[1]
 
     @property
-    def looks(self) -> int:
-        """How many of the passes through a block end at the last input that is looked at."""
-        return int(bool(self._deciding) and self.method.in_sequence) + int(bool(self._refitting))
-
-    @property
     def sparsity(self) -> float:
         """The fraction that is asked for."""
         pattern = getattr(self.method, "pattern", "")
@@ -111,6 +106,11 @@ class Job:
         measures = isinstance(method, UnitMethod) and method.programmed and method.variants == "measured"
         return min(method.variant_tokens, self.samples * self.length) if measures else 0  # type: ignore[attr-defined]
 
+    @property
+    def unread(self) -> int:
+        """How many of the passes only look at inputs, and so end at the last of them."""
+        return int(bool(self._deciding) and self.method.in_sequence) + int(bool(self._refitting))
+
     def targets(self, block: BlockSizes) -> tuple[Inputs, ...]:
         """What the method looks at in a block: all inputs, those of readers, or none."""
         if isinstance(self.method, WeightMethod):
@@ -131,16 +131,16 @@ class Job:
         channels = [inputs.channels for inputs in self.targets(block)]
         if isinstance(self.method, LayerMethod):
             channels = [2 * hidden]
-        yield from self._each(channels, statistics.values())
+        yield from self._each(channels, list(statistics.values()))
 
     def allocation_needs(self, block: BlockSizes, hidden: int) -> Iterator[Needs]:
         """What the statistics of an allocator take of one block, before those of the method are there."""
         if self.allocation is not None:
             blocks = self.allocation.allocator.observes == "blocks"
             channels = [2 * hidden] if blocks else [inputs.channels for inputs in block.inputs]
-            yield from self._each(channels, self.allocation.needed_statistics().values())
+            yield from self._each(channels, list(self.allocation.needed_statistics().values()))
 
-    def _each(self, channels: list[int], statistics: Collection[type]) -> Iterator[Needs]:
+    def _each(self, channels: list[int], statistics: list[type]) -> Iterator[Needs]:
         for width in channels:
             for kind in statistics:
                 # a plugin's own class may not say what it takes

@@ -62,8 +62,8 @@ def forward_flops(block: BlockSizes, sizes: Sizes, job: Job) -> int:
 
 def _unread_flops(block: BlockSizes, job: Job) -> int:
     """Of the products with the input that comes last: a forward that only looks at inputs ends there."""
-    last = sum(outputs * inputs for read in block.inputs[-1:] for outputs, inputs in read.matrices)
-    return job.looks * 2 * job.tokens * last
+    products = sum(2 * job.tokens * o * i for last in block.inputs[-1:] for o, i in last.matrices)
+    return job.unread * products
 
 
 def _passes(job: Job, *, last: bool) -> int:

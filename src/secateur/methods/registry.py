@@ -106,6 +106,7 @@ def describe(name: str) -> dict[str, Any]:
         "descriptor": dataclasses.asdict(cls.descriptor),
         "options": describe_options(cls),
         "sequential": cls.sequential,
+        "costly": cls.costly,
     }
 
 
