@@ -36,7 +36,7 @@ def module_fingerprint(module: nn.Module) -> Fingerprint:
     weights = hashlib.sha256()
     for _, tensor in _named_tensors(module):
         if not tensor.is_meta:
-            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     name = type(module).__name__
     return Fingerprint(
         architecture=name, shapes=_hash_of_shapes(module), weights=weights.hexdigest(), num_layers=0, name=name
