@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
 import secateur as sc
 from channel_networks import Attention, Residual
 from secateur.errors import BudgetError, DataError, NonFiniteError, PlanMismatchError, UsageError
-from secateur.methods import ChannelMethod, get_method, list_methods
+from secateur.methods import ChannelMethod, get_method, list_methods, make_method
+from secateur.networks.applying import apply_to_module
+from secateur.networks.deciding import network_report
+from secateur.networks.example import Example
+from secateur.networks.kinds import Asked
+from secateur.networks.modules import ModuleNetwork
 from secateur.plans import Plan
 
 METHODS = [m for m in list_methods() if issubclass(get_method(m), ChannelMethod)]
@@ -24,11 +31,24 @@ def made(network: str):
     return module, x, [(x, torch.arange(4) % classes), (x + 1, torch.arange(4) % classes)]
 
 
-def pruned(method: str, network: str = "residual", **options):
-    module, x, data = made(network)
-    if get_method(method).needs:
-        options["data"] = data
-    return module, x, sc.prune(module, example_inputs=(x,), method=method, **{"sparsity": 0.4, **options})
+@cache
+def opened(network: str, heads: str) -> ModuleNetwork:
+    """Traced once for all tests: none of them changes the module, or the plan of a fresh one would be another."""
+    module, x, _ = made(network)
+    return ModuleNetwork.open(module, Example((x,)), heads=heads, ignore=())
+
+
+def planned(method: str, network: str = "residual", sparsity: float = 0.4, **options) -> tuple[ModuleNetwork, Plan]:
+    """As ``sc.plan`` on the network that is traced already."""
+    chosen = make_method(method, {"sparsity": sparsity, **options})
+    found = opened(network, chosen.heads)
+    return found, found.plan(chosen, Asked(made(network)[2] if chosen.needs else None))
+
+
+@cache
+def usual(method: str, network: str = "residual") -> tuple[ModuleNetwork, Plan]:
+    """The plan that several tests look at."""
+    return planned(method, network)
 
 
 def runs_on(method: str, network: str) -> bool:
@@ -44,21 +64,24 @@ def starts_anew(method: str) -> bool:
 
 @pytest.mark.parametrize(("method", "network"), CASES)
 def test_masked_module_equals_cut_module(method, network):
-    module, x, result = pruned(method, network)
-    masked = sc.apply(result.plan, module, mask=True)
+    found, plan = usual(method, network)
+    module, x, _ = made(network)
+    cut, notes = found.cut(plan, inplace=False)
+    masked = apply_to_module(plan, module, anatomy=found.anatomy, example=found.example, mask=True).module
     with torch.no_grad():
         # one that draws its layers anew must not have kept the old weights
-        assert torch.allclose(result.model(x), masked(x), rtol=1e-4, atol=1e-5) != starts_anew(method)
-        assert not torch.allclose(result.model(x), module(x), rtol=1e-3, atol=1e-4)
-    assert type(result.model) is type(module) and not result.report.notes
+        assert torch.allclose(cut(x), masked(x), rtol=1e-4, atol=1e-5) != starts_anew(method)
+        assert not torch.allclose(cut(x), module(x), rtol=1e-3, atol=1e-4)
+    assert type(cut) is type(module) and not notes
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sparsity_zero_is_the_identity(method):
-    module, x, result = pruned(method, sparsity=0.0)
-    assert result.plan.is_identity
+    found, plan = planned(method, sparsity=0.0)
+    module, x, _ = made("residual")
+    assert plan.is_identity
     with torch.no_grad():
-        assert torch.equal(result.model(x), module(x))
+        assert torch.equal(found.cut(plan, inplace=False)[0](x), module(x))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -66,14 +89,14 @@ def test_same_arguments_give_the_same_bytes_and_leave_the_module_alone(method, t
     module, x, data = made("residual")
     before = {n: t.clone() for n, t in module.state_dict().items()}
     data = data if get_method(method).needs else None
-    for name in ("a", "b"):
-        plan = sc.plan(module, example_inputs=(x,), method=method, sparsity=0.4, data=data)
-        plan.save(tmp_path / name)
+    result = sc.prune(module, example_inputs=(x,), method=method, sparsity=0.4, data=data)
+    result.plan.save(tmp_path / "a")
+    usual(method)[1].save(tmp_path / "b")
     for file in ("plan.json", "plan.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    loaded = Plan.load(tmp_path / "a")
-    assert loaded.provenance == plan.provenance and not plan.diff(loaded)
-    assert torch.equal(sc.apply(loaded, module)(x), sc.apply(plan, module)(x))
+    loaded = Plan.load(tmp_path / "b")
+    assert loaded.provenance == result.plan.provenance and not result.plan.diff(loaded)
+    assert torch.equal(sc.apply(loaded, module)(x), result.model(x)) and not result.report.notes
     assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
 
@@ -81,28 +104,29 @@ def test_same_arguments_give_the_same_bytes_and_leave_the_module_alone(method, t
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("scope", ["global", "uniform"])
 def test_the_budget_is_met_within_one_unit(budget, scope):
-    _, _, result = pruned("spa_l1", budget=budget, options={"scope": scope})
-    assert result.report.achieved == pytest.approx(0.4, abs=0.03)
-    parameters = sum(p.numel() for p in result.model.parameters())
-    counted = {m.name: m.values["pruned"] for m in result.report.metrics}
+    found, plan = planned("spa_l1", budget=budget, scope=scope)
+    report = network_report(plan, found.anatomy)
+    assert report.achieved == pytest.approx(0.4, abs=0.03)
+    parameters = sum(p.numel() for p in found.cut(plan, inplace=False)[0].parameters())
+    counted = {m.name: m.values["pruned"] for m in report.metrics}
     assert counted["parameters"] == parameters and counted["bytes of weights"] == 4 * parameters
 
 
 def test_a_uniform_cut_takes_the_same_share_of_every_group():
-    _, _, result = pruned("spa_l1", budget="channels", sparsity=0.5, options={"scope": "uniform"})
-    assert {len(k) / result.plan.groups[n] for n, k in result.plan.keep.items()} == {0.5}
+    _, plan = planned("spa_l1", budget="channels", sparsity=0.5, scope="uniform")
+    assert {len(k) / plan.groups[n] for n, k in plan.keep.items()} == {0.5}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_larger_sparsity_removes_all_that_a_smaller_one_does(method):
-    small, large = (pruned(method, sparsity=s)[2].plan for s in (0.2, 0.5))
+    small, large = planned(method, sparsity=0.2)[1], usual(method)[1]
     assert all(set(large.keep[n].tolist()) <= set(small.keep[n].tolist()) for n in small.keep)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rounding_and_minimum_are_respected(method):
-    _, _, result = pruned(method, sparsity=0.3, options={"round_to": 4, "min_keep": 8})
-    assert all(len(kept) >= 8 and len(kept) % 4 == 0 for kept in result.plan.keep.values())
+    _, plan = planned(method, sparsity=0.3, round_to=4, min_keep=8)
+    assert all(len(kept) >= 8 and len(kept) % 4 == 0 for kept in plan.keep.values())
 
 
 def test_heads_leave_whole_or_lane_by_lane():
