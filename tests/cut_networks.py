@@ -149,18 +149,27 @@ def inexact(found: Pruned) -> list[str]:
     return [name for name in found.removed if found.anatomy[name].inexact]
 
 
-def check(found: Pruned, tolerance: float = 1e-10) -> None:
-    """The cut graph equals both references, and costs are what they were said to be."""
+def check(found: Pruned, tolerance: float = 1e-10, dense: fx.GraphModule | None = None) -> None:
+    """The cut graph equals both references, and costs are what they were said to be.
+
+    ``dense`` is the traced graph if it was compared with the module already, by ``check_traced``.
+    """
+    dense = dense or check_traced(found.trace, found.module, found.inputs, tolerance)
     with torch.no_grad():
         result = found.graph(*found.inputs)
-        assert difference(result, Reference(found.trace, found.units).run(*tree_leaves(found.inputs))) < tolerance
-        assert (
-            difference(Reference(found.trace, set()).run(*tree_leaves(found.inputs)), found.module(*found.inputs))
-            < tolerance
-        )
+        zeros = Reference(found.trace, found.units, dense).run(*tree_leaves(found.inputs))
+        assert difference(result, zeros) < tolerance
         if not inexact(found):
             assert difference(result, zeroed(found)(*found.inputs)) < tolerance
     check_costs(found)
+
+
+def check_traced(traced: Trace, module: nn.Module, inputs: tuple[Any, ...], tolerance: float) -> fx.GraphModule:
+    """The traced graph, which gives what the module gives."""
+    graph = traced.exported.graph_module()
+    with torch.no_grad():
+        assert difference(Reference(traced, set(), graph).run(*tree_leaves(inputs)), module(*inputs)) < tolerance
+    return graph
 
 
 def check_costs(found: Pruned) -> None:

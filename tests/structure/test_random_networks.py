@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from cut_networks import check, pruned_anatomy, randomised
+from cut_networks import check, check_traced, pruned_anatomy, randomised
 from random_networks import MAKERS, RandomNetwork
 from secateur.errors import SecateurError
 from secateur.structure.groups import HEADS, traced_anatomy
@@ -15,6 +15,7 @@ from secateur.structure.trace import trace
 NETWORKS, PARTS = 125, 25
 # of every network: 500 cases in all
 CUTS = ((0.1, 0), (0.3, 1), (0.5, 2), (0.8, 3))
+TOLERANCE = 1e-9
 
 
 def cases(part: int) -> range:
@@ -25,6 +26,7 @@ def cut_and_check(seed: int, counts: Counter[str]) -> None:
     network = RandomNetwork(seed)
     module, inputs = randomised(network, seed), (network.example,)
     traced = trace(module, inputs)
+    dense = check_traced(traced, module, inputs, TOLERANCE)
     for number, (fraction, cut_seed) in enumerate(CUTS):
         anatomy = traced_anatomy(traced, heads=HEADS[(seed + number) % 3])
         try:
@@ -35,7 +37,7 @@ def cut_and_check(seed: int, counts: Counter[str]) -> None:
             counts["refused"] += 1
             continue
         counts["cut" if found.removed else "nothing to cut"] += 1
-        check(found, 1e-9)
+        check(found, TOLERANCE, dense)
 
 
 # tracing the lines that run makes this a third slower, and the first parts reach what the others reach
