@@ -9,15 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-PRELOADED = [
-    "pytest",
-    "accelerate",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "transformers.models.llama.modeling_llama",
-    "secateur.runs.run",
-    "secateur.train.sharding",
-]
+from forking import preload
 
 
 def run_ranks(job: Callable[..., None], world: int, *arguments: Any) -> None:
@@ -25,12 +17,9 @@ def run_ranks(job: Callable[..., None], world: int, *arguments: Any) -> None:
 
     ``job`` must be importable by its own name, so it lives in a file at the top of ``tests/``.
     """
-    import multiprocessing
-
     import torch.multiprocessing
 
-    # ranks are forked from a process that has only imported: starting them afresh takes longer than what they do
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    preload()
     started = (job, world, _free_port(), *arguments)
     torch.multiprocessing.start_processes(_start, started, nprocs=world, start_method="forkserver")
 

@@ -10,8 +10,6 @@ import pkgutil
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import secateur as sc
+from forking import Forked
 from secateur import errors
 from secateur.methods import get_method, list_methods
 from secateur.observe import calibration
@@ -891,34 +890,16 @@ class Sleeper(WeightMethod):
 '''
 
 
-# a shell that starts a test run in the background lets its children ignore SIGINT
-INTERRUPTIBLE = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from secateur.cli import main
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_during_calibration_leaves_nothing(room: Room, number: int) -> None:
     plugin = room.file("sleeper.py", SLEEPER)
-    arguments = [str(a) for a in room.prune("--plugin", plugin, method="sleeper")]
+    arguments = room.prune("--plugin", plugin, method="sleeper")
     before = listing(room.path)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(room.path / "temporary"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    with subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTIBLE, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=room.path, env=environment,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None and process.stderr is not None
+    environment = {"TMPDIR": str(room.path / "temporary")}
+    with Forked(arguments, cwd=room.path, environment=environment) as process:
         assert process.stderr.readline() == "calibrating\n"
         process.send_signal(number)
-        out, rest = process.communicate(timeout=60)
-    assert process.returncode == 130
+        out, rest = process.stdout.read(), process.stderr.read()
+        assert process.wait() == 130
     assert (out, rest) == ("", "interrupted; nothing was written\n")
     assert listing(room.path) == before

@@ -9,6 +9,8 @@ import sys
 import pytest
 
 import secateur
+from forking import Forked
+from process_jobs import break_opening, save_slowly
 from secateur import api
 from secateur.cli import main
 
@@ -49,44 +51,21 @@ def test_module_runs_as_a_command():
     assert (run.returncode, run.stdout) == (0, f"secateur {secateur.__version__}\n")
 
 
-SLOW_SAVE = """
-import signal, sys, time
-# a shell that starts a test run in the background lets its children ignore SIGINT
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from secateur.cli import main
-from secateur.models import shards
-
-def write_tensors(path, *rest, **options):
-    path.write_text("half")
-    print("saving", file=sys.stderr, flush=True)
-    time.sleep(60)
-
-shards.write_tensors = write_tensors
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_interrupts_at_once_and_the_run_goes_on_later(number, tiny_checkpoint, tmp_path):
+def test_a_second_signal_interrupts_at_once_and_the_run_goes_on_later(cli, number, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     arguments = ["prune", str(tiny_checkpoint), "--method", "magnitude", "--out", str(out), "--no-report", "--quiet"]
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW_SAVE, *arguments], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    ) as process:
-        assert process.stderr is not None
+    with Forked(arguments, before=save_slowly) as process:
         assert process.stderr.readline() == "saving\n"
         process.send_signal(number)
         assert process.stderr.readline() == "stopping after this block; once more stops at once\n"
         process.send_signal(number)
         rest = process.stderr.read()
-        process.wait(60)
-    assert process.returncode == 130
+        assert process.wait() == 130
     assert rest == f"stopped; {out}.run holds what is done: the same command with --resume goes on from there\n"
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
-    resumed = subprocess.run(
-        [sys.executable, "-m", "secateur", *arguments, "--resume"], capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = cli(*arguments, "--resume")
+    assert resumed.code == 0, resumed.err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -106,19 +85,10 @@ main(["methods", "--json"])
 
 
 def test_a_bug_shows_its_traceback():
-    code = """
-from secateur.cli import main
-from secateur.models import opening
-
-def open_source(*arguments, **options):
-    raise ZeroDivisionError("a bug")
-
-opening.open_source = open_source
-main(["inspect", "m"])
-"""
-    run = python(code)
-    assert run.returncode == 1
-    assert "Traceback" in run.stderr and "ZeroDivisionError: a bug" in run.stderr
+    with Forked(["inspect", "m"], before=break_opening) as process:
+        rest = process.stderr.read()
+        assert process.wait() == 1
+    assert "Traceback" in rest and "ZeroDivisionError: a bug" in rest
 
 
 def test_streams_of_a_real_run(tiny_checkpoint, tmp_path):

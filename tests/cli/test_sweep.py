@@ -7,12 +7,12 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 
+from forking import Forked
 from secateur import api
 from secateur.sweep import worker
 
@@ -135,16 +135,13 @@ def test_an_interrupted_sweep_says_how_to_go_on(recipe, tmp_path, workers):
     # magnitude and flap at many sparsities: long enough to be interrupted
     grid = ", ".join(f"0.{number:03d}" for number in range(100, 400))
     recipe.write_text(recipe.read_text().replace("0.3, 0.5", grid))
-    command = [sys.executable, "-m", "secateur", "sweep", str(recipe), "--workers", str(workers), "--out", str(out)]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as process:
-        journal, stop = out / "journal.jsonl", time.monotonic() + 120
+    journal, stop = out / "journal.jsonl", time.monotonic() + 120
+    with Forked(["sweep", recipe, "--workers", workers, "--out", out]) as process:
         while not (journal.exists() and len(journal.read_text().splitlines()) > 3) and time.monotonic() < stop:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+        err = process.stderr.read()
+        assert process.wait() == 130
     done = len(journal.read_text().splitlines()) - 2
     assert f"interrupted; {done} of 600 points are done: --resume goes on with the rest" in err
     assert "Traceback" not in err
