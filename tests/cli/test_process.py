@@ -13,6 +13,7 @@ from forking import Forked
 from process_jobs import break_opening, save_slowly
 from secateur import api
 from secateur.cli import main
+from secateur.runs.signals import StopRequest
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -38,6 +39,7 @@ def test_light_commands_import_nothing_heavy(arguments, heavy):
     code = f"""
 import sys, atexit
 from secateur.cli import main
+from secateur.runs.signals import StopRequest
 atexit.register(lambda: print([n for n in {heavy} if n in sys.modules], file=sys.stderr))
 main({arguments})
 """
@@ -69,10 +71,28 @@ def test_a_second_signal_interrupts_at_once_and_the_run_goes_on_later(cli, numbe
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_signal_while_a_line_is_written_is_told_too(tmp_path, monkeypatch):
+    with (tmp_path / "err").open("w", encoding="utf8") as stream:
+
+        class Busy:
+            fileno = stream.fileno
+
+            def write(self, text):
+                # what a stream says to a handler that ran while it was writing
+                raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+        monkeypatch.setattr(sys, "stderr", Busy())
+        request = StopRequest()
+        request(signal.SIGINT, None)
+    assert request.made
+    assert (tmp_path / "err").read_text() == "stopping after this block; once more stops at once\n"
+
+
 def test_a_reader_that_leaves_is_no_error():
     code = """
 import sys, time
 from secateur.cli import main
+from secateur.runs.signals import StopRequest
 time.sleep(1)
 main(["methods", "--json"])
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -35,7 +36,15 @@ class StopRequest:
             raise KeyboardInterrupt
         self.made = True
         if not self._quiet:
-            print("stopping after this block; once more stops at once", file=sys.stderr, flush=True)
+            _say("stopping after this block; once more stops at once")
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except RuntimeError:
+        # the signal came while this stream was writing a line of its own, and it can't be entered twice
+        os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 
 @contextmanager
