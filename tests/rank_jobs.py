@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,19 @@ def too_few(rank: int, recipe: dict[str, Any]) -> None:
     with pytest.raises(SecateurError, match="there is no model at"):
         sc.run({**recipe, "model": "./nowhere"})
     assert list(Path(recipe["out"]).parent.iterdir()) == []
+
+
+def say(rank: int, commands: Sequence[Sequence[str]], notes: Path) -> None:
+    """Run command lines one after the other, and note the exit codes and what this rank said."""
+    from secateur.cli import main
+    from secateur.ranks import start
+
+    # nobody ends these ranks when one has failed
+    start._SILENCE = 0.0
+    said = []
+    for command in commands:
+        out, err = StringIO(), StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            main(command)
+        said.append({"code": stop.value.code, "out": out.getvalue(), "err": err.getvalue()})
+    (notes / f"said-{rank}.json").write_text(json.dumps(said), encoding="utf8")

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,7 +257,7 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 
 
 def torchrun(
-    *arguments: object, script: str | None = None, launcher: list[str] = TORCHRUN
+    *arguments: object, script: str | None = None, launcher: Sequence[str] = TORCHRUN
 ) -> subprocess.CompletedProcess[str]:
     """``torchrun -m secateur …`` on two ranks; ``script`` is run in its place and starts the command by itself."""
     package = str(Path(sc.__file__).parents[1])
@@ -268,32 +268,47 @@ def torchrun(
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_both_launchers_work_and_one_rank_speaks(launcher, checkpoint, tmp_path):
-    options = ["--method", "wanda", "--sparsity", 0.5, "--samples", 6, "--length", 64, "--no-report", "--json"]
-    done = torchrun("prune", checkpoint, *options, "--out", tmp_path / "out", launcher=launcher)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["method"] == "wanda"
-    # a slow machine is told of the blocks between as well, but once
-    said = [line.partition(",")[0] for line in done.stderr.splitlines() if line.startswith("prune ")]
-    assert said[-1] == "prune 3/3" and len(set(said)) == len(said)
-    assert plan_of(tmp_path / "out").masks
+def said_by(rank: int, stream: str, logs: Path) -> str:
+    """What one rank wrote, which the launcher keeps apart."""
+    (file,) = logs.glob(f"**/{rank}/{stream}.log")
+    return file.read_text(encoding="utf8")
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--method", "wanda", "--samples", 1], "error: 2 ranks need a calibration window each, there are 1"),
-        (["--method", "wanda", "--bogus"], "error: no such option: --bogus"),
-        (["--method", "wanda", "--dry-run"], "error: --dry-run is for one process, and here are 2"),
-    ],
+    ("launcher", "kept"),
+    [(TORCHRUN, ["--tee", "3", "--log-dir"]), (ACCELERATE, ["--tee", "3", "--log_dir"])],
+    ids=["torchrun", "accelerate"],
 )
-def test_a_mistake_is_one_sentence_of_one_rank(options, message, checkpoint, tmp_path):
-    done = torchrun("prune", checkpoint, *options, "--length", 64, "--out", tmp_path / "out")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count(message) == 1
-    assert sum(line.startswith("error:") for line in done.stderr.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
+def test_both_launchers_work_and_one_rank_speaks(launcher, kept, checkpoint, tmp_path):
+    logs = tmp_path / "logs"
+    options = ["--method", "wanda", "--sparsity", 0.5, "--samples", 6, "--length", 64, "--no-report", "--json"]
+    command = ["prune", checkpoint, *options, "--out", tmp_path / "out"]
+    done = torchrun(*command, launcher=[*launcher, *kept, str(logs)])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(said_by(0, "stdout", logs))["method"] == "wanda"
+    # a slow machine is told of the blocks between as well
+    lines = [line.partition(",")[0] for line in said_by(0, "stderr", logs).splitlines()]
+    said = [line for line in lines if line.startswith("prune ")]
+    assert said == sorted(set(said)) and said[-1] == "prune 3/3" and lines[0].startswith("estimate: ")
+    assert said_by(1, "stdout", logs) == said_by(1, "stderr", logs) == ""
+    assert plan_of(tmp_path / "out").masks
+
+
+def test_a_mistake_is_one_sentence_of_one_rank(checkpoint, tmp_path):
+    mistakes = {
+        ("--samples", "1"): "error: 2 ranks need a calibration window each, there are 1",
+        ("--dry-run",): "error: --dry-run is for one process, and here are 2",
+        ("--bogus",): "error: no such option: --bogus",
+    }
+    command = ["prune", str(checkpoint), "--method", "wanda", "--length", "64", "--out", str(tmp_path / "out")]
+    run_ranks(rank_jobs.say, 2, [[*command, *mistake] for mistake in mistakes], tmp_path)
+    first, second = (json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in range(2))
+    for said, message in zip(first, mistakes.values(), strict=True):
+        lines = said["err"].splitlines()
+        assert said["code"] in (1, 2) and said["out"] == ""
+        assert lines[-1].startswith(message) and not any("error" in line for line in lines[:-1])
+    assert second == [{"code": said["code"], "out": "", "err": ""} for said in first]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["said-0.json", "said-1.json"]
 
 
 SLOW = """
@@ -308,8 +323,10 @@ def test_the_rank_that_says_why_may_be_the_last_to_know(checkpoint, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(SLOW, encoding="utf8")
     done = torchrun("prune", checkpoint, "--bogus", "--out", tmp_path / "out", script=str(script))
-    assert done.returncode == 1
+    assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("error: no such option: --bogus") == 1, done.stderr
+    assert sum(line.startswith("error:") for line in done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["slow.py"]
 
 
 KILLED = """
@@ -338,9 +355,11 @@ def test_a_rank_that_is_killed_ends_the_run_which_goes_on_later(checkpoint, tmp_
     assert done.returncode == 1
     assert "--resume goes on from there" in done.stderr, done.stderr
     assert not (tmp_path / "out").exists() and (tmp_path / "out.run").is_dir()
-    again = torchrun(*command, "--resume")
-    assert again.returncode == 0, again.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.py", "out"]
+    script.unlink()
+    run_ranks(rank_jobs.say, 2, [[*map(str, command), "--resume"]], tmp_path)
+    again = json.loads((tmp_path / "said-0.json").read_text())
+    assert [said["code"] for said in again] == [0], again
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "said-0.json", "said-1.json"]
 
 
 def test_one_process_is_alone(monkeypatch):
