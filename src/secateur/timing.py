@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-
-import torch
+from typing import TYPE_CHECKING
 
 from secateur.errors import OptionError, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 Step = Callable[[int], None]
 """Called with the number of rounds that are done."""
@@ -17,6 +19,9 @@ Step = Callable[[int], None]
 def now(device: torch.device) -> float:
     """Seconds on a clock that only runs forwards, once everything asked of ``device`` is done."""
     if device.type == "cuda":
+        # here, since the command line knows workloads without torch
+        import torch
+
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
