@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur
+import secateur.structure.graphcut
 from families import make_tiny
 from secateur import timing
 
@@ -213,6 +214,18 @@ def test_published_rows_of_the_breadth_study_are_gone_on_from(study, monkeypatch
     assert set(again) == set(known)
     assert [breadth._table_row(again, "t", name) for name in "ab"] == table
     assert breadth._seconds(again["t", "b", "secateur"]) == 6
+
+
+def test_the_cost_of_structure_is_taken_by_stage(study):
+    cost = study("structure_cost")
+    module, found = cost.secateur(cost.small())
+    assert module[0][0].out_channels < 8 and cost.modules.cut_graph is secateur.structure.graphcut.cut_graph
+    stages = [found[key] for key in found if key.endswith(" s")]
+    assert len(stages) == 8 and min(stages) > 0 and found["trace / export"] > 1
+    one = {"seconds": 1.0, "wall": 2.0, "peak MB": 5.0, "result": "runs"}
+    taken = {"secateur": [{**found, **one, "seconds": s} for s in (3.0, 1.0, 2.0)], "torch-pruning": [one] * 3}
+    ours, theirs = cost.rows_of("ResNet-50", taken)
+    assert (ours["seconds"], ours["times Torch-Pruning"], theirs["range"]) == (2.0, 2.0, "1.00 to 1.00")
 
 
 def test_networks_of_the_obspa_study_are_cut_through_their_shortcuts(study):
