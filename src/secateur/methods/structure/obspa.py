@@ -11,7 +11,10 @@ Without the columns S the best refit of all others raises the squared error of t
 The channels with the smallest I leave. Then the weights are refitted in the order of the network, each to what the
 refitted ones before it give (`inputs=dense`: to the inputs in the dense network), and batch norms behind a change get
 the mean and variance of their new inputs (`norms=refit`). Layers that only produce a channel lose rows, and nothing
-else in them changes.
+else in them changes. Images that look other than those of training, transforms included, give other statistics even
+where nothing has changed; with `norms=shift` that drops out:
+
+    mean <- mean + (mean after - mean before),   var <- var * var after / var before
 
 `calibration=data` takes batches of inputs, from the training data or from another data set; labels aren't looked at.
 `calibration=noise` takes none: inputs are uniform noise between `low` and `high`, which should be the range of the
@@ -21,9 +24,9 @@ the weights were trained for.
 
 Source: X. Wang et al., "Structurally Prune Anything: Any Architecture, Any Framework, Any Time", 2024,
 arXiv:2403.18955, section 5. No official code is public; the uniform noise, the damping and the mean as normaliser are
-the choices of our reconstruction. Ours as well: norms with statistics of their own while noise goes through; a weight
-that is applied several times is fitted to its dense inputs; batch norms that see what they saw in the dense network
-keep their statistics.
+the choices of our reconstruction. Ours as well: norms with statistics of their own while noise goes through, and
+shifted ones; a weight that is applied several times is fitted to its dense inputs; batch norms that see what they saw
+in the dense network keep their statistics.
 """
 
 from dataclasses import dataclass
