@@ -210,7 +210,7 @@ def summary(known: dict[tuple[str, str, str], dict[str, Any]], models: list[tupl
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     ours = [known[key] for m in models if (key := (*m, "secateur")) in known]
     exact = [r for r in ours if r["class"] == "exact"]
-    own, averages = sum(r["form"] == "module" for r in exact), sum(bool(r["averages"]) for r in exact)
+    own, averages = sum(r["form"] == "module" for r in exact), sum(bool(r.get("averages")) for r in exact)
     worst = max((r["error"] for r in exact), default=0)
     lines += [
         "",

@@ -214,6 +214,8 @@ def test_published_rows_of_the_breadth_study_are_gone_on_from(study, monkeypatch
     assert set(again) == set(known)
     assert [breadth._table_row(again, "t", name) for name in "ab"] == table
     assert breadth._seconds(again["t", "b", "secateur"]) == 6
+    models = [("t", "a"), ("t", "b")]
+    assert breadth.summary(again, models) == breadth.summary(known, models)
 
 
 def test_the_cost_of_structure_is_taken_by_stage(study):
