@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, singledispatchmethod
 from itertools import chain
@@ -37,7 +38,7 @@ from secateur.errors import BudgetError, DataError, UnsupportedModelError, Usage
 from secateur.heal import BiasHealer, Refit, find
 from secateur.heal.refit import few_tokens
 from secateur.keeping import Decided, Decision, Keeper, SeenByModule
-from secateur.methods import LayerMethod, Method, Target, UnitMethod, WeightMethod
+from secateur.methods import LayerMethod, Method, SearchMethod, Target, UnitMethod, WeightMethod
 from secateur.models.decoders import decoder_anatomy, matrix_roles, unknown_family
 from secateur.models.sources import Source, check_finite
 from secateur.observe import Cross, Gram, Moments, Statistic
@@ -46,10 +47,14 @@ from secateur.observe.calibration import Tokens
 from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen
 from secateur.ranks import ALONE, Ranks
+from secateur.search import MaskDescent, Searched, mean_gradients, token_loss
 from secateur.searching import LevelTrials, level_tensors
 from secateur.structure import Anatomy, Group, Matrix
 
 Progress = Callable[[str, int, int], None]
+
+SECONDS_BETWEEN_STATES = 30.0
+"""Of a search on the whole model; what was done since the last one is done again after a crash."""
 
 
 def decide(
@@ -285,6 +290,61 @@ class _Run:
                 yield Decision(masks={matrix.tensor: (~leave).T.contiguous() if matrix.transposed else ~leave})
 
         self.keeper.close(parts())
+
+    # -- single weights, searched on the whole model --------------------------------------------------------------
+
+    @decide.register
+    def _(self, method: SearchMethod) -> None:
+        targets = list(self.anatomy.matrices)
+        if not targets:
+            raise UnsupportedModelError(f"{type(self.source.model).__name__} has no linear weights in its blocks")
+        if method.sparsity == 0:
+            return
+        if self.ranks.size > 1:
+            raise UsageError(f"{method.name} searches on the whole model, in one process: start it without torchrun")
+        tokens, dtype, batch_tokens, _ = self._walk_arguments
+        assert tokens is not None
+        at_once = max(1, batch_tokens // tokens.ids.shape[1])
+        whole = self.source.whole(dtype)
+        data = (tokens.ids.to(self.source.device),)
+        gradients: dict[str, Tensor] = {}
+        if method.needs_gradient and self.keeper.finished < self.layers:
+            weights: list[Any] = [whole.get_submodule(m.module).weight for m in targets]
+            found = mean_gradients(whole, weights, data, token_loss, samples_at_once=at_once)
+            gradients = {m.module: g.T if m.transposed else g for m, g in zip(targets, found, strict=True)}
+        for layer in self._blocks("start"):
+            members = [m for m in targets if m.layer == layer]
+            seen = self._observe(layer, [m.module for m in members], advance=True)[1] if self._observed else {}
+            ranked = {}
+            for matrix in members:
+                target = self._target(matrix.module, "weight", layer, name=matrix.module)
+                mine = {**seen.get(matrix.module, {}), "gradient": gradients.get(matrix.module)}
+                ranked[matrix.module] = method.score(target, mine).float().cpu()
+                check_finite(ranked[matrix.module], matrix.module, layer, "scores")
+            self.keeper.keep(layer, Decision(), final=False, walk=self._walk, ranked=ranked)
+        rule = method.rule()
+        scores = {m.module: self.keeper.ranked(m.module) for m in targets}
+        searched = [Searched(m.module, rule.keep(scores[m.module]), scores[m.module], m.transposed) for m in targets]
+        descent = MaskDescent(whole, searched, data, token_loss, method.descent(), samples_at_once=at_once)
+        del scores, searched
+        self._search(descent)
+        masks = descent.masks()
+        stored = {
+            m.tensor: (masks[m.module].T if m.transposed else masks[m.module]).contiguous().cpu() for m in targets
+        }
+        self.keeper.close(iter([Decision(masks=stored, notes=descent.notes())]))
+
+    def _search(self, descent: MaskDescent) -> None:
+        """All steps, from the state that was kept last; states are kept on the way."""
+        state, kept = self.keeper.searched(), time.monotonic()
+        if state is not None:
+            descent.load_state(state)
+        while not descent.finished:
+            descent.step()
+            self.progress("search", len(descent.trace), descent.total)
+            if time.monotonic() - kept >= SECONDS_BETWEEN_STATES:
+                self.keeper.search(descent.state(), len(descent.trace))
+                kept = time.monotonic()
 
     # -- heads and neurons ---------------------------------------------------------------------------------------
 

@@ -136,6 +136,13 @@ class Keeper:
             self.whole.add(part)
         self.closed = True
 
+    def search(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Keep where a search on the whole model is after ``step`` steps."""
+
+    def searched(self) -> Mapping[str, Tensor] | None:
+        """Where that search was last kept."""
+        return None
+
     def decided(self) -> Decided:
         """What was decided about the whole model, once it is closed."""
         return self.whole

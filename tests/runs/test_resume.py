@@ -19,6 +19,7 @@ CASES = {
     "flap": {"method": "flap", "sparsity": 0.3},
     "magnitude, global": {"method": "magnitude", "sparsity": 0.5, "options": {"scope": "global"}},
     "shortgpt": {"method": "shortgpt", "options": {"layers": 1}},
+    "icbs": {"method": "icbs", "sparsity": 0.5, "options": {"block": 64, "batch": 2, "checks": 2}},
     "wanda, owl": {"method": "wanda", "sparsity": 0.5, "allocate": "owl"},
     "magnitude, search": {"method": "magnitude", "sparsity": 0.5, "allocate": "search:generations=3,offspring=2"},
     "two streams": {"method": "wanda", "sparsity": 0.5, "heal": "refit", "target": "dense"},
@@ -28,6 +29,12 @@ CASES = {
 
 class Crash(BaseException):
     """What no handler expects; as sudden as a process can end within a test."""
+
+
+@pytest.fixture(autouse=True)
+def states_after_every_step(monkeypatch) -> None:
+    """Searches on the whole model are kept so often that a crash between two states is one between two steps."""
+    monkeypatch.setattr("secateur.engine.SECONDS_BETWEEN_STATES", 0.0)
 
 
 @pytest.fixture(scope="module")

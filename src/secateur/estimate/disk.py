@@ -5,14 +5,14 @@ from __future__ import annotations
 from secateur.estimate.job import Job
 from secateur.estimate.memory import hidden_bytes, spills
 from secateur.estimate.sizes import Sizes
-from secateur.methods import LayerMethod, UnitMethod, WeightMethod
+from secateur.methods import LayerMethod, SearchMethod, UnitMethod, WeightMethod
 
 
 def disk(sizes: Sizes, job: Job) -> dict[str, int]:
     """Bytes by what they are for, when all blocks are cut and the checkpoint is put together from them."""
     linear = sizes.linear
     plan = 0
-    if isinstance(job.method, WeightMethod):
+    if isinstance(job.method, WeightMethod | SearchMethod):
         plan = -(-linear // 8) + (int(linear * (1 - job.sparsity)) * sizes.itemsize if job.repairs else 0)
     elif job.method.refits:
         # new values of the weights that read units
@@ -24,7 +24,8 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
     seen = 0
     if isinstance(job.method, UnitMethod) and not job.method.in_sequence:
         seen = sum(n.stored for block in sizes.blocks for n in job.needs(block, sizes.hidden))
-    ranked = 4 * linear if job.ranks_globally else 0
+    # scores that the end needs, and where a search is
+    ranked = 4 * linear if job.ranks_globally or job.searched_tokens else 0
     blocks = checkpoint_bytes(sizes, job) - sizes.outside_stored
     parts = {
         "checkpoint": checkpoint_bytes(sizes, job),
@@ -39,7 +40,7 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
 def checkpoint_bytes(sizes: Sizes, job: Job) -> int:
     """Bytes of the tensors of the pruned checkpoint."""
     linear_stored = sizes.linear * sizes.itemsize
-    if isinstance(job.method, WeightMethod):
+    if isinstance(job.method, WeightMethod | SearchMethod):
         if job.format != "packed":
             return sizes.stored
         packed = -(-sizes.linear // 8) + int(linear_stored * (1 - job.sparsity))
@@ -60,7 +61,7 @@ def speed_bound(sizes: Sizes, job: Job) -> float:
     Zeros among weights save none with dense kernels.
     """
     before = sizes.linear + sizes.head
-    if isinstance(job.method, WeightMethod):
+    if isinstance(job.method, WeightMethod | SearchMethod):
         return 1.0
     if isinstance(job.method, LayerMethod):
         share = removed_layers(sizes, job.method) / len(sizes.blocks)

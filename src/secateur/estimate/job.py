@@ -10,7 +10,7 @@ import torch
 
 from secateur.allocators import Measuring
 from secateur.estimate.sizes import BlockSizes, Inputs
-from secateur.methods import LayerMethod, Method, UnitMethod, WeightMethod
+from secateur.methods import LayerMethod, Method, SearchMethod, UnitMethod, WeightMethod
 from secateur.observe import Cross, Needs
 from secateur.observe.statistics import Accumulator
 from secateur.solver import cg_flops, refit_columns_flops
@@ -85,6 +85,22 @@ class Job:
         return first[0] + later[0], first[1] + later[1]
 
     @property
+    def searched_tokens(self) -> int:
+        """Tokens that one step of a search on the whole model looks at; 0 for methods that don't search."""
+        if not isinstance(self.method, SearchMethod):
+            return 0
+        return min(self.method.descent().batch, self.samples) * self.length
+
+    def search_steps(self, matrices: list[int]) -> int:
+        """Steps of that search, for matrices with so many entries."""
+        from secateur.search import step_slots
+
+        if not isinstance(self.method, SearchMethod):
+            return 0
+        descent = self.method.descent()
+        return len(step_slots(matrices, descent.steps, descent.min_steps)) * descent.epochs
+
+    @property
     def sparsity(self) -> float:
         """The fraction that is asked for."""
         pattern = getattr(self.method, "pattern", "")
@@ -113,7 +129,7 @@ class Job:
 
     def targets(self, block: BlockSizes) -> tuple[Inputs, ...]:
         """What the method looks at in a block: all inputs, those of readers, or none."""
-        if isinstance(self.method, WeightMethod):
+        if isinstance(self.method, WeightMethod | SearchMethod):
             return block.inputs
         if isinstance(self.method, UnitMethod):
             return tuple(inputs for inputs in block.inputs if inputs.reader)

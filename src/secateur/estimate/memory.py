@@ -33,7 +33,7 @@ _SLACK, _MOST_SLACK = 0.1, 1 << 28
 # tokens whose predictions are kept while models are tried out
 _TRIED = 4096
 # what lies on the device that computes
-_ON_DEVICE = ("working copy", "hidden states", "statistics", "at work")
+_ON_DEVICE = ("working copy", "whole model", "hidden states", "statistics", "at work")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
     steady = {"process": baseline, **_model(sizes, block), **_walk(sizes, job, block)}
     stages = [_entering(sizes, job), _observing(sizes, job, block), _deciding(sizes, job, block), _ending(sizes, job)]
     stages.append(_trying(sizes, job))
+    if job.searched_tokens:
+        stages.append(_searching(sizes, job, block))
     most = max(stages, key=lambda stage: sum(stage.values()))
     parts = {name: size for name, size in {**steady, **most}.items() if size}
     device: dict[str, int] = {}
@@ -160,3 +162,16 @@ def _trying(sizes: Sizes, job: Job) -> dict[str, int]:
     entries = sum(block.entries for block in sizes.blocks) + sizes.outside_entries + sizes.linear
     predictions = 4 * sizes.vocabulary * (min(job.tokens, job.trial_tokens, _TRIED) + 3 * job.length)
     return {"whole model": entries * job.dtype.itemsize, "at work": predictions}
+def _searching(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
+    """A copy of the whole model and one of its matrices, masks, and the graph of the windows that run together."""
+    entries = sum(b.entries for b in sizes.blocks) + sizes.outside_entries
+    tokens = min(job.searched_tokens, max(1, job.batch_tokens // job.length) * job.length)
+    ffn = max((outputs for outputs, _ in block.matrices), default=sizes.hidden)
+    # of a block about four widths of its FFN and eight of the residual stream stay for the gradient; logits, their
+    # float32 copy, their softmax and its gradient
+    graph = tokens * (len(sizes.blocks) * (4 * ffn + 8 * sizes.hidden) * job.dtype.itemsize + 16 * sizes.vocabulary)
+    return {
+        "whole model": (entries + sizes.linear) * job.dtype.itemsize,
+        "decision": 2 * sizes.linear,
+        "at work": graph,
+    }

@@ -35,6 +35,10 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
         "factorisations": 0,
         "solving": 0,
     }
+    # forwards through all of the model, and the gradient back through half of it on average
+    matrices = [outputs * inputs for block in sizes.blocks for outputs, inputs in block.matrices]
+    searched = job.search_steps(matrices) * job.searched_tokens
+    found["forwards"] += searched * (2 * (sizes.linear + sizes.head) + sizes.linear + 2 * sizes.head)
     for block in sizes.blocks:
         for needs in (*job.needs(block, sizes.hidden), *job.later_needs(block, sizes.hidden)):
             found["statistics"] += needs.update_flops

@@ -23,6 +23,7 @@ from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
 from secateur.errors import OptionError, UsageError, nearest
 from secateur.heal.refit import TARGETS, with_statistics
 from secateur.observe import Cross, Gram, Moments, Statistic
+from secateur.search import Descent
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.layers import Layer, layers_of
 from secateur.structure.streams import residual_streams
@@ -359,6 +360,38 @@ class WeightMethod(Method):
     def prune(self, target: Target, seen: Seen) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
         """(mask [outputs, inputs] bool with True = kept, new weight or None, notes for the plan)."""
         return self.rule().keep(self.score(target, seen)), None, ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchMethod(Method):
+    """Searches masks of single weights on the whole model, which lies in memory, by its loss; no weight is changed.
+
+    ``score`` and ``rule`` give the first mask of every matrix, from the dense model, and ``descent`` says how the
+    engine goes on from there. The number of weights that a matrix keeps is that of its first mask.
+    """
+
+    sparsity: float = option(0.5, "fraction of the weights of every matrix that is removed", ge=0, lt=1)
+
+    @property
+    def uses_data(self) -> bool:
+        return True
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether ``score`` looks at the gradient of the dense model's loss, ``seen["gradient"]``."""
+        return False
+
+    def score(self, target: Target, seen: Seen) -> Tensor:
+        """Score of every weight, [outputs, inputs], higher = keep; those that rank lowest and highest stay so."""
+        raise NotImplementedError(f"{type(self).__name__} must define score()")
+
+    def rule(self) -> MaskRule:
+        """Who competes with whom for the first mask, and how many stay."""
+        raise NotImplementedError(f"{type(self).__name__} must define rule()")
+
+    def descent(self) -> Descent:
+        """How the masks are searched."""
+        raise NotImplementedError(f"{type(self).__name__} must define descent()")
 
 
 @dataclass(frozen=True, kw_only=True)

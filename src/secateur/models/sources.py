@@ -17,11 +17,12 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
 from secateur.ahead import ahead
-from secateur.errors import NonFiniteError
+from secateur.errors import NonFiniteError, ResourceError
 from secateur.models.decoders import decoder_blocks
 from secateur.models.modeling_secateur import unpack_tensor
 from secateur.tensorfiles import Made, Stored, count_zeros
@@ -269,12 +270,21 @@ class CheckpointSource(Source):
 
     def whole(self, dtype: torch.dtype) -> PreTrainedModel:
         model: PreTrainedModel = copy.deepcopy(self.model)
+        self._check_room(sum(p.numel() for p in model.parameters()) * dtype.itemsize)
         for name, stored in self.stored.items():
             value = stored.read()
             _set(model, name, value.to(self.device, dtype if value.is_floating_point() else value.dtype))
         # a tied tensor is stored under its first name alone
         model.tie_weights()
         return model.to(self.device).eval()  # type: ignore[arg-type]
+
+    def _check_room(self, size: int) -> None:
+        # twice: the weights at work, and the original ones
+        if self.device.type == "cpu" and 2 * size > (free := psutil.virtual_memory().available):
+            raise ResourceError(
+                f"a search on the whole model needs {2 * size / 1e9:.1f} GB for its weights and a copy of them, and"
+                f" {free / 1e9:.1f} GB are free: take a method that reads one block at a time ('secateur methods')"
+            )
 
     def mapped(self, name: str) -> Tensor:
         stored = self.stored[name]

@@ -7,7 +7,8 @@ OUT.run/
     plan/                block-00000.safetensors, ...: the decision about each block; whole-...: what was decided at
                          the end; refit-...: new values of each block after that
     weights/             block-00000.safetensors, ...: each block as it will be in the checkpoint
-    seen/, ranked/       statistics and scores that the end of the run needs, for methods that decide globally
+    seen/, ranked/       statistics and scores that the end of the run needs, for methods that decide globally; where
+                         a search on the whole model is
     hidden/              the activations that enter the next block; those of other ranks than 0 in rank-1/, ..., and
                          those of the dense model, where they are needed too, in dense/
     allocation/          the same once more, for what an allocator measures before the first block is decided
@@ -244,6 +245,23 @@ class DiskKeeper(Keeper):
             write_tensors(path, _part_tensors(part, self._cutter.provenance), durable=True)
             documents.append(_part_document(part))
         self._step.add(closed=True, parts=documents)
+
+    def search(self, state: Mapping[str, Tensor], step: int) -> None:
+        write_tensors(self._state_file(step), state, durable=True)
+        self._step.add(searched=step)
+        for older in self._state_file(step).parent.glob("search-*.safetensors"):
+            if older != self._state_file(step):
+                older.unlink(missing_ok=True)
+        self._step.check_stop(f"step {step} of the search", self._ranks)
+
+    def searched(self) -> Mapping[str, Tensor] | None:
+        steps = self._step.journal.of("searched")
+        if not steps:
+            return None
+        return {name: stored.read() for name, stored in read_header(self._state_file(max(steps))).items()}
+
+    def _state_file(self, step: int) -> Path:
+        return self._step.path / "ranked" / f"search-{step:07d}.safetensors"
 
     def decided(self) -> Plan:
         # what one rank has written, all of them read

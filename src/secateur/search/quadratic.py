@@ -1,0 +1,68 @@
+"""The loss as a quadratic function of which weights are pruned.
+
+Source: iCBS, arXiv:2411.17796. n weights of one matrix; x_i = 1 prunes weight i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# what counts as nothing, where entries are 1 on average
+NOTHING = 1e-12
+
+CUTOFFS = ("abs", "official")
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """x'Qx + c, the change of the loss when the weights of x are pruned and the others have their original values.
+
+    ``Q`` is [n, n] float64 and symmetric. ``free`` [n] bool marks weights that no sample's loss depends on.
+    """
+
+    Q: Tensor
+    c: float
+    free: Tensor
+
+    def change(self, x: Tensor) -> float:
+        """The change of the loss for ``x``, [n] bool."""
+        return float(self.Q[x][:, x].sum()) + self.c
+
+    def cpu(self) -> Quadratic:
+        """The same on the CPU."""
+        return Quadratic(self.Q.cpu(), self.c, self.free.cpu())
+
+
+def quadratic(
+    original: Tensor, current: Tensor, gradient: Tensor, hessian: Tensor, *, multiplier: float = 1.0, ridge: float = 0.0
+) -> Quadratic:
+    """The model of the loss around the ``current`` weights, which are ``original`` or zero; all [n], H is [n, n].
+
+    With d = w - w0 the step to x is delta = -(d + w0 * x), and g'delta + 1/2 delta'H delta is x'Qx + c with
+
+        Q = 1/2 diag(w0) H diag(w0) + diag(w0 * (H d)) - gm * diag(w0 * g) + lam * diag(w0 * (2 d + w0))
+        c = 1/2 d'H d - gm * g'd + lam * ||d||^2
+
+    gm, the ``multiplier`` of the gradient, is 1 for the exact expansion; lam, the ``ridge``, weighs ||delta||^2.
+    """
+    w0, g, H = original.double(), gradient.double(), hessian.double()
+    d = current.double() - w0
+    pushed = H @ d
+    linear = w0 * (pushed - multiplier * g + ridge * (2 * d + w0))
+    curved = w0[:, None] * H * w0 / 2
+    constant = float(d @ pushed / 2 - multiplier * (g @ d) + ridge * (d @ d))
+    return Quadratic(curved + torch.diag(linear), constant, (g == 0) & (H == 0).all(dim=1))
+
+
+def cut_off(Q: Tensor, kind: str) -> Tensor:
+    """Q, scaled so that its entries are 1 on average, without those of ``NOTHING`` or less.
+
+    ``abs`` goes by the size of an entry. ``official`` is the rule of the published code, which goes by its value: all
+    negative entries vanish with it.
+    """
+    size = Q.abs()
+    scaled = Q / size[size > 0].mean() if bool(size.any()) else Q
+    return scaled.masked_fill((scaled if kind == "official" else scaled.abs()) <= NOTHING, 0)

@@ -1,0 +1,397 @@
+"""Oracles of iCBS: the quadratic model against every subset, solvers against all answers, and what a search keeps."""
+
+import copy
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from conftest import build_llama
+from families import make_tiny, tiny_ids
+from runs import plan_for
+from secateur.errors import DataError, NonFiniteError, OptionError, UnsupportedModelError, UsageError
+from secateur.methods import Target, make_method
+from secateur.search import (
+    Descent,
+    MaskDescent,
+    Searched,
+    class_loss,
+    cut_off,
+    mean_gradients,
+    quadratic,
+    step_slots,
+    token_loss,
+)
+from secateur.search.told import exact_hessian, listen
+from secateur.solver.binary import Annealing, Exhaustive, SwapSearch, add_solver, energy, ising, minimise, penalty
+
+
+def problem(n, seed=0):
+    """(w0, w, g, H) of n weights, half of them pruned; H symmetric, not definite."""
+    generator = torch.Generator().manual_seed(seed)
+    w0, g = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    H = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    return w0, w0 * (torch.arange(n) >= n // 2), g, H + H.T
+
+
+def subsets(n, k):
+    return [torch.tensor([i in ones for i in range(n)]) for ones in map(set, combinations(range(n), k))]
+
+
+# -- the quadratic model (oracles 1 and 2, the cutoff) -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("multiplier", "ridge"), [(1.0, 0.0), (0.75, 0.001)])
+def test_the_model_is_the_expansion_for_every_subset(multiplier, ridge):
+    w0, w, g, H = problem(12)
+    model = quadratic(w0, w, g, H, multiplier=multiplier, ridge=ridge)
+    everything = subsets(12, 6)
+    assert len(everything) == 924
+    for x in everything:
+        delta = w0 * ~x - w
+        expected = multiplier * (g @ delta) + delta @ H @ delta / 2 + ridge * (delta @ delta)
+        assert model.change(x) == pytest.approx(float(expected), abs=1e-9)
+
+
+def test_staying_changes_nothing():
+    w0, w, g, H = problem(12)
+    assert quadratic(w0, w, g, H).change(w == 0) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_published_cutoff_loses_what_attracts():
+    w0, w, g, H = problem(12)
+    Q = quadratic(w0, w, g, H).Q
+    scaled = cut_off(Q, "abs")
+    torch.testing.assert_close(scaled, Q / Q.abs().mean())
+    official = cut_off(Q, "official")
+    assert (official >= 0).all() and torch.equal(official, scaled.clamp_min(0))
+    model = quadratic(w0, w, g, H)
+    best, theirs = (model.change(torch.from_numpy(Exhaustive().solve(q.numpy(), 6))) for q in (scaled, official))
+    assert best < theirs
+
+
+# -- solvers (oracles 3 and 4) -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [Exhaustive(), SwapSearch(), Annealing(restarts=4)])
+def test_hand_case(solver):
+    Q = np.array([[2.0, 1], [1, 1]])
+    assert minimise(solver, Q, 1).tolist() == [False, True]
+    assert energy(Q, [0, 1]) == 1 and energy(Q, minimise(solver, Q, 2)) == 5
+    assert not minimise(solver, Q, 0).any()
+
+
+@settings(max_examples=25)
+@given(st.integers(3, 11), st.integers(0, 10**6), st.data())
+def test_solvers_find_the_best_of_all_answers(n, seed, data):
+    k = data.draw(st.integers(1, n - 1))
+    Q = np.random.default_rng(seed).normal(size=(n, n))
+    Q = Q + Q.T
+    lowest = energy(Q, minimise(Exhaustive(), Q, k))
+    assert energy(Q, minimise(SwapSearch(), Q, k)) == pytest.approx(lowest, abs=1e-9)
+    assert energy(Q, minimise(Annealing(restarts=6), Q, k)) == pytest.approx(lowest, abs=1e-9)
+
+
+def test_a_larger_problem_ends_in_a_point_that_no_exchange_betters():
+    Q = np.random.default_rng(0).normal(size=(90, 90))
+    Q = Q + Q.T
+    x = SwapSearch(shortlist=8).solve(Q, 40)
+    lowest = energy(Q, x)
+    for on in np.flatnonzero(~x):
+        for off in np.flatnonzero(x):
+            other = x.copy()
+            other[[on, off]] = True, False
+            assert energy(Q, other) >= lowest - 1e-9
+    assert lowest <= energy(Q, Annealing(restarts=1).solve(Q, 40)) * 0.9
+
+
+def test_runs_of_annealing_do_not_depend_on_each_other():
+    Q = np.random.default_rng(1).normal(size=(16, 16))
+    Q = Q + Q.T
+    alone = [energy(Q, Annealing(restarts=r).solve(Q, 6)) for r in (1, 2, 5)]
+    assert alone[0] >= alone[1] >= alone[2]
+
+
+def test_penalty_and_ising_forms():
+    P, constant = penalty(5, 3)
+    for ones, expected in ((3, 0), (2, 1), (4, 1), (1, 4), (5, 4)):
+        assert energy(P, np.arange(5) < ones) + constant == expected
+    Q = np.random.default_rng(2).normal(size=(5, 5))
+    Q = Q + Q.T
+    J, h, shift = ising(Q)
+    for number in range(32):
+        x = np.array([number >> bit & 1 for bit in range(5)])
+        s = 2 * x - 1
+        assert s @ J @ s + h @ s + shift == pytest.approx(energy(Q, x))
+
+
+class Fixed:
+    def __init__(self, answer):
+        self.answer = answer
+
+    def solve(self, Q, k):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        ([1, 1, 0], "1 ones among 3 variables, it gave 2"),
+        ([1, 0], "shape"),
+        ([2, 0, 0], "zeros and ones"),
+        ([0.5, 0.5, 0], "zeros"),
+    ],
+)
+def test_an_answer_that_does_not_fit_is_refused(answer, match):
+    with pytest.raises(UsageError, match=f"Fixed.solve must give.*{match}"):
+        minimise(Fixed(answer), np.eye(3), 1)
+
+
+def test_solvers_have_names():
+    mine = Fixed(None)
+    add_solver("fixed-by-a-test", mine)
+    assert make_method("icbs", {"solver": "fixed-by-a-test"}).descent().solver is mine
+    with pytest.raises(UsageError, match="already"):
+        add_solver("swap", mine)
+    with pytest.raises(UsageError, match="solve"):
+        add_solver("another", object())
+    with pytest.raises(OptionError, match="unknown solver 'swop'; did you mean 'swap'"):
+        make_method("icbs", {"solver": "swop"})
+    with pytest.raises(UsageError, match="never ends"):
+        Exhaustive().solve(np.eye(64), 32)
+
+
+# -- the search (oracles 5 to 8) ---------------------------------------------------------------------------------
+
+
+def network(seed=0, inputs=12):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(inputs, 24), nn.Tanh(), nn.Linear(24, 4)).eval()
+
+
+def samples(count=40, inputs=12):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, inputs, generator=generator), torch.randint(0, 4, (count,), generator=generator)
+
+
+def started(module, density=0.5):
+    found = []
+    for name in ("0", "2"):
+        score = module.get_submodule(name).weight.detach().abs()
+        keep = torch.zeros(score.numel(), dtype=torch.bool)
+        keep[score.flatten().argsort(descending=True)[: round(score.numel() * density)]] = True
+        found.append(Searched(name, keep.reshape(score.shape), score))
+    return found
+
+
+def search(module=None, data=None, **changes):
+    module = module or network()
+    options = {"block": 16, "steps": 10, "epochs": 10, "batch": 8, "solver": SwapSearch(kicks=0), **changes}
+    return MaskDescent(module, started(module), data or samples(), class_loss, Descent(**options))
+
+
+def test_a_hundred_steps_keep_number_values_fixed_sets_and_the_queue():
+    module = network()
+    dense = copy.deepcopy(module)
+    descent = search(module)
+    first, fixed = descent.masks(), {m.name: ~m.free for m in descent._matrices}
+    waiting: dict[str, set] = {"0": set(), "2": set()}
+    for _ in range(100):
+        before = {m.name: m.tabu.clone() for m in descent._matrices}
+        move = descent.step()
+        for matrix in descent._matrices:
+            assert matrix.keep.sum() == first[matrix.name].sum()
+            assert torch.equal(matrix.keep[fixed[matrix.name]], first[matrix.name].flatten()[fixed[matrix.name]])
+            assert len(matrix.tabu) <= matrix.tabu_length
+            new = set(matrix.tabu.tolist()) - set(before[matrix.name].tolist())
+            if matrix.name == move.layer and matrix.tabu_length:
+                assert len(new) == min(16, matrix.tabu_length)
+    assert descent.finished and sum(m.exchanged for m in descent.trace) > 100
+    assert descent._matrices[0].tabu_length and waiting
+    for name, keep in descent.masks().items():
+        weight = module.get_submodule(name).weight
+        assert torch.equal(weight, dense.get_submodule(name).weight * keep)
+        assert 0.4 < float(fixed[name].float().mean()) / 0.385 < 1.1
+        assert not torch.equal(keep, first[name])
+
+
+def test_the_loss_falls_and_is_predicted():
+    descent = search(checks=100, gradient_multiplier=1.0, ridge=0.0, hessian="exact", block=8, batch=40)
+    descent.run()
+    measured, predicted = (
+        torch.tensor([getattr(m, kind) for m in descent.trace]) for kind in ("measured", "predicted")
+    )
+    assert descent.trace[-1].before < 0.95 * descent.trace[0].before
+    assert (predicted <= 1e-9).all()
+    assert torch.corrcoef(torch.stack([measured, predicted]))[0, 1] > 0.9
+    assert len(descent.notes()) == 101 and "weights exchanged in 100 steps" in descent.notes()[-1]
+
+
+def test_one_step_on_a_quadratic_loss_is_the_best_of_all_masks():
+    generator = torch.Generator().manual_seed(3)
+    module = nn.Sequential(nn.Linear(10, 1, bias=False)).double().eval()
+    x, y = torch.randn(30, 10, generator=generator).double(), torch.randn(30, 1, generator=generator).double()
+    with torch.no_grad():
+        module[0].weight.copy_(torch.randn(1, 10, generator=generator))
+    original = module[0].weight.detach().clone()
+
+    def squares(module, batch):
+        return (module(batch[0]) - batch[1]).square().sum(dim=1)
+
+    score = torch.rand(1, 10, generator=generator)
+    keep = score > score.median()
+    options = {"block": 10, "batch": 30, "fix_pruned": 0.0, "fix_kept": 0.0, "gradient_multiplier": 1.0, "ridge": 0.0}
+    settings = Descent(**options, hessian="exact", checks=1, solver=Exhaustive())
+    descent = MaskDescent(module, [Searched("0", keep, score)], (x, y), squares, settings)
+    move = descent.step()
+    assert move.measured == pytest.approx(move.predicted, abs=1e-9)
+    losses = [float((x @ (original * ~gone).T - y).square().mean()) for gone in subsets(10, 5)]
+    assert move.before + move.measured == pytest.approx(min(losses), abs=1e-9)
+
+
+def test_steps_go_by_the_logarithm_of_the_size():
+    assert [step_slots([10**2, 10**4], 6, 0).count(i) for i in (0, 1)] == [2, 4]
+    assert step_slots([10, 10**6, 10], 0, 1) == [0, 1, 2]
+    many = step_slots([10, 10**6, 10], 20, 4)
+    assert len(many) == 20 and many.count(0) == many.count(2) == 4
+    with pytest.raises(UsageError, match="take 12 steps"):
+        step_slots([10, 10, 10], 5, 4)
+
+
+def test_weights_on_silent_inputs_leave_first():
+    x, y = samples()
+    x[:, 3] = 0
+    module = network()
+    # the silent input's weights are the largest, so that all are kept at first; nothing else may hold them
+    module[0].weight.data[:, 3] = 5.0
+    changes = {"fix_pruned": 0.0, "fix_kept": 0.0, "block": 400, "steps": 2, "epochs": 1, "remove_zero_rows": True}
+    descent = search(module, (x, y), **changes, selection="magnitude")
+    assert descent.masks()["0"][:, 3].all()
+    descent.run()
+    assert not descent.masks()["0"][:, 3].any()
+
+
+def test_more_silent_weights_than_may_leave_are_drawn_by_lot():
+    x, y = samples()
+    x[:, :8] = 0
+    module = network()
+    settings = Descent(block=400, batch=8, fix_pruned=0.0, fix_kept=0.0, remove_zero_rows=True)
+    descent = MaskDescent(module, started(module)[:1], (x, y), class_loss, settings)
+    keep = descent.run()["0"]
+    assert keep[:, 8:].all() and int(keep.sum()) == 144 and int(keep[:, :8].sum()) > 0
+
+
+@pytest.mark.parametrize("hessian", ["gradient_per_sample", "gradient_mean"])
+@pytest.mark.parametrize("selection", ["gradient", "magnitude", "wanda", "random"])
+def test_every_choice_makes_moves_and_repeats_itself(hessian, selection):
+    first, second = (search(hessian=hessian, selection=selection, epochs=1) for _ in range(2))
+    masks, again = first.run(), second.run()
+    assert sum(m.exchanged for m in first.trace) and first.trace == second.trace
+    assert all(torch.equal(masks[name], again[name]) for name in masks)
+
+
+def test_a_search_goes_on_from_its_state():
+    whole = search(epochs=2)
+    whole.run()
+    part = search(epochs=2)
+    for _ in range(7):
+        part.step()
+    state = {name: tensor.clone() for name, tensor in part.state().items()}
+    later = search(epochs=2)
+    later.load_state(state)
+    later.run()
+    assert later.trace == whole.trace
+    assert all(torch.equal(mask, later.masks()[name]) for name, mask in whole.masks().items())
+
+
+def test_a_side_with_nothing_to_choose_from_makes_no_move():
+    descent = search(fix_pruned=1.0, epochs=1)
+    first = descent.masks()
+    assert all(torch.equal(mask, first[name]) for name, mask in descent.run().items())
+    assert not any(m.exchanged or m.predicted for m in descent.trace)
+
+
+def test_no_data_and_a_loss_of_nan_are_refused():
+    with pytest.raises(DataError, match="empty"):
+        search(data=samples(0))
+    x, y = samples()
+    with pytest.raises(NonFiniteError, match="loss of a batch"):
+        search(data=(x * torch.nan, y)).step()
+    module = network()
+    layers = [Searched("1.0", torch.ones(4, 4) > 0, torch.ones(4, 4))]
+    twice = nn.Sequential(nn.Linear(12, 4), nn.Sequential(nn.Linear(4, 4)))
+    twice.append(twice[1])
+    with pytest.raises(UnsupportedModelError, match="called 2 times"):
+        MaskDescent(twice, layers, samples(), class_loss, Descent()).step()
+    assert module is not twice
+
+
+# -- what a batch tells ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_gradients_of_single_samples_are_those_of_autograd(family):
+    model, ids = make_tiny(family).requires_grad_(False), tiny_ids()[:3]
+    name = "model.layers.0.mlp.down_proj" if family == "llama" else "transformer.h.0.mlp.c_proj"
+    layer = model.get_submodule(name)
+    told = listen(model, layer, (ids,), token_loss, samples_at_once=2)
+    losses = token_loss(model, (ids,))
+    layer.weight.requires_grad_(True)
+    each = [torch.autograd.grad(token_loss(model, (ids[i : i + 1],)).sum(), layer.weight)[0] for i in range(3)]
+    each = torch.stack([g if family == "llama" else g.T for g in each])
+    rows, columns = torch.tensor([0, 5, 7]), torch.tensor([2, 2, 30])
+    assert told.loss == pytest.approx(float(losses.mean()), rel=1e-5)
+    torch.testing.assert_close(told.mean(), each.mean(0), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(told.per_sample(rows, columns).float(), each[:, rows, columns], rtol=1e-3, atol=1e-7)
+    found = mean_gradients(model, [layer.weight], (ids,), token_loss, samples_at_once=2)[0]
+    torch.testing.assert_close(found if family == "llama" else found.T, each.mean(0), rtol=1e-3, atol=1e-7)
+    assert not layer.weight.requires_grad
+
+
+def test_exact_second_derivatives_are_differences_of_gradients():
+    module, batch = network().double(), (samples()[0].double(), samples()[1])
+    weight, places = module[0].weight, (torch.tensor([0, 3, 5]), torch.tensor([1, 1, 7]))
+    H = exact_hessian(module, weight, places, batch, class_loss)
+    step = 1e-5
+    for i in range(3):
+        sides = []
+        for sign in (1, -1):
+            moved = copy.deepcopy(module)
+            with torch.no_grad():
+                moved[0].weight[places[0][i], places[1][i]] += sign * step
+            moved[0].weight.requires_grad_(True)
+            sides.append(torch.autograd.grad(class_loss(moved, batch).mean(), moved[0].weight)[0][places])
+        torch.testing.assert_close(H[i], (sides[0] - sides[1]) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+# -- the method --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["wanda", "magnitude", "gradient", "random"])
+def test_plans_keep_the_number_of_weights_of_their_start(start):
+    model, ids = build_llama(), tiny_ids()
+    options = {"sparsity": 0.4, "start": start, "block": 64, "batch": 4, "checks": 2}
+    plan = plan_for("icbs", model, ids, **options)
+    assert len(plan.masks) == 14 and not plan.values
+    for name, mask in plan.masks.items():
+        rows, columns = mask.shape
+        gone = rows * int(columns * 0.4) if start == "wanda" else int(mask.numel() * 0.4)
+        assert int((~mask).sum()) == gone, name
+    if start in ("wanda", "magnitude"):
+        scope = {"scope": "row" if start == "wanda" else "layer"}
+        before = plan_for(start, model, ids, sparsity=0.4, **scope)
+        # the first block of the two is the same for both; what was searched differs
+        differing = [n for n in plan.masks if not torch.equal(plan.masks[n], before.masks[n])]
+        assert len(differing) > 7
+
+
+def test_scores_are_those_that_the_start_names():
+    w, gradient = torch.tensor([[1.0, -2.0]]), torch.tensor([[-3.0, 1.0]])
+    target = Target("m", "weight", 0, w)
+    assert make_method("icbs", {"start": "gradient"}).score(target, {"gradient": gradient}).tolist() == [[3.0, 2.0]]
+    assert make_method("icbs", {"start": "magnitude"}).score(target, {}).tolist() == [[1.0, 2.0]]
