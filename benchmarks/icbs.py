@@ -12,6 +12,7 @@ import argparse
 import copy
 import math
 import time
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,17 +25,23 @@ from secateur.search import Descent, MaskDescent, Searched, class_loss
 
 NAME, TITLE = "icbs", "Masks searched by block coordinate descent"
 SEEDS, DENSITIES, STEPS = (0, 1, 2), (0.3, 0.2), 90
-BLOCK, BATCH = 256, 200
+BLOCK, BATCHES = 256, (200, 1347)
 
 TEXT = """
 Digits: a network of 64-128-128-10 neurons on scikit-learn's digits, 1347 for training and 450 for testing, masked by
-magnitude in every layer and then searched: blocks of 256 weights, batches of 200 training images, the mean over three
-seeds of start and search. `official` is the published cutoff, which deletes all negative entries of Q. `recovered` is
-the share of the accuracy lost by magnitude that the search gives back. The search is `secateur.search.MaskDescent`,
-which `icbs` runs on language models.
+magnitude in every layer and then searched: blocks of 256 weights, the mean over three seeds of start and search.
+`batch` is the number of training images of a step, of which 1347 are all. `official` is the published cutoff, which
+deletes all negative entries of Q. `recovered` is the share of the accuracy lost by magnitude that comes back. Seconds
+were taken while the machine did other work. The search is `secateur.search.MaskDescent`, which `icbs` runs on language
+models.
 
-Language model rows, where there are some, are those of `--model`: perplexity and cross-entropy on evaluation text of
-Wanda's mask and of the mask searched from it, 8 windows of 256 tokens a step, blocks of 1024, one step per matrix.
+With all images in every batch, more steps and the exact Q give a lower test loss at both densities; accuracies after 90
+steps lie within 0.6 points of the dense network and of each other. With batches of 200, 90 steps are no better than 30,
+and the published cutoff is ahead in accuracy. There the claims that more steps and the exact Q help don't hold. The
+loss over all training images doesn't fall from step 30 to step 90 either, so it is no overfitting.
+
+A language model is measured with `--model`: cross-entropy on evaluation text of Wanda's mask and of the mask searched
+from it, 8 windows of 256 tokens a step, blocks of 1024, one step per matrix.
 """
 
 
@@ -84,16 +91,16 @@ def of_digits(rows: list[dict[str, Any]], setting: dict[str, Any]) -> None:
     train, test = digits()
     nets = {seed: trained(train, seed) for seed in SEEDS}
     dense = [tested(net, test) for net in nets.values()]
-    for density in DENSITIES:
+    for batch, density in product(BATCHES, DENSITIES):
         for cutoff in ("abs", "official"):
             for steps in (30, STEPS):
-                key = {"model": "digits", "density": density, "cutoff": cutoff, "steps": steps}
+                key = {"model": "digits", "density": density, "batch": batch, "cutoff": cutoff, "steps": steps}
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 first, last, seconds = [], [], 0.0
                 for seed, net in nets.items():
                     module = copy.deepcopy(net)
-                    settings = Descent(block=BLOCK, steps=steps, batch=BATCH, cutoff=cutoff, seed=seed, checks=0)
+                    settings = Descent(block=BLOCK, steps=steps, batch=batch, cutoff=cutoff, seed=seed, checks=0)
                     descent = MaskDescent(module, magnitude(net, density), train, class_loss, settings)
                     first.append(tested(module, test))
                     began = time.perf_counter()
@@ -148,7 +155,7 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.4])
     arguments = parser.parse_args()
     rows = finished_rows(NAME)
-    setting = {"seeds": list(SEEDS), "block": BLOCK, "batch": BATCH, "threads": torch.get_num_threads()}
+    setting = {"seeds": list(SEEDS), "block": BLOCK, "batches": list(BATCHES), "threads": torch.get_num_threads()}
     of_digits(rows, setting)
     if arguments.model:
         of_language(rows, setting, arguments)
