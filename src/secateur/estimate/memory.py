@@ -162,6 +162,8 @@ def _trying(sizes: Sizes, job: Job) -> dict[str, int]:
     entries = sum(block.entries for block in sizes.blocks) + sizes.outside_entries + sizes.linear
     predictions = 4 * sizes.vocabulary * (min(job.tokens, job.trial_tokens, _TRIED) + 3 * job.length)
     return {"whole model": entries * job.dtype.itemsize, "at work": predictions}
+
+
 def _searching(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
     """A copy of the whole model and one of its matrices, masks, and the graph of the windows that run together."""
     entries = sum(b.entries for b in sizes.blocks) + sizes.outside_entries
