@@ -28,7 +28,10 @@ STAGES = (
     ("tokens", r"secateur/observe/(calibration|textfiles)\.py|/datasets/|^get_calibration_dataloader \("),
     ("tracing", r"^trace_subgraphs \("),
     ("cutting", r"secateur/models/surgery\.py"),
-    ("driver", r"secateur/(observe/(driver|activations|store)|engine|keeping|runs/\w+)\.py|llmcompressor/pipelines/"),
+    (
+        "driver",
+        r"secateur/(observe/(driver|activations|store)|engine/\w+|keeping|runs/\w+)\.py|llmcompressor/pipelines/",
+    ),
     ("report", r"secateur/report/"),
 )
 # Looked for in the whole stack first: a forward within an evaluation is evaluation.

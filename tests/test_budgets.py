@@ -107,7 +107,7 @@ def test_losses_are_kept_and_found_again(tmp_path, monkeypatch):
     how = {"dtype": torch.float32, "batch_tokens": 32, "progress": lambda *_: None, "statistics": tmp_path}
     first = decide(method, Source(model), tokens_of(IDS), **how).whole
     assert len(list(tmp_path.glob("variants-*.json"))) == 1
-    monkeypatch.setattr("secateur.engine.measure_variants", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("secateur.engine.units.measure_variants", lambda *_, **__: pytest.fail("measured again"))
     again = decide(method, Source(model), tokens_of(IDS), **how).whole
     assert all(torch.equal(first.keep[name], again.keep[name]) for name in first.keep)
     # and so they are for another budget

@@ -34,7 +34,7 @@ class Crash(BaseException):
 @pytest.fixture(autouse=True)
 def states_after_every_step(monkeypatch) -> None:
     """Searches on the whole model are kept so often that a crash between two states is one between two steps."""
-    monkeypatch.setattr("secateur.engine.SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr("secateur.engine.search.SECONDS_BETWEEN_STATES", 0.0)
 
 
 @pytest.fixture(scope="module")

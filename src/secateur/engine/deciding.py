@@ -1,0 +1,70 @@
+"""Which part of the engine decides what a method removes."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.allocators import Allocator, check_follows
+from secateur.engine.layers import decide_layers
+from secateur.engine.refits import refit
+from secateur.engine.run import Progress, Run
+from secateur.engine.search import decide_searched
+from secateur.engine.units import decide_units
+from secateur.engine.weights import decide_weights
+from secateur.errors import UsageError
+from secateur.keeping import Keeper
+from secateur.methods import LayerMethod, Method, SearchMethod, UnitMethod, WeightMethod
+from secateur.models.sources import Source
+from secateur.observe.activations import Activations
+from secateur.observe.calibration import Tokens
+from secateur.ranks import ALONE, Ranks
+
+
+def decide(
+    method: Method,
+    source: Source,
+    tokens: Tokens | None,
+    *,
+    dtype: torch.dtype,
+    batch_tokens: int,
+    progress: Progress,
+    keeper: Keeper | None = None,
+    hidden: Activations | None = None,
+    statistics: Path | None = None,
+    ranks: Ranks = ALONE,
+    allocator: Allocator | None = None,
+    allocator_statistics: Path | None = None,
+    latency_table: Path | None = None,
+) -> Keeper:
+    """What ``method`` removes from the model of ``source``; ``tokens`` are its calibration windows.
+
+    Blocks that ``keeper`` has finished are left out. ``hidden`` are the activations at that point, or empty ones.
+    ``statistics`` is a folder in which those of the dense model are kept, and found again, one file per block.
+    Each of the ``ranks`` walks its part of the windows, and all of them decide the same. The ``allocator`` gives
+    every matrix its sparsity first; its statistics are kept in ``allocator_statistics``. ``latency_table`` is the file
+    of a budget of latency, by default one in the user's cache.
+    """
+    if allocator is not None:
+        check_follows(allocator, method)
+    run = Run(method, source, tokens, dtype, batch_tokens, progress, keeper or Keeper(), hidden, statistics, ranks)
+    run.allocator, run.allocator_statistics, run.latency_table = allocator, allocator_statistics, latency_table
+    if not run.keeper.closed:
+        _decide(method, run)
+    if isinstance(method, WeightMethod | UnitMethod) and method.refits_later and run.keeper.closed:
+        refit(run, method)
+    return run.keeper
+
+
+@singledispatch
+def _decide(method: Any, run: Run) -> None:
+    raise UsageError(f"{method.name} is not a post-training method of this engine")
+
+
+_decide.register(WeightMethod, decide_weights)
+_decide.register(SearchMethod, decide_searched)
+_decide.register(UnitMethod, decide_units)
+_decide.register(LayerMethod, decide_layers)

@@ -1,0 +1,42 @@
+"""Whole blocks: those leave whose outputs are most like their inputs, or whatever else a method scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from secateur.engine.run import Run
+from secateur.errors import BudgetError, UnsupportedModelError
+from secateur.keeping import Decision
+from secateur.methods import LayerMethod, Target
+from secateur.models.sources import check_finite
+from secateur.structure import Group
+
+
+def decide_layers(method: LayerMethod, run: Run) -> None:
+    """The blocks that stay. Raises UnsupportedModelError, BudgetError."""
+    group = run.anatomy["layers"]
+    count = method.layers or int(group.units * method.sparsity)
+    if count == 0:
+        return
+    if group.frozen:
+        raise UnsupportedModelError(f"blocks of {type(run.source.model).__name__} must stay: {group.frozen}")
+    if count >= group.units:
+        raise BudgetError(f"can't remove {count} of {group.units} blocks: at least one must stay")
+    for layer in run.blocks("calibrate"):
+        name = f"layers.{layer}"
+        score = method.score(Target(name, "layer", layer, torch.empty(0, 0)), run.observe_block(layer))
+        ranked = {name: torch.tensor([score], dtype=torch.float64)}
+        run.keeper.keep(layer, Decision(), final=False, walk=run.walk, ranked=ranked)
+    run.keeper.close(_drop_lowest(run, group, count))
+
+
+def _drop_lowest(run: Run, group: Group, count: int) -> Iterator[Decision]:
+    ranked = torch.cat([run.keeper.ranked(f"layers.{layer}") for layer in range(group.units)])
+    check_finite(ranked, "layers", 0, "scores")
+    yield Decision(
+        groups={"layers": group.units},
+        keep={"layers": ranked.argsort(stable=True)[count:].sort().values},
+        scores={"layers": ranked.float()},
+    )

@@ -1,0 +1,179 @@
+"""Heads and neurons: all blocks are scored, the budget is spread over them, and what stays makes up for what leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+from torch import Tensor, nn
+
+from secateur.allocate.units import Limits
+from secateur.budgets import (
+    Budgets,
+    measure_variants,
+    read_losses,
+    variants_file,
+    variants_of,
+    windows_for,
+    write_losses,
+)
+from secateur.engine.refits import few_tokens_noted, refit_groups
+from secateur.engine.run import Run, complement
+from secateur.errors import UnsupportedModelError
+from secateur.heal import BiasHealer, find
+from secateur.keeping import Decision, SeenByModule
+from secateur.methods import UnitMethod
+from secateur.models.decoders import unknown_family
+from secateur.models.sources import check_finite
+from secateur.observe import Moments
+from secateur.structure import Group
+
+
+def decide_units(method: UnitMethod, run: Run) -> None:
+    """Kept units, and what compensates or refits. Raises UnsupportedModelError, BudgetError."""
+    groups = run.anatomy.of_kind(*method.kinds)
+    if not groups:
+        raise UnsupportedModelError(unknown_family(run.source.model))
+    if all(fraction == 1 for fraction in method.asked.values()):
+        return
+    total = Limits(budget=method.budget).cost(run.anatomy.blocks)
+    # refused before anything is observed
+    budgets = _budgets(run, method, groups) if method.programmed else None
+    for layer in run.blocks("calibrate" if run.observed else "score"):
+        members = [g for g in groups if g.layer == layer]
+        readers = [g.reader for g in members if g.reader]
+        block, seen = run.observe(layer, readers, advance=not method.in_sequence)
+        part = Decision(scores=_scores(run, method, members, seen))
+        if method.in_sequence:
+            _allocate(run, method, members, part.scores, total // run.layers, part)
+            _revise(run, method, members, seen, part)
+            _compensate(run, method, members, seen, part)
+            if method.refits:
+                part.notes += few_tokens_noted(layer, seen, method)
+                refit_groups(run, members, seen, part, part)
+            if block is not None:
+                run.silence(block, members, part)
+        run.advance(method, block, layer)
+        run.keeper.keep(layer, part, final=method.in_sequence, walk=run.walk, seen=None if method.in_sequence else seen)
+        del block, seen
+    if not method.in_sequence:
+        run.keeper.close(_allocate_all(run, method, groups, total, budgets))
+
+
+def _allocate_all(
+    run: Run, method: UnitMethod, groups: list[Group], total: int, budgets: Budgets | None
+) -> Iterator[Decision]:
+    part, scores = Decision(), run.keeper.scores()
+    if budgets is None:
+        _allocate(run, method, groups, scores, total, part)
+    else:
+        _meet(run, budgets, method, groups, scores, part)
+    revises = type(method).revise is not UnitMethod.revise
+    # of what a method has no use for, nothing is read
+    for layer in range(run.layers) if method.compensates or revises else ():
+        members, seen = [g for g in groups if g.layer == layer], run.keeper.seen(layer)
+        _revise(run, method, members, seen, part)
+        _compensate(run, method, members, seen, part)
+    yield part
+
+
+def _scores(run: Run, method: UnitMethod, groups: list[Group], seen: SeenByModule) -> dict[str, Tensor]:
+    found = {}
+    for group in groups:
+        scores = method.score(run.group_target(group), seen.get(group.reader or "", {}))
+        check_finite(scores, group.name, group.layer, "scores")
+        found[group.name] = scores.float().cpu()
+    return found
+
+
+def _allocate(
+    run: Run, method: UnitMethod, groups: list[Group], scores: Mapping[str, Tensor], total: int, part: Decision
+) -> None:
+    kept = method.allocator().allocate({g.name: scores[g.name] for g in groups}, groups, total, _limits(method))
+    _keep(groups, kept, part)
+
+
+def _keep(groups: list[Group], kept: Mapping[str, Tensor], part: Decision) -> None:
+    for group in groups:
+        part.groups[group.name] = group.units
+        part.keep[group.name] = kept[group.name]
+
+
+def _revise(run: Run, method: UnitMethod, groups: list[Group], seen: SeenByModule, part: Decision) -> None:
+    """Let the method have another look at which units leave, now that their number is known."""
+    if type(method).revise is UnitMethod.revise:
+        return
+    for group in groups:
+        gone = complement(part.keep[group.name], group.units)
+        # a swap between parts that must lose the same number each would unbalance them
+        if len(gone) and group.balance == 1:
+            gone = method.revise(run.group_target(group), seen.get(group.reader or "", {}), gone)
+            part.keep[group.name] = complement(gone.cpu(), group.units)
+
+
+def _budgets(run: Run, method: UnitMethod, groups: list[Group]) -> Budgets:
+    def found() -> Budgets:
+        budgets = Budgets.of(method, run.anatomy, run.source, run.latency_table, run.progress)
+        budgets.check(groups, _limits(method))
+        return budgets
+
+    return run.ranks.on_main(found)
+
+
+def _meet(
+    run: Run, budgets: Budgets, method: UnitMethod, groups: list[Group], scores: Mapping[str, Tensor], part: Decision
+) -> None:
+    """Decide by an integer programme over all groups."""
+    losses = _variant_losses(run, method, groups, scores) if method.variants == "measured" else None
+    allocator = budgets.allocator(scores, losses)
+    kept = allocator.allocate({g.name: scores[g.name] for g in groups}, groups, 0, _limits(method))
+    _keep(groups, kept, part)
+    part.budgets = budgets.account(kept, groups)
+    part.notes += budgets.notes
+
+
+def _variant_losses(
+    run: Run, method: UnitMethod, groups: list[Group], scores: Mapping[str, Tensor]
+) -> dict[str, dict[int, float]]:
+    tokens, dtype = run.tokens, run.dtype
+    assert tokens is not None
+    ids = windows_for(tokens.ids, method.variant_tokens)
+    variants = {g.name: variants_of(g, scores[g.name], _limits(method)) for g in groups}
+    # what is asked of a method changes which variants there are, and not what they lose
+    own = {name: value for name, value in method.options().items() if name not in UnitMethod.asking}
+    path = variants_file(run.statistics, ids, variants, [method.name, own, str(dtype)])
+    losses = read_losses(path)
+    if losses is None:
+        losses = measure_variants(
+            run.source, ids, variants, groups, partial(_cut_to, run, method), dtype=dtype, progress=run.progress
+        )
+        if path is not None:
+            write_losses(path, losses)
+    return losses
+
+
+def _cut_to(run: Run, method: UnitMethod, block: nn.Module, group: Group, units: Tensor) -> None:
+    """Leave these units of a group in the working copy of its block, and make up for the others."""
+    part = Decision(groups={group.name: group.units}, keep={group.name: units})
+    if method.compensates:
+        _compensate(run, method, [group], run.keeper.seen(group.layer), part)
+    run.silence(block, [group], part)
+
+
+def _compensate(run: Run, method: UnitMethod, groups: list[Group], seen: SeenByModule, part: Decision) -> None:
+    for group in groups:
+        gone = complement(part.keep[group.name], group.units)
+        if not len(gone):
+            continue
+        target, mine = run.group_target(group), seen.get(group.reader or "", {})
+        bias = method.compensate(target, mine, gone)
+        if bias is None and method.heal == "bias":
+            columns = group.columns[gone].flatten()
+            bias = BiasHealer().heal(target.weight, find(mine, Moments).mean_C, columns)
+        if bias is not None:
+            check_finite(bias, group.name, group.layer, "bias compensation")
+            part.biases[f"{group.reader}.bias"] = bias.float().cpu()
+
+
+def _limits(method: UnitMethod) -> Limits:
+    return Limits(budget=method.budget, min_keep=method.min_keep, round_to=method.round_to)

@@ -1,0 +1,90 @@
+"""Single weights: every matrix of a block is decided when its inputs have been seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from secateur.allocate import lowest_of_all, parse_pattern
+from secateur.engine.allocation import allocated
+from secateur.engine.refits import few_tokens_noted
+from secateur.engine.run import Run, set_weight
+from secateur.errors import UnsupportedModelError, UsageError
+from secateur.keeping import Decision
+from secateur.methods import WeightMethod
+from secateur.structure import Matrix
+
+
+def decide_weights(method: WeightMethod, run: Run) -> None:
+    """Masks, and new values where the method or a refit solves for some. Raises UsageError, UnsupportedModelError."""
+    targets = list(run.anatomy.matrices)
+    if not targets:
+        raise UnsupportedModelError(f"{type(run.source.model).__name__} has no linear weights in its blocks")
+    if method.pattern:
+        _check_pattern(method.pattern, targets)
+    elif method.sparsity == 0:
+        return
+    if method.decides_globally:
+        _decide_globally(run, method, targets)
+        return
+    own = allocated(run, method)
+    for layer in run.blocks("prune"):
+        part = Decision()
+        members = [m for m in targets if m.layer == layer]
+        block, seen = run.observe(layer, [m.module for m in members], advance=not method.in_sequence)
+        if method.refits and not method.refits_later:
+            part.notes += few_tokens_noted(layer, seen, method)
+        for matrix in members:
+            weight = _prune_matrix(run, own.get(matrix.module, method), matrix, seen.get(matrix.module, {}), part)
+            if block is not None and method.in_sequence:
+                set_weight(block, run.inside(matrix.module), weight, matrix.transposed)
+        run.advance(method, block, layer)
+        run.keeper.keep(layer, part, final=True, walk=run.walk)
+        # so that the next block and its statistics don't meet these in memory
+        del block, seen
+
+
+def _prune_matrix(run: Run, method: WeightMethod, matrix: Matrix, seen: Mapping[str, Any], part: Decision) -> Tensor:
+    """Decide one matrix; returns its pruned weight [outputs, inputs]."""
+    target = run.target(matrix.module, "weight", matrix.layer, name=matrix.module)
+    keep, weight, notes = method.prune(target, seen)
+    part.notes += notes
+    if method.refits and not method.refits_later:
+        weight, notes = run.repair.weights(target.name, target.weight, keep, seen, weight)
+        part.notes += notes
+    if weight is None:
+        part.masks[matrix.tensor] = (keep.T.contiguous() if matrix.transposed else keep).cpu()
+        return target.weight * keep
+    run.put(part, matrix.module, weight, keep, matrix.transposed, matrix.layer)
+    return weight
+
+
+def _decide_globally(run: Run, method: WeightMethod, targets: list[Matrix]) -> None:
+    """One threshold over all matrices, from statistics of the dense model."""
+    for layer in run.blocks("score"):
+        members = [m for m in targets if m.layer == layer]
+        _, seen = run.observe(layer, [m.module for m in members], advance=True)
+        ranked = {}
+        for matrix in members:
+            target = run.target(matrix.module, "weight", layer, name=matrix.module)
+            ranked[matrix.module] = method.score(target, seen.get(matrix.module, {})).float().cpu()
+        run.keeper.keep(layer, Decision(), final=False, walk=run.walk, ranked=ranked)
+    count = int(sum(m.shape[0] * m.shape[1] for m in targets) * method.sparsity)
+    gone = lowest_of_all(lambda: (run.keeper.ranked(m.module) for m in targets), count)
+
+    def parts() -> Iterator[Decision]:
+        for matrix, leave in zip(targets, gone, strict=True):
+            yield Decision(masks={matrix.tensor: (~leave).T.contiguous() if matrix.transposed else ~leave})
+
+    run.keeper.close(parts())
+
+
+def _check_pattern(pattern: str, matrices: list[Matrix]) -> None:
+    rule = parse_pattern(pattern)
+    for matrix in matrices:
+        if matrix.shape[1] % rule.m:
+            raise UsageError(
+                f"pattern {pattern} needs a multiple of {rule.m} inputs, {matrix.module} has {matrix.shape[1]}"
+            )
