@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import secateur as sc
 from secateur.allocators import Part, describe_allocator, get_allocator, list_allocators, parse_allocator
 from secateur.errors import OptionError, UsageError
-from secateur.methods import get_method, list_methods, make_method
+from secateur.methods import WeightMethod, get_method, list_methods, make_method
 from secateur.models.decoders import matrix_roles
 
 ALLOCATORS = list_allocators()
@@ -116,7 +116,10 @@ def test_patterns_of_blocks_are_mixed(deep, tiny_tokenizer):
         assert (per_group == round(4 * found[name.removesuffix(".weight")])).all()
 
 
-@pytest.mark.parametrize("method", list_methods(object="weights"))
+WEIGHTS = [m for m in list_methods() if issubclass(get_method(m), WeightMethod)]
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
 def test_every_method_for_weights_follows_to_the_weight(method, deep, tiny_tokenizer):
     options = {} if "scope" not in get_method(method).option_fields() else {"scope": "layer"}
     if make_method(method).decides_globally:
@@ -150,8 +153,9 @@ def test_a_repairing_method_follows_too(deep, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("method", "options", "allocate", "message"),
     [
-        ("flap", {}, "owl", "flap removes heads and neurons: take a method for weights"),
+        ("flap", {}, "owl", "flap removes heads and neurons: take a method for weights that doesn't"),
         ("shortgpt", {}, "erk", "shortgpt removes whole blocks"),
+        ("icbs", {}, "owl", "icbs searches at one sparsity: take a method for weights that doesn't"),
         ("wanda", {"scope": "global"}, "owl", "wanda with scope=global spreads the sparsity itself"),
         ("sparsegpt", {}, "global", "sparsegpt has no scores before it prunes"),
         ("wanda", {}, "owll", "unknown allocator 'owll'; did you mean 'owl'?"),

@@ -11,8 +11,17 @@ import secateur as sc
 from families import FAMILY_CONFIGS, make_tiny, tiny_ids
 from runs import plan_for
 from secateur.errors import OptionError
-from secateur.methods import ChannelMethod, LayerMethod, UnitMethod, WeightMethod, get_method, list_methods, make_method
-from secateur.methods.base import DESCRIPTOR_VALUES
+from secateur.methods import (
+    ChannelMethod,
+    LayerMethod,
+    SearchMethod,
+    UnitMethod,
+    WeightMethod,
+    get_method,
+    list_methods,
+    make_method,
+)
+from secateur.methods.descriptor import DESCRIPTOR_VALUES
 from secateur.models.decoders import decoder_anatomy
 from secateur.plans import Plan
 from secateur.report.build import removed_fraction
@@ -20,6 +29,7 @@ from secateur.report.build import removed_fraction
 EVERY = list_methods()
 METHODS = [m for m in EVERY if not issubclass(get_method(m), ChannelMethod)]
 WEIGHTS = [m for m in METHODS if issubclass(get_method(m), WeightMethod)]
+SEARCHED = [m for m in METHODS if issubclass(get_method(m), SearchMethod)]
 UNITS = [m for m in METHODS if issubclass(get_method(m), UnitMethod)]
 LAYERS = [m for m in METHODS if issubclass(get_method(m), LayerMethod)]
 STRUCTURED = UNITS + LAYERS
@@ -155,6 +165,17 @@ def test_weight_methods_reach_their_sparsity_in_every_matrix(method, options, fa
     assert torch.isfinite(logits(pruned)).all()
 
 
+@pytest.mark.parametrize("method", SEARCHED)
+@pytest.mark.parametrize("family", ["llama", "opt", "falcon"])
+def test_searched_masks_keep_their_number_in_every_matrix(method, family):
+    model = make_tiny(family)
+    plan = plan_for(method, model, IDS, sparsity=0.5)
+    assert len(plan.masks) == len(decoder_anatomy(model).matrices)
+    for name, mask in plan.masks.items():
+        assert int(mask.sum()) == mask.numel() // 2, name
+    assert torch.isfinite(logits(sc.apply(plan, model))).all()
+
+
 def _offers_global(method: str) -> bool:
     scope = get_method(method).option_fields().get("scope")
     return scope is not None and "global" in scope.metadata["choices"]
@@ -205,7 +226,8 @@ def test_rounding_and_minimum_are_respected(method):
             assert len(kept) % 8 == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+# a mask changes no shape, so that one method which zeroes weights stands for all
+@pytest.mark.parametrize("method", [*STRUCTURED, "magnitude"])
 def test_cut_models_generate_with_the_cache_as_without(method, family):
     model = make_tiny(family)
     cut = sc.apply(plan_for(method, model, IDS, sparsity=0.4), model)

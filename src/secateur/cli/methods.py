@@ -32,7 +32,7 @@ def methods(
 
 def _described(kind: str | None) -> list[dict]:
     from secateur import methods
-    from secateur.methods.base import DESCRIPTOR_VALUES
+    from secateur.methods.descriptor import DESCRIPTOR_VALUES
 
     kinds = DESCRIPTOR_VALUES["object"]
     if kind is not None and kind not in kinds:

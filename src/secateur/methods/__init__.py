@@ -6,24 +6,17 @@ lazy: a name resolves to a module the first time it is asked for.
 
 from secateur.methods.base import (
     ChannelMethod,
-    Consumer,
-    Coupled,
-    Descriptor,
-    Fitting,
     LayerMethod,
     Method,
-    Noise,
-    Part,
     SearchMethod,
-    Seen,
-    Target,
     UnitMethod,
     WeightMethod,
-    Whole,
     check_for_decoders,
-    option,
 )
+from secateur.methods.descriptor import Descriptor
+from secateur.methods.options import option
 from secateur.methods.registry import describe, get_method, list_methods, make_method, register
+from secateur.methods.views import Consumer, Coupled, Fitting, Noise, Part, Seen, Target, Whole
 
 __all__ = [
     "ChannelMethod",

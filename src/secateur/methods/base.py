@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,205 +20,14 @@ from torch import Tensor
 from secateur.allocate import CHANNEL_SCOPES, Allocator, MaskRule
 from secateur.allocate.asked import parse_budgets
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
-from secateur.errors import OptionError, UsageError, nearest
+from secateur.errors import OptionError, UsageError
 from secateur.heal.refit import TARGETS, with_statistics
+from secateur.methods.descriptor import Descriptor
+from secateur.methods.options import check_options, option
+from secateur.methods.views import Consumer, Coupled, Fitting, Part, Seen, Target, Whole
 from secateur.observe import Cross, Gram, Moments, Statistic
 from secateur.search import Descent
-from secateur.structure.groups import TracedAnatomy
-from secateur.structure.layers import Layer, layers_of
-from secateur.structure.streams import residual_streams
 from secateur.timing import Workload
-
-DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
-    "object": ("weights", "heads_and_neurons", "layers", "channels"),
-    "granularity": ("element", "structured_group", "layer"),
-    "when": ("post", "before_training"),
-    "score": (
-        "magnitude",
-        "activation",
-        "gradient",
-        "second_order",
-        "similarity",
-        "random",
-        "synaptic_flow",
-        "density",
-    ),
-    "allocation": ("uniform", "global"),
-    "recovery": ("none", "bias", "least_squares", "fresh_weights"),
-    "data": ("none", "unlabelled_calibration", "labelled_calibration"),
-    "supervision": ("none", "labels"),
-    "speedup": ("none", "memory_only", "real"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Descriptor:
-    """What a method is, in the words of the survey's taxonomy; other code reads this instead of asking for names.
-
-    Raises ValueError when a field has a value outside ``DESCRIPTOR_VALUES``.
-    """
-
-    object: str
-    granularity: str
-    when: str = "post"
-    score: str
-    allocation: str
-    recovery: str = "none"
-    data: str
-    supervision: str = "none"
-    speedup: str
-
-    def __post_init__(self) -> None:
-        for name, allowed in DESCRIPTOR_VALUES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"descriptor.{name} must be one of {allowed}, got {getattr(self, name)!r}")
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """A method option: its published default, meaning, unit and range. Feeds CLI, recipes, docs and range checks."""
-    metadata = {"help": help, "unit": unit, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a score looks at: the weight of a matrix, or of the module that reads the units of a group.
-
-    ``weight`` is [outputs, inputs] (whatever the storage layout), float32 on the compute device; ``columns`` is
-    [units, width], the input columns of each unit (empty for a matrix); a ``layer`` target has an empty weight.
-    """
-
-    name: str
-    kind: str
-    layer: int
-    weight: Tensor
-    columns: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
-
-    @property
-    def units(self) -> int:
-        """Number of units that are scored."""
-        return self.columns.shape[0]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The slices of one parameter that belong to the units of a coupled group.
-
-    ``weight`` is the whole parameter, ``index`` [units, width] the positions along ``dim`` of each unit. ``role`` is
-    ``weight`` (two dimensions or more), ``scale`` (the weight of a norm) or ``bias``. ``gradient`` is that of the
-    loss, ``curvature`` the product of its Hessian with the gradient, ``diagonal`` an estimate of the Hessian's
-    diagonal, all shaped like the weight, and empty for methods whose ``needs`` don't name them.
-    """
-
-    tensor: str
-    dim: int
-    index: Tensor
-    role: str
-    weight: Tensor
-    gradient: Tensor = field(default_factory=lambda: torch.empty(0))
-    curvature: Tensor = field(default_factory=lambda: torch.empty(0))
-    diagonal: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def per_unit(self, scores: Tensor) -> Tensor:
-        """Scores of all entries of the parameter, as rows of the units, [units, entries of one unit]."""
-        gathered = scores.movedim(self.dim, 0)[self.index.to(scores.device)]
-        return gathered.flatten(1)
-
-
-@dataclass(frozen=True)
-class Consumer:
-    """A matrix that reads channels, and what data told of its inputs.
-
-    ``weight`` is [outputs, columns] float64; a column is a channel, in a convolution a channel at one position of the
-    kernel. ``gram`` is that of the rows to which it is applied. ``columns`` are those of every unit of a group, int64,
-    none where it doesn't read the unit.
-    """
-
-    name: str
-    weight: Tensor
-    gram: Gram
-    columns: tuple[Tensor, ...] = ()
-
-
-@dataclass(frozen=True)
-class Coupled:
-    """A group of coupled channels as a criterion sees it; ``consumers`` for methods that need ``inputs``."""
-
-    name: str
-    units: int
-    parts: tuple[Part, ...]
-    consumers: tuple[Consumer, ...] = ()
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Uniform noise in [low, high) that stands in for data: ``samples`` inputs, drawn from ``seed``."""
-
-    low: float
-    high: float
-    samples: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """How the weights that stay are fitted to inputs once it is known what leaves.
-
-    ``noise`` stands in for data. With ``sequential`` a weight is fitted to what the fitted weights before it give,
-    without, to the inputs of the dense network. ``norms`` says which statistics batch norms work with:
-
-    - ``stored``: those that they have;
-    - ``refit``: behind a change those of the inputs, which the network then keeps;
-    - ``shift``: behind a change the stored ones moved by what the change did to those of the inputs;
-    - ``own``: those of the inputs while these are looked at, after which the network has its stored ones again.
-    """
-
-    noise: Noise | None = None
-    sequential: bool = True
-    norms: str = "stored"
-
-
-Flow = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Masks of weights by name, True = kept → synaptic flow through every parameter, shaped like it, float64."""
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A whole traced network, for methods that weigh its parts against each other.
-
-    ``parameters`` are tensors by name; ``learned`` what the data told about them (``gradient``, ``curvature``,
-    ``diagonal``), by name too; ``flow`` gives the synaptic flow of the network with masked weights.
-    """
-
-    groups: tuple[Coupled, ...]
-    parameters: Mapping[str, Tensor]
-    learned: Mapping[str, Mapping[str, Tensor]]
-    flow: Flow
-    anatomy: TracedAnatomy
-
-    @cached_property
-    def layers(self) -> list[Layer]:
-        """Weights, with what they cost and the groups along which they lie."""
-        return layers_of(self.anatomy)
-
-    @cached_property
-    def streams(self) -> frozenset[str]:
-        """Names of the groups that residual connections carry."""
-        return residual_streams(self.anatomy)
-
-
-Seen = Mapping[str, Any]
-"""What calibration told about the input of a target: statistic name → Statistic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -626,47 +435,3 @@ def check_for_decoders(method: Method) -> None:
             f"{method.name} removes coupled channels of a traced module: call secateur.prune with example_inputs, or"
             " take a method for language models ('secateur methods' shows them all)"
         )
-
-
-def check_options(options: Any, name: str) -> None:
-    """Raises OptionError when a field of this dataclass has a value of the wrong type or out of its range."""
-    hints = get_type_hints(type(options))
-    for spec in dataclasses.fields(options):
-        _check_option(name, spec, getattr(options, spec.name), hints[spec.name])
-
-
-def _check_option(method: str, spec: dataclasses.Field[Any], value: Any, hint: Any) -> None:
-    meta, name = spec.metadata, spec.name
-    kinds = get_args(hint) or (hint,)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join(k.__name__ for k in kinds)
-        raise OptionError(f"{method}: {name} must be of type {wanted}, got {value!r}")
-    if meta.get("choices") and value not in meta["choices"]:
-        choices = ", ".join(meta["choices"])
-        raise OptionError(
-            f"{method}: {name} must be one of {choices}, got {value!r}{nearest(str(value), meta['choices'])}"
-        )
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not _in_range(meta, value):
-        raise OptionError(f"{method}: {name} must lie in {interval(meta)}, got {value!r} ({meta.get('help', '')})")
-
-
-def _in_range(meta: Mapping[str, Any], value: float) -> bool:
-    # written so that NaN is refused wherever there is a bound
-    return (
-        (meta.get("ge") is None or value >= meta["ge"])
-        and (meta.get("gt") is None or value > meta["gt"])
-        and (meta.get("le") is None or value <= meta["le"])
-        and (meta.get("lt") is None or value < meta["lt"])
-    )
-
-
-def interval(meta: Mapping[str, Any]) -> str:
-    """The range of an option as text: ``[0, 1)``; an empty string when it has none."""
-    low, high = (meta.get("ge"), meta.get("gt")), (meta.get("le"), meta.get("lt"))
-    if low == high == (None, None):
-        return ""
-    left = f"[{low[0]:g}" if low[0] is not None else f"({low[1]:g}" if low[1] is not None else "(-inf"
-    right = f"{high[0]:g}]" if high[0] is not None else f"{high[1]:g})" if high[1] is not None else "inf)"
-    return f"{left}, {right}"

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from secateur.errors import OptionError, UnknownMethodError, nearest
-from secateur.methods.base import Descriptor, Method, interval
+from secateur.methods.base import Method
+from secateur.methods.descriptor import Descriptor
+from secateur.methods.options import interval
 from secateur.methods.plugins import PLUGIN, installed_methods
 from secateur.usercode import import_module
 

@@ -13,7 +13,7 @@ from secateur.allocate import CostOf, allocate_channels
 from secateur.allocate.units import Limits
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError, nearest
 from secateur.methods import ChannelMethod, Consumer, Coupled, Method, Part, Whole
-from secateur.methods.base import Flow
+from secateur.methods.views import Flow
 from secateur.networks.kinds import Asked
 from secateur.networks.latency import Latencies
 from secateur.observe.gradients import Learned

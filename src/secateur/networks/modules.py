@@ -15,7 +15,7 @@ from secateur.errors import DataError
 from secateur.heal.starting import NORMS
 from secateur.latencytable import LatencyTable
 from secateur.methods import ChannelMethod, Fitting, Method
-from secateur.methods.base import Flow
+from secateur.methods.views import Flow
 from secateur.networks.applying import apply_to_module, copied, masked_module, module_anatomy, module_fingerprint
 from secateur.networks.calibrating import calibration_of
 from secateur.networks.deciding import channel_method, decide_channels, decide_densities

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.errors import PlanMismatchError, UsageError
 from secateur.methods import Method
-from secateur.methods.base import Flow
+from secateur.methods.views import Flow
 from secateur.networks.deciding import channel_method, decide_channels
 from secateur.networks.kinds import Asked
 from secateur.networks.latency import Progress

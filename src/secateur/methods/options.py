@@ -1,0 +1,69 @@
+"""Options of methods and allocators: fields of a dataclass with their meaning, unit and range, and what checks them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
+
+from secateur.errors import OptionError, nearest
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A method option: its published default, meaning, unit and range. Feeds CLI, recipes, docs and range checks."""
+    metadata = {"help": help, "unit": unit, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(options: Any, name: str) -> None:
+    """Raises OptionError when a field of this dataclass has a value of the wrong type or out of its range."""
+    hints = get_type_hints(type(options))
+    for spec in dataclasses.fields(options):
+        _check_option(name, spec, getattr(options, spec.name), hints[spec.name])
+
+
+def _check_option(method: str, spec: dataclasses.Field[Any], value: Any, hint: Any) -> None:
+    meta, name = spec.metadata, spec.name
+    kinds = get_args(hint) or (hint,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(k.__name__ for k in kinds)
+        raise OptionError(f"{method}: {name} must be of type {wanted}, got {value!r}")
+    if meta.get("choices") and value not in meta["choices"]:
+        choices = ", ".join(meta["choices"])
+        raise OptionError(
+            f"{method}: {name} must be one of {choices}, got {value!r}{nearest(str(value), meta['choices'])}"
+        )
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not _in_range(meta, value):
+        raise OptionError(f"{method}: {name} must lie in {interval(meta)}, got {value!r} ({meta.get('help', '')})")
+
+
+def _in_range(meta: Mapping[str, Any], value: float) -> bool:
+    # written so that NaN is refused wherever there is a bound
+    return (
+        (meta.get("ge") is None or value >= meta["ge"])
+        and (meta.get("gt") is None or value > meta["gt"])
+        and (meta.get("le") is None or value <= meta["le"])
+        and (meta.get("lt") is None or value < meta["lt"])
+    )
+
+
+def interval(meta: Mapping[str, Any]) -> str:
+    """The range of an option as text: ``[0, 1)``; an empty string when it has none."""
+    low, high = (meta.get("ge"), meta.get("gt")), (meta.get("le"), meta.get("lt"))
+    if low == high == (None, None):
+        return ""
+    left = f"[{low[0]:g}" if low[0] is not None else f"({low[1]:g}" if low[1] is not None else "(-inf"
+    right = f"{high[0]:g}]" if high[0] is not None else f"{high[1]:g})" if high[1] is not None else "inf)"
+    return f"{left}, {right}"
