@@ -11,7 +11,7 @@ MODEL  ?= smollm2-135m
 DEMO   ?= demo/smollm2-135m-flap-20
 # two workers, one thread each: the tests are many small models, not one large one
 # and the files that take longest come first (tests/conftest.py), not those with the most tests
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format docs docs-check wheel wheel-test clean

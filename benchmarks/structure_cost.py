@@ -27,18 +27,18 @@ from torch import nn
 from zoo import Case, Only
 
 import secateur as sc
-from secateur.networks import modules
+from secateur.networks import applying, modules
 from secateur.structure import modulecut
 from secateur.structure import trace as tracing
 
 STAGES = {
     "export": (tracing, "export"),
-    "trace": (modules, "trace"),
-    "group": (modules, "traced_anatomy"),
+    "trace": (applying, "trace"),
+    "group": (applying, "traced_anatomy"),
     "decide": (modules, "decide_channels"),
-    "cut": (modules, "cut_graph"),
+    "cut": (applying, "cut_graph"),
     "export again": (modulecut, "export"),
-    "own module": (modules, "cut_module"),
+    "own module": (applying, "cut_module"),
 }
 """What is timed by itself: functions where they are looked up; ``trace`` and ``own module`` hold an export each."""
 

@@ -21,14 +21,14 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 # as py-spy 0.4 prints them: thread, then frames from the outermost inwards, then the number of samples
 RUNNER = "thread (7): MainThread;_run_code (<frozen runpy>:88);prune (/env/secateur/cli/prune.py:105)"
-BLOCK = "_Run._observe (/env/secateur/engine.py:250);BlockWalk._run (/env/secateur/observe/driver.py:90)"
+BLOCK = "Run.observe (/env/secateur/engine/run.py:90);BlockWalk._run (/env/secateur/observe/driver.py:90)"
 FORWARD = "LlamaDecoderLayer.forward (/env/transformers/models/llama/modeling_llama.py:300)"
 THREAD = "thread (8): reader;Thread._bootstrap (/usr/lib/python3.11/threading.py:1002)"
 STACKS = {
     f"{RUNNER};{BLOCK};{FORWARD};Linear.forward (/env/torch/nn/modules/linear.py:125)": "forwards",
     f"{RUNNER};{BLOCK}": "driver",
     f"{RUNNER};{BLOCK};{FORWARD};Gram.update (/env/secateur/observe/statistics.py:160)": "statistics",
-    f"{RUNNER};_Run._prune_matrix (/env/secateur/engine.py:110);obs_sweep (/env/secateur/solver/sweep.py:8)": "scoring",
+    f"{RUNNER};_prune_matrix (/v/secateur/engine/weights.py:9);obs_sweep (/v/secateur/solver/sweep.py:8)": "scoring",
     f"{RUNNER};load_model (/env/secateur/models/loading.py:55)": "reading",
     f"{RUNNER};save_model (/env/secateur/models/saving.py:70)": "writing",
     f"{RUNNER};Plan.write (/env/secateur/plans.py:200);dump (/usr/lib/python3.11/json/__init__.py:180)": "writing",
@@ -221,7 +221,7 @@ def test_published_rows_of_the_breadth_study_are_gone_on_from(study, monkeypatch
 def test_the_cost_of_structure_is_taken_by_stage(study):
     cost = study("structure_cost")
     module, found = cost.secateur(cost.small())
-    assert module[0][0].out_channels < 8 and cost.modules.cut_graph is secateur.structure.graphcut.cut_graph
+    assert module[0][0].out_channels < 8 and cost.applying.cut_graph is secateur.structure.graphcut.cut_graph
     stages = [found[key] for key in found if key.endswith(" s")]
     assert len(stages) == 8 and min(stages) > 0 and found["trace / export"] > 1
     one = {"seconds": 1.0, "wall": 2.0, "peak MB": 5.0, "result": "runs"}

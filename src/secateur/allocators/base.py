@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.allocate import mixed_patterns, parse_pattern, removed_counts
 from secateur.errors import UsageError
 from secateur.methods import Method, Seen, Target, WeightMethod
-from secateur.methods.base import check_options
+from secateur.methods.options import check_options
 from secateur.observe import Statistic
 from secateur.plans import Allocation
 
@@ -172,10 +172,14 @@ class Measuring:
 def check_follows(allocator: Allocator, method: Method) -> WeightMethod:
     """``method`` as one that follows ``allocator``. Raises UsageError, in one sentence, when it can't."""
     if not isinstance(method, WeightMethod):
-        what = {"layers": "whole blocks", "channels": "channels"}.get(method.descriptor.object, "heads and neurons")
+        does = {
+            "weights": "searches at one sparsity",
+            "layers": "removes whole blocks",
+            "channels": "removes channels",
+        }.get(method.descriptor.object, "removes heads and neurons")
         raise UsageError(
-            f"allocator {allocator.name} gives matrices their sparsity, and {method.name} removes {what}: take a method"
-            " for weights ('secateur methods --object weights' lists them)"
+            f"allocator {allocator.name} gives matrices their sparsity, and {method.name} {does}: take a method for"
+            " weights that doesn't ('secateur methods --object weights' lists them)"
         )
     if method.decides_globally:
         raise UsageError(

@@ -268,8 +268,8 @@ class Gram(Accumulator):
         """The whole symmetric matrix, [channels, channels]."""
         if self._total is None:
             raise ValueError("this Gram matrix has seen no data")
-        upper = self._total.triu()
-        return upper + upper.triu(1).T
+        whole = self._total.triu()
+        return whole.add_(whole.triu(1).T)
 
 
 class Cross(Accumulator):

@@ -32,11 +32,12 @@ def inverse_hessian(h_II: Tensor, damping: float = 0.01) -> tuple[Tensor, float]
 
 def _of_damped(h_II: Tensor, damping: float, solve: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, float]:
     h_II = with_live_diagonal(h_II)
-    diagonal = h_II.diagonal()
-    mean = diagonal.mean()
+    diagonal_I = h_II.diagonal().clone()
+    mean = diagonal_I.mean()
     for tried in rungs(damping):
-        damped = h_II + torch.diag_embed((tried * mean).expand_as(diagonal))
-        found = solve(damped)
+        # in place: these matrices are what a run's memory peaks at
+        h_II.diagonal().copy_(diagonal_I + tried * mean)
+        found = solve(h_II)
         if found is not None:
             return found, tried
     raise singular(damping)
