@@ -1,5 +1,6 @@
 """Curves: what lies between the points, the knee, and the setting that is recommended."""
 
+import itertools
 import math
 
 import numpy as np
@@ -12,28 +13,23 @@ import secateur as sc
 from secateur.errors import UsageError
 from secateur.observe.calibration import builtin_text
 from secateur.report import Metric
-from secateur.sweep.curve import knee_of, monotone_cubic, predicted_at, through
+from secateur.sweep.curve import knee_of, predicted_at, through
 
 PERPLEXITY = Metric("perplexity:builtin", "", {}, False, "2 windows")
 ACCURACY = Metric("lm_eval:task acc", "", {}, True)
-points = st.lists(st.tuples(st.floats(0.01, 1), st.floats(-5, 5)), min_size=2, max_size=8)
 
 
-@given(points)
-def test_the_cubic_meets_its_points_and_stays_between_them(steps):
-    x, y = np.cumsum([step for step, _ in steps]), np.array([value for _, value in steps])
-    assert monotone_cubic(x, y, x) == pytest.approx(y, abs=1e-9)
-    for i in range(len(x) - 1):
-        inside = monotone_cubic(x, y, np.linspace(x[i], x[i + 1], 9))
-        low, high = sorted(y[i : i + 2])
-        assert inside.min() >= low - 1e-9 and inside.max() <= high + 1e-9
-        # no turn between two points
-        assert (np.diff(inside) * np.sign(y[i + 1] - y[i]) >= -1e-9).all()
-
-
-def test_the_cubic_of_a_line_is_the_line():
-    x = [0.0, 0.3, 0.4, 1.0]
-    assert monotone_cubic(x, [2 * v + 1 for v in x], [0.1, 0.35, 0.9]) == pytest.approx([1.2, 1.7, 2.8])
+@given(st.lists(st.tuples(st.floats(0.02, 0.2), st.floats(5, 500)), min_size=3, max_size=6))
+def test_a_prediction_meets_what_was_run_and_stays_between_it(steps):
+    sparsities = np.cumsum([0.0, *(round(step, 2) for step, _ in steps[1:])]).round(2)
+    values = {float(s): perplexity for s, (_, perplexity) in zip(sparsities, steps, strict=True)}
+    curve = through(values, PERPLEXITY)
+    for sparsity, perplexity in values.items():
+        assert predicted_at(curve, sparsity) == pytest.approx(perplexity)
+    for left, right in itertools.pairwise(values):
+        low, high = sorted((values[left], values[right]))
+        inside = [p for s, p in zip(curve.grid, curve.predicted, strict=True) if left <= s <= right]
+        assert min(inside) >= low * (1 - 1e-9) and max(inside) <= high * (1 + 1e-9)
 
 
 @given(st.floats(2, 12))

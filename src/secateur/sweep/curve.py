@@ -1,9 +1,9 @@
 """How far can one go? Quality over sparsity from a few full runs, interpolated; its knee, and a setting to take.
 
 x is the sparsity, y the logarithm of a metric that should be small, or minus a metric that should be large. Between
-the points that were run, y is a monotone cubic in x. The knee is where it lies furthest below the straight line from
-the dense model to the last point, both axes scaled to [0, 1] (Kneedle, V. Satopaa et al., ICDCS workshops 2011): up to
-there a step more costs less than it does on average, beyond it more.
+the points that were run, y is a monotone cubic in x (PCHIP). The knee is where it lies furthest below the straight line
+from the dense model to the last point, both axes scaled to [0, 1] (Kneedle, V. Satopaa et al., ICDCS workshops 2011):
+up to there a step more costs less than it does on average, beyond it more.
 """
 
 from __future__ import annotations
@@ -28,35 +28,6 @@ STEP = 0.01
 """distance of the sparsities at which a curve is predicted, and to which a setting is rounded"""
 
 Floats = NDArray[np.float64]
-
-
-def monotone_cubic(x: ArrayLike, y: ArrayLike, at: ArrayLike) -> Floats:
-    """The cubic through (x, y) at ``at``, float64; between two points it stays between them (Fritsch and Carlson).
-
-    ``x`` is ascending, with two points at least; ``at`` lies within. Slopes at inner points are weighted harmonic means
-    of those beside them, and 0 at an extreme.
-    Source: F. Fritsch and R. Carlson, SIAM J. Numer. Anal. 17 (1980), and F. Fritsch and J. Butland (1984).
-    """
-    x, y, at = (np.asarray(values, dtype=np.float64) for values in (x, y, at))
-    widths, rises = np.diff(x), np.diff(y)
-    secants = rises / widths
-    slopes = np.empty_like(y)
-    slopes[0], slopes[-1] = secants[0], secants[-1]
-    for i in range(1, len(x) - 1):
-        before, after = secants[i - 1], secants[i]
-        if before * after <= 0:
-            slopes[i] = 0.0
-        else:
-            left, right = 2 * widths[i] + widths[i - 1], widths[i] + 2 * widths[i - 1]
-            slopes[i] = (left + right) / (left / before + right / after)
-    i = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
-    t = (at - x[i]) / widths[i]
-    return (
-        y[i] * (1 + 2 * t) * (1 - t) ** 2
-        + widths[i] * slopes[i] * t * (1 - t) ** 2
-        + y[i + 1] * t**2 * (3 - 2 * t)
-        + widths[i] * slopes[i + 1] * t**2 * (t - 1)
-    )
 
 
 def knee_of(x: ArrayLike, y: ArrayLike) -> int:
@@ -133,7 +104,9 @@ def through(points: Mapping[float, float], metric: Metric, within: float | None 
     # whole numbers of steps, so that 0.3 is the 0.3 of the user
     grid = np.unique(np.append(np.arange(0, round(x[-1] / STEP) + 1) * STEP, x).round(6))
     grid = grid[grid <= x[-1] + 1e-9]
-    smooth = monotone_cubic(x, y, grid)
+    from scipy.interpolate import PchipInterpolator
+
+    smooth = PchipInterpolator(x, y)(grid)
     knee = float(grid[knee_of(grid, smooth)])
     recommended = knee
     if within is not None:
