@@ -70,6 +70,7 @@ class ICBS(SearchMethod):
     seed: int = option(0, "seed of the order of batches and matrices", ge=0)
 
     statistics: ClassVar = {"squares": SumSquares}
+    costly: ClassVar = True
     descriptor: ClassVar = Descriptor(
         object="weights",
         granularity="element",
