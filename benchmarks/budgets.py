@@ -10,6 +10,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,7 +149,8 @@ def main() -> None:
         )
     if arguments.quick:
         return
-    setting = {**vars(arguments), "dtype": "float32", "seed": 0, "tolerance": TOLERANCE}
+    names = {what: Path(getattr(arguments, what)).name for what in ("calibration", "evaluation")}
+    setting = {**vars(arguments), **names, "dtype": "float32", "seed": 0, "tolerance": TOLERANCE}
     del setting["quick"]
     text = TEXT.format(**vars(arguments), table_seconds=table_seconds)
     write_result(
