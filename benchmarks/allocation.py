@@ -4,7 +4,7 @@
 
 The result is written after every row; a second call goes on where the first stopped. `--rows` says which part of the
 table is made: `allocators` (the published defaults), or `progression` (slopes and kinds of the arithmetic progression,
-with Wanda, on the calibration text: what its default was chosen by).
+with Wanda, on the calibration text).
 Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 windows of 512 tokens.
 """
 

@@ -19,8 +19,8 @@ after which all s are shifted together until S is met. With attention = 0 this i
 Source: "arithmetic progression" of arXiv:2502.14770 (beta by a grid of step 0.002, each value a full pruning run); the
 signs of the kinds from the 70 % optima that IST-DASLab/EvoPress has published (arXiv:2410.14649).
 Differs from the former: its beta is searched for every model and sparsity, by perplexity after full runs; the default
-slope here is one number, chosen on SmolLM2-135M at 70 % (benchmarks/allocation.py), and beta=auto measures the
-divergence of matrices that were pruned apart.
+slope here is one number, the steepest that has been run on SmolLM2-135M at 70 % (benchmarks/allocation.py), and
+beta=auto measures the divergence of matrices that were pruned apart.
 """
 
 from collections.abc import Sequence

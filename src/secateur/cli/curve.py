@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json as json_module
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +13,8 @@ import typer
 from secateur.cli.options import (
     Allocate,
     Budget,
+    Calibration,
+    ComputeDevice,
     ComputeDtype,
     Json,
     Length,
@@ -25,15 +24,17 @@ from secateur.cli.options import (
     Plugins,
     Quiet,
     Samples,
+    Seed,
     TrustRemoteCode,
+    Windows,
     load_plugins,
 )
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.prune import given, parse_options
+from secateur.cli.sweep import resumable
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
-    from secateur.sweep.records import Journal
     from secateur.sweep.runner import Results
     from secateur.sweep.spec import Sweep
 
@@ -65,15 +66,12 @@ def curve(
     budget: Budget = None,
     allocate: Allocate = None,
     options: MethodOptions = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|FILE|DATASET", help="builtin, self, a text/jsonl/parquet file, or a data set."),
-    ] = None,
+    calibration: Calibration = None,
     samples: Samples = None,
     length: Length = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random choice (default 0).")] = None,
+    seed: Seed = None,
     dtype: ComputeDtype = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="Device (default cpu).")] = None,
+    device: ComputeDevice = None,
     evaluate: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,9 +81,7 @@ def curve(
             "a curve; repeatable.",
         ),
     ] = None,
-    windows: Annotated[
-        int | None, typer.Option(metavar="N", help="Windows that perplexity reads (default 40).")
-    ] = None,
+    windows: Windows = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the curve in the folder.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -165,7 +161,7 @@ def _run(
     journal, finished = open_journal(out, job, resume=resume, overwrite=overwrite)
     pool = InSequence(job)
     try:
-        with _resumable(journal, asked):
+        with resumable(journal, asked):
             results = run_sweep(asked, pool, journal, finished, progress)
             first = curve_of(results, within=within)
             ran = [point.values["sparsity"] for point in asked.points]
@@ -181,19 +177,6 @@ def _run(
     # the setting that was checked is the one to take, also where the new point moves the knee a little
     curves[0] = replace(curves[0], recommended=first.recommended, prediction=prediction)
     return results, curves
-
-
-@contextmanager
-def _resumable(journal: Journal, asked: Sweep) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        from secateur.cli.running import INTERRUPTED
-        from secateur.sweep.runner import collect
-
-        done = len(collect(asked, journal.resume()).points)
-        print(f"interrupted; {done} of {asked.size} points are done: --resume goes on with the rest", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _write(results: Results, curves: list[Any], out: Path) -> list[str]:

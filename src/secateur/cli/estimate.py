@@ -14,6 +14,7 @@ from secateur.cli.options import (
     Aim,
     Allocate,
     Budget,
+    ComputeDevice,
     ComputeDtype,
     Heal,
     Json,
@@ -59,7 +60,7 @@ def estimate(
     samples: Samples = None,
     length: Length = None,
     dtype: ComputeDtype = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="Device (default cpu).")] = None,
+    device: ComputeDevice = None,
     activation_memory: ActivationMemory = None,
     format: StoredFormat = None,
     out: Annotated[

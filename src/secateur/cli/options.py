@@ -63,6 +63,13 @@ Allocate = Annotated[
         help="Where the sparsity goes, see 'secateur allocators': owl:m=5,lam=0.08 (default: every matrix the same).",
     ),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE|DATASET", help="builtin, self, a text/jsonl/parquet file, or a data set."),
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Seed of every random choice (default 0).")]
+ComputeDevice = Annotated[str | None, typer.Option(metavar="NAME", help="Device (default cpu).")]
+Windows = Annotated[int | None, typer.Option(metavar="N", help="Windows that perplexity reads (default 40).")]
 Heal = Annotated[
     str | None,
     typer.Option(

@@ -17,6 +17,8 @@ from secateur.cli.options import (
     Allocate,
     AllowPickle,
     Budget,
+    Calibration,
+    ComputeDevice,
     ComputeDtype,
     Heal,
     Ignore,
@@ -35,10 +37,12 @@ from secateur.cli.options import (
     Resume,
     Revision,
     Samples,
+    Seed,
     Sparsity,
     StoredFormat,
     TrustRemoteCode,
     Uniform,
+    Windows,
     joined,
     load_plugins,
     only_for,
@@ -89,18 +93,15 @@ def prune(
     ] = None,
     recipe: RecipeFile = None,
     options: MethodOptions = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|FILE|DATASET", help="builtin, self, a text/jsonl/parquet file, or a data set."),
-    ] = None,
+    calibration: Calibration = None,
     samples: Samples = None,
     length: Length = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of every random choice (default 0).")] = None,
+    seed: Seed = None,
     text_field: Annotated[
         str | None, typer.Option("--text-field", metavar="NAME", help="Field of a jsonl or parquet file with the text.")
     ] = None,
     dtype: ComputeDtype = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="Device (default cpu).")] = None,
+    device: ComputeDevice = None,
     devices: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Spread the blocks over these devices: cuda:0,cuda:1.")
     ] = None,
@@ -110,9 +111,7 @@ def prune(
             "--evaluate", metavar="TASK", help="What to measure beside size, as 'evaluate --task'; repeatable."
         ),
     ] = None,
-    windows: Annotated[
-        int | None, typer.Option(metavar="N", help="Windows that perplexity reads (default 40).")
-    ] = None,
+    windows: Windows = None,
     format: StoredFormat = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Prompt that both models continue.", show_default=False)

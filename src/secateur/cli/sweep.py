@@ -60,7 +60,7 @@ def sweep(
     _check(asked)
     job = make_job(asked, folder, trust_remote_code=trust_remote_code, plugins=_absolute(plugin or []))
     journal, finished = open_journal(folder, job, resume=resume, overwrite=overwrite)
-    with working(quiet) as progress, _resumable(journal, asked):
+    with working(quiet) as progress, resumable(journal, asked):
         pool, notes = _pool(job, asked, workers, address)
         try:
             results = run_sweep(asked, pool, journal, finished, progress)
@@ -110,7 +110,7 @@ def _default_workers(job: Job, asked: Sweep) -> int:
 
 
 @contextmanager
-def _resumable(journal: Journal, asked: Sweep) -> Iterator[None]:
+def resumable(journal: Journal, asked: Sweep) -> Iterator[None]:
     """An interrupt says what is there and how to go on."""
     try:
         yield

@@ -211,7 +211,7 @@ class Gram(Accumulator):
             stored=square,
             update=4 * batch * channels,
             moved=2 * 4 * tokens * channels,
-            # the scaled matrix, a copy of it, the damped one, its factor, the inverse, and the factor of that
+            # the scaled matrix, a damped copy of it, its factor, the inverse, the factor of that, and copies in LAPACK
             solve=6 * square,
             derived=square,
             # six blocks of columns: those on and above the diagonal are 7/12 of the square
