@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ torch.set_num_threads(1)
 
 # A file runs as a whole on one worker, so the long ones start first and the short ones fill what is left at the end.
 LONGEST = ("test_random_networks", "test_docs", "test_end_to_end", "test_ranks", "test_channel_methods", "test_sweep")
+
+
+def pytest_configure() -> None:
+    # made once per process and kept, and a socket's path may be 108 bytes long: not within the folder of some test
+    multiprocessing.util.get_temp_dir()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
