@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,11 +20,13 @@ def run_ranks(job: Callable[..., None], world: int, *arguments: Any) -> None:
     import torch.multiprocessing
 
     preload()
-    started = (job, world, _free_port(), *arguments)
-    torch.multiprocessing.start_processes(_start, started, nprocs=world, start_method="forkserver")
+    # they meet in a file: a free port may be taken meanwhile, and a store within rank 0 is gone when that ends first
+    with tempfile.TemporaryDirectory() as folder:
+        started = (job, world, f"file://{folder}/store", *arguments)
+        torch.multiprocessing.start_processes(_start, started, nprocs=world, start_method="forkserver")
 
 
-def _start(rank: int, job: Callable[..., None], world: int, port: int, *arguments: Any) -> None:
+def _start(rank: int, job: Callable[..., None], world: int, meeting: str, *arguments: Any) -> None:
     import torch
     import torch.distributed as dist
 
@@ -34,22 +36,15 @@ def _start(rank: int, job: Callable[..., None], world: int, port: int, *argument
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
         LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
     # a rank that waits for one that died must not wait for half an hour
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    patience = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=patience)
     job(rank, *arguments)
     dist.barrier()
     # gloo's threads are now and then torn down in an order that aborts a process whose work is done
     os._exit(0)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def on_disk(folder: Path) -> list[str]:
