@@ -62,13 +62,10 @@ the whole without the last stage: tracing, grouping, choosing and the cut graph.
 What it shows:
 
 - Finding out what is coupled adds 2 to 30 % to the export, far less than the factor of 3 that was allowed.
-- Up to the cut graph, every network is done within the seconds that were `claimed`. With the proof that the edited
-  module computes the same, it takes up to a fifth more than these: the proof is mostly a second export.
+- Every network is done within the seconds that were `claimed`, with the proof that the edited module computes the same.
 - Torch-Pruning is 2 to 5 times faster. It follows autograd and needs no export, of which each of our two takes half to
-  twice as long as all that it does. What is `own` to secateur takes 1 to 1.7 times its time. Its cut ViT and SmolLM2
+  twice as long as all that it does. What is `own` to secateur takes 0.9 to 1.5 times its time. Its cut ViT and SmolLM2
   don't run as they are: it doesn't know what their code does with the number of heads.
-
-Other work ran on the machine at the same time, which processor time shows less of than `wall` does.
 """
 
 Found = dict[str, Any]
