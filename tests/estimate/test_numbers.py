@@ -153,9 +153,9 @@ def test_work_of_solvers_by_hand(sizes):
     admm = sum(n * (2 * i**3 + 2 * 21 * o * i * i) for (o, i), n in matrices.items())
     assert flops(sizes, job("admm"))["solving"] == 2 * admm
     assert flops(sizes, job("admm", heal="refit"))["solving"] == 2 * (admm + refit)
-    # eigenvectors once for every input: three of 32 channels, one of 64
-    eigen = 18 * (3 * 32**3 + 64**3)
-    assert flops(sizes, job("alps"))["solving"] > 2 * (eigen + refit)
+    # thirty steps, and an inverse for every three of them
+    alps = sum(n * (10 * 2 * i**3 + 2 * 30 * o * i * i) for (o, i), n in matrices.items())
+    assert flops(sizes, job("alps"))["solving"] == 2 * (alps + refit)
     columns = sum(2 * i**3 // 3 + 4 * o * i * i for o, i in ((32, 32), (32, 64)))
     assert flops(sizes, job("flap", heal="refit"))["solving"] == 2 * columns
 

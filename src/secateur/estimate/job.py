@@ -170,8 +170,6 @@ class Job:
             return 0
         matrices = [matrix for inputs in self.targets(block) for matrix in inputs.matrices]
         found = sum(method.solve_flops(o, i) for o, i in matrices)
-        if isinstance(method, WeightMethod):
-            found += sum(method.input_flops(inputs.channels) for inputs in self.targets(block))
         if isinstance(method, WeightMethod) and method.refits:
             found += sum(cg_flops(o, i) for o, i in matrices)
         elif method.refits:

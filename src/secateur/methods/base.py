@@ -141,10 +141,6 @@ class WeightMethod(Method):
         """Operations of the products by which the method itself finds new weights for one matrix; for estimates."""
         return 0
 
-    def input_flops(self, inputs: int) -> int:
-        """Operations of what is computed once for all matrices that read one input; for estimates."""
-        return 0
-
     def solve_bytes(self, outputs: int, inputs: int) -> int:
         """Bytes that this takes on top of the matrix; for estimates."""
         return 0

@@ -7,7 +7,7 @@ from secateur.solver.damping import damping_notes, inverse_factor, inverse_hessi
 from secateur.solver.groups import elimination, elimination_flops, gains, swaps
 from secateur.solver.masked import cg_flops, masked_cg, masked_exact, refit, refit_columns, refit_columns_flops
 from secateur.solver.obs import downdated, greedy, greedy_bytes, greedy_flops, spread
-from secateur.solver.problem import Curvature, Problem, eigen_flops
+from secateur.solver.problem import Curvature, Problem
 from secateur.solver.sweep import obs_sweep, sweep_flops
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "cg_flops",
     "damping_notes",
     "downdated",
-    "eigen_flops",
     "elimination",
     "elimination_flops",
     "gains",

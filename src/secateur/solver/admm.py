@@ -28,7 +28,7 @@ def admm(
 
     It ranks |W' + U| in scaled inputs, which is |W_ij| times the norm of input j in the first step.
     """
-    inverse_II = _inverse(problem.h_II, rho)
+    inverse_II = problem.curvature.inverse(rho)
     w_OI, u_OI = problem.start_OI.clone(), torch.zeros_like(problem.start_OI)
     keep_OI = torch.ones_like(w_OI, dtype=torch.bool)
     for step in range(steps):
@@ -44,8 +44,3 @@ def admm(
 def admm_flops(outputs: int, inputs: int, steps: int) -> int:
     """Operations: one inverse, and a product for G and for every step."""
     return 2 * inputs**3 + 2 * (steps + 1) * outputs * inputs * inputs
-
-
-def _inverse(h_II: Tensor, rho: float) -> Tensor:
-    lower_II = torch.linalg.cholesky(h_II + torch.diag_embed(torch.full_like(h_II.diagonal(), rho)))
-    return torch.cholesky_inverse(lower_II)

@@ -25,7 +25,7 @@ def elimination(problem: Problem, columns_UW: Tensor, *, at_once: int = 1) -> Te
     Within a round those that cost less come first, so that the groups of lowest rank are those which the rounds remove
     for any number of them.
     """
-    w_OI, inverse_II = problem.start_OI.clone(), problem.curvature.inverse.clone()
+    w_OI, inverse_II = problem.start_OI.clone(), problem.curvature.inverse().clone()
     rank_U = torch.zeros(len(columns_UW), dtype=torch.float64, device=w_OI.device)
     live = torch.arange(len(columns_UW), device=w_OI.device)
     columns_UW = columns_UW.to(w_OI.device)

@@ -12,8 +12,7 @@ conjugate gradients quick. O outputs, I inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,6 +38,7 @@ class Curvature:
     damping: float
     silent_I: Tensor
     """Inputs that were never active, bool."""
+    _inverses: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, gram_II: Tensor, damping: float = 0.01, on: str = "inputs") -> Curvature:
@@ -57,16 +57,13 @@ class Curvature:
                 return cls(h_II, scale_I, ridge_I, tried, silent_I)
         raise singular(damping)
 
-    @cached_property
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """(eigenvalues [inputs], eigenvectors [inputs, inputs]) of ``h_II``, computed in float64, in its dtype."""
-        values_I, vectors_II = torch.linalg.eigh(self.h_II.double())
-        return values_I.to(self.h_II.dtype), vectors_II.to(self.h_II.dtype)
-
-    @cached_property
-    def inverse(self) -> Tensor:
-        """The inverse of ``h_II``, [inputs, inputs], in its dtype."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.h_II))
+    def inverse(self, rho: float = 0.0) -> Tensor:
+        """The inverse of ``h_II`` + rho I, [inputs, inputs], in its dtype; the last one is kept."""
+        if rho not in self._inverses:
+            self._inverses.clear()
+            penalised_II = self.h_II + torch.diag_embed(torch.full_like(self.h_II.diagonal(), rho))
+            self._inverses[rho] = torch.cholesky_inverse(torch.linalg.cholesky(penalised_II))
+        return self._inverses[rho]
 
     def problem(self, w_OI: Tensor, cross_II: Tensor | None = None) -> Problem:
         """The problem of one dense weight [outputs, inputs].
@@ -84,11 +81,6 @@ class Curvature:
             g_OI = (w_OI @ cross_II.to(w_OI.dtype).T + pulled_OI) / self.scale_I
         start_OI = scaled_OI if cross_II is None else torch.cholesky_solve(g_OI.T, torch.linalg.cholesky(self.h_II)).T
         return Problem(self, g_OI, start_OI, w_OI)
-
-
-def eigen_flops(inputs: int) -> int:
-    """Operations of ``Curvature.eigen``: about nine per cube, each in float64 and so counted twice."""
-    return 2 * 9 * inputs**3
 
 
 @dataclass(frozen=True)

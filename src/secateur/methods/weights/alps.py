@@ -9,11 +9,12 @@
 As long as neither of the first two rules has held, rho was too large: it is divided by five, and where s >= 1 all
 begins again. After thirty steps a change of less than 0.03 % of the support is the end too. All weights of a matrix
 compete; N:M works within rows. Blocks are calibrated in sequence. `target=dense` takes G from what the dense model
-gives. One eigendecomposition in float64 for every input dominates where layers are wide: `admm` is the cheaper cousin.
+gives. `admm` is the cheaper cousin.
 
 Source: X. Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
 NeurIPS 2024, arXiv:2406.07831; official code mazumder-lab/ALPS. Differs from the official code: the conjugate gradients
-stop by the residual on the support (theirs compare that of all entries, and always take ten steps).
+stop by the residual on the support (theirs compare that of all entries, and always take ten steps); H + rho I is
+inverted for every rho (theirs: eigenvectors in float64, which take longer than all of the inverses).
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from secateur.allocate import MaskRule, mask_rule
 from secateur.heal import problem_of
 from secateur.methods import Descriptor, Seen, Target, WeightMethod, option, register
 from secateur.observe import Gram
-from secateur.solver import alps, alps_flops, cg_flops, eigen_flops, refit
+from secateur.solver import alps, alps_flops, cg_flops, refit
 
 
 @register("alps")
@@ -63,9 +64,6 @@ class ALPS(WeightMethod):
         if steps == self.steps:
             notes += (f"{target.name}: the support had not settled after {steps} steps",)
         return keep, weight, notes
-
-    def input_flops(self, inputs: int) -> int:
-        return eigen_flops(inputs)
 
     def solve_bytes(self, outputs: int, inputs: int) -> int:
         return 4 * inputs * (7 * outputs + 6 * inputs)
