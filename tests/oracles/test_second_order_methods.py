@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from secateur.heal import problem_of
+from secateur.healing import problem_of
 from secateur.methods import Target, make_method
 from secateur.observe import Cross, Gram
 from secateur.solver import refit, refit_columns

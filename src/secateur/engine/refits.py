@@ -10,8 +10,8 @@ from torch import Tensor
 
 from secateur.allocate import parse_pattern
 from secateur.engine.run import Run, complement, set_weight
-from secateur.heal import find
-from secateur.heal.refit import few_tokens
+from secateur.healing import find
+from secateur.healing.refit import few_tokens
 from secateur.keeping import Decided, Decision, SeenByModule
 from secateur.methods import UnitMethod, WeightMethod
 from secateur.models.sources import check_finite

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.allocators import Allocator, Measuring
 from secateur.errors import DataError
-from secateur.heal import Refit
+from secateur.healing import Refit
 from secateur.keeping import Decision, Keeper, SeenByModule
 from secateur.methods import Method, Target
 from secateur.models.decoders import decoder_anatomy

@@ -20,7 +20,7 @@ from secateur.budgets import (
 from secateur.engine.refits import few_tokens_noted, refit_groups
 from secateur.engine.run import Run, complement
 from secateur.errors import UnsupportedModelError
-from secateur.heal import BiasHealer, find
+from secateur.healing import BiasHealer, find
 from secateur.keeping import Decision, SeenByModule
 from secateur.methods import UnitMethod
 from secateur.models.decoders import unknown_family

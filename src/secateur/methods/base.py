@@ -21,7 +21,7 @@ from secateur.allocate import CHANNEL_SCOPES, Allocator, MaskRule
 from secateur.allocate.asked import parse_budgets
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
 from secateur.errors import OptionError, UsageError
-from secateur.heal.refit import TARGETS, with_statistics
+from secateur.healing.refit import TARGETS, with_statistics
 from secateur.methods.descriptor import Descriptor
 from secateur.methods.options import check_options, option
 from secateur.methods.views import Consumer, Coupled, Fitting, Part, Seen, Target, Whole

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.errors import PlanMismatchError, UnsupportedModelError, UsageError
-from secateur.heal.starting import start_anew
+from secateur.healing.starting import start_anew
 from secateur.networks.example import Example
 from secateur.networks.fitting import kept_entries
 from secateur.networks.optimizers import check_optimizer, shrink_optimizer

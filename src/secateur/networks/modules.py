@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.errors import DataError
-from secateur.heal.starting import NORMS
+from secateur.healing.starting import NORMS
 from secateur.latencytable import LatencyTable
 from secateur.methods import ChannelMethod, Fitting, Method
 from secateur.methods.views import Flow

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from secateur.allocate import Allocator, GlobalAllocator, ManualAllocator, UniformAllocator
 from secateur.criteria import column_energy, per_unit, standardise, weighted_magnitude
-from secateur.heal import BiasHealer
+from secateur.healing import BiasHealer
 from secateur.methods import Descriptor, Seen, Target, UnitMethod, option, register
 from secateur.observe import Moments, SequenceMoments, Statistic, SumSquares
 

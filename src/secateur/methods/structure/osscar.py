@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocate import Allocator, UniformAllocator
-from secateur.heal import EXACT_INPUTS, TARGETS, problem_of
+from secateur.healing import EXACT_INPUTS, TARGETS, problem_of
 from secateur.methods import Descriptor, Seen, Target, UnitMethod, option, register
 from secateur.observe import Gram
 from secateur.solver import Problem, elimination, elimination_flops, swaps

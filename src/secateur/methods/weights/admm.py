@@ -20,7 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.allocate import MaskRule, mask_rule
-from secateur.heal import problem_of
+from secateur.healing import problem_of
 from secateur.methods import Descriptor, Seen, Target, WeightMethod, option, register
 from secateur.observe import Gram
 from secateur.solver import admm, admm_flops

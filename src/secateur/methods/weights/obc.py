@@ -22,7 +22,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.allocate import parse_pattern
-from secateur.heal import problem_of
+from secateur.healing import problem_of
 from secateur.methods import Descriptor, Seen, Target, WeightMethod, option, register
 from secateur.observe import Gram
 from secateur.solver import cg_flops, greedy, greedy_bytes, greedy_flops, refit, spread

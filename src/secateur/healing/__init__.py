@@ -1,8 +1,8 @@
 """Repair: what the kept part does to make up for the removed part."""
 
-from secateur.heal.bias import BiasHealer, Healer, mean_bias
-from secateur.heal.refit import EXACT_INPUTS, TARGETS, Refit, find, problem_of, with_statistics
-from secateur.heal.starting import start_anew
+from secateur.healing.bias import BiasHealer, Healer, mean_bias
+from secateur.healing.refit import EXACT_INPUTS, TARGETS, Refit, find, problem_of, with_statistics
+from secateur.healing.starting import start_anew
 
 __all__ = [
     "BiasHealer",

@@ -10,7 +10,7 @@ from families import make_tiny, tiny_ids
 from runs import plan_for
 from secateur.engine import decide
 from secateur.errors import DataError, OptionError
-from secateur.heal import Refit, with_statistics
+from secateur.healing import Refit, with_statistics
 from secateur.methods import UnitMethod, WeightMethod, get_method, list_methods, make_method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.sources import Source
@@ -201,7 +201,7 @@ def test_the_second_stream_goes_through_the_dense_blocks(model):
 def test_little_data_is_said_once(model):
     plan = plan_for("wanda", model, IDS[:2], heal="refit", sparsity=0.5)
     assert plan is not None
-    from secateur.heal.refit import few_tokens
+    from secateur.healing.refit import few_tokens
 
     assert few_tokens(400, 100) == ()
     assert "399 calibration tokens for 100 weights" in few_tokens(399, 100)[0]
