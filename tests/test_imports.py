@@ -12,7 +12,7 @@ SOURCE = Path(secateur.__file__).parent
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
 BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", "ranks", "ahead"}
-BASE |= {"usercode", "timing", "kinds", "latencytable", ""}
+BASE |= {"usercode", "timing", "kinds", "latencytable", "options", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
@@ -119,6 +119,7 @@ ALLOWED: dict[str, set[str]] = {
     "kinds": set(),
     "usercode": set(),
     "timing": set(),
+    "options": set(),
     "latencytable": set(),
     "ranks": set(),
     "": set(),

@@ -14,8 +14,8 @@ from torch import Tensor
 from secateur.allocate import mixed_patterns, parse_pattern, removed_counts
 from secateur.errors import UsageError
 from secateur.methods import Method, Seen, Target, WeightMethod
-from secateur.methods.options import check_options
 from secateur.observe import Statistic
+from secateur.options import check_options
 from secateur.plans import Allocation
 
 Wishes = NDArray[np.float64]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from secateur.allocators.base import Allocator, Measuring, check_follows
 from secateur.errors import UsageError, nearest
 from secateur.methods import Method
-from secateur.methods.registry import describe_options, option_values
+from secateur.options import describe_options, option_values
 
 A = TypeVar("A", bound=Allocator)
 

@@ -14,9 +14,9 @@ from secateur.methods.base import (
     check_for_decoders,
 )
 from secateur.methods.descriptor import Descriptor
-from secateur.methods.options import option
 from secateur.methods.registry import describe, get_method, list_methods, make_method, register
 from secateur.methods.views import Consumer, Coupled, Fitting, Noise, Part, Seen, Target, Whole
+from secateur.options import option
 
 __all__ = [
     "ChannelMethod",

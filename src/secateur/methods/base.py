@@ -23,9 +23,9 @@ from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
 from secateur.errors import OptionError, UsageError
 from secateur.healing.refit import TARGETS, with_statistics
 from secateur.methods.descriptor import Descriptor
-from secateur.methods.options import check_options, option
 from secateur.methods.views import Consumer, Coupled, Fitting, Part, Seen, Target, Whole
 from secateur.observe import Cross, Gram, Moments, Statistic
+from secateur.options import check_options, option
 from secateur.search import Descent
 from secateur.timing import Workload
 

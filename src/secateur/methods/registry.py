@@ -7,13 +7,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
-from secateur.errors import OptionError, UnknownMethodError, nearest
+from secateur.errors import UnknownMethodError, nearest
 from secateur.methods.base import Method
 from secateur.methods.descriptor import Descriptor
-from secateur.methods.options import interval
 from secateur.methods.plugins import PLUGIN, installed_methods
+from secateur.options import describe_options, option_values
 from secateur.usercode import import_module
 
 _registered: dict[str, type[Method]] = {}
@@ -88,15 +88,6 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     return cls(**option_values(name, cls, options or {}, f"'secateur describe {name}' lists them"))
 
 
-def option_values(name: str, cls: type[Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The options of a dataclass as values of their types; ``where`` says what lists them. Raises OptionError."""
-    known, hints = {field.name for field in dataclasses.fields(cls)}, get_type_hints(cls)
-    for key in options:
-        if key not in known:
-            raise OptionError(f"{name} has no option '{key}'{nearest(key, known) or ';'} {where}")
-    return {key: _convert(name, key, value, hints[key]) for key, value in options.items()}
-
-
 def describe(name: str) -> dict[str, Any]:
     """Everything known of a method: summary, docstring, descriptor and options with default, unit, range, meaning."""
     cls = get_method(name)
@@ -110,39 +101,3 @@ def describe(name: str) -> dict[str, Any]:
         "sequential": cls.sequential,
         "costly": cls.costly,
     }
-
-
-def describe_options(cls: type[Any]) -> dict[str, Any]:
-    """The options of a dataclass by name, with default, unit, range, choices and meaning."""
-    return {
-        field.name: {
-            "default": field.default,
-            "unit": field.metadata.get("unit", ""),
-            "range": interval(field.metadata),
-            "choices": list(field.metadata.get("choices") or ()),
-            "help": field.metadata.get("help", ""),
-        }
-        for field in dataclasses.fields(cls)
-    }
-
-
-def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    kinds = get_args(hint) or (hint,)
-    if str in kinds:
-        return value
-    if bool in kinds:
-        if value.lower() in ("true", "yes", "on", "1"):
-            return True
-        if value.lower() in ("false", "no", "off", "0"):
-            return False
-        raise OptionError(f"{method}: {key} must be true or false, got {value!r}")
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(value)
-            except ValueError:
-                continue
-    wanted = " or ".join(k.__name__ for k in kinds)
-    raise OptionError(f"{method}: {key} must be of type {wanted}, got {value!r}")

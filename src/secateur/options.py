@@ -1,4 +1,5 @@
-"""Options of methods and allocators: fields of a dataclass with their meaning, unit and range, and what checks them."""
+"""Options of methods, allocators and recovery training: fields of a dataclass with their meaning, unit and range,
+and what reads and checks them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def option(
     lt: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A method option: its published default, meaning, unit and range. Feeds CLI, recipes, docs and range checks."""
+    """An option: its published default, meaning, unit and range. Feeds CLI, recipes, docs and range checks."""
     metadata = {"help": help, "unit": unit, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -67,3 +68,48 @@ def interval(meta: Mapping[str, Any]) -> str:
     left = f"[{low[0]:g}" if low[0] is not None else f"({low[1]:g}" if low[1] is not None else "(-inf"
     right = f"{high[0]:g}]" if high[0] is not None else f"{high[1]:g})" if high[1] is not None else "inf)"
     return f"{left}, {right}"
+
+
+def option_values(name: str, cls: type[Any], options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options of a dataclass as values of their types; ``where`` says what lists them. Raises OptionError."""
+    known, hints = {field.name for field in dataclasses.fields(cls)}, get_type_hints(cls)
+    for key in options:
+        if key not in known:
+            raise OptionError(f"{name} has no option '{key}'{nearest(key, known) or ';'} {where}")
+    return {key: _convert(name, key, value, hints[key]) for key, value in options.items()}
+
+
+def describe_options(cls: type[Any]) -> dict[str, Any]:
+    """The options of a dataclass by name, with default, unit, range, choices and meaning."""
+    return {
+        field.name: {
+            "default": field.default,
+            "unit": field.metadata.get("unit", ""),
+            "range": interval(field.metadata),
+            "choices": list(field.metadata.get("choices") or ()),
+            "help": field.metadata.get("help", ""),
+        }
+        for field in dataclasses.fields(cls)
+    }
+
+
+def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    kinds = get_args(hint) or (hint,)
+    if str in kinds:
+        return value
+    if bool in kinds:
+        if value.lower() in ("true", "yes", "on", "1"):
+            return True
+        if value.lower() in ("false", "no", "off", "0"):
+            return False
+        raise OptionError(f"{method}: {key} must be true or false, got {value!r}")
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    wanted = " or ".join(k.__name__ for k in kinds)
+    raise OptionError(f"{method}: {key} must be of type {wanted}, got {value!r}")
