@@ -7,9 +7,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.observe import Cross, Gram, Moments, SequenceMoments, Similarity, Statistic, SumSquares
+from secateur.observe import (
+    Amplitudes,
+    Angle,
+    Contributions,
+    Cross,
+    Gram,
+    LastTokens,
+    Moments,
+    SequenceMoments,
+    Similarity,
+    Statistic,
+    SumSquares,
+)
 
-KINDS = [SumSquares, Moments, SequenceMoments, Gram, Cross, Similarity]
+
+class Told(Contributions):
+    """Contributions of pairs of channels to a weight that counts up."""
+
+    def update(self, x_BTC: torch.Tensor) -> None:
+        channels = x_BTC.shape[-1]
+        weight_OI = torch.arange(3.0 * channels).reshape(3, channels) / channels - 1
+        self.read_by(weight_OI, torch.arange(channels).reshape(-1, 2))
+        super().update(x_BTC)
+
+
+KINDS = [SumSquares, Moments, SequenceMoments, Gram, Cross, Similarity, Angle, LastTokens, Amplitudes, Told]
 
 
 def values(statistic) -> dict[str, torch.Tensor]:
@@ -24,6 +47,12 @@ def values(statistic) -> dict[str, torch.Tensor]:
         return {"gram": statistic.total_CC.double(), "count": torch.tensor([statistic.sequences, statistic.tokens])}
     if isinstance(statistic, Cross):
         return {"cross": statistic.total_CC.double(), "sum": statistic.dense_sum_C}
+    if isinstance(statistic, LastTokens):
+        return {"rows": statistic.rows_NC.double()}
+    if isinstance(statistic, Amplitudes):
+        return {f"{a}, {b}": statistic.over(a, b) for a in statistic.WAYS for b in ("mean", "l2")}
+    if isinstance(statistic, Contributions):
+        return {"mean": statistic.mean_U()}
     return {"mean": torch.tensor(statistic.mean, dtype=torch.float64)}
 
 

@@ -48,7 +48,8 @@ class Run:
         ranks: Ranks,
     ) -> None:
         if method.uses_data and tokens is None:
-            heals = "" if method.statistics else f" with heal={getattr(method, 'heal', '')}"
+            asked = getattr(method, "heal", "")
+            heals = f" with heal={asked}" if asked and not method.statistics else ""
             raise DataError(f"{method.name}{heals} needs calibration data: give a tokenizer and a calibration text")
         self.method, self.source, self.progress, self.keeper = method, source, progress, keeper
         self.anatomy: Anatomy = decoder_anatomy(source.model, heads=getattr(method, "heads", "kv"))
@@ -94,7 +95,9 @@ class Run:
             return None, {}
         block = walk.open(layer)
         inside = [self.inside(name) for name in modules]
-        found = walk.observe(block, layer, inside, self.observed, advance=advance)
+        heads = [g for g in self.anatomy if g.layer == layer and g.reader in modules]
+        columns = {self.inside(g.reader or ""): g.columns.reshape(g.units * g.parts, -1) for g in heads}
+        found = walk.observe(block, layer, inside, self.observed, advance=advance, columns=columns)
         seen = {full: found[short] for full, short in zip(modules, inside, strict=True)}
         self._complete(layer, seen, dense=advance)
         return block, seen

@@ -205,6 +205,7 @@ def _attention_group(block: DecoderBlock, model: PreTrainedModel, unit: str) -> 
         slices=tuple(slices),
         reader=block.out,
         balance=1 if unit == "kv" else kv_heads,
+        parts=heads // kv_heads if unit == "kv" else 1,
         frozen=frozen_heads(model.config),
         inexact="the query and key norms run over all heads, so removed heads change their scale"
         if family.wide_norms

@@ -1,15 +1,33 @@
 """Statistics of calibration data, and the walk that collects them block by block."""
 
 from secateur.observe.statistics import (
+    Amplitudes,
     Angle,
+    Contributions,
     Cross,
     Gram,
+    LastTokens,
     Moments,
     Needs,
     SequenceMoments,
     Similarity,
     Statistic,
     SumSquares,
+    angles,
 )
 
-__all__ = ["Angle", "Cross", "Gram", "Moments", "Needs", "SequenceMoments", "Similarity", "Statistic", "SumSquares"]
+__all__ = [
+    "Amplitudes",
+    "Angle",
+    "Contributions",
+    "Cross",
+    "Gram",
+    "LastTokens",
+    "Moments",
+    "Needs",
+    "SequenceMoments",
+    "Similarity",
+    "Statistic",
+    "SumSquares",
+    "angles",
+]

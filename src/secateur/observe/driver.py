@@ -78,15 +78,23 @@ class BlockWalk:
 
     @torch.inference_mode()
     def observe(
-        self, block: nn.Module, layer: int, modules: Iterable[str], statistics: StatisticTypes, *, advance: bool
+        self,
+        block: nn.Module,
+        layer: int,
+        modules: Iterable[str],
+        statistics: StatisticTypes,
+        *,
+        advance: bool,
+        columns: Mapping[str, Tensor] | None = None,
     ) -> dict[str, dict[str, Statistic]]:
         """Statistics of the input of every named module of ``block``; modules that read one tensor share them.
 
         With ``advance`` the outputs become the inputs of the next block; without, a forward ends at the last of the
         named modules, whose product nobody reads. Those of the dense stream always do, so that the block must be as it
-        was opened. Raises NonFiniteError.
+        was opened. ``columns`` are those of every unit, [units, width], of modules whose statistics look at their
+        weight too. Raises NonFiniteError.
         """
-        watch = _InputWatch(block, modules, statistics, whole=advance)
+        watch = _InputWatch(block, modules, statistics, whole=advance, columns=columns or {})
         with watch:
             for i in range(len(self.hidden)):
                 # with `_AllSeen` there is no output
@@ -225,8 +233,15 @@ class _InputWatch:
     """
 
     def __init__(
-        self, block: nn.Module, modules: Iterable[str], statistics: StatisticTypes, *, whole: bool = True
+        self,
+        block: nn.Module,
+        modules: Iterable[str],
+        statistics: StatisticTypes,
+        *,
+        whole: bool,
+        columns: Mapping[str, Tensor],
     ) -> None:
+        self._columns = columns
         self._modules = {name: block.get_submodule(name) for name in modules}
         self._statistics = statistics
         self._owner: dict[tuple[Any, ...], str] = {}
@@ -291,7 +306,7 @@ class _InputWatch:
             if owner != name:
                 self.seen[name] = self.seen[owner]
                 return
-            self.seen[name] = {key: kind() for key, kind in self._statistics.items()}
+            self.seen[name] = {key: self._made(name, kind) for key, kind in self._statistics.items()}
             self._owned.add(name)
         elif name not in self._owned:
             return
@@ -301,6 +316,14 @@ class _InputWatch:
                 statistic.update(x_BTC)
         if self._paired:
             self._first[name] = x_BTC
+
+    def _made(self, name: str, kind: type[Statistic]) -> Statistic:
+        made: Any = kind()
+        if getattr(kind, "reads", False):
+            module = self._modules[name]
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            made.read_by(weight if isinstance(module, nn.Linear) else weight.T, self._columns[name])
+        return made
 
     def _pair(self, name: str, x: Tensor) -> None:
         if name in self._owned:

@@ -199,6 +199,105 @@ class SequenceMoments(Accumulator):
         return torch.cat(self._squares)
 
 
+class Amplitudes(Accumulator):
+    """How large each channel is in a sequence, in three ways, summed over sequences, [3, channels] float64.
+
+    The rows are the mean of |x| over the tokens of the sequence, the norm of x, and the variance of x (``WAYS``).
+    ``total_KC`` sums them and ``squares_KC`` their squares, so every sequence weighs the same whatever its length.
+    """
+
+    WAYS = ("mean", "l2", "var")
+
+    @classmethod
+    def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
+        """See ``Accumulator``: six float64 sums, from a float64 copy of a batch, its sizes and its squares."""
+        sums = 6 * 8 * channels
+        return Needs(state=sums, stored=sums, update=3 * 8 * batch * channels, moved=14 * 4 * tokens * channels)
+
+    def __init__(self) -> None:
+        self.total_KC = torch.zeros((), dtype=torch.float64)
+        self.squares_KC = torch.zeros((), dtype=torch.float64)
+        self.sequences = 0
+
+    def update(self, x_BTC: Tensor) -> None:
+        x = x_BTC.double()
+        found_KBC = torch.stack([x.abs().mean(dim=1), x.norm(dim=1), x.var(dim=1, correction=0)])
+        self.total_KC = self.total_KC.to(x.device) + found_KBC.sum(dim=1)
+        self.squares_KC = self.squares_KC.to(x.device) + found_KBC.square().sum(dim=1)
+        self.sequences += x.shape[0]
+
+    def merge(self, other: Amplitudes) -> None:
+        self.total_KC = self.total_KC + other.total_KC
+        self.squares_KC = self.squares_KC + other.squares_KC
+        self.sequences += other.sequences
+
+    def over(self, tokens: str, sequences: str) -> Tensor:
+        """[channels] float64: the ``mean``, ``l2`` or ``var`` over sequences of that over the tokens of each."""
+        row = self.WAYS.index(tokens)
+        mean_C = self.total_KC[row] / max(self.sequences, 1)
+        if sequences == "l2":
+            return self.squares_KC[row].sqrt()
+        if sequences == "var":
+            # not below zero by rounding
+            return (self.squares_KC[row] / max(self.sequences, 1) - mean_C.square()).clamp_min(0)
+        return mean_C
+
+
+class Contributions(Accumulator):
+    """How much each unit adds to the output of the linear module that reads it: ``total_U`` float64, and ``sequences``.
+
+        I_u = mean over the tokens of a sequence of sum over outputs |(x_u W_u)_o|        x_u the columns of unit u
+
+    summed over sequences. It must be told the weight before it can be updated (``reads``).
+    """
+
+    reads = True
+
+    @classmethod
+    def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
+        """See ``Accumulator``; a head at a time, of a matrix that is about square."""
+        return Needs(
+            state=8 * channels,
+            stored=8 * channels,
+            update=2 * 4 * batch * channels,
+            moved=8 * 4 * tokens * channels,
+            update_flops=2 * tokens * channels * channels,
+        )
+
+    def __init__(self) -> None:
+        self.total_U = torch.zeros((), dtype=torch.float64)
+        self.sequences = 0
+        # a name that keeps it out of what is stored
+        self._cache: tuple[Tensor, Tensor] | None = None
+
+    def read_by(self, weight_OI: Tensor, columns_UW: Tensor) -> None:
+        """The weight of the module that reads the input, and the columns of every unit, int64."""
+        self._cache = (_at_least_float32(weight_OI), columns_UW.to(weight_OI.device))
+
+    def update(self, x_BTC: Tensor) -> None:
+        if self._cache is None:
+            raise ValueError("contributions to an output need the weight that gives it")
+        weight_OI, columns_UW = self._cache
+        x_BTC = _at_least_float32(x_BTC).to(weight_OI.dtype)
+        if columns_UW.shape[1] == 1:
+            # a single column gives |x| * ||W_u||_1, token by token
+            each_BTU = x_BTC.abs()[..., columns_UW[:, 0]] * weight_OI.abs().sum(dim=0)[columns_UW[:, 0]]
+        else:
+            # one unit at a time: outputs of all of them together would be as many times larger
+            added = (x_BTC[..., columns_W] @ weight_OI[:, columns_W].T for columns_W in columns_UW)
+            each_BTU = torch.stack([added_BTO.abs().sum(dim=-1) for added_BTO in added], dim=-1)
+        self.total_U = self.total_U.to(each_BTU.device) + each_BTU.double().mean(dim=1).sum(dim=0)
+        self.sequences += x_BTC.shape[0]
+
+    def merge(self, other: Contributions) -> None:
+        self.total_U = self.total_U + other.total_U
+        self.sequences += other.sequences
+
+    def mean_U(self) -> Tensor:
+        """Average over sequences, [units] float64."""
+        return self.total_U / max(self.sequences, 1)
+
+
 class Gram(Accumulator):
     """X^T X over all tokens, ``total_CC`` float32 (float64 for float64 inputs), and the ``sequences`` seen."""
 
@@ -357,6 +456,41 @@ class Similarity(Accumulator):
         return self.total / max(self.tokens, 1)
 
 
+def angles(first: Tensor, second: Tensor) -> Tensor:
+    """Angles between vectors along the last dimension as fractions of pi, float64 in [0, 1]; 1/3 where one is zero."""
+    first, second = first.double(), second.double()
+    norms = first.norm(dim=-1) * second.norm(dim=-1)
+    # CFSP's published code takes 0.5 for a cosine that is not a number
+    cosine = torch.where(norms > 0, (first * second).sum(dim=-1) / norms, 0.5)
+    return cosine.clamp(-1, 1).arccos() / math.pi
+
+
+class LastTokens(Accumulator):
+    """Input and output of a block at the last token of every sequence, in order, float32 (float64 for float64 ones)."""
+
+    @classmethod
+    def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
+        """See ``Accumulator``: one row for every sequence, and nothing else is looked at."""
+        rows = 4 * channels * (tokens // length)
+        return Needs(state=rows, stored=rows, update=0, moved=rows)
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+
+    def update(self, x_BTC: Tensor) -> None:
+        """Input and output of the block, concatenated along channels."""
+        # a copy, so that the whole batch needn't stay
+        self._rows.append(_at_least_float32(x_BTC[:, -1]).clone())
+
+    def merge(self, other: LastTokens) -> None:
+        self._rows += other._rows
+
+    @property
+    def rows_NC(self) -> Tensor:
+        """[sequences, channels]: the first half of the channels entered the block, the second half left it."""
+        return torch.cat(self._rows)
+
+
 class Angle(Accumulator):
     """Sum over tokens of the angle between a block's input and output, as a fraction of pi, float64 (CFSP)."""
 
@@ -366,12 +500,9 @@ class Angle(Accumulator):
 
     def update(self, x_BTC: Tensor) -> None:
         """Input and output of the block, concatenated along channels; a token of zeros on one side counts as 1/3."""
-        before, after = (half.double() for half in x_BTC.chunk(2, dim=-1))
-        norms = before.norm(dim=-1) * after.norm(dim=-1)
-        # the published code takes 0.5 for a cosine that is not a number
-        cosine = torch.where(norms > 0, (before * after).sum(dim=-1) / norms, 0.5)
-        self.total += float(cosine.clamp(-1, 1).arccos().sum()) / math.pi
-        self.tokens += cosine.numel()
+        angle = angles(*x_BTC.chunk(2, dim=-1))
+        self.total += float(angle.sum())
+        self.tokens += angle.numel()
 
     def merge(self, other: Angle) -> None:
         self.total += other.total
@@ -395,6 +526,10 @@ def _bfloat16_factors() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 # rows that stay in a processor's cache while they are converted, squared and summed

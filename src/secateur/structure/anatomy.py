@@ -49,7 +49,8 @@ class Group:
     out of each key-value group together) or ``layer``. ``reader`` names the linear module whose input columns are
     the units (o_proj, down_proj); a ``layer`` group has none. ``cost`` is the cost of one unit. ``balance`` is the
     number of equal consecutive parts of the units that must lose the same number each (query heads of key-value
-    groups). ``frozen`` says why the group must not be cut; ``inexact`` why a masked model differs from a cut one.
+    groups); ``parts`` the query heads of one unit. ``frozen`` says why units must not be cut one by one; ``inexact``
+    why a masked model differs from a cut one.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Group:
     slices: tuple[Slices, ...] = ()
     reader: str | None = None
     balance: int = 1
+    parts: int = 1
     frozen: str | None = None
     inexact: str | None = None
 
