@@ -26,14 +26,13 @@ def decide_layers(method: LayerMethod, run: Run) -> None:
         raise BudgetError(f"can't remove {count} of {group.units} blocks: at least one must stay")
     for layer in run.blocks("calibrate"):
         name = f"layers.{layer}"
-        score = method.score(Target(name, "layer", layer, torch.empty(0, 0)), run.observe_block(layer))
-        ranked = {name: torch.tensor([score], dtype=torch.float64)}
-        run.keeper.keep(layer, Decision(), final=False, walk=run.walk, ranked=ranked)
-    run.keeper.close(_drop_lowest(run, group, count))
+        measured = method.measured(Target(name, "layer", layer, torch.empty(0, 0)), run.observe_block(layer))
+        run.keeper.keep(layer, Decision(), final=False, walk=run.walk, ranked={name: measured.cpu()})
+    run.keeper.close(_drop_lowest(run, method, group, count))
 
 
-def _drop_lowest(run: Run, group: Group, count: int) -> Iterator[Decision]:
-    ranked = torch.cat([run.keeper.ranked(f"layers.{layer}") for layer in range(group.units)])
+def _drop_lowest(run: Run, method: LayerMethod, group: Group, count: int) -> Iterator[Decision]:
+    ranked = method.scores([run.keeper.ranked(f"layers.{layer}") for layer in range(group.units)], count)
     check_finite(ranked, "layers", 0, "scores")
     yield Decision(
         groups={"layers": group.units},

@@ -7,7 +7,7 @@ it needs, how a target is scored, how a budget is spread. A method never sees a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -330,7 +330,15 @@ class LayerMethod(Method):
 
     def score(self, target: Target, seen: Seen) -> float:
         """Score of one block, higher = keep."""
-        raise NotImplementedError(f"{type(self).__name__} must define score()")
+        raise NotImplementedError(f"{type(self).__name__} must define score() or measured() and scores()")
+
+    def measured(self, target: Target, seen: Seen) -> Tensor:
+        """What is remembered of a block until all are seen, floating-point of any shape; by default its score."""
+        return torch.tensor([self.score(target, seen)], dtype=torch.float64)
+
+    def scores(self, measured: Sequence[Tensor], count: int) -> Tensor:
+        """Score of every block, [blocks] float64, higher = keep, when ``count`` of them leave."""
+        return torch.cat(list(measured))
 
 
 @dataclass(frozen=True, kw_only=True)
