@@ -43,6 +43,7 @@ def build(
 WANDA, SPARSEGPT = ("wanda", {"pattern": "2:4"}), ("sparsegpt", {"sparsity": 0.5})
 MAGNITUDE, FLAP = ("magnitude", {"sparsity": 0.6}), ("flap", {"sparsity": 0.4})
 HEADS, BLOCKS = ("random_sp", {"sparsity": 0.4}), ("shortgpt", {"layers": 1})
+SUBLAYERS = ("blockpruner", {"sublayers": 3})
 QUERIES = ("wanda_sp", {"sparsity": 0.3, "heads": "query"})
 
 
@@ -66,6 +67,9 @@ CHAINS = {
     "osscar then magnitude": [("osscar", {"sparsity": 0.3}), MAGNITUDE],
     "blocks": [BLOCKS],
     "queries": [QUERIES],
+    "sub-layers": [SUBLAYERS],
+    "wanda then sub-layers": [WANDA, SUBLAYERS],
+    "sub-layers then heads": [SUBLAYERS, HEADS],
     "flap then magnitude": [FLAP, MAGNITUDE],
     "wanda then heads": [WANDA, HEADS],
     "sparsegpt then heads": [SPARSEGPT, HEADS],

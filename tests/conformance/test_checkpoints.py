@@ -11,7 +11,7 @@ from runs import plan_for
 from secateur.models.saving import plain
 
 IDS = tiny_ids()
-# an adaptive cut with biases, a uniform one, blocks, and zeros in the packed format
+# an adaptive cut with biases, a uniform one, blocks, and zeros in the packed format; sub-layers have their own tests
 CASES = {
     "flap": ({"sparsity": 0.4}, "dense"),
     "random_sp": ({"sparsity": 0.4}, "dense"),

@@ -238,6 +238,7 @@ def test_on_another_device_memory_is_split(sizes):
         ("magnitude_sp", {"sparsity": 0.25}, "dense", OUTSIDE + 2 * BLOCK - 2 * 4 * LINEAR // 4),
         ("shortgpt", {"sparsity": 0.5}, "dense", OUTSIDE + BLOCK),
         ("shortgpt", {"layers": 1}, "dense", OUTSIDE + BLOCK),
+        ("evopress", {"layers": 1}, "dense", OUTSIDE + 2 * BLOCK - 4 * LINEAR),
     ],
 )
 def test_the_checkpoint_by_hand_and_as_it_is_written(sizes, tiny_checkpoint, tmp_path, method, options, format, size):
@@ -272,6 +273,7 @@ def test_speed_is_bounded_by_what_is_left_to_multiply(sizes):
     head = 512 * 32
     assert speed_bound(sizes, job("wanda")) == 1
     assert speed_bound(sizes, job("shortgpt", layers=1)) == (2 * LINEAR + head) / (LINEAR + head)
+    assert speed_bound(sizes, job("evopress", layers=1)) == speed_bound(sizes, job("shortgpt", layers=1))
     assert speed_bound(sizes, job("flap", sparsity=0.25)) == (2 * LINEAR + head) / (1.5 * LINEAR + head)
 
 

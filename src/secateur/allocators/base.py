@@ -175,6 +175,7 @@ def check_follows(allocator: Allocator, method: Method) -> WeightMethod:
         does = {
             "weights": "searches at one sparsity",
             "layers": "removes whole blocks",
+            "sublayers": "removes attentions and MLPs",
             "channels": "removes channels",
         }.get(method.descriptor.object, "removes heads and neurons")
         raise UsageError(

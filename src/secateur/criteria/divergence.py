@@ -1,9 +1,10 @@
-"""How far predictions are from those of another model."""
+"""How far predictions are from those of another model, and from the text."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 ROWS = 256
 """Positions whose logits are copied to float32 at a time."""
@@ -34,6 +35,14 @@ class Divergence:
             apart_T = ((dense_TV - theirs_TV) * p_TV).sum(dim=-1)
             total += (apart_T.double() - sums_T.double() + theirs_TV.logsumexp(dim=-1).double()).sum()
         return float(total) / other_BTV[..., 0].numel()
+
+
+def text_loss(logits_BTV: Tensor, ids_BT: Tensor) -> float:
+    """Mean cross-entropy of the next token, in nats per prediction; every window but its first token is predicted."""
+    rows = logits_BTV[:, :-1].flatten(0, 1).split(ROWS)
+    wanted = ids_BT[:, 1:].flatten().split(ROWS)
+    losses = [F.cross_entropy(r.float(), w, reduction="sum").double() for r, w in zip(rows, wanted, strict=True)]
+    return float(torch.stack(losses).sum()) / ids_BT[:, 1:].numel()
 
 
 def kl_divergence(dense_BTV: Tensor, other_BTV: Tensor) -> float:

@@ -13,11 +13,12 @@ from secateur.engine.layers import decide_layers
 from secateur.engine.refits import refit
 from secateur.engine.run import Progress, Run
 from secateur.engine.search import decide_searched
+from secateur.engine.sublayers import decide_sublayers
 from secateur.engine.units import decide_units
 from secateur.engine.weights import decide_weights
 from secateur.errors import UsageError
 from secateur.keeping import Keeper
-from secateur.methods import LayerMethod, Method, SearchMethod, UnitMethod, WeightMethod
+from secateur.methods import LayerMethod, Method, SearchMethod, SublayerMethod, UnitMethod, WeightMethod
 from secateur.models.sources import Source
 from secateur.observe.activations import Activations
 from secateur.observe.calibration import Tokens
@@ -68,3 +69,4 @@ _decide.register(WeightMethod, decide_weights)
 _decide.register(SearchMethod, decide_searched)
 _decide.register(UnitMethod, decide_units)
 _decide.register(LayerMethod, decide_layers)
+_decide.register(SublayerMethod, decide_sublayers)

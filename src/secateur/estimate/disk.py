@@ -5,7 +5,7 @@ from __future__ import annotations
 from secateur.estimate.job import Job
 from secateur.estimate.memory import hidden_bytes, spills
 from secateur.estimate.sizes import Sizes
-from secateur.methods import LayerMethod, SearchMethod, UnitMethod, WeightMethod
+from secateur.methods import LayerMethod, SearchMethod, SublayerMethod, UnitMethod, WeightMethod
 
 
 def disk(sizes: Sizes, job: Job) -> dict[str, int]:
@@ -47,6 +47,8 @@ def checkpoint_bytes(sizes: Sizes, job: Job) -> int:
         return sizes.stored - linear_stored + min(packed, linear_stored)
     if isinstance(job.method, LayerMethod):
         return sizes.stored - removed_layers(sizes, job.method) * (sizes.blocks_stored // len(sizes.blocks))
+    if isinstance(job.method, SublayerMethod):
+        return sizes.stored - int(job.method.share(2 * len(sizes.blocks)) * linear_stored)
     return sizes.stored - int(job.sparsity * linear_stored)
 
 
@@ -66,4 +68,6 @@ def speed_bound(sizes: Sizes, job: Job) -> float:
     if isinstance(job.method, LayerMethod):
         share = removed_layers(sizes, job.method) / len(sizes.blocks)
         return before / (before - share * sizes.linear)
+    if isinstance(job.method, SublayerMethod):
+        return before / (before - job.method.share(2 * len(sizes.blocks)) * sizes.linear)
     return before / (before - job.sparsity * sizes.linear)

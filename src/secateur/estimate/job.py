@@ -10,7 +10,7 @@ import torch
 
 from secateur.allocators import Measuring
 from secateur.estimate.sizes import BlockSizes, Inputs
-from secateur.methods import LayerMethod, Method, SearchMethod, UnitMethod, WeightMethod
+from secateur.methods import LayerMethod, Method, SearchMethod, SublayerMethod, UnitMethod, WeightMethod
 from secateur.observe import Cross, Needs
 from secateur.observe.statistics import Accumulator
 from secateur.solver import cg_flops, refit_columns_flops
@@ -57,6 +57,10 @@ class Job:
     def trial_tokens(self) -> int:
         """Tokens that go through whole models, for an allocator that tries some."""
         return self.allocation.allocator.trial_tokens if self.allocation is not None else 0
+
+    def tried_tokens(self, blocks: int) -> int:
+        """Tokens that go through models without some of their sub-layers, for a method that tries them out."""
+        return self.method.tried_tokens(2 * blocks, self.tokens) if isinstance(self.method, SublayerMethod) else 0
 
     @property
     def repairs(self) -> bool:

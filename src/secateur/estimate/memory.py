@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.methods import UnitMethod, WeightMethod
+from secateur.methods import SublayerMethod, UnitMethod, WeightMethod
 
 # outside tensors are looked at beside all else, in parts of 2^20 entries
 _CHECKED = 1 << 20
@@ -59,7 +59,7 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
     block = max(sizes.blocks, key=lambda b: b.entries)
     steady = {"process": baseline, **_model(sizes, block), **_walk(sizes, job, block)}
     stages = [_entering(sizes, job), _observing(sizes, job, block), _deciding(sizes, job, block), _ending(sizes, job)]
-    stages.append(_trying(sizes, job))
+    stages += [_trying(sizes, job), _leaving_out(sizes, job)]
     if job.searched_tokens:
         stages.append(_searching(sizes, job, block))
     most = max(stages, key=lambda stage: sum(stage.values()))
@@ -162,6 +162,20 @@ def _trying(sizes: Sizes, job: Job) -> dict[str, int]:
     entries = sum(block.entries for block in sizes.blocks) + sizes.outside_entries + sizes.linear
     predictions = 4 * sizes.vocabulary * (min(job.tokens, job.trial_tokens, _TRIED) + 3 * job.length)
     return {"whole model": entries * job.dtype.itemsize, "at work": predictions}
+
+
+def _leaving_out(sizes: Sizes, job: Job) -> dict[str, int]:
+    """Hidden states of models without some sub-layers before and after a block, and the predictions of two of them.
+
+    The dense model's are there as logits and as probabilities.
+    """
+    if not isinstance(job.method, SublayerMethod):
+        return {}
+    states = 2 * len(sizes.blocks) * hidden_bytes(sizes, job)
+    return {
+        "tried models": 2 * min(states, job.method.hidden_bytes),
+        "at work": 3 * 4 * sizes.vocabulary * job.batch,
+    }
 
 
 def _searching(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:

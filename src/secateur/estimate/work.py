@@ -46,7 +46,8 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
         found["statistics"] += sum(needs.update_flops for needs in job.allocation_needs(block, sizes.hidden))
         found["solving"] += job.solve_flops(block)
     # whole models, the head among them
-    found["forwards"] += job.trial_tokens * 2 * (sizes.linear + sizes.head)
+    tried = job.trial_tokens + job.tried_tokens(len(sizes.blocks))
+    found["forwards"] += tried * 2 * (sizes.linear + sizes.head)
     return {name: count for name, count in found.items() if count}
 
 

@@ -9,13 +9,26 @@ from secateur.methods.base import (
     LayerMethod,
     Method,
     SearchMethod,
+    SublayerMethod,
     UnitMethod,
     WeightMethod,
     check_for_decoders,
 )
 from secateur.methods.descriptor import Descriptor
 from secateur.methods.registry import describe, get_method, list_methods, make_method, register
-from secateur.methods.views import Consumer, Coupled, Fitting, Noise, Part, Seen, Target, Whole
+from secateur.methods.views import (
+    Consumer,
+    Coupled,
+    Fitting,
+    Gone,
+    Noise,
+    Part,
+    Seen,
+    Sublayer,
+    Target,
+    Trials,
+    Whole,
+)
 from secateur.options import option
 
 __all__ = [
@@ -24,13 +37,17 @@ __all__ = [
     "Coupled",
     "Descriptor",
     "Fitting",
+    "Gone",
     "LayerMethod",
     "Method",
     "Noise",
     "Part",
     "SearchMethod",
     "Seen",
+    "Sublayer",
+    "SublayerMethod",
     "Target",
+    "Trials",
     "UnitMethod",
     "WeightMethod",
     "Whole",

@@ -23,7 +23,18 @@ from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
 from secateur.errors import OptionError, UsageError
 from secateur.healing.refit import TARGETS, with_statistics
 from secateur.methods.descriptor import Descriptor
-from secateur.methods.views import Consumer, Coupled, Fitting, Part, Seen, Target, Whole
+from secateur.methods.views import (
+    Consumer,
+    Coupled,
+    Fitting,
+    Gone,
+    Part,
+    Seen,
+    Sublayer,
+    Target,
+    Trials,
+    Whole,
+)
 from secateur.observe import Cross, Gram, Moments, Statistic
 from secateur.options import check_options, option
 from secateur.search import Descent
@@ -339,6 +350,38 @@ class LayerMethod(Method):
     def scores(self, measured: Sequence[Tensor], count: int) -> Tensor:
         """Score of every block, [blocks] float64, higher = keep, when ``count`` of them leave."""
         return torch.cat(list(measured))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SublayerMethod(Method):
+    """Removes attentions and MLPs of decoder blocks, by trying out what the model loses without them.
+
+    The blocks go through memory one at a time. A block whose two sub-layers leave leaves as a whole.
+    """
+
+    sparsity: float = option(0.2, "fraction of the parameters of the blocks removed", ge=0, lt=1)
+
+    hidden_bytes: ClassVar[int] = 2**30
+    """What the hidden states of all models that are tried out together may take."""
+
+    @property
+    def uses_data(self) -> bool:
+        return True
+
+    def share(self, sublayers: int) -> float:
+        """The fraction of so many sub-layers that leaves, roughly; for estimates."""
+        return self.sparsity
+
+    def tried_tokens(self, sublayers: int, tokens: int) -> int:
+        """Tokens that go through models, roughly, of ``tokens`` calibration tokens; for estimates."""
+        raise NotImplementedError(f"{type(self).__name__} must define tried_tokens()")
+
+    def search(self, sublayers: Sequence[Sublayer], trials: Trials) -> tuple[Gone, tuple[str, ...]]:
+        """(what leaves, notes for the plan). Raises BudgetError.
+
+        It goes on behind ``trials.done()``, as if it had never been interrupted.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define search()")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
-    "object": ("weights", "heads_and_neurons", "layers", "channels"),
+    "object": ("weights", "heads_and_neurons", "layers", "sublayers", "channels"),
     "granularity": ("element", "structured_group", "layer"),
     "when": ("post", "before_training"),
     "score": (
@@ -17,6 +17,7 @@ DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
         "random",
         "synaptic_flow",
         "density",
+        "loss",
     ),
     "allocation": ("uniform", "global"),
     "recovery": ("none", "bias", "least_squares", "fresh_weights"),

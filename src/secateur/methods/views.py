@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -141,6 +141,42 @@ class Whole:
     def streams(self) -> frozenset[str]:
         """Names of the groups that residual connections carry."""
         return residual_streams(self.anatomy)
+
+
+Gone = frozenset[str]
+"""Names of the sub-layers that leave."""
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """The ``attention`` or the ``mlp`` (``kind``) of a block, by the name of its group, with its linear weights."""
+
+    name: str
+    kind: str
+    layer: int
+    params: int
+
+
+class Trials(Protocol):
+    """What a method that tries models without some of their sub-layers asks of the engine."""
+
+    def losses(
+        self, candidates: Sequence[Gone], *, fitness: str, tokens: int = 0, seed: int | None = None
+    ) -> list[float]:
+        """What the model loses without the sub-layers of every candidate, lower = better.
+
+        ``fitness`` is ``perplexity`` or ``divergence`` (KL from the dense model in nats per token), on so many
+        calibration tokens (0 = all): the first ones, or windows drawn from ``seed``.
+        """
+        ...
+
+    def done(self) -> list[tuple[Gone, float]]:
+        """What an earlier, interrupted run has finished, step by step."""
+        ...
+
+    def finish(self, step: int, gone: Gone, loss: float, steps: int) -> None:
+        """Keep what a step, counted from 0, has chosen; there are about so many ``steps``."""
+        ...
 
 
 Seen = Mapping[str, Any]

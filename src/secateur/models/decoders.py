@@ -27,6 +27,11 @@ def is_transposed(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear)
 
 
+def is_skipped(module: nn.Module) -> bool:
+    """True where an attention or an MLP has left. Remote code brings a class of its own, so none is asked for."""
+    return hasattr(module, "skipped")
+
+
 @dataclass(frozen=True)
 class DecoderBlock:
     """One decoder block: its modules by role, and its sizes read off the weights."""
@@ -42,6 +47,24 @@ class DecoderBlock:
 
     def get(self, part: str, *rest: str) -> nn.Module:
         return self.module.get_submodule(".".join(p for p in (part, *rest) if p))
+
+    @property
+    def has_attention(self) -> bool:
+        """False when the attention has left."""
+        return not is_skipped(self.get(self.family.attention))
+
+    @property
+    def has_mlp(self) -> bool:
+        """False when the MLP has left."""
+        return not is_skipped(self.get(self.family.mlp, "" if self.family.mlp else self.family.down))
+
+    def sublayer(self, kind: str) -> tuple[str, ...]:
+        """Modules of this block, by their names within it, that leave with its ``attention`` or its ``mlp``."""
+        family = self.family
+        if kind == "attention":
+            return (family.attention,)
+        # where the block itself holds the FFN, its matrices stand for it
+        return (family.mlp,) if family.mlp else (*family.up, family.down)
 
     @property
     def out(self) -> str:
@@ -117,6 +140,7 @@ def matrix_roles(model: PreTrainedModel) -> dict[str, str]:
         family = block.family
         qkv = ("q", "k", "v") if len(family.qkv) == 3 else ("qkv",)
         up = ("gate", "up") if len(family.up) == 2 else ("gate_up" if family.halves == 2 else "up",)
+        # names of what has left do no harm: they are those of no matrix
         roles |= {block.path(family.attention, name): role for name, role in zip(family.qkv, qkv, strict=True)}
         roles |= {block.path(family.mlp, name): role for name, role in zip(family.up, up, strict=True)}
         roles |= {block.out: "o", block.down: "down"}
@@ -139,7 +163,8 @@ def decoder_anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:
         frozen.append(Frozen(name, unknown_family(model)))
     else:
         for block in typed_blocks(model):
-            groups += [_attention_group(block, model, heads), _mlp_group(block)]
+            groups += [_attention_group(block, model, heads)] if block.has_attention else []
+            groups += [_mlp_group(block)] if block.has_mlp else []
     matrices = _matrices(name, blocks)
     reason = frozen_layers(model.config)
     groups.append(_layers_group(name, blocks, reason, post_norm=_is_post_norm(model.config)))

@@ -26,12 +26,12 @@ import torch
 from numpy.typing import NDArray
 
 from secateur import timing
+from secateur.errors import UnsupportedModelError
 from secateur.latencytable import Entry, LatencyTable
 from secateur.models.decoders import decoder_anatomy, typed_blocks
-from secateur.models.surgery import layer_sizes, remove_positions, shorten_config
+from secateur.models.surgery import Removal, layer_sizes, remove_units, shorten_config
 from secateur.observe.calibration import cached_forward, check_length
 from secateur.structure import Anatomy, Group
-from secateur.structure.surgery import removed_positions
 from secateur.timing import Workload
 
 if TYPE_CHECKING:
@@ -96,8 +96,14 @@ def measure_decoder(
 ) -> DecoderLatency:
     """Time whatever ``table`` doesn't hold yet, and keep it there.
 
-    Raises UsageError when that is needed of a table of another machine, DataError when the request is too long.
+    Raises UsageError when that is needed of a table of another machine, DataError when the request is too long, and
+    UnsupportedModelError where sub-layers have left, since blocks count as equal but for their widths.
     """
+    if not all(block.has_attention and block.has_mlp for block in typed_blocks(source.model)):
+        raise UnsupportedModelError(
+            "the latency of a model whose attentions or MLPs were removed can't be told from one block:"
+            " take another budget, or remove them afterwards"
+        )
     check_length(source.model, workload.prompt + workload.new)
     key = _found(table, _key(source, anatomy, workload), source)
     kinds = _kinds(anatomy)
@@ -201,9 +207,9 @@ def _probe(source: Source, blocks: int) -> PreTrainedModel:
 def _narrowed(probe: PreTrainedModel, unit: str, kind: str, kept: int) -> PreTrainedModel:
     """A copy with this many units of every group of a kind."""
     narrow = copy.deepcopy(probe)
-    groups = [g for g in _groups(decoder_anatomy(narrow, heads=unit)) if g.kind == kind]
-    removed = {g.name: _last(g, kept) for g in groups}
-    remove_positions(narrow, removed_positions(groups, removed), [])
+    anatomy = decoder_anatomy(narrow, heads=unit)
+    removed = {g.name: _last(g, kept) for g in _groups(anatomy) if g.kind == kind}
+    remove_units(narrow, Removal.of(narrow, anatomy, removed))
     return narrow
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from secateur.models.decoders import is_skipped
 from secateur.models.modeling_secateur import dense_config, layer_sizes
 
 if TYPE_CHECKING:
@@ -27,22 +28,25 @@ def layout_of(model: PreTrainedModel) -> dict[str, Any]:
     """The differences between ``model`` and the stock model that its config describes.
 
     ``modules``: linear modules of another ``shape`` (as stored) or ``bias``. ``parameters``: sizes of norm weights.
-    ``attributes``: integers, or lists of them, that modules hold. Names are relative to ``model.base_model``; all
-    three are empty for a model that the stock class can load. ``base`` is the name of the stock class.
+    ``attributes``: integers, or lists of them, that modules hold. ``skipped``: modules that have left, ``attention`` or
+    ``mlp``; the entry is only there where some have. Names are relative to ``model.base_model``; all are empty for a
+    model that the stock class can load. ``base`` is the name of the stock class.
     """
     with torch.device("meta"):
         stock = stock_class(model)(dense_config(model.config)).base_model
     layout = {"modules": {}, "parameters": {}, "attributes": {}}
     theirs = dict(stock.named_modules())
     for name, module in model.base_model.named_modules():
-        if name in theirs:
+        if is_skipped(module):
+            layout.setdefault("skipped", {})[name] = module.skipped  # type: ignore[assignment]
+        elif name in theirs:
             _compare(name, module, theirs[name], layout)
     return {"version": LAYOUT_VERSION, "base": stock_class(model).__name__, **layout}
 
 
 def is_stock(layout: dict[str, Any]) -> bool:
     """True when nothing differs."""
-    return not (layout["modules"] or layout["parameters"] or layout["attributes"])
+    return not any(layout.get(what) for what in ("modules", "parameters", "attributes", "skipped"))
 
 
 def plain(model: PreTrainedModel) -> bool:

@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -63,8 +63,39 @@ def dense_config(config):
     return dense
 
 
+class Skipped(nn.Module):
+    """Stands where an ``attention`` or an ``mlp`` has left a block: it adds nothing to the residual stream.
+
+    In place of an attention it still has the cache count the tokens, one number for each: transformers asks the first
+    layer of every kind how many there were.
+    """
+
+    def __init__(self, skipped, layer_idx):
+        super().__init__()
+        self.skipped, self.layer_idx = skipped, layer_idx
+
+    def forward(self, hidden_states, *args, **kwargs):
+        nothing = torch.zeros_like(hidden_states)
+        if self.skipped == "mlp":
+            return nothing
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Cache):
+                counted = nothing[:, None, :, :1]
+                value.update(counted, counted, self.layer_idx)
+        return nothing, None
+
+
+def skip(model, name, kind):
+    """Let a ``Skipped`` of this kind stand in place of the module ``name`` of a layer of ``model``."""
+    path, _, leaf = name.rpartition(".")
+    layer = next(int(part) for part in path.split(".") if part.isdigit())
+    setattr(model.get_submodule(path), leaf, Skipped(kind, layer))
+
+
 def resize(base_model, layout):
     """Change the modules of a stock ``base_model``, in place, to the sizes in ``layout``; weights are new."""
+    for name, kind in layout.get("skipped", {}).items():
+        skip(base_model, name, kind)
     for name, sizes in layout.get("modules", {}).items():
         _resize_linear(base_model.get_submodule(name), sizes["shape"], sizes["bias"])
     for name, size in layout.get("parameters", {}).items():

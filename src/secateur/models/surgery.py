@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +21,10 @@ from secateur.models.decoders import (
     typed_blocks,
 )
 from secateur.models.fingerprint import fingerprint
-from secateur.models.modeling_secateur import adopt
+from secateur.models.modeling_secateur import adopt, skip
 from secateur.models.sources import Source
 from secateur.plans import Fingerprint, Plan
-from secateur.structure import Anatomy
+from secateur.structure import Anatomy, Group
 from secateur.structure.surgery import cut_positions, removed_positions, set_parameter, zero_positions
 
 if TYPE_CHECKING:
@@ -53,41 +54,84 @@ def cut_model(plan: Plan, model: PreTrainedModel, *, mask: bool = False) -> PreT
             else:
                 set_parameter(model, name, new.contiguous())
     if mask:
-        if cut.gone_layers:
-            _silence_blocks(model, cut.gone_layers)
+        _silence(model, cut.removal)
         return model
-    _follow(model, cut.positions, cut.gone_layers)
+    _follow(model, cut.removal)
     return model
 
 
-def remove_positions(model: PreTrainedModel, positions: Mapping[tuple[str, int], Tensor], layers: list[int]) -> None:
-    """Remove positions of tensors, then whole blocks, in place; config and module sizes follow."""
-    for name in dict.fromkeys(name for name, _ in positions):
-        set_parameter(model, name, cut_positions(model.get_parameter(name).detach(), name, positions).contiguous())
-    _follow(model, positions, layers)
+def remove_units(model: PreTrainedModel, removal: Removal) -> None:
+    """Remove units, sub-layers and blocks, in place; config and module sizes follow."""
+    for name in dict.fromkeys(name for name, _ in removal.positions):
+        new = cut_positions(model.get_parameter(name).detach(), name, removal.positions)
+        set_parameter(model, name, new.contiguous())
+    _follow(model, removal)
 
 
-def _follow(model: PreTrainedModel, positions: Mapping[tuple[str, int], Tensor], layers: list[int]) -> None:
-    if layers:
-        _drop_blocks(model, layers)
-    if positions:
+def _follow(model: PreTrainedModel, removal: Removal) -> None:
+    for name, kind in removal.skipped.items():
+        skip(model, name, kind)
+    if removal.layers:
+        _drop_blocks(model, removal.layers)
+    if removal.positions or removal.skipped:
         _follow_sizes(model)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What leaves a decoder: positions of tensors, by (tensor, dim); sub-layers; and blocks, by their number.
+
+    A group of which no unit stays takes its whole sub-layer along, biases too: ``skipped`` are the modules that leave
+    with it, as name → ``attention`` or ``mlp``, and ``silent`` those whose outputs vanish.
+    """
+
+    positions: Mapping[tuple[str, int], Tensor]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    silent: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, anatomy: Anatomy, removed: Mapping[str, Tensor]) -> Removal:
+        """``removed`` are the units of every group of the anatomy that leave, ascending int64."""
+        layers = tuple(removed["layers"].tolist()) if "layers" in removed else ()
+        groups = {name: anatomy[name] for name in removed}
+        whole = {
+            name: group
+            for name, group in groups.items()
+            if group.reader and len(removed[name]) == group.units and group.layer not in layers
+        }
+        blocks = typed_blocks(model) if whole else []
+        skipped: dict[str, str] = {}
+        for group in whole.values():
+            block, kind = blocks[group.layer], sublayer_kind(group)
+            skipped |= {block.path(name): kind for name in block.sublayer(kind)}
+        positions = removed_positions([group for name, group in groups.items() if name not in whole], removed)
+        return cls(positions, skipped, tuple(group.reader or "" for group in whole.values()), layers)
+
+    def takes(self, name: str) -> bool:
+        """Whether a tensor leaves with a sub-layer."""
+        return any(name.startswith(f"{module}.") for module in self.skipped)
+
+
+def sublayer_kind(group: Group) -> str:
+    """``attention`` or ``mlp``, for a group of heads or neurons."""
+    return "mlp" if group.kind == "neuron" else "attention"
 
 
 class Cut:
     """What a plan does to each tensor of a dense model of these shapes. Raises PlanMismatchError.
 
-    ``touched`` are the names of the tensors that change or come into being, ``gone_layers`` the blocks that leave.
+    ``touched`` are the names of the tensors that change or come into being, ``removal`` what leaves.
     """
 
     def __init__(self, plan: Plan, model: PreTrainedModel, anatomy: Anatomy | None = None) -> None:
         anatomy = anatomy or decoder_anatomy(model, heads=plan.head_unit)
         _check_groups(plan, anatomy)
-        removed = {name: plan.removed(name) for name in plan.keep}
         self._plan = plan
-        self.positions = removed_positions([anatomy[name] for name in removed], removed)
-        self.gone_layers: list[int] = removed["layers"].tolist() if "layers" in removed else []
-        self.touched = list(dict.fromkeys([*plan.masks, *plan.biases, *(name for name, _ in self.positions)]))
+        self.removal = Removal.of(model, anatomy, {name: plan.removed(name) for name in plan.keep})
+        self.positions = self.removal.positions
+        touched = dict.fromkeys([*plan.masks, *plan.biases, *(name for name, _ in self.positions)])
+        self.touched = [name for name in touched if not self.removal.takes(name)]
 
     def shape(self, name: str, shape: Iterable[int]) -> tuple[int, ...]:
         """What is left of a tensor of this shape."""
@@ -127,7 +171,10 @@ def _check_groups(plan: Plan, anatomy: Anatomy) -> None:
     for name, units in plan.groups.items():
         if name not in anatomy or anatomy[name].units != units:
             raise PlanMismatchError(f"the plan cuts {name} with {units} units, which this model doesn't have")
-        if anatomy[name].frozen and len(plan.keep[name]) != units:
+        kept = len(plan.keep[name])
+        # what is frozen unit by unit may still leave as a whole sub-layer
+        leaves = kept == 0 and anatomy[name].reader is not None
+        if anatomy[name].frozen and kept != units and not leaves:
             raise PlanMismatchError(f"the plan cuts {name}, which must stay: {anatomy[name].frozen}")
 
 
@@ -150,17 +197,20 @@ def _weight_of(model: PreTrainedModel, name: str) -> Tensor:
     return model.get_parameter(name.rpartition(".")[0] + ".weight")
 
 
-def _silence_blocks(model: PreTrainedModel, layers: list[int]) -> None:
-    """Zero what the blocks add to the residual stream."""
-    blocks = typed_blocks(model)
+def _silence(model: PreTrainedModel, removal: Removal) -> None:
+    """Zero what the blocks and sub-layers that leave add to the residual stream."""
+    names = list(removal.silent)
+    for layer in removal.layers:
+        block = typed_blocks(model)[layer]
+        names += [block.out] if block.has_attention else []
+        names += [block.down] if block.has_mlp else []
     with torch.no_grad():
-        for layer in layers:
-            for name in (blocks[layer].out, blocks[layer].down):
-                for parameter in model.get_submodule(name).parameters():
-                    parameter.zero_()
+        for name in names:
+            for parameter in model.get_submodule(name).parameters():
+                parameter.zero_()
 
 
-def _drop_blocks(model: PreTrainedModel, layers: list[int]) -> None:
+def _drop_blocks(model: PreTrainedModel, layers: Iterable[int]) -> None:
     name, blocks = decoder_blocks(model)
     gone = set(layers)
     kept = [i for i in range(len(blocks)) if i not in gone]
@@ -196,13 +246,14 @@ def _follow_sizes(model: PreTrainedModel) -> None:
     blocks = typed_blocks(model)
     family, config = blocks[0].family, model.config
     sizes = [layer_sizes(block) for block in blocks]
-    for block in blocks:
+    attending = [block for block in blocks if block.has_attention]
+    for block in attending:
         _set_attributes(block)
-    if family.plain_heads:
-        config.head_dim = blocks[0].head_dim
+    if family.plain_heads and attending:
+        config.head_dim = attending[0].head_dim
     config.per_layer_config = None
-    for key in sizes[0]:
-        values = {entry[key] for entry in sizes}
+    for key in dict.fromkeys(key for entry in sizes for key in entry):
+        values = {entry[key] for entry in sizes if key in entry}
         if len(values) == 1 and (family.plain_heads or key == family.ffn_key):
             setattr(config, key, values.pop())
     overrides: dict[int | str, dict[str, Any]] = {}
@@ -214,9 +265,12 @@ def _follow_sizes(model: PreTrainedModel) -> None:
 
 
 def layer_sizes(block: DecoderBlock) -> dict[str, int]:
+    """The config entries that say how wide a block is; none of a sub-layer that has left."""
     family = block.family
-    entries = {family.heads_key: block.heads, family.ffn_key: block.neurons}
-    if family.kv_heads_key is not None:
+    entries = {family.heads_key: block.heads} if block.has_attention else {}
+    if block.has_mlp:
+        entries[family.ffn_key] = block.neurons
+    if block.has_attention and family.kv_heads_key is not None:
         entries[family.kv_heads_key] = block.kv_heads
     return entries
 
@@ -245,6 +299,8 @@ def _declare_biases(model: PreTrainedModel, blocks: list[DecoderBlock]) -> None:
         (family.attention_bias_key, family.attention, (*family.qkv, family.out)),
         (family.mlp_bias_key, family.mlp, (*family.up, family.down)),
     )
+    if not all(block.has_attention and block.has_mlp for block in blocks):
+        return
     for key, path, names in parts:
         if key is None or getattr(config, key, True):
             continue

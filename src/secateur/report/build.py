@@ -56,6 +56,8 @@ def _requested(plan: Plan) -> str:
             parts.append(f"{options['pattern']} of the weights")
         elif options.get("layers"):
             parts.append(f"{options['layers']} blocks")
+        elif options.get("sublayers"):
+            parts.append(f"{options['sublayers']} sub-layers")
         elif p.budgets:
             left = (f"{100 * account.asked:.1f} % of the {BUDGET_WORDS[name]}" for name, account in p.budgets.items())
             parts.append(f"{' and '.join(left)} left")

@@ -37,7 +37,8 @@ class BlockCutter:
         cut = Cut(plan, self.source.model, self._anatomy)
         prefix = f"{self.source.name}.{layer}."
         names = [*self.source.block_names(layer), *(name for name in cut.touched if name.startswith(prefix))]
-        tensors = {name: self._made(cut, name, layer) for name in dict.fromkeys(names)}
+        left = [name for name in dict.fromkeys(names) if not cut.removal.takes(name)]
+        tensors = {name: self._made(cut, name, layer) for name in left}
         if self._format == "packed":
             ready: dict[str, Tensor] = {}
             for name in in_order(tensors):

@@ -43,9 +43,9 @@ def check_units(checkpoint: Checkpoint, found: Trace, finding: Finding) -> None:
     """As many heads, neurons and blocks are left as the plans say; with the base model, every shape is the same."""
     anatomy = decoder_anatomy(checkpoint.model, heads=found.head_unit)
     for name, units in sorted(found.units.items()):
-        if name not in anatomy:
+        if name not in anatomy and units:
             finding.add(f"the plan leaves {units} units of {name}, which the checkpoint doesn't have")
-        elif anatomy[name].units != units:
+        elif name in anatomy and anatomy[name].units != units:
             finding.add(f"the plan leaves {units} units of {name}, the checkpoint has {anatomy[name].units}")
     if found.model is not None and finding.ok:
         _compare_shapes(checkpoint.model, found.model, finding)

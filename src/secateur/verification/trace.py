@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from secateur.models.decoders import decoder_anatomy, decoder_blocks
-from secateur.models.surgery import remove_positions
+from secateur.models.surgery import Removal, remove_units
 from secateur.models.weightless import weightless_copy
-from secateur.structure.surgery import removed_positions
 from secateur.verification.findings import Finding
 from secateur.verification.plans import StoredPlan
 
@@ -92,13 +91,13 @@ def _cut(found: Trace, plan: StoredPlan, removed: Mapping[str, Tensor]) -> None:
     if any(anatomy[name].units != plan.groups[name] for name in fitting):
         found.model = None  # said by the check of the base model
         return
-    positions = removed_positions(anatomy, fitting)
-    for (name, dim), gone in positions.items():
+    removal = Removal.of(found.model, anatomy, fitting)
+    for (name, dim), gone in removal.positions.items():
         kept = torch.ones(found.model.get_parameter(name).shape[dim], dtype=torch.bool)
         kept[gone] = False
         for masked in found.masks.get(name, ()):
             masked.cuts.append((dim, kept.nonzero().flatten()))
-    remove_positions(found.model, positions, removed["layers"].tolist() if "layers" in removed else [])
+    remove_units(found.model, removal)
 
 
 def _renumber(found: Trace, blocks: str, count: int, gone: Tensor) -> None:
