@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.allocate import GlobalAllocator, ManualAllocator, UniformAllocator
+from secateur.allocate import GlobalAllocator, ManualAllocator, RoundedAllocator, UniformAllocator
 from secateur.allocate.units import Limits, bundles
 from secateur.errors import BudgetError
 from secateur.structure import Cost, Group
@@ -32,7 +32,7 @@ def cost(kept, groups):
 
 
 TOTAL = 3 * (4 * 12 + 24 * 3)
-ALLOCATORS = [GlobalAllocator, UniformAllocator]
+ALLOCATORS = [GlobalAllocator, UniformAllocator, RoundedAllocator]
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)

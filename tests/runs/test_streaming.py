@@ -37,6 +37,9 @@ METHODS = {
     "wanda_sp": ("wanda_sp", {"sparsity": 0.3}),
     "random_sp, query heads": ("random_sp", {"sparsity": 0.3, "heads": "query"}),
     "shortgpt": ("shortgpt", {"layers": 1}),
+    "angular": ("angular", {"layers": 2}),
+    "blockpruner": ("blockpruner", {"sublayers": 3}),
+    "amp": ("amp", {"sparsity": 0.3}),
 }
 HEALED = {
     "magnitude, refit": ("magnitude", {"heal": "refit", "target": "dense"}),

@@ -7,7 +7,13 @@ from secateur.allocate.densities import erk, global_masks, of_masks, synexp, uni
 from secateur.allocate.masks import MaskRule, NofM, PerMatrix, PerRow, lowest_of_all, mask_rule, parse_pattern
 from secateur.allocate.programme import Budget, ProgrammeAllocator, choose, measured_losses, score_losses
 from secateur.allocate.shares import fit_sparsities, mixed_patterns, removed_counts
-from secateur.allocate.units import Allocator, GlobalAllocator, ManualAllocator, UniformAllocator
+from secateur.allocate.units import (
+    Allocator,
+    GlobalAllocator,
+    ManualAllocator,
+    RoundedAllocator,
+    UniformAllocator,
+)
 
 __all__ = [
     "CHANNEL_SCOPES",
@@ -21,6 +27,7 @@ __all__ = [
     "PerMatrix",
     "PerRow",
     "ProgrammeAllocator",
+    "RoundedAllocator",
     "UniformAllocator",
     "allocate_channels",
     "choose",

@@ -166,14 +166,19 @@ class UniformAllocator:
     def _layer(self, scores: Scores, groups: Sequence[Group], share: float, limits: Limits) -> list[Bundle]:
         ordered = {g.name: bundles(g, scores[g.name], limits) for g in groups}
         least = {g.name: least_bundles(g, ordered[g.name], limits) for g in groups}
-        keep = {n: max(least[n], len(b) - int(len(b) * self.sparsity)) for n, b in ordered.items()}
+        finest = min(groups, key=lambda g: limits.cost(g.cost)).name
+        keep = self._counts(ordered, least, finest)
         if self.fill and self.sparsity > 0:
-            self._meet(groups, ordered, least, keep, share, limits)
+            self._meet(finest, ordered, least, keep, share, limits)
         return [b for n, many in ordered.items() for b in many[: keep[n]]]
+
+    def _counts(self, ordered: Mapping[str, list[Bundle]], least: Mapping[str, int], finest: str) -> dict[str, int]:
+        """How many bundles every group keeps."""
+        return {n: max(least[n], len(b) - int(len(b) * self.sparsity)) for n, b in ordered.items()}
 
     def _meet(
         self,
-        groups: Sequence[Group],
+        finest: str,
         ordered: Mapping[str, list[Bundle]],
         least: Mapping[str, int],
         keep: dict[str, int],
@@ -181,7 +186,6 @@ class UniformAllocator:
         limits: Limits,
     ) -> None:
         """Bring one layer to its share by neurons; where those don't suffice a coarse group gives one unit more."""
-        finest = min(groups, key=lambda g: limits.cost(g.cost)).name
         coarse = [n for n in keep if n != finest]
         costs = [b.cost for b in ordered[finest]]
         while True:
@@ -194,6 +198,33 @@ class UniformAllocator:
             if not spare:
                 raise _refuse(self.sparsity, others + sum(costs[least[finest] :]), int(share), limits)
             keep[max(spare, key=lambda n: keep[n] - least[n])] -= 1
+
+
+@dataclass(frozen=True)
+class RoundedAllocator(UniformAllocator):
+    """Every layer loses the same share of its cost; shares of coarse units are rounded to the nearest, not down.
+
+    ``parts`` says what leaves: ``both``, ``heads`` or ``mlp``. Without ``fill`` a head, or a part of one, that rounding
+    keeps is made up for by as many neurons, whatever they cost (AMP's published rule).
+    """
+
+    parts: str = "both"
+
+    def _layer(self, scores: Scores, groups: Sequence[Group], share: float, limits: Limits) -> list[Bundle]:
+        stays = {"heads": ("neuron",), "mlp": ("head", "kv_head"), "both": ()}[self.parts]
+        cut = [g for g in groups if g.kind not in stays]
+        whole = [b for g in groups if g.kind in stays for b in bundles(g, scores[g.name], limits)]
+        return whole + (super()._layer(scores, cut, share, limits) if cut else [])
+
+    def _counts(self, ordered: Mapping[str, list[Bundle]], least: Mapping[str, int], finest: str) -> dict[str, int]:
+        gone = {n: min(round(len(b) * self.sparsity), len(b) - least[n]) for n, b in ordered.items()}
+        if not self.fill:
+            others = [(b, gone[n]) for n, b in ordered.items() if n != finest]
+            short = sum((len(b) * self.sparsity - count) * len(b[0].units) for b, count in others)
+            many = ordered[finest]
+            wanted = round(len(many) * self.sparsity + short / len(many[0].units))
+            gone[finest] = max(0, min(wanted, len(many) - least[finest]))
+        return {n: len(b) - gone[n] for n, b in ordered.items()}
 
 
 @dataclass(frozen=True)
