@@ -33,9 +33,10 @@ from typing import Any
 
 from checkpoints import check_tokens, prepare
 from common import write_result
-from comparison import TEXT, Case, best, table
 from processes import Run, measured, own_peak_bytes
 from profiles import ORDER, RATE, find_sampler, profiled
+
+from comparison import TEXT, Case, best, table
 
 METHODS = ("wanda", "sparsegpt")
 DTYPES = ("float32", "bfloat16")

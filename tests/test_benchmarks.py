@@ -1,5 +1,6 @@
 """What the studies in ``benchmarks/`` rest on: memory of one process, the stages of a profile, and what is compared."""
 
+import argparse
 import importlib
 import json
 import os
@@ -297,3 +298,23 @@ def test_the_front_of_second_order_methods_and_its_picture(study):
     assert [row["front"] for row in rows] == ["yes", "", "yes"]
     picture = module.drawn([{"removed": "", "method": "dense", "perplexity": 25.6}, *rows])
     assert picture.count("<circle") == 3 and "weights, 0.5 removed" in picture
+
+
+def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_checkpoint, tmp_path):
+    structured, written = study("structured"), []
+    monkeypatch.setattr(structured, "write_result", lambda *given: written.append(given))
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, again and again\n" * 60, encoding="utf8")
+    arguments = argparse.Namespace(
+        model=str(tiny_checkpoint), calibration=str(text), evaluation=str(text), work=str(tmp_path / "work")
+    )
+    for methods in (("magnitude_sp", "wanda_sp"), ("magnitude_sp", "wanda_sp", "random_sp")):
+        found = structured.compared(arguments, methods, samples=2, length=32, windows=4, tolerance=0.1)
+        structured.publish(found, "tiny")
+    assert found.results.reused == 4
+    ((name, _, setting, first, _), (_, _, _, rows, said)) = written
+    assert name == "compare-tiny" and "text.txt" in setting["calibration"] and str(tmp_path) not in str(written)
+    assert [row["method"] for row in rows] == ["dense", *["magnitude_sp", "wanda_sp", "random_sp"] * 2]
+    assert len(first) == 5 and rows[3]["seeds"] == 3 and rows[3]["±"] > 0 and rows[1]["±"] == ""
+    assert rows[1]["M parameters"] < rows[0]["M parameters"]
+    assert all(verdict.sentence in said for verdict in found.first_verdicts)

@@ -16,6 +16,7 @@ EXPORTED = [
     "__version__",
     "anatomy",
     "apply",
+    "compare",
     "convert",
     "densities",
     "describe",

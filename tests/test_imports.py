@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
         "estimate",
         "networks",
         "runs",
+        "comparison",
         "sweep",
         "recipes",
         "api",
@@ -32,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
         "structure",
         "plans",
     },
+    "comparison": {"sweep", "recipes", "methods", "evaluation", "report", "structure", "plans"},
     "estimate": {
         "recipes",
         "allocators",
@@ -56,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "structure",
         "plans",
     },
-    "sweep": {"recipes", "api", "methods", "models", "evaluation", "observe", "report", "plans"},
+    "sweep": {"recipes", "api", "engine", "methods", "models", "evaluation", "observe", "report", "plans"},
     "recipes": {"api", "allocators", "methods", "allocate", "report", "plans"},
     "engine": {
         "budgets",

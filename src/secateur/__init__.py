@@ -24,6 +24,7 @@ _HOMES = {
     "evaluate": "secateur.api",
     "save": "secateur.api",
     "run": "secateur.runs.run",
+    "compare": "secateur.comparison",
     "push": "secateur.api",
     "convert": "secateur.api",
     "verify": "secateur.api",
@@ -40,6 +41,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from secateur.api import Result, anatomy, apply, convert, densities, evaluate, load, plan, prune, push, save, verify
+    from secateur.comparison import compare
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan

@@ -467,8 +467,8 @@ def evaluate(
 ) -> Table:
     """Measure models side by side; the first is the dense baseline. ``models`` is one, a list, or a mapping of names.
 
-    Tasks of decoders: ``perplexity:builtin``, ``perplexity:FILE``, ``perplexity:DATASET``, ``speed``, ``size``,
-    ``lm_eval:TASK``. ``length`` is the window in tokens and ``windows`` their number.
+    Tasks of decoders: ``perplexity:builtin``, ``perplexity:FILE``, ``perplexity:DATASET``, ``speed``, ``request``,
+    ``size``, ``macs``, ``lm_eval:TASK``. ``length`` is the window in tokens and ``windows`` their number.
     ``text_field`` is the field of a jsonl or parquet file. ``folders`` maps the names of models to their checkpoint
     folders, whose size on disk is then the one shown.
     Tasks of other networks, torch modules and ONNX models: ``accuracy:IMAGES`` (top-1 and mean loss on a folder with

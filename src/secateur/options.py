@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
-from secateur.errors import OptionError, nearest
+from secateur.errors import OptionError, UsageError, nearest
 
 
 def option(
@@ -48,6 +48,21 @@ def _check_option(method: str, spec: dataclasses.Field[Any], value: Any, hint: A
         )
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not _in_range(meta, value):
         raise OptionError(f"{method}: {name} must lie in {interval(meta)}, got {value!r} ({meta.get('help', '')})")
+
+
+def parse_named(text: str, what: str) -> tuple[str, dict[str, str]]:
+    """``owl:m=5,lam=0.08`` → the name and the options that it is given, as text; ``what`` says what is named so.
+
+    Raises UsageError.
+    """
+    name, colon, rest = text.partition(":")
+    options: dict[str, str] = {}
+    for pair in rest.split(",") if colon else ():
+        key, equals, value = (piece.strip() for piece in pair.partition("="))
+        if not key or not equals or key in options:
+            raise UsageError(f"{what} is NAME or NAME:KEY=VALUE,KEY=VALUE, each key once, got '{text}'")
+        options[key] = value
+    return name.strip(), options
 
 
 def _in_range(meta: Mapping[str, Any], value: float) -> bool:

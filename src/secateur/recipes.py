@@ -52,6 +52,11 @@ class CalibrationSpec(BaseModel):
     seed: int = Field(default=0, ge=0)
     text_field: str | None = None
 
+    @property
+    def drawn(self) -> bool:
+        """Whether the seed decides what the text is: the model writes it, others are read from their start."""
+        return self.source == "self"
+
 
 class Step(BaseModel):
     """One method and how much it removes; ``options`` are the method's own, ``allocate`` says where it is removed."""
@@ -125,6 +130,12 @@ class Recipe(BaseModel):
 
         method = make_method(step.method, self.method_options(step))
         return method, chosen_allocation(step.allocate, method)
+
+    def is_random(self, step: Step) -> bool:
+        """Whether another seed may lead to another plan: by the method, or by text that the model writes."""
+        method, allocation = self.words(step)
+        reads = method.uses_data or (allocation is not None and allocation.needs_text)
+        return ("seed" in method.option_fields() and "seed" not in step.options) or (self.calibration.drawn and reads)
 
     def check_methods(self) -> None:
         """Look every method, allocator and option up, before anything is loaded. Raises UsageError."""

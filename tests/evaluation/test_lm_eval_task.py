@@ -83,11 +83,26 @@ def test_a_local_task_is_scored_as_by_hand(
         assert math.isclose(table["tiny_choice acc"].values[name], by_hand)
     metric = table["tiny_choice acc"]
     assert metric.higher_is_better is True
-    assert "task version 3.0, 0-shot, 8 of 8 items" in metric.protocol
+    assert "task version 3.0, 0-shot, 8 of 8 items, multiple choice" in metric.protocol
+    # what the value is the mean of, item by item
+    for name, items in metric.parts.items():
+        assert len(items) == 8 and set(items) <= {0.0, 1.0} and sum(items) / 8 == metric.values[name]
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
     assert capsys.readouterr().out == ""
+
+
+def test_generated_answers_are_scored_item_by_item(task_file: Path, make_llama: Any, tiny_tokenizer: Any) -> None:
+    path = task_file.with_name("tiny_answer.yaml")
+    text = task_file.read_text().replace("tiny_choice", "tiny_answer").replace("multiple_choice", "generate_until")
+    text = text.replace('doc_to_choice: "{{choices}}"\n', "generation_kwargs: {until: [zz], max_gen_toks: 3}\n")
+    text = text.replace("doc_to_target: answer", 'doc_to_target: "{{answer}}"')
+    text = text.replace("metric: acc\n", "metric: exact_match\n").replace("acc_norm", "exact_match")
+    path.write_text(text[: text.rindex("  - metric")] + text[text.index("metadata:") :])
+    (metric,) = evaluate_models(make_llama(), tiny_tokenizer, [f"lm_eval:{path}?limit=4"])
+    assert metric.name == "tiny_answer exact_match" and metric.protocol.endswith("4 of 8 items, generate until")
+    assert metric.parts == {"dense": [0.0] * 4} and metric.values == {"dense": 0.0}
 
 
 def test_limit_takes_the_first_items(task_file: Path, tiny_llama: Any, tiny_tokenizer: Any) -> None:

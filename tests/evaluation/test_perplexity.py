@@ -37,6 +37,15 @@ def test_the_value_is_the_formula(make_llama: Any, tiny_tokenizer: Any) -> None:
         assert math.isclose(table["perplexity"].values[name], expected, rel_tol=1e-5)
 
 
+def test_the_losses_of_the_windows_are_kept(make_llama: Any, tiny_tokenizer: Any) -> None:
+    models = {"dense": make_llama(), "other": make_llama(seed=3)}
+    metric = evaluate_models(models, tiny_tokenizer, ["perplexity:builtin"], length=24, windows=5)["perplexity"]
+    ids = load_tokens("builtin", tiny_tokenizer, samples=5, length=24, split="evaluation").ids
+    for name, model in models.items():
+        assert metric.parts[name] == window_losses(model, ids).tolist()
+        assert metric.values[name] == math.exp(sum(metric.parts[name]) / 5)
+
+
 def test_uniform_logits_give_the_size_of_the_vocabulary(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     torch.nn.init.zeros_(tiny_llama.lm_head.weight)
     table = evaluate_models(tiny_llama, tiny_tokenizer, "perplexity:builtin", length=16, windows=3)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from secateur.allocators.base import Allocator, Measuring, check_follows
 from secateur.errors import UsageError, nearest
 from secateur.methods import Method
-from secateur.options import describe_options, option_values
+from secateur.options import describe_options, option_values, parse_named
 
 A = TypeVar("A", bound=Allocator)
 
@@ -54,14 +54,8 @@ def get_allocator(name: str) -> type[Allocator]:
 
 def parse_allocator(text: str) -> Allocator:
     """``owl`` or ``owl:m=5,lam=0.08`` → the allocator with these options. Raises UsageError and OptionError."""
-    name, colon, rest = text.partition(":")
-    cls = get_allocator(name.strip())
-    options: dict[str, str] = {}
-    for pair in rest.split(",") if colon else ():
-        key, equals, value = (piece.strip() for piece in pair.partition("="))
-        if not key or not equals or key in options:
-            raise UsageError(f"an allocator is NAME or NAME:KEY=VALUE,KEY=VALUE, each key once, got '{text}'")
-        options[key] = value
+    name, options = parse_named(text, "an allocator")
+    cls = get_allocator(name)
     return cls(**option_values(cls.name, cls, options, f"'secateur allocators {cls.name}' lists them"))
 
 

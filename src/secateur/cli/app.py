@@ -8,6 +8,7 @@ import typer
 
 from secateur.cli import (
     allocators,
+    compare,
     convert,
     curve,
     describe,
@@ -56,6 +57,7 @@ app.add_typer(plan.app, name="plan")
 app.command("evaluate", help=help_text("evaluate"))(evaluate.evaluate)
 app.command("sweep", help=help_text("sweep"))(sweep.sweep)
 app.command("curve", help=help_text("curve"))(curve.curve)
+app.command("compare", help=help_text("compare"))(compare.compare)
 app.command("verify", help=help_text("verify"))(verify.verify)
 app.command("convert", help=help_text("convert"))(convert.convert)
 app.command("inspect", help=help_text("inspect"))(inspect.inspect)

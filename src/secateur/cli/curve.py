@@ -31,7 +31,6 @@ from secateur.cli.options import (
 )
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.prune import given, parse_options
-from secateur.cli.sweep import resumable
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ def _run(
     """Run the points, then the setting that they recommend, so that what was expected there meets what is."""
     from secateur.sweep.curve import curve_of, predicted_at, quality_metrics
     from secateur.sweep.pools import InSequence
-    from secateur.sweep.runner import make_job, open_journal, run_sweep
+    from secateur.sweep.runner import make_job, open_journal, resumable, run_sweep
 
     job = make_job(asked, out, trust_remote_code=trust_remote_code, plugins=tuple(plugins))
     journal, finished = open_journal(out, job, resume=resume, overwrite=overwrite)

@@ -61,6 +61,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Show how quality falls with sparsity, where its knee is, and which sparsity to take.",
         "secateur curve smollm2-135m --method magnitude --sparsities 0.2:0.8 --points 3 --windows 4 --out curve",
     ),
+    "compare": (
+        "Hold methods against each other at equal budgets, and say which is best and how sure that is.",
+        "secateur compare smollm2-135m --methods wanda_sp,random_sp --samples 4 --length 64 --windows 4 --out compared",
+    ),
 }
 
 

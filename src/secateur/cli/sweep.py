@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +15,6 @@ from secateur.errors import SweepError, UsageError, require_extra
 
 if TYPE_CHECKING:
     from secateur.sweep.pools import Pool
-    from secateur.sweep.records import Journal
     from secateur.sweep.runner import Results
     from secateur.sweep.spec import Sweep
     from secateur.sweep.worker import Job
@@ -50,7 +47,7 @@ def sweep(
     if resume and overwrite:
         raise UsageError("--resume goes on with what --overwrite would remove: give one of them")
     load_plugins(plugin)
-    from secateur.sweep.runner import make_job, open_journal, run_sweep
+    from secateur.sweep.runner import make_job, open_journal, resumable, run_sweep
     from secateur.sweep.spec import load_sweep
 
     asked = load_sweep(recipe)
@@ -72,7 +69,7 @@ def sweep(
     missing = write_results(results, folder)
     show_notes([*results.notes, *missing], quiet)
     _show(results, folder, json)
-    _fail(results)
+    fail(results)
 
 
 def _check(asked: Sweep) -> None:
@@ -109,20 +106,6 @@ def _default_workers(job: Job, asked: Sweep) -> int:
     return max(1, min(DEFAULT_WORKERS, asked.size))
 
 
-@contextmanager
-def resumable(journal: Journal, asked: Sweep) -> Iterator[None]:
-    """An interrupt says what is there and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from secateur.cli.running import INTERRUPTED
-        from secateur.sweep.runner import collect
-
-        done = len(collect(asked, journal.resume()).points)
-        print(f"interrupted; {done} of {asked.size} points are done: --resume goes on with the rest", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-
-
 def _show(results: Results, folder: Path, json: bool) -> None:
     from secateur.sweep.results import results_document, results_table
 
@@ -132,7 +115,7 @@ def _show(results: Results, folder: Path, json: bool) -> None:
     show(results_table(results), f"results, plans and sweep.html are in {folder}")
 
 
-def _fail(results: Results) -> None:
+def fail(results: Results) -> None:
     """Say after everything else what is missing. Raises SweepError."""
     failed = results.failed
     if failed:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from functools import singledispatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from secateur.allocators import Allocator, check_follows
-from secateur.engine.layers import decide_layers
+from secateur.engine.layers import check_layers, decide_layers
 from secateur.engine.refits import refit
 from secateur.engine.run import Progress, Run
 from secateur.engine.search import decide_searched
-from secateur.engine.sublayers import decide_sublayers
-from secateur.engine.units import decide_units
-from secateur.engine.weights import decide_weights
+from secateur.engine.sublayers import check_sublayers, decide_sublayers
+from secateur.engine.units import check_units, decide_units
+from secateur.engine.weights import check_weights, decide_weights
 from secateur.errors import UsageError
 from secateur.keeping import Keeper
 from secateur.methods import LayerMethod, Method, SearchMethod, SublayerMethod, UnitMethod, WeightMethod
@@ -23,6 +23,10 @@ from secateur.models.sources import Source
 from secateur.observe.activations import Activations
 from secateur.observe.calibration import Tokens
 from secateur.ranks import ALONE, Ranks
+from secateur.structure import Anatomy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def decide(
@@ -53,11 +57,24 @@ def decide(
         check_follows(allocator, method)
     run = Run(method, source, tokens, dtype, batch_tokens, progress, keeper or Keeper(), hidden, statistics, ranks)
     run.allocator, run.allocator_statistics, run.latency_table = allocator, allocator_statistics, latency_table
+    check_model(method, source.model, run.anatomy)
     if not run.keeper.closed:
         _decide(method, run)
     if isinstance(method, WeightMethod | UnitMethod) and method.refits_later and run.keeper.closed:
         refit(run, method)
     return run.keeper
+
+
+@singledispatch
+def check_model(method: Any, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Refuse what a method can't do to this model, as far as its anatomy tells. Raises SecateurError."""
+
+
+check_model.register(WeightMethod, check_weights)
+check_model.register(SearchMethod, check_weights)
+check_model.register(UnitMethod, check_units)
+check_model.register(LayerMethod, check_layers)
+check_model.register(SublayerMethod, check_sublayers)
 
 
 @singledispatch

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.engine.run import Run
-from secateur.errors import UnsupportedModelError, UsageError
+from secateur.errors import UsageError
 from secateur.keeping import Decision
 from secateur.methods import SearchMethod
 from secateur.models.sources import check_finite
@@ -19,10 +19,8 @@ SECONDS_BETWEEN_STATES = 30.0
 
 
 def decide_searched(method: SearchMethod, run: Run) -> None:
-    """Masks, by steps that go on from the state that was kept last. Raises UsageError, UnsupportedModelError."""
+    """Masks, by steps that go on from the state that was kept last. Raises UsageError."""
     targets = list(run.anatomy.matrices)
-    if not targets:
-        raise UnsupportedModelError(f"{type(run.source.model).__name__} has no linear weights in its blocks")
     if method.sparsity == 0:
         return
     if run.ranks.size > 1:

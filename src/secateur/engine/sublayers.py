@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from secateur.engine.run import Run
@@ -11,14 +13,25 @@ from secateur.keeping import Decision
 from secateur.methods import Gone, Sublayer, SublayerMethod
 from secateur.models.decoders import unknown_family
 from secateur.models.surgery import sublayer_kind
-from secateur.structure import Group
+from secateur.structure import Anatomy, Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_sublayers(method: SublayerMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Raises UnsupportedModelError."""
+    if not _sublayers(anatomy):
+        raise UnsupportedModelError(unknown_family(model))
+
+
+def _sublayers(anatomy: Anatomy) -> list[Group]:
+    return [group for group in anatomy if group.reader]
 
 
 def decide_sublayers(method: SublayerMethod, run: Run) -> None:
-    """The sub-layers that stay. Raises UnsupportedModelError, UsageError, BudgetError."""
-    groups = [g for g in run.anatomy if g.reader]
-    if not groups:
-        raise UnsupportedModelError(unknown_family(run.source.model))
+    """The sub-layers that stay. Raises UsageError, BudgetError."""
+    groups = _sublayers(run.anatomy)
     if run.ranks.size > 1:
         raise UsageError(f"{method.name} tries whole models out in one process: start it without torchrun")
     sublayers = [Sublayer(g.name, sublayer_kind(g), g.layer, g.units * g.cost.macs) for g in groups]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -26,14 +27,21 @@ from secateur.methods import UnitMethod
 from secateur.models.decoders import unknown_family
 from secateur.models.sources import check_finite
 from secateur.observe import Moments
-from secateur.structure import Group
+from secateur.structure import Anatomy, Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_units(method: UnitMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Raises UnsupportedModelError."""
+    if not anatomy.of_kind(*method.kinds):
+        raise UnsupportedModelError(unknown_family(model))
 
 
 def decide_units(method: UnitMethod, run: Run) -> None:
-    """Kept units, and what compensates or refits. Raises UnsupportedModelError, BudgetError."""
+    """Kept units, and what compensates or refits. Raises BudgetError."""
     groups = run.anatomy.of_kind(*method.kinds)
-    if not groups:
-        raise UnsupportedModelError(unknown_family(run.source.model))
     if all(fraction == 1 for fraction in method.asked.values()):
         return
     total = Limits(budget=method.budget).cost(run.anatomy.blocks)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,18 +13,25 @@ from secateur.engine.refits import few_tokens_noted
 from secateur.engine.run import Run, set_weight
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.keeping import Decision
-from secateur.methods import WeightMethod
-from secateur.structure import Matrix
+from secateur.methods import SearchMethod, WeightMethod
+from secateur.structure import Anatomy, Matrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_weights(method: WeightMethod | SearchMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Raises UsageError, UnsupportedModelError."""
+    if not anatomy.matrices:
+        raise UnsupportedModelError(f"{type(model).__name__} has no linear weights in its blocks")
+    if pattern := getattr(method, "pattern", ""):
+        _check_pattern(pattern, anatomy.matrices)
 
 
 def decide_weights(method: WeightMethod, run: Run) -> None:
-    """Masks, and new values where the method or a refit solves for some. Raises UsageError, UnsupportedModelError."""
+    """Masks, and new values where the method or a refit solves for some."""
     targets = list(run.anatomy.matrices)
-    if not targets:
-        raise UnsupportedModelError(f"{type(run.source.model).__name__} has no linear weights in its blocks")
-    if method.pattern:
-        _check_pattern(method.pattern, targets)
-    elif method.sparsity == 0:
+    if method.sparsity == 0 and not method.pattern:
         return
     if method.decides_globally:
         _decide_globally(run, method, targets)
@@ -81,7 +88,7 @@ def _decide_globally(run: Run, method: WeightMethod, targets: list[Matrix]) -> N
     run.keeper.close(parts())
 
 
-def _check_pattern(pattern: str, matrices: list[Matrix]) -> None:
+def _check_pattern(pattern: str, matrices: Sequence[Matrix]) -> None:
     rule = parse_pattern(pattern)
     for matrix in matrices:
         if matrix.shape[1] % rule.m:

@@ -5,7 +5,8 @@
     latency:threads=2              on 2 threads of the processor
 
 Repeats are interleaved over the models (dense, pruned, dense, pruned, ...), so that a machine that slows down or
-warms up meets all of them alike. MACs are counted on the graph, for all of the example inputs together.
+warms up meets all of them alike. MACs are counted on the graph, for all of the example inputs together; of language
+models in their linear layers, for one token.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from secateur import timing
 from secateur.errors import UsageError
-from secateur.evaluation.base import Inputs, Settings, whole_numbers
+from secateur.evaluation.base import Inputs, Settings, is_decoder, whole_numbers
 from secateur.evaluation.runners import open_runners
+from secateur.models.decoders import is_linear
 from secateur.report import Metric
 
 
@@ -73,7 +75,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Macs:
-    """``macs``: multiply-accumulates of one call."""
+    """``macs``: multiply-accumulates of one call, or of one token that goes through a decoder."""
 
     @classmethod
     def parse(cls, argument: str) -> Macs:
@@ -88,11 +90,24 @@ class Macs:
         return "macs"
 
     def measure(self, models: Mapping[str, Any], tokenizer: Any, settings: Settings) -> list[Metric]:
-        """One metric. Raises UsageError, or UnsupportedModelError for a module that can't be traced."""
+        """One metric. Raises UsageError, or UnsupportedModelError for a module that can't be traced.
+
+        Of decoders without example inputs the linear layers are counted, the head among them.
+        """
+        if settings.inputs is None and all(map(is_decoder, models.values())):
+            linear = {name: float(linear_macs(model)) for name, model in models.items()}
+            how = "linear layers, one token; products of queries, keys and values are left out"
+            return [Metric("MACs", "", linear, False, how)]
         inputs = inputs_of(settings, self.name)
         counted = {name: runner.traced(inputs).total.macs for name, runner in open_runners(models).items()}
         how = f"counted on the graph, one call on {inputs or 'the model’s own sizes'}"
         return [Metric("MACs", "", {name: float(n) for name, n in counted.items()}, False, how)]
+
+
+def linear_macs(model: nn.Module) -> int:
+    """Multiply-accumulates of all linear layers for one token; a head that is tied to the embedding counts."""
+    weights: Any = (module.weight for module in model.modules() if is_linear(module))
+    return sum(weight.numel() for weight in weights)
 
 
 def _with_batch(inputs: Inputs, batch: int | None) -> Inputs:

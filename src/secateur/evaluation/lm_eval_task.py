@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,9 @@ class LmEval:
     def measure(
         self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
-        """One metric per task and score, such as ``hellaswag acc``. Raises UsageError and DataError."""
+        """One metric per task and score, such as ``hellaswag acc``, its parts the scores of the items where they have
+        any. Raises UsageError and DataError.
+        """
         manager = self._manager()
         results = {}
         for done, (name, model) in enumerate(models.items(), start=1):
@@ -101,7 +104,7 @@ class LmEval:
                 num_fewshot=self.fewshot,
                 limit=self.limit,
                 task_manager=manager,
-                log_samples=False,
+                log_samples=True,
                 fewshot_random_seed=settings.seed,
                 bootstrap_iters=0,
                 **seeds,
@@ -145,16 +148,27 @@ def _metrics(results: Mapping[str, dict[str, Any]], limit: int | None) -> list[M
     for task, scores in first["results"].items():
         for key, value in scores.items():
             if isinstance(value, (int, float)) and "," in key and not key.partition(",")[0].endswith("_stderr"):
-                values = {name: float(result["results"][task][key]) for name, result in results.items()}
-                metrics.append(_metric(first, task, key, values, limit))
+                metrics.append(_metric(results, first, task, key, limit))
     return metrics
 
 
-def _metric(first: dict[str, Any], task: str, key: str, values: dict[str, float], limit: int | None) -> Metric:
+def _metric(
+    results: Mapping[str, dict[str, Any]], first: dict[str, Any], task: str, key: str, limit: int | None
+) -> Metric:
     score, _, kind = key.partition(",")
     label = f"{task} {score}" if kind == "none" else f"{task} {score} ({kind})"
     better = first.get("higher_is_better", {}).get(task, {}).get(score)
-    return Metric(label, "", values, better, _protocol(first, task, limit))
+    values = {name: float(result["results"][task][key]) for name, result in results.items()}
+    parts = {name: _items(result.get("samples", {}).get(task, []), score, kind) for name, result in results.items()}
+    whole = all(parts.values()) and len({len(items) for items in parts.values()}) == 1
+    return Metric(label, "", values, better, _protocol(first, task, limit), parts if whole else {})
+
+
+def _items(samples: list[dict[str, Any]], score: str, kind: str) -> list[float]:
+    """The score of every item; none where the score is one of the whole task (a corpus BLEU, a perplexity)."""
+    scores = [sample.get(score) for sample in samples if sample.get("filter", "none") == kind]
+    numbers = [float(value) for value in scores if isinstance(value, Real)]
+    return numbers if len(numbers) == len(scores) else []
 
 
 def _protocol(first: dict[str, Any], task: str, limit: int | None) -> str:
@@ -163,4 +177,7 @@ def _protocol(first: dict[str, Any], task: str, limit: int | None) -> str:
     counts = first.get("n-samples", {}).get(task)
     items = f"{counts['effective']} of {counts['original']} items" if counts else f"limit {limit or 'none'}"
     shots = first.get("n-shot", {}).get(task, 0)
-    return f"lm-eval {version('lm-eval')}, task version {first.get('versions', {}).get(task)}, {shots}-shot, {items}"
+    # survives pruning or doesn't: see the guide on comparing methods
+    how = str(first.get("configs", {}).get(task, {}).get("output_type", "")).replace("_", " ")
+    about = f"lm-eval {version('lm-eval')}, task version {first.get('versions', {}).get(task)}, {shots}-shot, {items}"
+    return f"{about}, {how}" if how else about

@@ -54,7 +54,10 @@ class Perplexity:
     def measure(
         self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
-        """One metric. Raises DataError for unusable text and NonFiniteError when a loss is NaN or inf."""
+        """One metric, its parts the mean losses of the windows.
+
+        Raises DataError for unusable text and NonFiniteError when a loss is NaN or inf.
+        """
         for model in models.values():
             check_length(model, settings.length)
         tokens = load_tokens(
@@ -68,10 +71,12 @@ class Perplexity:
             model=next(iter(models.values())),
             allow_fewer=True,
         )
-        values = {name: self._value(name, model, tokens, settings) for name, model in models.items()}
-        return [Metric(self.name, "", values, higher_is_better=False, protocol=_protocol(tokens, settings))]
+        losses = {name: self._losses(name, model, tokens, settings) for name, model in models.items()}
+        values = {name: _exp(float(losses_N.mean()), name) for name, losses_N in losses.items()}
+        parts = {name: losses_N.tolist() for name, losses_N in losses.items()}
+        return [Metric(self.name, "", values, False, _protocol(tokens, settings), parts)]
 
-    def _value(self, name: str, model: PreTrainedModel, tokens: Tokens, settings: Settings) -> float:
+    def _losses(self, name: str, model: PreTrainedModel, tokens: Tokens, settings: Settings) -> Tensor:
         def step(done: int) -> None:
             settings.progress(f"{self.name} {name}", done, len(tokens.ids))
 
@@ -82,7 +87,7 @@ class Perplexity:
                 f"the loss of model {name} is NaN or inf in window {int(broken[0]) + 1} of {tokens.info.source}; "
                 "try float32, or remove less"
             )
-        return _exp(float(losses.mean()), name)
+        return losses
 
 
 @torch.inference_mode()

@@ -17,7 +17,9 @@ class Metric:
     """One number per model. ``values`` maps the model's name to the value; the first model is the dense baseline.
 
     ``higher_is_better`` is None for plain facts. ``protocol`` says how it was measured: data set, join, window,
-    token count, batch, repeats.
+    token count, batch, repeats. ``parts`` are what a value was computed from, by model: the mean loss of every window
+    in nats, or the score of every item, in the same order for all models; the value rises with their mean. Empty where
+    nothing of the kind is known.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Metric:
     values: dict[str, float]
     higher_is_better: bool | None = None
     protocol: str = ""
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
     def change(self, model: str) -> float | None:
         """Relative change against the first model, as a fraction; None when the baseline is 0 or absent."""

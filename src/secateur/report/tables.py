@@ -190,11 +190,12 @@ def allocator_text(allocator: Mapping[str, Any]) -> RenderableType:
     return Group(head, Text(allocator["doc"]), Text(), _options_table(allocator["options"]))
 
 
-def rows_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Plain cells under their heads; numbers to the right."""
-    table = _table()
-    for name in header:
-        table.add_column(_plain(name), justify="right" if name else "left", overflow="fold")
+def rows_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 0, caption: str = "") -> Table:
+    """Plain cells under their heads; numbers to the right, and the first ``words`` columns to the left."""
+    table = _table(caption)
+    for position, name in enumerate(header):
+        left = not name or position < words
+        table.add_column(_plain(name), justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_plain(cell) for cell in row))
     return table

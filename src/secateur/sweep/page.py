@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from secateur.report.charts import INK, MUTED, Chart, axis, frame
+from secateur.report.looks import LOOKS_STYLE, key_of, looks_of
 from secateur.report.numbers import format_value
 from secateur.report.page import facts_table, figure, page, table
 from secateur.sweep.pareto import Front, fronts
@@ -15,21 +16,6 @@ from secateur.sweep.results import columns
 from secateur.sweep.runner import Results
 from secateur.versions import library_versions, machine
 
-# colours that differ in lightness as well as in hue, each with a mark of its own: (name, light, dark, symbol, glyph)
-_LOOKS = (
-    ("one", "#2f6f6a", "#58a89d", "circle", "●"),
-    ("two", "#c26a1b", "#e2a466", "square", "■"),
-    ("three", "#5b4b9a", "#a99be0", "triangle-up", "▲"),
-    ("four", "#a63d5b", "#ee8fa8", "diamond", "◆"),
-    ("five", "#5d7a1f", "#b3cf6b", "triangle-down", "▼"),
-    ("six", "#2a6496", "#7db8e8", "star", "★"),
-)
-STYLE = (
-    ":root {" + "".join(f"--{name}: {light};" for name, light, *_ in _LOOKS) + "}\n"
-    "@media (prefers-color-scheme: dark) { :root {"
-    + "".join(f"--{name}: {dark};" for name, _, dark, *_ in _LOOKS)
-    + "} }\n.key b { margin-right: .35rem; font-weight: 400; }\n"
-)
 _WIDE_RANGE = 8.0
 """qualities that span more than this factor get a logarithmic axis"""
 
@@ -42,7 +28,7 @@ def render(results: Results) -> str:
     charts: dict[str, Any] = {}
     found = fronts(results.dense, results.points)
     sections = [_headline(results), _fronts(found, results, charts), _points(results), _provenance(results)]
-    return page(f"Sweep of {results.sweep.base.model}", sections, charts, "the page of a sweep", STYLE)
+    return page(f"Sweep of {results.sweep.base.model}", sections, charts, "the page of a sweep", LOOKS_STYLE)
 
 
 def _headline(results: Results) -> str:
@@ -65,11 +51,7 @@ def _fronts(found: Sequence[Front], results: Results, charts: dict[str, Any]) ->
         why = "the points differ in no cost, or no quality was measured"
         return f"<section><h2>Pareto front</h2><p>There is none: {why}.</p></section>"
     groups = _groups(results.points)
-    key = "".join(
-        f'<li><b style="color:var(--{look[0]})">{look[4]}</b>{escape(name)}</li>'
-        for name, look in _looks(groups).items()
-    )
-    key += f"<li><b>✕</b>{DENSE}</li>"
+    key = f"{key_of(looks_of(groups))}<li><b>✕</b>{DENSE}</li>"
     figures = [figure(front_chart(front, groups, results), charts, key) for front in found]
     return "\n".join(["<section><h2>Pareto front</h2>", *figures, "</section>"])
 
@@ -80,10 +62,6 @@ def _groups(points: Sequence[Record]) -> dict[str, list[Record]]:
     for record in points:
         groups.setdefault(str(record.values.get("method", "points")), []).append(record)
     return groups
-
-
-def _looks(groups: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    return {name: _LOOKS[number % len(_LOOKS)] for number, name in enumerate(groups)}
 
 
 def front_chart(front: Front, groups: Mapping[str, Sequence[Record]], results: Results) -> Chart:
@@ -99,9 +77,9 @@ def front_chart(front: Front, groups: Mapping[str, Sequence[Record]], results: R
             "hoverinfo": "skip",
         }
     ]
-    for name, (colour, _, _, symbol, _) in _looks(groups).items():
+    for name, look in looks_of(groups).items():
         placed = [record.name for record in groups[name] if record.name in front.places]
-        data.append(_marks(placed, front, symbol, f"var(--{colour})"))
+        data.append(_marks(placed, front, look.symbol, look.colour))
     if DENSE in front.places:
         data.append(_marks([DENSE], front, "x", INK))
     qualities = [quality for _, quality in front.places.values()]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from secateur.report.report import BYTES_ON_DISK
 from secateur.sweep.records import Record
 
-SIZES = ("parameters", "non-zero parameters", "bytes", BYTES_ON_DISK, "peak memory")
-SPEEDS = ("prefill", "decode", "decode bound")
+SIZES = ("parameters", "non-zero parameters", "bytes", BYTES_ON_DISK, "peak memory", "MACs")
+REQUEST = "latency of a request"
+SPEEDS = ("prefill", "decode", "decode bound", REQUEST)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def _latency(record: Record) -> float | None:
 
 COSTS = (
     Cost("latency", "ms/token", "ms/tok", _latency),
+    Cost(REQUEST, "ms", "request", lambda record: record.metric(REQUEST)),
     Cost(BYTES_ON_DISK, "bytes", "on disk", lambda record: record.metric(BYTES_ON_DISK)),
     Cost("parameters", "parameters", "params", lambda record: record.metric("parameters")),
     Cost("non-zero parameters", "parameters", "nonzero", lambda record: record.metric("non-zero parameters")),
@@ -52,8 +54,16 @@ class Front:
 
 def quality_metric(record: Record) -> str | None:
     """The first metric that says how good a model is; None when only sizes and speeds were measured."""
-    names = (m.name for m in record.metrics if m.higher_is_better is not None)
-    return next((name for name in names if name not in (*SIZES, *SPEEDS)), None)
+    return next(iter(qualities([record])), None)
+
+
+def qualities(records: Sequence[Record]) -> dict[str, bool]:
+    """All metrics that say how good a model is, in the order of measuring, and whether higher is better."""
+    names: dict[str, bool] = {}
+    for metric in (m for record in records for m in record.metrics):
+        if metric.higher_is_better is not None and metric.name not in (*SIZES, *SPEEDS):
+            names.setdefault(metric.name, metric.higher_is_better)
+    return names
 
 
 def fronts(dense: Record | None, points: Sequence[Record]) -> list[Front]:

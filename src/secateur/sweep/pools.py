@@ -6,15 +6,18 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from secateur.errors import UsageError, require_extra
 from secateur.sweep.axes import Point
 from secateur.sweep.records import Record
 from secateur.sweep.worker import Failure, Job, Worker
+
+if TYPE_CHECKING:
+    from secateur.structure import Anatomy
 
 # Ray's smallest object store is 75 MiB; what we send around is a few kilobytes
 _OBJECT_STORE_BYTES = 80 * 2**20
@@ -55,6 +58,14 @@ class InSequence:
     def __init__(self, job: Job) -> None:
         self._worker = Worker(job)
         self._waiting: deque[Task] = deque()
+
+    def check(self, points: Iterable[Point]) -> None:
+        """See ``Worker.check``."""
+        self._worker.check(points)
+
+    def anatomy(self, heads: str) -> Anatomy:
+        """See ``Worker.anatomy``."""
+        return self._worker.anatomy(heads)
 
     @property
     def free(self) -> bool:

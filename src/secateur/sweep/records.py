@@ -37,6 +37,14 @@ class Record:
     seconds: float = 0.0
     worker: int = 0
     """process that did it"""
+    stages: Mapping[str, float] = field(default_factory=dict)
+    """seconds of ``plan`` and ``cut`` alone"""
+    shared: bool = False
+    """whether its statistics of the dense model were there already, so that ``plan`` took less than it would alone"""
+    peak_bytes: int | None = None
+    """largest resident memory of the process while it planned and cut, the dense model included"""
+    kept: Mapping[str, list[float]] = field(default_factory=dict)
+    """kind of unit, or ``weights`` → the fraction of every block that stays"""
     notes: tuple[str, ...] = ()
     attempts: int = 1
     error: str = ""
@@ -49,6 +57,10 @@ class Record:
     def metric(self, name: str) -> float | None:
         """The value of one metric; None when it was not measured."""
         return next((m.values[self.name] for m in self.metrics if m.name == name and self.name in m.values), None)
+
+    def parts(self, name: str) -> list[float]:
+        """What the value of one metric was computed from, see ``Metric``; empty where that is not known."""
+        return next((m.parts[self.name] for m in self.metrics if m.name == name and self.name in m.parts), [])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.files import write_text
 from secateur.report.numbers import MISSING, format_value, json_ready, percent
-from secateur.sweep.pareto import COSTS, SIZES, SPEEDS, Front, fronts
+from secateur.sweep.pareto import COSTS, Front, fronts, qualities
 from secateur.sweep.records import DENSE, Record
 from secateur.sweep.runner import Results
 from secateur.versions import library_versions, machine
@@ -105,23 +105,23 @@ def columns(results: Results) -> tuple[list[str], list[list[str]]]:
     """
     found = fronts(results.dense, results.points)
     records = ([results.dense] if results.dense else []) + results.points
-    qualities = _qualities(records)
+    measured = list(qualities(records))
     axes = [axis for axis in results.sweep.axes if len({str(r.values.get(axis)) for r in results.points}) > 1]
     axes = axes or results.sweep.axes
     # parameters that are there and zero cost nothing that the table can show
     shown = [front for front in found if front.cost.name != "parameters"]
-    header = [*axes, "removed", *_short(qualities), *(front.cost.short for front in shown), "best"]
+    header = [*axes, "removed", *short_metrics(measured), *(front.cost.short for front in shown), "best"]
     best = {name for front in found for name in front.best}
     return header, [
-        [*_labels(record, axes), *_numbers(record, qualities, shown), BEST if record.name in best else ""]
+        [*_labels(record, axes), *_numbers(record, measured, shown), BEST if record.name in best else ""]
         for record in records
     ]
 
 
-def _short(qualities: Sequence[str]) -> list[str]:
+def short_metrics(names: Sequence[str]) -> list[str]:
     """Without their data, where that leaves them different."""
-    kinds = [name.partition(":")[0] for name in qualities]
-    return [kind if kinds.count(kind) == 1 else name for kind, name in zip(kinds, qualities, strict=True)]
+    kinds = [name.partition(":")[0] for name in names]
+    return [kind if kinds.count(kind) == 1 else name for kind, name in zip(kinds, names, strict=True)]
 
 
 def _labels(record: Record, axes: Sequence[str]) -> list[str]:
@@ -130,10 +130,10 @@ def _labels(record: Record, axes: Sequence[str]) -> list[str]:
     return [str(record.values.get(axis, MISSING)) for axis in axes]
 
 
-def _numbers(record: Record, qualities: Sequence[str], shown: Sequence[Front]) -> list[str]:
+def _numbers(record: Record, measured: Sequence[str], shown: Sequence[Front]) -> list[str]:
     if not record.done:
-        return ["failed", *[MISSING] * (len(qualities) + len(shown))]
-    numbers = [_value(record.metric(name), "") for name in qualities]
+        return ["failed", *[MISSING] * (len(measured) + len(shown))]
+    numbers = [_value(record.metric(name), "") for name in measured]
     # a unit that the head of the column says is left out
     costs = [_value(f.cost.of(record), "" if f.cost.unit == "ms/token" else f.cost.unit) for f in shown]
     return [percent(record.removed or 0.0), *numbers, *costs]
@@ -141,11 +141,6 @@ def _numbers(record: Record, qualities: Sequence[str], shown: Sequence[Front]) -
 
 def _value(value: float | None, unit: str) -> str:
     return MISSING if value is None else format_value(value, unit)
-
-
-def _qualities(records: Sequence[Record]) -> list[str]:
-    names = dict.fromkeys(m.name for r in records for m in r.metrics if m.higher_is_better is not None)
-    return [name for name in names if name not in (*SIZES, *SPEEDS)]
 
 
 def results_table(results: Results) -> Table:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from secateur.sweep.worker import Failure, Job
 
 Progress = Callable[[str, int, int], None]
 # everything that a sweep writes into its folder, and all that --overwrite may remove
-OURS = ("journal.jsonl", "results.json", "results.csv", "sweep.html", "curve.json", "curve.html", "plans", "statistics")
+OURS = ("journal.jsonl", "results.json", "results.csv", "sweep.html", "curve.json", "curve.html")
+OURS += ("compare.json", "compare.html", "plans", "statistics")
 
 
 @dataclass
@@ -38,8 +40,13 @@ class Results:
         return [r for r in ([self.dense] if self.dense else []) + self.points if not r.done]
 
 
-def make_job(sweep: Sweep, folder: Path, *, trust_remote_code: bool, plugins: tuple[str, ...]) -> Job:
-    """What the workers are told. Size is always measured, and perplexity when nothing else is asked for."""
+def make_job(
+    sweep: Sweep, folder: Path, *, trust_remote_code: bool, plugins: tuple[str, ...], timed: tuple[str, ...] = ()
+) -> Job:
+    """What the workers are told. Size is always measured, and perplexity when nothing else is asked for.
+
+    ``timed`` are more tasks, which are measured in turns with the dense model.
+    """
     base = sweep.base
     assert base.model is not None
     tasks = base.evaluate or ["perplexity:builtin"]
@@ -55,6 +62,7 @@ def make_job(sweep: Sweep, folder: Path, *, trust_remote_code: bool, plugins: tu
         device=base.device,
         trust_remote_code=trust_remote_code,
         plugins=plugins,
+        timed=timed,
     )
 
 
@@ -65,23 +73,30 @@ def open_journal(folder: Path, job: Job, *, resume: bool, overwrite: bool) -> tu
     """
     from secateur.versions import library_versions
 
-    shared = ("model", "tasks", "windows", "length", "seed", "text_field", "device")
-    journal = Journal(folder, {**{key: getattr(job, key) for key in shared}, "versions": library_versions()})
+    shared = ("model", "windows", "length", "seed", "text_field", "device")
+    settings = {key: getattr(job, key) for key in shared}
+    journal = Journal(folder, {**settings, "tasks": [*job.tasks, *job.timed], "versions": library_versions()})
+    check_folder(folder, resume=resume, overwrite=overwrite)
     if Journal.exists(folder):
         if resume:
             finished = journal.resume()
             # plans are part of the result: a point whose plan has gone is done again
             return journal, {k: r for k, r in finished.items() if k == DENSE or (folder / "plans" / r.name).is_dir()}
-        if not overwrite:
-            raise OutputError(f"{folder} holds a sweep: pass --resume to go on with it, or --overwrite to begin anew")
         for name in OURS:
             place = folder / name
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+    journal.start()
+    return journal, {}
+
+
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds something else, or a sweep of which nothing was said. Raises OutputError."""
+    if Journal.exists(folder):
+        if not (resume or overwrite):
+            raise OutputError(f"{folder} holds a sweep: pass --resume to go on with it, or --overwrite to begin anew")
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         # not even --overwrite: what lies there is not ours
         raise OutputError(f"{folder} exists and holds no sweep: choose another folder")
-    journal.start()
-    return journal, {}
 
 
 def run_sweep(
@@ -93,6 +108,18 @@ def run_sweep(
     Raises OutputError when the model is not the one of the points in the journal.
     """
     return _Run(sweep, pool, journal, finished, progress).run()
+
+
+@contextmanager
+def resumable(journal: Journal, sweep: Sweep) -> Iterator[None]:
+    """An interrupt says what is there and how to go on. Raises KeyboardInterrupt."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = len(collect(sweep, journal.resume()).points)
+        raise KeyboardInterrupt(
+            f"interrupted; {done} of {sweep.size} points are done: --resume goes on with the rest"
+        ) from None
 
 
 class _Run:

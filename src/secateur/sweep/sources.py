@@ -159,8 +159,7 @@ def statistics_of(point: Point) -> set[str]:
     words = [word for word in point.recipe.words(point.recipe.steps[0]) if word is not None]
     observers = [word for word in words if word.observed_statistics() and not word.in_sequence]
     calibration = point.recipe.calibration
-    # only text that the model writes itself depends on the seed
-    text = calibration.model_dump(exclude=set() if calibration.source == "self" else {"seed"})
+    text = calibration.model_dump(exclude=set() if calibration.drawn else {"seed"})
     names = {kind_of(observer): sorted(observer.observed_statistics()) for observer in observers}
     return {json.dumps([kind, needed, text, point.recipe.dtype]) for kind, needed in names.items()}
 

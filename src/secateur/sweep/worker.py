@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import ModelLoadError, OutputError, SecateurError
 from secateur.sweep.axes import Point
+from secateur.sweep.memory import PeakMemory
 from secateur.sweep.records import DENSE, Record
+from secateur.sweep.sources import statistics_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from secateur.evaluation import Table
     from secateur.plans import Plan
+    from secateur.report import LayerCut, Metric
+    from secateur.structure import Anatomy
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all points of a sweep share. ``folder`` is that of the sweep, seen from ``directory``."""
+    """What all points of a sweep share. ``folder`` is that of the sweep, seen from ``directory``.
+
+    ``timed`` are tasks that are measured in turns with the dense model, so that a machine that slows down meets both.
+    """
 
     model: str
     tasks: tuple[str, ...]
@@ -35,6 +42,7 @@ class Job:
     device: str
     trust_remote_code: bool = False
     plugins: tuple[str, ...] = ()
+    timed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,30 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None = None
+        self._anatomies: dict[str, Anatomy] = {}
+
+    def check(self, points: Iterable[Point]) -> None:
+        """Refuse points whose first step the model can't have, before anything is measured.
+
+        Raises the SecateurError of the first of them, with its name in front.
+        """
+        from secateur.engine import check_model
+
+        model, _ = self._dense()
+        for point in points:
+            method, _ = point.recipe.words(point.recipe.steps[0])
+            try:
+                check_model(method, model, self.anatomy(getattr(method, "heads", "kv")))
+            except SecateurError as error:
+                raise type(error)(f"{point.name}: {error}") from None
+
+    def anatomy(self, heads: str) -> Anatomy:
+        """Of the dense model, by the unit of its attention, ``kv`` or ``query``."""
+        from secateur import api
+
+        if heads not in self._anatomies:
+            self._anatomies[heads] = api.anatomy(self._dense()[0], heads=heads)
+        return self._anatomies[heads]
 
     def run(self, point: Point | None) -> Record | Failure:
         """The record of a point, or of the dense model for None. Never raises what a point may do wrong."""
@@ -69,12 +101,11 @@ class Worker:
         from secateur.models.sources import Source
 
         model, _ = self._dense()
-        table = self._evaluate(DENSE, model)
         return {
             "name": DENSE,
             "key": DENSE,
             "removed": 0.0,
-            "metrics": tuple(table),
+            "metrics": self._evaluate(DENSE, model),
             "model": fingerprint(Source(model)).weights,
         }
 
@@ -84,14 +115,18 @@ class Worker:
 
         dense, tokenizer = self._dense()
         current, plans, reports = dense, [], []
-        for step in point.recipe.steps:
-            # later steps work on models that no other point has
-            statistics = None if plans else Path(self._job.folder) / "statistics"
-            arguments = point.recipe.plan_arguments(step)
-            result = api.prune(current, tokenizer, inplace=current is not dense, statistics=statistics, **arguments)
-            current = result.model
-            plans.append(result.plan)
-            reports.append(result.report)
+        stored = Path(self._job.folder) / "statistics"
+        before = _files(stored)
+        with PeakMemory(self._job.device) as memory:
+            for step in point.recipe.steps:
+                # later steps work on models that no other point has
+                statistics = None if plans else stored
+                arguments = point.recipe.plan_arguments(step)
+                result = api.prune(current, tokenizer, inplace=current is not dense, statistics=statistics, **arguments)
+                current = result.model
+                plans.append(result.plan)
+                reports.append(result.report)
+        shared = bool(statistics_of(point)) and _files(stored) == before
         write_plans(plans, Path(self._job.folder) / "plans" / point.name)
         report = merge_reports(reports)
         return {
@@ -99,9 +134,13 @@ class Worker:
             "key": point.key,
             "values": point.values,
             "removed": report.achieved,
-            "metrics": tuple(self._evaluate(point.name, current)),
+            "metrics": self._evaluate(point.name, current),
             "model": plans[0].model.weights,
             "notes": tuple(dict.fromkeys(report.notes)),
+            "stages": report.seconds,
+            "shared": shared,
+            "peak_bytes": memory.bytes,
+            "kept": kept_fractions(report.layers),
         }
 
     def _dense(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -112,19 +151,38 @@ class Worker:
             self._loaded = api.load(job.model, dtype="auto", device=job.device, trust_remote_code=job.trust_remote_code)
         return self._loaded
 
-    def _evaluate(self, name: str, model: PreTrainedModel) -> Table:
+    def _evaluate(self, name: str, model: PreTrainedModel) -> tuple[Metric, ...]:
+        alone = self._table({name: model}, self._job.tasks)
+        if not self._job.timed:
+            return tuple(alone)
+        return (*alone, *self._table({DENSE: self._dense()[0], name: model}, self._job.timed))
+
+    def _table(self, models: Mapping[str, PreTrainedModel], tasks: Sequence[str]) -> Table:
         from secateur import api
 
         job = self._job
         return api.evaluate(
-            {name: model},
+            models,
             self._dense()[1],
-            job.tasks,
+            tasks,
             length=job.length,
             windows=job.windows,
             seed=job.seed,
             text_field=job.text_field,
         )
+
+
+def kept_fractions(layers: Sequence[LayerCut]) -> dict[str, list[float]]:
+    """Kind of unit → the fraction of every block that stays, and the same of its ``weights``."""
+    kept = {"weights": [1.0 - cut.sparsity for cut in layers]}
+    for kind in dict.fromkeys(kind for cut in layers for kind in cut.units):
+        pairs = [cut.units.get(kind, (1, 1)) for cut in layers]
+        kept[kind] = [after / before for before, after in pairs]
+    return kept
+
+
+def _files(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*"))
 
 
 def write_plans(plans: Sequence[Plan], folder: Path) -> None:

@@ -1,0 +1,128 @@
+"""Running a comparison: a sweep over all methods, budgets and seeds, and what its points and plans say together."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from secateur.comparison.asked import TOLERANCE, Asked, ask, split
+from secateur.comparison.overlap import jaccard
+from secateur.comparison.rows import Comparison, Overlap, compare_records
+from secateur.files import write_text
+from secateur.plans import Plan
+from secateur.sweep.pools import InSequence
+from secateur.sweep.runner import Results, check_folder, make_job, open_journal, resumable, run_sweep
+
+DOCUMENT, PAGE = "compare.json", "compare.html"
+_TIMED = "request"
+
+
+def compare(
+    model: str | Path,
+    *,
+    methods: str | Sequence[str],
+    sparsity: float | Sequence[float],
+    out: str | Path,
+    seeds: Sequence[int] = (0,),
+    tasks: str | Sequence[str] = ("perplexity:builtin",),
+    latency: bool = False,
+    allocate: str | None = None,
+    heal: str | None = None,
+    target: str | None = None,
+    calibration: str | Path = "builtin",
+    samples: int = 64,
+    length: int = 512,
+    text_field: str | None = None,
+    windows: int = 40,
+    dtype: str = "auto",
+    device: str = "cpu",
+    tolerance: float = TOLERANCE,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    plugins: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """Hold methods against each other on one model, at equal budgets, beside the dense model.
+
+    ``methods`` are names, each with options of its own where it needs some (``["flap", "osscar:damping=0.1"]``);
+    ``sparsity`` one or several fractions removed. A method whose plan depends on the seed runs with all ``seeds``, the
+    others once. ``tasks`` are those of ``evaluate``; the first decides who is best. ``latency`` measures a request as
+    well, in turns with the dense model. ``allocate``, ``heal`` and ``target`` are those of ``plan``, for all methods
+    alike, and so is the calibration text. Whoever removes another fraction of the blocks' linear weights than was asked
+    for, by more than ``tolerance``, is shown and has no part in the verdict. What can be shared is computed once.
+
+    ``out`` gets ``compare.json``, ``compare.html`` and the plan of every point; ``resume`` goes on with a comparison
+    that was stopped or killed, ``overwrite`` begins anew. ``plugins`` are those that were loaded.
+    Raises UsageError for what can't be compared, before anything is measured, OutputError for the folder, and what
+    ``load`` raises. A point that fails is in the result as failed.
+    """
+    step = {"allocate": allocate, "heal": heal, "target": target}
+    recipe = {
+        "model": str(model),
+        "steps": [{key: value for key, value in step.items() if value is not None}],
+        "calibration": {"source": str(calibration), "samples": samples, "length": length, "text_field": text_field},
+        # counted for the table, whatever else is measured
+        "evaluate": list(dict.fromkeys([*(split(tasks) or ["perplexity:builtin"]), "macs"])),
+        "windows": windows,
+        "dtype": dtype,
+        "device": device,
+    }
+    budgets = [sparsity] if isinstance(sparsity, int | float) else sparsity
+    asked = ask(recipe, methods, budgets, seeds, tolerance)
+    _check_tasks(asked)
+    job = make_job(
+        asked.sweep,
+        Path(out),
+        trust_remote_code=trust_remote_code,
+        plugins=tuple(plugins),
+        timed=(_TIMED,) if latency else (),
+    )
+    check_folder(Path(out), resume=resume, overwrite=overwrite)
+    pool = InSequence(job)
+    # before the folder is made, or emptied
+    pool.check(asked.sweep.points)
+    journal, finished = open_journal(Path(out), job, resume=resume, overwrite=overwrite)
+    with resumable(journal, asked.sweep):
+        results = run_sweep(asked.sweep, pool, journal, finished, progress or _silent)
+        comparison = compare_records(asked, results, _overlaps(asked, results, Path(out), pool))
+        missing = write_comparison(comparison, Path(out))
+    return replace(comparison, notes=(*comparison.notes, *missing))
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> list[str]:
+    """``compare.json`` and ``compare.html``, each whole or not at all; returns notes on what is missing."""
+    document = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)
+    write_text(folder / DOCUMENT, document + "\n")
+    if importlib.util.find_spec("plotly") is None:
+        return [f"{PAGE} needs plotly, which is not installed: pip install 'secateur[report]'"]
+    from secateur.comparison.page import render
+
+    write_text(folder / PAGE, render(comparison))
+    return []
+
+
+def _check_tasks(asked: Asked) -> None:
+    from secateur.evaluation import make_task
+
+    for task in asked.sweep.base.evaluate:
+        make_task(task)
+
+
+def _overlaps(asked: Asked, results: Results, folder: Path, pool: InSequence) -> list[Overlap]:
+    """Of every budget, the plans of the first seed."""
+    done = {record.key: record for record in results.points if record.done}
+    found = []
+    for sparsity in asked.sparsities:
+        first = {method: asked.points[method, sparsity][0].key for method in asked.contenders}
+        plans = {m: Plan.load(folder / "plans" / done[key].name) for m, key in first.items() if key in done}
+        if len(plans) > 1:
+            found.append(Overlap(sparsity, tuple(plans), jaccard(plans, pool.anatomy)))
+    return found
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None

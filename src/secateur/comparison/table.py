@@ -1,0 +1,81 @@
+"""The table of a comparison: the dense model, then every method at every budget."""
+
+from __future__ import annotations
+
+from secateur.comparison.rows import Comparison, Row
+from secateur.report.numbers import MISSING, format_bytes, format_count, format_value, percent
+from secateur.sweep.pareto import REQUEST
+from secateur.sweep.records import DENSE, Record
+from secateur.sweep.results import short_metrics
+
+SHARED = "*"
+"""stands behind times that would be longer without statistics that another point had taken"""
+CAPTION = (
+    "removed: of the linear weights of the blocks; s and memory: of planning and cutting, in the process that also "
+    f"holds the dense model; {SHARED} with statistics that were there already; ±: standard deviation over seeds; "
+    "≈ best: not distinguishable"
+)
+
+
+def columns(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    names = list(comparison.metrics)
+    timed = any(row.mean(REQUEST) is not None for row in comparison.rows)
+    header = ["sparsity", "method", "removed", "params", "MACs", *(["ms/request"] if timed else [])]
+    header += [*short_metrics(names), "s", "memory", "verdict"]
+    cells = [_dense(comparison.dense, names, timed)] if comparison.dense else []
+    shown = None
+    for row in comparison.rows:
+        label = "" if row.sparsity == shown else f"{row.sparsity:g}"
+        shown = row.sparsity
+        cells.append([label, row.method, *_row(row, names, timed), mark(comparison, row)])
+    return header, cells
+
+
+def mark(comparison: Comparison, row: Row) -> str:
+    """What the verdict by the first metric says of a row."""
+    if not row.done:
+        return "failed"
+    if not row.meets_budget:
+        return "off budget"
+    verdict = next((v for v in comparison.first_verdicts if v.sparsity == row.sparsity), None)
+    if verdict is None or row.method not in (verdict.best, *verdict.rivals):
+        return ""
+    if verdict.rivals:
+        return "≈ best"
+    return "best"
+
+
+def _dense(dense: Record, names: list[str], timed: bool) -> list[str]:
+    def cell(name: str) -> str:
+        value = dense.metric(name)
+        return MISSING if value is None else format_value(value)
+
+    sizes = [_count(dense.metric("parameters")), _count(dense.metric("MACs"))]
+    latency = [cell(REQUEST)] if timed else []
+    return ["", DENSE, percent(0.0), *sizes, *latency, *map(cell, names), MISSING, MISSING, ""]
+
+
+def _row(row: Row, names: list[str], timed: bool) -> list[str]:
+    removed = MISSING if row.removed is None else percent(row.removed)
+    sizes = [_count(row.mean("parameters")), _count(row.mean("MACs"))]
+    seconds = MISSING if row.seconds is None else format_value(row.seconds) + (SHARED if row.shared else "")
+    memory = MISSING if row.peak_bytes is None else format_bytes(row.peak_bytes)
+    latency = [_latency(row)] if timed else []
+    return [removed, *sizes, *latency, *(_spread(row, name) for name in names), seconds, memory]
+
+
+def _latency(row: Row) -> str:
+    share = row.against_dense(REQUEST)
+    return _spread(row, REQUEST) + ("" if share is None else f" (×{1 / share:.2f})")
+
+
+def _spread(row: Row, name: str) -> str:
+    mean, spread = row.mean(name), row.spread(name)
+    if mean is None:
+        return MISSING
+    return format_value(mean) if spread is None else f"{format_value(mean)} ± {format_value(spread)}"
+
+
+def _count(value: float | None) -> str:
+    return MISSING if value is None else format_count(value)

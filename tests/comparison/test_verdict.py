@@ -1,0 +1,102 @@
+"""Who is best, and how sure that is: the bootstrap on samples whose answer is known, and the sentences."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from secateur.comparison.verdict import SURE, Candidate, judge, probability_better
+
+WINDOWS = np.random.default_rng(5).normal(3.0, 0.5, 40)
+
+
+def test_a_difference_in_every_window_is_certain():
+    # however much windows differ from each other, they differ together
+    assert probability_better(WINDOWS - 0.001, WINDOWS, higher_is_better=False) == 1.0
+    assert probability_better(WINDOWS - 0.001, WINDOWS, higher_is_better=True) == 0.0
+
+
+def test_equal_losses_tell_nothing():
+    assert probability_better(WINDOWS, WINDOWS.copy(), higher_is_better=False) == 0.5
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.01, 0.03])
+def test_it_is_that_of_a_normal_mean(shift):
+    difference = np.random.default_rng(1).normal(size=400)
+    difference = 0.2 * (difference - difference.mean()) / difference.std() - shift
+    expected = NormalDist().cdf(shift * 20 / 0.2)
+    losses = np.random.default_rng(2).normal(3.0, 1.0, 400)
+    assert probability_better(losses + difference, losses, higher_is_better=False) == pytest.approx(expected, abs=0.02)
+
+
+def test_both_sides_add_up_to_one():
+    noise = np.random.default_rng(3).normal(0, 0.1, 40)
+    first = probability_better(WINDOWS + noise, WINDOWS, higher_is_better=False)
+    assert probability_better(WINDOWS, WINDOWS + noise, higher_is_better=False) == pytest.approx(1 - first)
+
+
+def test_seeds_are_drawn_anew_as_well():
+    # one seed far better, one far worse, and the mean a little better: which seeds one gets decides
+    several = np.stack([WINDOWS - 1.0, WINDOWS + 0.9])
+    chance = probability_better(several, WINDOWS, higher_is_better=False)
+    # a quarter of the draws has the worse seed twice
+    assert chance == pytest.approx(0.75, abs=0.02)
+    # with the mean of the seeds alone it would be certain
+    assert probability_better(several.mean(axis=0), WINDOWS, higher_is_better=False) == 1.0
+
+
+def test_the_same_seed_gives_the_same_answer():
+    noise = np.random.default_rng(3).normal(0, 0.1, 40)
+    chances = [probability_better(WINDOWS + noise, WINDOWS, higher_is_better=False, seed=s) for s in (0, 0, 1)]
+    assert chances[0] == chances[1] != chances[2]
+
+
+def candidate(name, value, shift=None, noise=0.0):
+    parts = () if shift is None else ((WINDOWS + shift + np.random.default_rng(9).normal(0, 1, 40) * noise).tolist(),)
+    return Candidate(name, value, parts)
+
+
+def test_a_clear_winner_is_told_with_its_probability():
+    found = judge(
+        0.2, "perplexity:t", [candidate("b", 30, 0.1), candidate("a", 25, 0.0)], higher_is_better=False, dense=20.0
+    )
+    assert (found.best, found.runner_up, found.rivals, found.probability) == ("a", "b", (), 1.0)
+    assert found.sentence == (
+        "Sparsity 0.2: a is best, with perplexity:t 25 (20 dense); it is better than b (30) with a probability of more "
+        "than 0.99."
+    )
+
+
+def test_what_the_windows_do_not_decide_is_not_distinguishable():
+    several = [candidate("a", 25.0, 0.0), candidate("b", 25.1, 0.001, noise=0.2), candidate("c", 40.0, 0.5)]
+    found = judge(0.4, "perplexity:t", several, higher_is_better=False)
+    assert found.best == "a" and found.rivals == ("b",) and found.probability is not None and found.probability < SURE
+    assert found.sentence.startswith(
+        "Sparsity 0.4: a and b are not distinguishable, with perplexity:t 25 and 25.1; a is better than b with a "
+        "probability of 0."
+    )
+    assert found.probabilities is not None and found.probabilities["c"] == 1.0
+
+
+def test_higher_may_be_better():
+    found = judge(0.2, "acc", [candidate("low", 0.3, 0.0), candidate("high", 0.4, 0.1)], higher_is_better=True)
+    assert (found.best, found.probability) == ("high", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "said"),
+    [
+        ([], "Sparsity 0.2: no method met the budget and could be measured by m."),
+        ([candidate("a", 25.0, 0.0)], "Sparsity 0.2: a is the only method that met the budget, with m 25 (20 dense)."),
+        (
+            [candidate("a", 25.0), candidate("b", 26.0, 0.1)],
+            "Sparsity 0.2: a is ahead, with m 25 (20 dense), before b (26); how sure that is can't be told, since "
+            "nothing but the mean is known of this metric.",
+        ),
+    ],
+)
+def test_sentences_where_nothing_can_be_held_against_each_other(candidates, said):
+    found = judge(0.2, "m", candidates, higher_is_better=False, dense=20.0)
+    assert found.sentence == said and found.probability is None
