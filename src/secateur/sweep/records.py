@@ -37,6 +37,9 @@ class Record:
     seconds: float = 0.0
     worker: int = 0
     """process that did it"""
+    notes: tuple[str, ...] = ()
+    attempts: int = 1
+    error: str = ""
     stages: Mapping[str, float] = field(default_factory=dict)
     """seconds of ``plan`` and ``cut`` alone"""
     shared: bool = False
@@ -45,9 +48,6 @@ class Record:
     """largest resident memory of the process while it planned and cut, the dense model included"""
     kept: Mapping[str, list[float]] = field(default_factory=dict)
     """kind of unit, or ``weights`` → the fraction of every block that stays"""
-    notes: tuple[str, ...] = ()
-    attempts: int = 1
-    error: str = ""
 
     @property
     def done(self) -> bool:
