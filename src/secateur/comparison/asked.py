@@ -8,8 +8,7 @@ from typing import Any
 
 from secateur.errors import UsageError
 from secateur.methods import get_method
-from secateur.methods.registry import option_values
-from secateur.options import parse_named
+from secateur.options import option_values, parse_named
 from secateur.recipes import CalibrationSpec, Step
 from secateur.sweep.axes import Point
 from secateur.sweep.spec import Sweep, make_sweep
