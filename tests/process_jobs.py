@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,3 +30,29 @@ def break_opening() -> None:
         raise ZeroDivisionError("a bug")
 
     opening.open_source = open_source  # type: ignore[assignment]
+
+
+def die_in_training() -> None:
+    """Killed right after the state of the second step is on the disk."""
+    _at_step(2, signal.SIGKILL)
+
+
+def interrupt_training() -> None:
+    """SIGINT in the middle of the third step."""
+    _at_step(3, signal.SIGINT)
+
+
+def _at_step(number: int, sent: int) -> None:
+    from secateur.runs import healing
+
+    healing.SECONDS_BETWEEN_STATES = 0.0
+    finished = healing.StateKeeper.finished
+
+    def signalled(self: Any, curve: Any, state: Any, *, last: bool) -> None:
+        if curve.steps == number and sent == signal.SIGINT:
+            os.kill(os.getpid(), sent)
+        finished(self, curve, state, last=last)
+        if curve.steps == number:
+            os.kill(os.getpid(), sent)
+
+    healing.StateKeeper.finished = signalled  # type: ignore[method-assign]

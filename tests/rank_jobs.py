@@ -230,3 +230,8 @@ def say(rank: int, commands: Sequence[Sequence[str]], notes: Path) -> None:
             main(command)
         said.append({"code": stop.value.code, "out": out.getvalue(), "err": err.getvalue()})
     (notes / f"said-{rank}.json").write_text(json.dumps(said), encoding="utf8")
+
+
+def heal(rank: int, folder: Path, out: Path, how: Mapping[str, Any]) -> None:
+    """Train a checkpoint on the ranks together."""
+    sc.heal(folder, out=out, **how)

@@ -21,6 +21,7 @@ EXPORTED = [
     "densities",
     "describe",
     "evaluate",
+    "heal",
     "list_methods",
     "load",
     "plan",

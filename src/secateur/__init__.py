@@ -25,6 +25,7 @@ _HOMES = {
     "save": "secateur.api",
     "run": "secateur.runs.run",
     "compare": "secateur.comparison",
+    "heal": "secateur.runs.healing",
     "push": "secateur.api",
     "convert": "secateur.api",
     "verify": "secateur.api",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan
+    from secateur.runs.healing import heal
     from secateur.runs.run import run
     from secateur.structure.trace import rule
 

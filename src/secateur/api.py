@@ -167,6 +167,7 @@ def plan(
     from secateur.allocators import chosen_allocation
     from secateur.engine import decide
     from secateur.errors import UsageError
+    from secateur.healing.recovery import split_heal
     from secateur.methods import check_for_decoders, make_method
     from secateur.models.fingerprint import fingerprint
     from secateur.models.sources import Source
@@ -176,6 +177,12 @@ def plan(
     from secateur.plans import Plan, Provenance
     from secateur.versions import library_versions
 
+    heal, training = split_heal(heal, seed)
+    if training is not None:
+        raise UsageError(
+            f"heal={training.train} trains the cut model, which is more than a plan says: use secateur.prune or"
+            " secateur.run, or secateur.heal on what the plan gives"
+        )
     chosen = make_method(method, method_options(method, options, sparsity, pattern, budget, seed, heal, target))
     if _is_network(model, example_inputs, example_kwargs):
         from secateur.networks.kinds import Asked
@@ -309,6 +316,8 @@ def prune(
 ) -> Result:
     """``plan`` and ``apply`` in one call; takes the arguments of ``plan``.
 
+    ``heal`` may also train what is left, alone or after a repair: ``lora:steps=300``, ``refit+norms``; see
+    ``secateur.heal``. The dense model is then the teacher, unless it is cut ``inplace``.
     ``sc.prune(module, example_inputs=(x,), method="spa_l1", sparsity=0.3)`` prunes any module, and
     ``sc.prune("net.onnx", method="spa_l1", sparsity=0.3)`` any ONNX model; its result is an ``onnx.ModelProto``.
     A module can be pruned in several ``steps``: after each of them ``train_fn(module, step)`` trains what is left, and
@@ -319,14 +328,33 @@ def prune(
         return _prune_network(model, method, sparsity, inplace, **arguments)
     import time
 
+    from secateur.healing.recovery import split_heal
     from secateur.report.build import build_report
 
     start = time.perf_counter()
-    made = plan(model, tokenizer, method=method, sparsity=sparsity, **arguments)
+    repair, training = split_heal(arguments.pop("heal", None), arguments.get("seed", 0))
+    made = plan(model, tokenizer, method=method, sparsity=sparsity, heal=repair, **arguments)
     planned = time.perf_counter()
     report = build_report(made, anatomy(model, heads=made.head_unit))  # type: ignore[arg-type]
     cut = apply(made, model, inplace=inplace)
     report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
+    if training is not None:
+        from secateur.recovering import Teacher, recover_decoder
+
+        recovered = recover_decoder(
+            cut,
+            tokenizer,
+            training,
+            plans=[made],
+            # cut in place there is no dense model any more
+            teacher=None if inplace else Teacher(model),  # type: ignore[arg-type]
+            source=str(arguments.get("calibration", "builtin")),
+            text_field=arguments.get("text_field"),
+            progress=arguments.get("progress") or _no_progress,
+        )
+        [made] = recovered.on([made])
+        report.recoveries = [recovered.section()]
+        report.seconds["heal"] = recovered.curve.seconds
     return Result(model=cut, plan=made, report=report)
 
 

@@ -119,6 +119,28 @@ class BudgetAccount(BaseModel):
     unit: str = ""
 
 
+class Recovery(BaseModel):
+    """Training after the cut: what was trained, how, on what and towards whom; the plan doesn't hold the weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    data: CalibrationInfo
+    teacher: str = ""
+    tokens: int
+    """How many tokens were trained on."""
+    before: float
+    """Perplexity of the text that was held out, before training and after it."""
+    after: float
+
+    @property
+    def label(self) -> str:
+        """For people: ``lora, loss kl, 300 steps, 307,200 tokens``."""
+        options = self.options
+        return f"{self.train}, loss {options['loss']}, {options['steps']} steps, {self.tokens:,} tokens"
+
+
 class Provenance(BaseModel):
     """How a plan came to be; enough to make it again."""
 
@@ -150,12 +172,14 @@ class Provenance(BaseModel):
 
     budgets: dict[str, BudgetAccount] = Field(default_factory=dict)
     """Budgets that were met together, by name; empty where the method spread one by itself."""
+    recoveries: tuple[Recovery, ...] = ()
+    """How the model was trained after it was cut, in order."""
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # plans keep the bytes that they had before there were these
-        absent: dict[str, Any] = {"inputs": None, "initialised": "", "allocation": None, "budgets": {}}
-        return {key: value for key, value in handler(self).items() if key not in absent or value != absent[key]}
+        optional = ("inputs", "initialised", "allocation", "budgets", "recoveries")
+        return {key: value for key, value in handler(self).items() if key not in optional or value}
 
 
 class _Document(BaseModel):
@@ -381,6 +405,21 @@ class Plan:
             biases=small["bias"],
             scores=small["scores"],
         )
+
+    def recovered(self, record: Recovery) -> Plan:
+        """The same plan of a model that was trained after the cut; applied, it gives the model before training."""
+        last = self.provenance[-1]
+        last = last.model_copy(update={"recoveries": (*last.recoveries, record)})
+        return self._told((*self.provenance[:-1], last))
+
+    def untrained(self) -> Plan:
+        """The plan of the model before any training, which is what applying it gives."""
+        return self._told(tuple(p.model_copy(update={"recoveries": ()}) for p in self.provenance))
+
+    def _told(self, provenance: tuple[Provenance, ...]) -> Plan:
+        told = replace(self, provenance=provenance)
+        told._kept.update(self._kept)
+        return told
 
     def diff(self, other: Plan) -> PlanDiff:
         """What ``other`` keeps that this plan removes, and the other way round."""

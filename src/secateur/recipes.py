@@ -59,7 +59,10 @@ class CalibrationSpec(BaseModel):
 
 
 class Step(BaseModel):
-    """One method and how much it removes; ``options`` are the method's own, ``allocate`` says where it is removed."""
+    """One method and how much it removes; ``options`` are the method's own, ``allocate`` says where it is removed.
+
+    ``heal`` is a repair (``refit``), a training (``lora:steps=300``), or both (``refit+lora``).
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -118,10 +121,12 @@ class Recipe(BaseModel):
     def method_options(self, step: Step) -> dict[str, Any]:
         """The options of a step's method, the general arguments among them."""
         from secateur import api
+        from secateur.healing.recovery import split_heal
 
         wanted = (step.sparsity, step.pattern, step.budget)
         seed = self.calibration.seed
-        return api.method_options(step.method, step.options, *wanted, seed, heal=step.heal, target=step.target)
+        repair, _ = split_heal(step.heal)
+        return api.method_options(step.method, step.options, *wanted, seed, heal=repair, target=step.target)
 
     def words(self, step: Step) -> tuple[Method, Measuring | None]:
         """The method of a step with its options, and its allocator. Raises UsageError."""
@@ -235,6 +240,7 @@ def _followed_by(first: Report, second: Report) -> Report:
         layers=[_cut_again(cut, later.get(cut.layer)) for cut in first.layers] or second.layers,
         scores={**first.scores, **second.scores},
         keep={**first.keep, **second.keep},
+        recoveries=[*first.recoveries, *second.recoveries],
         notes=[*first.notes, *second.notes],
         seconds={
             stage: first.seconds.get(stage, 0.0) + second.seconds.get(stage, 0.0)

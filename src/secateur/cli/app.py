@@ -14,6 +14,7 @@ from secateur.cli import (
     describe,
     estimate,
     evaluate,
+    heal,
     inspect,
     latency_table,
     methods,
@@ -53,6 +54,7 @@ def options(
 
 app.command("prune", help=help_text("prune"))(prune.prune)
 app.command("estimate", help=help_text("estimate"))(estimate.estimate)
+app.command("heal", help=help_text("heal"))(heal.heal)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate", help=help_text("evaluate"))(evaluate.evaluate)
 app.command("sweep", help=help_text("sweep"))(sweep.sweep)

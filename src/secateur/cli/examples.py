@@ -27,6 +27,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Prune a model, measure it beside the dense one, and save it.",
         "secateur prune smollm2-135m --method flap --sparsity 0.2 --evaluate perplexity:builtin --out pruned",
     ),
+    "heal": (
+        "Train a pruned model for a while, so that it makes up for what was removed.",
+        "secateur heal pruned --teacher smollm2-135m --steps 10 --batch 2 --length 64 --out healed",
+    ),
     "verify": (
         "Check that a checkpoint is whole and is what its plan says.",
         "secateur verify pruned --base smollm2-135m",

@@ -73,8 +73,9 @@ Windows = Annotated[int | None, typer.Option(metavar="N", help="Windows that per
 Heal = Annotated[
     str | None,
     typer.Option(
-        metavar="refit|bias|none",
-        help="refit: solve for what stays by least squares; bias: put the mean of removed units into a bias.",
+        metavar="refit|bias|none|lora|full|norms[:KEY=VALUE,...]",
+        help="refit: solve for what stays by least squares; bias: put the mean of removed units into a bias; "
+        "lora, full, norms: train what is left, as 'heal' does (lora:steps=300, refit+lora).",
     ),
 ]
 Aim = Annotated[

@@ -121,6 +121,8 @@ def apply(
             progress=progress,
         )
     notes = [note for step in plans for p in step.provenance for note in p.notes]
+    trained = [recovery.label for step in plans for p in step.provenance for recovery in p.recoveries]
+    notes += [f"the model was trained after the cut ({label}), and this is the one before" for label in trained]
     show_notes([*warned, *notes], quiet)
     if json:
         print_json({"output": str(out), "plans": [plan_document(step) for step in plans]})

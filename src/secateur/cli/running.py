@@ -58,7 +58,7 @@ def _invoke(arguments: list[str]) -> None:
 
 def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
     # the ranks of a run fail together, and one of them says why
-    if "prune" not in arguments or started_as_main():
+    if not {"prune", "heal"} & set(arguments) or started_as_main():
         print(" ".join(message.split()), file=sys.stderr)
     elif code != INTERRUPTED:
         wait_for_main()

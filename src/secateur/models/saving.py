@@ -68,7 +68,7 @@ def save_model(
     with output_folder(folder, overwrite=overwrite) as path:
         started = time.perf_counter()
         check_finite(model)
-        remote = _write_model(model, path, format, parse_size(max_shard_size))
+        remote = write_model(model, path, format, parse_size(max_shard_size))
         document_folder(
             path,
             folder,
@@ -124,8 +124,11 @@ def _complete(report: Report, path: Path, output: str, *, plain: bool, seconds: 
             metric.values[list(metric.values)[-1]] = float(written)
 
 
-def _write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size: int) -> bool:
-    """Weights, config and generation config; True when the folder needs its modelling file."""
+def write_model(model: PreTrainedModel, path: Path, format: str, max_shard_size: int) -> bool:
+    """Weights, config and generation config of a model in memory; True when the folder needs its modelling file.
+
+    ``max_shard_size`` is in bytes.
+    """
     state_dict, shapes = _unique(model.state_dict()), {}
     if format == "packed":
         state_dict, shapes = pack(state_dict)

@@ -61,12 +61,14 @@ def _summary(base: str, base_name: str, plans: Sequence[Plan], report: Report | 
         rows.append(("Method", f"`{'+'.join(p.method for p in steps)}`"))
         rows += [("Options", _options(p.options)) for p in steps if p.options]
         rows += [("Calibration", _calibration(p.calibration)) for p in steps if p.calibration]
+        rows += [("Trained afterwards", recovery.label) for p in steps for recovery in p.recoveries]
         rows.append(("Seed", str(steps[0].seed)))
-    elif report is not None:
+    elif report is not None and report.method:
         rows += [("Method", f"`{report.method}`"), ("Options", _options(report.options))]
-    if report is not None:
+    if report is not None and report.method:
         rows.append(("Removed", f"{report.achieved:.1%} (asked for: {report.requested})"))
-    lines = [f"Pruned from {source} with secateur.", "", "| | |", "| --- | --- |"]
+    trained = report is not None and not (plans or report.method)
+    lines = [f"{'Trained' if trained else 'Pruned'} from {source} with secateur.", "", "| | |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows if value), ""])
 
 

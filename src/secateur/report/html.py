@@ -25,6 +25,7 @@ from secateur.report.numbers import (
     verdict,
 )
 from secateur.report.page import facts_table, figure, page, scrolling, table
+from secateur.report.recovery import recovery_section
 from secateur.report.report import Metric, Report
 
 _NOTICEABLE = 0.1
@@ -49,22 +50,27 @@ def render(report: Report) -> str:
         _headline(report),
         _cuts(report, charts),
         _scores(report, charts),
+        *(recovery_section(recovery, charts) for recovery in report.recoveries),
         _comparison(report),
         _samples(report),
         _loading(report),
         _provenance(report),
     ]
-    return page(f"{report.model} pruned with {report.method}", sections, charts, "the HTML report")
+    deed = f"pruned with {report.method}" if report.method else "trained"
+    return page(f"{report.model} {deed}", sections, charts, "the HTML report")
 
 
 def _headline(report: Report) -> str:
     numbers = "".join(_big_number(metric) for metric in _headline_metrics(report.metrics))
     deed = "zeroed" if any(cut.matrices for cut in report.layers) else "removed"
-    return (
-        '<header><p class="kicker">Pruning report</p>'
-        f"<h1>{escape(report.model)}</h1>"
+    lede = (
         f'<p class="lede"><strong>{escape(report.method)}</strong> {deed} {percent(report.achieved)}'
         f" {_of_what(report)}; asked for: {escape(report.requested)}.</p>"
+    )
+    return (
+        f'<header><p class="kicker">{"Pruning" if report.method else "Training"} report</p>'
+        f"<h1>{escape(report.model)}</h1>"
+        + (lede if report.method else "")
         + (f'<dl class="headline">{numbers}</dl>' if numbers else "")
         + "</header>"
     )

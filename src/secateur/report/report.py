@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +91,30 @@ class Report:
     output: str | None = None
     revision: str = ""
     """commit of a model of the hub"""
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+    """trainings after the cut: how, and the loss and held-out perplexity by step"""
     plain: bool | None = None
     """True when stock transformers loads the checkpoint without remote code"""
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON-ready values."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Report:
+        """The report of a decoder that ``to_dict`` gave. Raises TypeError, KeyError or ValueError for anything else."""
+        data = {key: value for key, value in found.items() if key not in ("groups", "ways", "loading")}
+        data["layers"] = [
+            LayerCut(**{**cut, "units": {kind: (before, after) for kind, (before, after) in cut["units"].items()}})
+            for cut in found["layers"]
+        ]
+        data["metrics"] = [
+            # JSON has no NaN and no infinity
+            Metric(**{**metric, "values": {m: math.nan if v is None else v for m, v in metric["values"].items()}})
+            for metric in found["metrics"]
+        ]
+        data["scores"] = {
+            name: [math.nan if score is None else score for score in scores] for name, scores in found["scores"].items()
+        }
+        data["samples"] = [Sample(**sample) for sample in found["samples"]]
+        return cls(**data)

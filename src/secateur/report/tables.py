@@ -319,6 +319,7 @@ def _provenance_lines(provenance: Sequence[Provenance]) -> list[str]:
         lines.append(f"{source.method}({options})")
         if source.allocation is not None:
             lines.append(_allocation_line(source.allocation))
+        lines += [f"trained afterwards: {recovery.label}" for recovery in source.recoveries]
         lines.append(f"model: {source.model.label or source.model.architecture}, {source.model.num_layers} layers")
         data = source.calibration
         if data is not None:

@@ -66,9 +66,16 @@ def apply_plans(
             if not last:
                 source, _ = open_source(result.folder, device=device)
         document_folder(
-            result.folder, out, tokenizer=tokenizer, plans=plans, report=None, html=False, format=format,
-            plain=result.plain, tallies=result.tallies,
-        )  # fmt: skip
+            result.folder,
+            out,
+            tokenizer=tokenizer,
+            plans=[plan.untrained() for plan in plans],
+            report=None,
+            html=False,
+            format=format,
+            plain=result.plain,
+            tallies=result.tallies,
+        )
         finish_folder(result.folder, out)
         folder.remove()
     return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]

@@ -88,6 +88,11 @@ class StepFolder:
         """A folder within this one, for work that comes before its blocks."""
         return StepFolder(self.path / name, self._stop, self._hint)
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal has come."""
+        return self._stop.made
+
     def reopen(self) -> None:
         """Read the journal again, which another rank has written to."""
         self.journal = Journal(self.path / "journal.jsonl")

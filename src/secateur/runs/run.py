@@ -14,6 +14,7 @@ import torch
 
 from secateur.errors import UsageError
 from secateur.files import check_output, finish_folder
+from secateur.healing.recovery import RecoveryOptions, split_heal
 from secateur.methods import Method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import fingerprint
@@ -37,6 +38,8 @@ from secateur.versions import library_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from secateur.recovering import Recovered
 
 # (the dense model, the compute dtype), before any work
 Announce = Callable[[Source, torch.dtype], None]
@@ -184,6 +187,7 @@ class _Runner:
         self._ranks = ranks
         self._recipe, self._options, self._folder, self._stop = recipe, options, folder, stop
         self._source, self._tokenizer, self._dtype = source, tokenizer, dtype
+        self._recovered: dict[int, Recovered] = {}
 
     def run(self) -> Report:
         results, reports = [], []
@@ -192,6 +196,7 @@ class _Runner:
             if result is not None:
                 report = build_report(result.plan, decoder_anatomy(source.model, heads=result.plan.head_unit))
                 report.seconds = dict(result.seconds)
+                report.recoveries = [self._recovered[number].section()] if number in self._recovered else []
                 results.append(result)
                 reports.append(report)
         self._stop.defer(False)
@@ -215,7 +220,8 @@ class _Runner:
             if number == 1:
                 yield number, step, self._source
                 continue
-            folder = self._folder.step(number - 1) / "out"
+            before = self._folder.step(number - 1)
+            folder = before / "heal" / "out" if self._training(self._recipe.steps[number - 2]) else before / "out"
             source, _ = open_source(folder, device=_devices(self._recipe, self._ranks))
             try:
                 yield number, step, source
@@ -225,7 +231,42 @@ class _Runner:
     def _step(self, number: int, step: Step, source: Source) -> StepResult | None:
         last = number == len(self._recipe.steps)
         output = Output(self._recipe.format if last else "dense", parse_size(self._recipe.max_shard_size))
-        return prune_step(*self._what(number, step, source), output=output, **self._how(step))
+        result = prune_step(*self._what(number, step, source), output=output, **self._how(step))
+        training = self._training(step)
+        return result if training is None else self._heal(number, result, training, output)
+
+    def _training(self, step: Step) -> RecoveryOptions | None:
+        return split_heal(step.heal, self._recipe.calibration.seed)[1]
+
+    def _heal(
+        self, number: int, result: StepResult | None, options: RecoveryOptions, output: Output
+    ) -> StepResult | None:
+        """What the step has written, trained; the dense model of the run is the teacher where one is wanted."""
+        from secateur.recovering import Teacher
+        from secateur.runs.healing import heal_step
+
+        data = self._recipe.calibration
+        wants = {"kl", "hidden"} & set(options.terms(teacher=True))
+        done = heal_step(
+            self._folder.step(number) / "heal",
+            result,
+            options,
+            tokenizer=self._tokenizer,
+            teacher=Teacher(self._source.whole(torch.float32)) if wants else None,
+            calibration=data.source,
+            text_field=data.text_field,
+            format=output.format,
+            max_shard_size=output.max_shard_size,
+            device=self._recipe.device,
+            stop=self._stop,
+            hint=hint(self._folder.out),
+            ranks=self._ranks,
+            progress=self._options.progress,
+        )
+        if done is None:
+            return None
+        result, self._recovered[number] = done
+        return result
 
     def _what(self, number: int, step: Step, source: Source) -> tuple[StepFolder, Method, Source, Tokens | None]:
         method, allocation = self._recipe.words(step)

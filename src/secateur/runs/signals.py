@@ -18,11 +18,12 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """Set by SIGINT or SIGTERM. Before ``begun()`` there is nothing to lose, so a signal interrupts at once.
 
-    So does a second signal, and any signal while ``defer(False)`` holds.
+    So does a second signal, and any signal while ``defer(False)`` holds. ``piece`` is what work ends with.
     """
 
     def __init__(self, begun: Callable[[], bool] = lambda: True, *, quiet: bool = False) -> None:
         self.made = False
+        self.piece = "block"
         self._quiet = quiet
         self._begun = begun
         self._deferring = True
@@ -36,7 +37,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.made = True
         if not self._quiet:
-            _say("stopping after this block; once more stops at once")
+            _say(f"stopping after this {self.piece}; once more stops at once")
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,7 @@ counts as its first dimension times the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from secateur.errors import PlanMismatchError, UsageError
-from secateur.models.decoders import decoder_anatomy
+from secateur.models.decoders import decoder_anatomy, decoder_blocks, is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,6 +95,26 @@ def masks_of(plan: Plan | None, model: PreTrainedModel) -> Mapping[str, Tensor]:
                 f" of shape {list(mask.shape)}, which {there}"
             )
     return plan.masks
+
+
+def masks_left(plans: Sequence[Plan], model: PreTrainedModel, *, keep_zeros: bool = False) -> Mapping[str, Tensor]:
+    """What must stay zero in ``model``, to which all ``plans`` have been applied; boolean, True = kept.
+
+    One plan that only masks says it itself. Where masks were cut afterwards, or a later plan masked again, whatever is
+    zero now in the matrices of the blocks stays zero; with ``keep_zeros`` that is so without any plan.
+    Raises PlanMismatchError when the one plan doesn't fit.
+    """
+    masking = [plan for plan in plans if plan.masks]
+    if len(plans) == 1 and masking and not keep_zeros:
+        plan = plans[0]
+        if not any(len(kept) < plan.groups[name] for name, kept in plan.keep.items()):
+            return masks_of(plan, model)
+    if not (masking or keep_zeros):
+        return {}
+    name, blocks = decoder_blocks(model)
+    weights = {f"{name}.{path}.weight": m.weight for path, m in blocks.named_modules() if is_linear(m)}
+    found = {name: weight.detach() != 0 for name, weight in weights.items()}  # type: ignore[union-attr]
+    return {name: mask for name, mask in found.items() if not bool(mask.all())}
 
 
 def check_zero(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:

@@ -82,8 +82,9 @@ def check_masks(checkpoint: Checkpoint, found: Trace, base: Source | None) -> Fi
             # from the last step back: what a later one removes has no value of an earlier one any more
             for masked in reversed(masks):
                 untouched = len(masks) == 1 and not masked.cuts and not found.renamed
-                source = base if untouched else None
+                source = base if untouched and not found.trained else None
                 mask, values = masked.expected()
+                values = None if found.trained else values
                 checked = _check_mask(name, weight, (mask, values), left, found, source, finding)
                 if checked is None:
                     unknown.append(name)
@@ -91,6 +92,8 @@ def check_masks(checkpoint: Checkpoint, found: Trace, base: Source | None) -> Fi
                 zeros += checked
                 left = left & mask if mask.shape == left.shape else left
     finding.detail = f"{len(found.masks)} weights are zero where the plan says"
+    if found.trained:
+        finding.detail += "; what it keeps was trained afterwards and has values of its own"
     if zeros:
         finding.detail += f"; {zeros:,} entries that it keeps are zero too"
     if unknown:

@@ -55,6 +55,8 @@ class Trace:
     model: PreTrainedModel | None = None
     renamed: bool = False
     head_unit: str = "kv"
+    trained: bool = False
+    """Whether the model was trained after a cut, so that what is kept has other values."""
 
 
 def trace(plans: Sequence[StoredPlan], blocks: str, base: PreTrainedModel | None, finding: Finding) -> Trace:
@@ -64,6 +66,7 @@ def trace(plans: Sequence[StoredPlan], blocks: str, base: PreTrainedModel | None
     """
     found = Trace(model=weightless_copy(base) if base is not None else None)
     for plan in plans:
+        found.trained |= any(p.recoveries for p in plan.document.provenance)
         if plan.head_unit != found.head_unit:
             # the same heads are counted in other units from here on
             found.units = {name: n for name, n in found.units.items() if not name.endswith(".attention")}

@@ -1,0 +1,138 @@
+"""How a cut model is trained: the options, and the text in which they are given with ``heal``.
+
+    lora                            with all defaults
+    norms:steps=100,lr=1e-3         with some options
+    refit+lora:loss=kl+hidden*0.1   after a repair without training
+
+Defaults of the adapters (rank 8, alpha 16, dropout 0.05, all matrices of the blocks) are those of LLM-Pruner and
+LoRAPrune (arXiv:2305.11627, arXiv:2305.18403); norms and biases alone are PERP's (arXiv:2312.15230). Steps and batch
+are so few that two cores bear them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.errors import OptionError, UsageError, nearest
+from secateur.options import check_options, option, option_values
+
+KINDS = ("lora", "full", "norms")
+TERMS = ("ce", "kl", "hidden")
+# peak learning rates where none is given; what is trained alone may move further than everything at once
+RATES = {"lora": 1e-3, "full": 1e-4, "norms": 1e-3}
+
+_TRAINING = re.compile(rf"(?:^|\+)({'|'.join(KINDS)})(?::(.*))?$")
+_TERM = re.compile(r"(\w+)(?:\*([0-9.eE+-]+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryOptions:
+    """Options of recovery training. Raises OptionError for one that is out of range."""
+
+    train: str = option("lora", "what is trained: adapters, everything, or norms and biases alone", choices=KINDS)
+    steps: int = option(300, "steps of the optimiser", unit="steps", ge=1)
+    batch: int = option(4, "windows of a step, of all ranks together", unit="windows", ge=1)
+    micro: int = option(0, "windows of one forward, whose gradients add up; 0: all of a step", unit="windows", ge=0)
+    length: int = option(256, "tokens of a window", unit="tokens", ge=2)
+    loss: str = option(
+        "", "ce, kl and hidden, joined by + and weighted by *: kl+hidden*0.1 (default: kl with a teacher)"
+    )
+    temperature: float = option(1.0, "temperature of the logits that kl compares", gt=0)
+    lr: float = option(0.0, "peak learning rate; 0: 1e-3 for lora and norms, 1e-4 for full", ge=0)
+    warmup: float = option(0.1, "fraction of the steps in which the learning rate rises", ge=0, le=1)
+    decay: float = option(0.0, "weight decay of AdamW", ge=0)
+    clip: float = option(1.0, "largest norm of the gradients of a step; 0: any", ge=0)
+    rank: int = option(8, "rank of the adapters", ge=1)
+    alpha: float = option(16.0, "adapters count alpha / rank times", gt=0)
+    dropout: float = option(0.05, "fraction of an adapter's inputs that is left out", ge=0, lt=1)
+    targets: str = option("", "modules that get adapters, joined by +: q_proj+v_proj (default: all of the blocks)")
+    dtype: str = option("float32", "dtype of the forwards; weights stay as they are", choices=("float32", "bfloat16"))
+    checkpointing: bool = option(False, "compute activations again for the gradients instead of keeping them")
+    data: str = option("", "text to train on: builtin, self, a file or a data set (default: the calibration text)")
+    held_out: int = option(16, "last windows of the text, which are measured and not trained on", unit="windows", ge=1)
+    measure: int = option(0, "steps from one measurement to the next; 0: a tenth of all", unit="steps", ge=0)
+    keep_zeros: bool = option(False, "let every weight that is zero stay zero, also where no plan masks it")
+    seed: int = option(0, "seed of adapters, dropout and the order of the windows", ge=0)
+
+    def __post_init__(self) -> None:
+        check_options(self, "heal")
+        if self.loss:
+            _terms(self.loss)
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.lr or RATES[self.train]
+
+    @property
+    def measured_every(self) -> int:
+        """Steps between two measurements of the held-out text."""
+        return self.measure or max(1, self.steps // 10)
+
+    def terms(self, teacher: bool) -> dict[str, float]:
+        """The weight of every term of the loss; ``teacher`` says whether there is one. Raises UsageError."""
+        found = _terms(self.loss) if self.loss else {"kl" if teacher else "ce": 1.0}
+        for name in ("kl", "hidden"):
+            if name in found and not teacher:
+                raise UsageError(f"the loss {name} compares with a dense model: name it with --teacher (teacher=)")
+        return found
+
+
+def _terms(text: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for part in text.split("+"):
+        match = _TERM.fullmatch(part.strip())
+        name = match[1] if match else part.strip()
+        if match is None or name not in TERMS or name in found:
+            raise OptionError(
+                f"heal: loss joins {', '.join(TERMS)} by +, each once and with a weight behind * where it isn't 1,"
+                f" got '{text}'{nearest(name, TERMS)}"
+            )
+        try:
+            found[name] = float(match[2]) if match[2] else 1.0
+        except ValueError:
+            raise OptionError(f"heal: the weight of {name} must be a number, got '{match[2]}'") from None
+        if not found[name] > 0:
+            raise OptionError(f"heal: the weight of {name} must be above 0, got '{match[2]}'")
+    return found
+
+
+def make_recovery(options: Mapping[str, Any]) -> RecoveryOptions:
+    """Options from values or from their texts. Raises OptionError."""
+    return RecoveryOptions(**option_values("heal", RecoveryOptions, options, "'secateur heal --help' lists them"))
+
+
+def parse_recovery(text: str) -> RecoveryOptions:
+    """``lora`` or ``lora:steps=300,rank=8``. Raises UsageError and OptionError."""
+    before, recovery = split_heal(text)
+    if recovery is None or before is not None:
+        raise UsageError(f"training is one of {', '.join(KINDS)}, with options behind a colon, got '{text}'")
+    return recovery
+
+
+def split_heal(text: str | None, seed: int = 0) -> tuple[str | None, RecoveryOptions | None]:
+    """(repair without training, training) of a ``heal`` text; None for what isn't asked for.
+
+    ``seed`` is that of the training where the text has none. Raises UsageError and OptionError.
+    """
+    if text is None:
+        return None, None
+    match = _TRAINING.search(text)
+    if match is None:
+        if ":" in text or "+" in text:
+            word = text.partition(":")[0].rpartition("+")[2]
+            raise UsageError(
+                f"heal takes a repair, a training, or one + the other, as in refit+lora:steps=300;"
+                f" '{text}' names no training{nearest(word, KINDS) or '; there are ' + ', '.join(KINDS)}"
+            )
+        return text, None
+    options: dict[str, str] = {}
+    for pair in match[2].split(",") if match[2] is not None else ():
+        key, equals, value = (piece.strip() for piece in pair.partition("="))
+        if not key or not equals or key in options or key == "train":
+            raise UsageError(f"training is NAME or NAME:KEY=VALUE,KEY=VALUE, each key once, got '{match[0]}'")
+        options[key] = value
+    return text[: match.start()] or None, make_recovery({"train": match[1], "seed": seed, **options})

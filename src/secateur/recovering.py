@@ -1,0 +1,201 @@
+"""Recovery training of a decoder: its text, its masks, its teacher, and what a plan and a report say about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from secateur.errors import DataError, NonFiniteError, UsageError
+from secateur.evaluation.perplexity import window_losses
+from secateur.healing.recovery import Curve, RecoveryOptions
+from secateur.healing.recovery.trainer import Keeper, Windows, recover
+from secateur.models.decoders import decoder_blocks, is_linear
+from secateur.models.fingerprint import display_name
+from secateur.observe.calibration import Tokens, load_tokens
+from secateur.plans import Plan, Recovery
+from secateur.ranks import ALONE, Ranks
+from secateur.train.masks import masks_left
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model that a student is compared with, and its tokenizer where it has one."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What training did: ``record`` for the plan, ``curve`` for the report."""
+
+    record: Recovery
+    curve: Curve
+
+    def on(self, plans: Sequence[Plan]) -> list[Plan]:
+        """The plans of a model that was cut by them and then trained: the last one says so."""
+        return [*plans[:-1], plans[-1].recovered(self.record)] if plans else []
+
+    def section(self) -> dict[str, Any]:
+        """What a report holds: the record with the curve."""
+        curve = self.curve
+        numbers = asdict(curve)
+        numbers["teacher_perplexity"] = numbers.pop("teacher")
+        return {**self.record.model_dump(mode="json"), **numbers, "steps": curve.steps, "closed": curve.closed}
+
+
+def recover_decoder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: RecoveryOptions,
+    *,
+    plans: Sequence[Plan] = (),
+    teacher: Teacher | None = None,
+    source: str = "builtin",
+    text_field: str | None = None,
+    keeper: Keeper | None = None,
+    ranks: Ranks = ALONE,
+    progress: Progress = lambda stage, done, total: None,
+) -> Recovered:
+    """Train ``model``, which ``plans`` have cut, in place and in float32; it keeps its dtype.
+
+    ``source`` is the text where the options name none. The last windows of the text are held out and measured.
+    Raises UsageError, DataError, PlanMismatchError, NonFiniteError, MissingExtraError, and what ``keeper`` raises.
+    """
+    terms = options.terms(teacher is not None)
+    compared = {"kl", "hidden"} & set(terms)
+    if teacher is not None and compared:
+        check_teacher(teacher, model, tokenizer, hidden="hidden" in terms)
+    stored = model.dtype
+    writer: Any = teacher.model if teacher is not None else model
+    text = ranks.on_main(lambda: _text(options, source, tokenizer, text_field, writer))
+    windows = _split(text, options)
+    model.float()
+
+    def measure(one: Any) -> float:
+        return perplexity(one, windows.held_out)
+
+    name, blocks = decoder_blocks(model)
+    curve = recover(
+        model,
+        windows,
+        options,
+        teacher=teacher.model if teacher is not None and compared else None,
+        layers=layers_left(plans, teacher.model if teacher is not None else model, len(blocks)),
+        modules=[f"{name}.{path}" for path, module in blocks.named_modules() if is_linear(module)],
+        masks=masks_left(plans, model, keep_zeros=options.keep_zeros),
+        keeper=keeper,
+        measure=measure,
+        ranks=ranks,
+        progress=progress,
+    )
+    if model.dtype != stored:
+        model.to(stored)  # type: ignore[arg-type]
+        # what is measured last is what will be saved
+        curve.measured[-1] = (curve.steps, ranks.on_main(lambda: measure(model)))
+    if teacher is not None:
+        dense = teacher.model
+        curve.teacher = ranks.on_main(lambda: perplexity(dense, windows.held_out))
+    record = Recovery(
+        train=options.train,
+        options=_said(options, terms),
+        data=text.info,
+        teacher=display_name(teacher.model) if teacher is not None else "",
+        tokens=curve.tokens,
+        before=curve.measured[0][1],
+        after=curve.measured[-1][1],
+    )
+    return Recovered(record, curve)
+
+
+def perplexity(model: Any, ids_NT: Tensor) -> float:
+    """Of windows [windows, length] int64. Raises NonFiniteError when the loss is NaN or the perplexity too large."""
+    loss = float(window_losses(model, ids_NT).mean())
+    if not loss < 700:
+        raise NonFiniteError(f"the loss on the held-out text is {loss:g}: the model is broken; nothing was written")
+    return math.exp(loss)
+
+
+def check_teacher(
+    teacher: Teacher, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, hidden: bool
+) -> None:
+    """Refuse a teacher whose predictions or hidden states are about other things than the student's. UsageError."""
+    theirs, mine = (m.config.get_text_config() for m in (teacher.model, student))
+    name = display_name(teacher.model)
+    if theirs.vocab_size != mine.vocab_size:
+        raise UsageError(
+            f"the teacher {name} has a vocabulary of {theirs.vocab_size:,} tokens and the model one of"
+            f" {mine.vocab_size:,}: their predictions can't be compared; give the model that was pruned"
+        )
+    if (
+        teacher.tokenizer is not None
+        and tokenizer is not None
+        and teacher.tokenizer.get_vocab() != tokenizer.get_vocab()
+    ):
+        raise UsageError(f"the teacher {name} has another vocabulary than the model: give the model that was pruned")
+    if hidden and theirs.hidden_size != mine.hidden_size:
+        raise UsageError(
+            f"the hidden states of the teacher {name} have {theirs.hidden_size} entries and the model's"
+            f" {mine.hidden_size}: leave hidden out of the loss"
+        )
+
+
+def layers_left(plans: Sequence[Plan], dense: PreTrainedModel, left: int) -> list[int]:
+    """The blocks of ``dense`` that the ``left`` blocks of a model came from, as its plans say.
+
+    Without plans that explain the difference they are spread evenly, the last on the last.
+    """
+    layers = list(range(len(decoder_blocks(dense)[1])))
+    for plan in plans:
+        if "layers" in plan.keep and plan.groups["layers"] == len(layers):
+            layers = [layers[kept] for kept in plan.keep["layers"].tolist()]
+    if len(layers) != left:
+        layers = [layers[max(0, round((place + 1) * len(layers) / left) - 1)] for place in range(left)]
+    return layers
+
+
+def _text(
+    options: RecoveryOptions,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text_field: str | None,
+    writer: PreTrainedModel,
+) -> Tokens:
+    return load_tokens(
+        options.data or source,
+        tokenizer,
+        samples=options.steps * options.batch + options.held_out,
+        length=options.length,
+        seed=options.seed,
+        text_field=text_field,
+        model=writer,
+        allow_fewer=True,
+    )
+
+
+def _split(text: Tokens, options: RecoveryOptions) -> Windows:
+    """The last windows of a text are held out: as many as are asked for, and at most a fifth of a short text."""
+    count = len(text.ids)
+    if count < 2:
+        raise DataError(
+            f"{text.info.source} gives one window of {options.length} tokens, and one more has to be held out:"
+            " use a longer text, or a smaller --length"
+        )
+    held = min(options.held_out, max(1, count // 5))
+    return Windows(text.ids[:-held], text.ids[-held:])
+
+
+def _said(options: RecoveryOptions, terms: dict[str, float]) -> dict[str, Any]:
+    """The options as they counted, without those that the record has in other places."""
+    loss = "+".join(name if weight == 1 else f"{name}*{weight:g}" for name, weight in terms.items())
+    said = asdict(replace(options, loss=loss, lr=options.peak_rate))
+    return {key: value for key, value in said.items() if key not in ("train", "data")}

@@ -1,0 +1,358 @@
+"""Recovery training of a checkpoint folder, or as part of a run: resumable, written as a whole, told in its report."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from secateur.errors import CorruptFileError, ModelLoadError, OutputError, SecateurError, UsageError
+from secateur.files import check_output
+from secateur.healing.recovery import Curve, RecoveryOptions, make_recovery
+from secateur.healing.recovery.trainer import Keeper
+from secateur.models.fingerprint import display_name, fingerprint
+from secateur.models.hub import plain_name
+from secateur.models.loading import load_model
+from secateur.models.saving import save_model, write_model
+from secateur.models.sources import Source
+from secateur.plans import Plan, find_plans
+from secateur.ranks import ALONE, Ranks, join
+from secateur.reading import read_json
+from secateur.recovering import Recovered, Teacher, recover_decoder
+from secateur.report import Metric, Report
+from secateur.runs.folder import RunFolder, StepFolder
+from secateur.runs.kept import hint, kept
+from secateur.runs.pipeline import Progress, StepResult
+from secateur.runs.signals import StopRequest
+from secateur.tensorfiles import read_header, write_tensors
+from secateur.versions import library_versions, machine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SECONDS_BETWEEN_STATES = 30.0
+"""A killed run repeats at most so much of its training."""
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What ``heal`` returns: the trained model, its plans, which say that it was trained, and the report."""
+
+    model: PreTrainedModel
+    plans: Sequence[Plan]
+    report: Report
+    recovered: Recovered
+
+    @property
+    def curve(self) -> Curve:
+        """Loss by step, and held-out perplexity now and then."""
+        return self.recovered.curve
+
+
+def heal(
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    out: str | Path | None = None,
+    train: str = "lora",
+    data: str | Path = "builtin",
+    teacher: PreTrainedModel | str | Path | None = None,
+    loss: str | None = None,
+    steps: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    plan: Plan | Sequence[Plan] | None = None,
+    seed: int = 0,
+    text_field: str | None = None,
+    device: str = "cpu",
+    inplace: bool = False,
+    html: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Healed:
+    """Train a cut model for a while, so that it makes up for what was removed; what was removed stays removed.
+
+    ``model`` is one in memory, of which a copy is trained (with ``inplace`` it itself), or a checkpoint folder, whose
+    plan is found in it and whose result is written to ``out``; a run that was killed or stopped goes on with
+    ``resume`` and gives the same weights. ``train``: ``lora`` (adapters, merged at the end), ``full``, or ``norms``
+    (norms and biases). ``teacher`` is the dense model, by name or in memory. ``loss`` joins ``ce`` (the text itself),
+    ``kl`` (the teacher's predictions) and ``hidden`` (its hidden states) by +, each with a weight behind *; by default
+    it is ``kl`` with a teacher and ``ce`` without. ``steps`` of 4 windows of 256 tokens each; ``options`` are the
+    others of ``RecoveryOptions``. ``plan`` cut the model in memory; its masks are kept to the bit. ``data`` is what
+    ``calibration`` takes in ``plan``; its last windows are held out and measured.
+    In a process group, or in processes that torchrun has started, all ranks call this together.
+    Raises UsageError, DataError, ModelError, PlanMismatchError, OutputError, MissingExtraError, NonFiniteError when a
+    loss is NaN, and Stopped (a KeyboardInterrupt) when a signal came.
+    """
+    given = {"loss": loss, "steps": steps}
+    chosen = make_recovery(
+        {"train": train, "seed": seed, **{k: v for k, v in given.items() if v is not None}, **(options or {})}
+    )
+    chosen = replace(chosen, data=chosen.data or str(data))
+    job = _Job(chosen, device, text_field, trust_remote_code, progress or (lambda stage, done, total: None))
+    if not isinstance(model, str | Path):
+        if out is not None or resume:
+            raise UsageError("out= and resume= are for a checkpoint folder: save a model in memory with secateur.save")
+        plans = [] if plan is None else [plan] if isinstance(plan, Plan) else list(plan)
+        return _in_memory(job, model, tokenizer, plans, teacher, inplace)
+    if out is None:
+        raise UsageError("give a folder for the trained checkpoint with out= (--out)")
+    if plan is not None or tokenizer is not None:
+        raise UsageError("a checkpoint folder brings its plan and its tokenizer: leave plan= and tokenizer= out")
+    return _of_folder(job, model, out, teacher, html=html, resume=resume, overwrite=overwrite)
+
+
+@dataclass(frozen=True)
+class _Job:
+    options: RecoveryOptions
+    device: str
+    text_field: str | None
+    trust_remote_code: bool
+    progress: Progress
+
+    def load(self, name: str | Path, dtype: str = "auto", ranks: Ranks = ALONE) -> tuple[Any, Any]:
+        model, tokenizer = load_model(
+            name,
+            dtype=dtype,
+            device=ranks.device(self.device),
+            trust_remote_code=self.trust_remote_code,
+            progress=self.progress if ranks.main else None,
+        )
+        model.secateur_name = plain_name(str(name))  # type: ignore[assignment]
+        return model, tokenizer
+
+    def teacher(self, given: Any, ranks: Ranks = ALONE) -> Teacher | None:
+        if given is None or isinstance(given, Teacher):
+            return given
+        if isinstance(given, str | Path):
+            return Teacher(*self.load(given, "float32", ranks))
+        return Teacher(given)
+
+
+def _in_memory(job: _Job, model: Any, tokenizer: Any, plans: Sequence[Plan], teacher: Any, inplace: bool) -> Healed:
+    chosen = job.teacher(teacher)
+    job.options.terms(chosen is not None)
+    trained = model if inplace else copy.deepcopy(model)
+    recovered = recover_decoder(
+        trained,
+        tokenizer,
+        job.options,
+        plans=plans,
+        teacher=chosen,
+        text_field=job.text_field,
+        progress=job.progress,
+    )
+    report = _told(None, recovered, display_name(model))
+    return Healed(trained, recovered.on(plans), report, recovered)
+
+
+def _of_folder(
+    job: _Job, source: str | Path, out: str | Path, teacher: Any, *, html: bool, resume: bool, overwrite: bool
+) -> Healed:
+    job.options.terms(teacher is not None)
+    check_output(out, overwrite)
+    ranks = join()
+    with ranks.together():
+        model, tokenizer = job.load(source, ranks=ranks)
+        plans = _plans_in(source)
+        named = str(teacher) if isinstance(teacher, str | Path) else display_name(teacher) if teacher else ""
+        document = {
+            "recovery": asdict(job.options) | {"teacher": named, "text_field": job.text_field},
+            "model": str(source),
+            "weights": fingerprint(Source(model)).weights,
+            "versions": library_versions(),
+            "number of ranks": ranks.size,
+        }
+        chosen = job.teacher(teacher, ranks)
+        folder = RunFolder(out, document, resume=resume, overwrite=overwrite, ranks=ranks)
+        with kept(folder, resume, ranks) as stop:
+            step = RecoveryFolder(folder.step(1), stop, hint(out))
+            recovered = recover_decoder(
+                model,
+                tokenizer,
+                job.options,
+                plans=plans,
+                teacher=chosen,
+                text_field=job.text_field,
+                keeper=StateKeeper(step, ranks),
+                ranks=ranks,
+                progress=job.progress if ranks.main else lambda *_: None,
+            )
+            stop.defer(False)
+            healed = recovered.on(plans)
+            report = _told(_report_in(source), recovered, display_name(model))
+
+            def write() -> None:
+                save_model(
+                    model,
+                    tokenizer,
+                    out,
+                    plan=healed,
+                    report=report,
+                    html=html,
+                    format=_format_of(source),
+                    overwrite=overwrite,
+                    base_name=healed[0].model.name if healed else display_name(model),
+                )
+                folder.remove()
+
+            ranks.on_main(write)
+    return Healed(model, healed, report, recovered)
+
+
+def heal_step(
+    path: Path,
+    result: StepResult | None,
+    options: RecoveryOptions,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher: Teacher | None,
+    calibration: str,
+    text_field: str | None,
+    format: str,
+    max_shard_size: int,
+    device: str,
+    stop: StopRequest,
+    hint: str,
+    ranks: Ranks,
+    progress: Progress,
+) -> tuple[StepResult, Recovered] | None:
+    """Train what a step of a run has written; the first of the ``ranks`` has the result, in a folder of its own."""
+    started = time.perf_counter()
+    step = RecoveryFolder(path, stop, hint)
+    if result is not None and ranks.size > 1:
+        result.plan.save(path / "plan", overwrite=True)
+    place = ranks.on_main(lambda: str(result.folder) if result is not None else "")
+    plan = result.plan if result is not None else Plan.load(path / "plan")
+    model, _ = load_model(place, dtype="auto", device=ranks.device(device))
+    recovered = recover_decoder(
+        model,
+        tokenizer,
+        options,
+        plans=[plan],
+        teacher=teacher,
+        source=calibration,
+        text_field=text_field,
+        keeper=StateKeeper(step, ranks),
+        ranks=ranks,
+        progress=progress,
+    )
+    if result is None:
+        ranks.meet()
+        return None
+    # a run that died while it wrote begins to write again
+    shutil.rmtree(step.out, ignore_errors=True)
+    step.out.mkdir()
+    plain = not write_model(model, step.out, format, max_shard_size)
+    ranks.meet()
+    seconds = {**result.seconds, "heal": time.perf_counter() - started}
+    return StepResult(plan.recovered(recovered.record), step.out, plain, {}, seconds), recovered
+
+
+class RecoveryFolder(StepFolder):
+    """The folder of a training: its journal, and in ``state`` where it is."""
+
+    ROOMS = ("state", "out")
+
+    def __init__(self, path: Path, stop: StopRequest, hint: str) -> None:
+        super().__init__(path, stop, hint)
+        stop.piece = "step"
+
+
+class StateKeeper(Keeper):
+    """Keeps the state of a training in a folder, at most ``SECONDS_BETWEEN_STATES`` old, and stops when asked to.
+
+    The first of the ``ranks`` writes; all read. Raises Stopped after a step, once its state is on the disk.
+    """
+
+    def __init__(self, step: RecoveryFolder, ranks: Ranks = ALONE) -> None:
+        self._step, self._ranks = step, ranks
+        # the first step is kept at once: from then on nothing is lost
+        self._last = float("-inf")
+
+    def restored(self) -> tuple[Curve, Mapping[str, Tensor]] | None:
+        # nobody reads while somebody writes
+        self._ranks.meet()
+        if not self._ranks.main:
+            self._step.reopen()
+        finished = self._step.journal.of("trained")
+        if not finished:
+            return None
+        state, curve = self._files(max(finished))
+        try:
+            tensors = {name: stored.read() for name, stored in read_header(state).items()}
+            found = Curve.from_json(curve.read_text(encoding="utf8")), tensors
+        except (OSError, ValueError, CorruptFileError) as error:
+            raise OutputError(f"{self._step.path} is damaged ({error}): remove the run and begin again") from None
+        self._ranks.meet()
+        return found
+
+    def finished(self, curve: Curve, state: Callable[[], Mapping[str, Tensor]], *, last: bool) -> None:
+        stopping = self._ranks.any(self._step.stopping)
+        old = time.monotonic() - self._last >= SECONDS_BETWEEN_STATES
+        if self._ranks.main and (stopping or last or old):
+            self._write(curve, state())
+        if stopping:
+            self._step.check_stop(f"step {curve.steps} of the training", self._ranks)
+
+    def _write(self, curve: Curve, state: Mapping[str, Tensor]) -> None:
+        file, text = self._files(curve.steps)
+        write_tensors(file, state, durable=True)
+        text.write_text(curve.to_json(), encoding="utf8")
+        self._step.add(trained=curve.steps)
+        for older in file.parent.iterdir():
+            if older not in (file, text):
+                older.unlink(missing_ok=True)
+        self._last = time.monotonic()
+
+    def _files(self, steps: int) -> tuple[Path, Path]:
+        room = self._step.path / "state"
+        return room / f"step-{steps:07d}.safetensors", room / f"step-{steps:07d}.json"
+
+
+def _plans_in(source: str | Path) -> list[Plan]:
+    folder = Path(source).expanduser()
+    if not ((folder / "plan").is_dir() or (folder / "plan.json").is_file()):
+        return []
+    return [Plan.load(path) for path in find_plans(folder)]
+
+
+def _report_in(source: str | Path) -> Report | None:
+    """The report of a checkpoint; None where there is none that can be read."""
+    try:
+        return Report.from_dict(read_json(Path(source).expanduser() / "report.json", ModelLoadError))
+    except (SecateurError, OSError, TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def _format_of(source: str | Path) -> str:
+    config = Path(source).expanduser() / "config.json"
+    stored: Any = read_json(config, ModelLoadError) if config.is_file() else {}
+    return "packed" if stored.get("secateur", {}).get("packed") else "dense"
+
+
+def _told(report: Report | None, recovered: Recovered, name: str) -> Report:
+    """The report of what was trained, with this training at its end."""
+    if report is None:
+        report = Report(model=name, method="", options={}, requested="", achieved=0.0)
+        report.versions, report.machine = library_versions(), machine()
+    curve, record = recovered.curve, recovered.record
+    values = {} if curve.teacher is None else {"dense": curve.teacher}
+    values |= {"pruned": record.before, "healed": record.after}
+    options = record.options
+    protocol = (
+        f"{record.data.source}; last windows of {options['length']} tokens, which were not trained on;"
+        f" {options['length'] - 1} predictions a window"
+    )
+    held_out = Metric("held-out perplexity", "", values, higher_is_better=False, protocol=protocol)
+    report.metrics = [held_out, *report.metrics]
+    report.recoveries = [*report.recoveries, recovered.section()]
+    report.seconds["heal"] = report.seconds.get("heal", 0.0) + curve.seconds
+    return report

@@ -1,0 +1,436 @@
+"""The trainer in memory: losses by hand, masks to the bit, merged = trained, and a second sitting to the bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import secateur as sc
+from families import make_tiny, tiny_ids
+from runs import plan_for
+from secateur.errors import DataError, MissingExtraError, NonFiniteError, OptionError, PlanMismatchError, UsageError
+from secateur.healing.recovery import Curve, RecoveryOptions, parse_recovery, split_heal
+from secateur.healing.recovery.losses import Objective, cross_entropy, divergence, hidden_distance
+from secateur.healing.recovery.trained import STRATEGIES
+from secateur.healing.recovery.trainer import Keeper, Windows, learning_rate, recover, windows_of
+from secateur.models.decoders import decoder_blocks, is_linear
+from secateur.recovering import layers_left
+from secateur.train.masks import masks_left
+
+FAST = {"steps": 3, "batch": 2, "rank": 2, "lr": 1e-2}
+
+
+def matrices(model: Any) -> list[str]:
+    name, blocks = decoder_blocks(model)
+    return [f"{name}.{path}" for path, module in blocks.named_modules() if is_linear(module)]
+
+
+def train(model: Any, masks: Any = None, *, measure: Any = None, keeper: Any = None, **options: Any) -> Curve:
+    teacher = options.pop("teacher", None)
+    return recover(
+        model,
+        Windows(tiny_ids(8), tiny_ids(2, seed=1)),
+        RecoveryOptions(**{**FAST, **options}),
+        teacher=teacher,
+        layers=range(len(decoder_blocks(teacher or model)[1])),
+        modules=matrices(model),
+        masks=masks,
+        measure=measure,
+        keeper=keeper,
+    )
+
+
+def masked(family: str = "llama") -> tuple[Any, Any]:
+    """A model with half of its weights zero, and its masks."""
+    dense = make_tiny(family)
+    plan = plan_for("magnitude", dense, tiny_ids(), sparsity=0.5)
+    model = sc.apply(plan, dense)
+    return model, masks_left([plan], model)
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def changed(before: dict[str, torch.Tensor], model: Any) -> set[str]:
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+# losses
+
+
+def test_cross_entropy_is_that_of_the_library():
+    model, ids = make_tiny("llama"), tiny_ids(3)
+    with torch.no_grad():
+        torch.testing.assert_close(Objective({"ce": 1.0})(model, ids), model(input_ids=ids, labels=ids).loss)
+
+
+def test_divergence_by_the_definition():
+    mine, theirs = (
+        torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1)
+    )
+    total = 0.0
+    for b in range(2):
+        for t in range(3):
+            p, q = (F.softmax(x[b, t] / 2.0, dim=-1) for x in (theirs, mine))
+            total += sum(float(p[v]) * (math.log(p[v]) - math.log(q[v])) for v in range(5))
+    assert float(divergence(mine, theirs, 2.0)) == pytest.approx(4.0 * total / 6, rel=1e-6)
+    assert float(divergence(mine, mine + 7.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_hidden_states_are_compared_relative_to_the_teacher():
+    ones, twos = torch.ones(1, 2, 4), torch.full((1, 2, 4), 2.0)
+    # |2 - 1|^2 / |1|^2 = 1 and |1 - 2|^2 / |2|^2 = 1/4
+    assert float(hidden_distance([twos, ones], [ones, twos])) == pytest.approx(0.625)
+
+
+def test_terms_add_up_with_their_weights_and_layers_meet_those_they_came_from():
+    dense, ids = make_tiny("llama"), tiny_ids(2)
+    plan = plan_for("shortgpt", dense, ids, layers=1)
+    student = sc.apply(plan, dense)
+    kept = layers_left([plan], dense, 2)
+    assert kept == plan.keep["layers"].tolist() and len(kept) == 2
+    with torch.no_grad():
+        mine, theirs = (m(input_ids=ids, output_hidden_states=True) for m in (student, dense))
+        pairs = [(mine.hidden_states[i + 1], theirs.hidden_states[k + 1]) for i, k in enumerate(kept)]
+        expected = (
+            2.0 * cross_entropy(mine.logits, ids)
+            + divergence(mine.logits, theirs.logits, 3.0)
+            + 0.1 * hidden_distance(*zip(*pairs, strict=True))
+        )
+        objective = Objective({"ce": 2.0, "kl": 1.0, "hidden": 0.1}, 3.0, dense, kept)
+        torch.testing.assert_close(objective(student, ids), expected)
+        # the student that is its own teacher has nothing to learn
+        assert float(Objective({"kl": 1.0, "hidden": 1.0}, 1.0, dense, [0, 1, 2])(dense, ids)) < 1e-6
+
+
+def test_layers_without_a_plan_are_spread_evenly():
+    assert layers_left([], make_tiny("llama"), 3) == [0, 1, 2]
+    assert layers_left([], make_tiny("llama", num_hidden_layers=6), 3) == [1, 3, 5]
+
+
+# schedule and data
+
+
+def test_the_learning_rate_rises_and_falls():
+    options = RecoveryOptions(steps=100, lr=1.0, warmup=0.1)
+    rates = [learning_rate(step, options) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5)
+    assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 1e-3
+
+
+def test_every_window_comes_once_before_any_comes_again():
+    options = RecoveryOptions(steps=10, batch=3)
+    seen = torch.cat([windows_of(step, options, 5) for step in range(10)])
+    for epoch in seen.split(5):
+        assert sorted(epoch.tolist()) == [0, 1, 2, 3, 4]
+    assert not torch.equal(seen[:5], seen[5:10])
+    assert torch.equal(windows_of(7, options, 5), seen[21:24])
+    assert not torch.equal(torch.cat([windows_of(s, RecoveryOptions(batch=3, seed=1), 5) for s in range(10)]), seen)
+
+
+# what is trained
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox"])
+def test_merged_adapters_are_the_trained_ones_and_masks_hold(family):
+    model, masks = masked(family)
+    before, ids, seen = weights(model), tiny_ids(2, seed=5), []
+
+    def measure(one: Any) -> float:
+        one.eval()
+        with torch.no_grad():
+            seen.append(one(input_ids=ids).logits)
+        return 1.0
+
+    train(model, masks, measure=measure, dropout=0.0)
+    with torch.no_grad():
+        merged = model(input_ids=ids).logits
+    assert (merged - seen[0]).abs().max() > 1e-2, "training must change something for this test to mean anything"
+    torch.testing.assert_close(merged, seen[-1], rtol=1e-4, atol=1e-4)
+    assert changed(before, model) == {f"{name}.weight" for name in matrices(model)}
+    for name, mask in masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask), name
+    # nothing of peft is left
+    assert set(weights(model)) == set(before) and all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "peft_config") and not model.training
+
+
+def test_adapters_without_masks_fill_zeros_and_begin_as_nothing():
+    model, _ = masked()
+    ids = tiny_ids(2)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+    seen = []
+
+    def measure(one: Any) -> float:
+        with torch.no_grad():
+            seen.append(one.eval()(input_ids=ids).logits)
+        return 1.0
+
+    train(model, {}, measure=measure)
+    assert torch.equal(seen[0], plain)
+    assert bool((model.model.layers[0].mlp.up_proj.weight != 0).all())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_everything_is_trained_but_what_is_masked(family):
+    model, masks = masked(family)
+    before = weights(model)
+    train(model, masks, train="full", decay=0.1)
+    assert changed(before, model) == set(before)
+    for name, mask in masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask), name
+
+
+def test_norms_and_biases_alone():
+    model = make_tiny("llama")
+    before = weights(model)
+    chosen = STRATEGIES["norms"](model, RecoveryOptions(), {})
+    # two in every block and one behind them: (2 L + 1) d
+    assert sum(p.numel() for p in chosen.parameters.values()) == 7 * 32
+    chosen.finish()
+    train(model, train="norms")
+    assert changed(before, model) == {name for name in before if "norm" in name}
+    biased = make_tiny("llama-tied-bias")
+    before = weights(biased)
+    train(biased, train="norms")
+    assert changed(before, biased) == {name for name in before if "norm" in name or name.endswith("bias")}
+
+
+def test_ranks_by_module_and_targets_by_name():
+    model = make_tiny("llama")
+    one, two = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+    chosen = STRATEGIES["lora"](
+        model, RecoveryOptions(rank=2, alpha=4, targets="q_proj"), {}, modules=matrices(model), ranks={one: 5}
+    )
+    sizes = {name: p.shape[0] for name, p in chosen.parameters.items() if "lora_A" in name}
+    assert len(sizes) == 3
+    assert [model.get_submodule(name).scaling["recovery"] for name in (one, two)] == [2.0, 2.0]
+    assert sizes[f"{one}.lora_A.recovery.weight"] == 5 and sizes[f"{two}.lora_A.recovery.weight"] == 2
+    chosen.finish()
+
+
+def test_several_forwards_of_a_step_are_one_large_one():
+    whole, parts = make_tiny("llama"), make_tiny("llama")
+    one = train(whole, batch=4, dropout=0.0, train="full", lr=1e-3)
+    two = train(parts, batch=4, micro=1, dropout=0.0, train="full", lr=1e-3)
+    assert one.losses == pytest.approx(two.losses, rel=1e-5)
+    for name, weight in whole.named_parameters():
+        torch.testing.assert_close(parts.get_parameter(name), weight, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpointing_changes_nothing_and_bfloat16_little():
+    curves = [train(make_tiny("llama"), **more) for more in ({}, {"checkpointing": True}, {"dtype": "bfloat16"})]
+    assert curves[1].losses == curves[0].losses
+    assert curves[2].losses != curves[0].losses
+    assert curves[2].losses == pytest.approx(curves[0].losses, rel=0.05)
+
+
+def test_the_seed_decides():
+    models = [make_tiny("llama") for _ in range(3)]
+    curves = [train(model, dropout=0.2, seed=seed) for model, seed in zip(models, (0, 0, 1), strict=True)]
+    assert curves[0].losses == curves[1].losses != curves[2].losses
+    assert not changed(weights(models[0]), models[1])
+
+
+def test_the_global_random_state_stays():
+    model = make_tiny("llama")
+    state = torch.get_rng_state()
+    train(model, dropout=0.2)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InMemory(Keeper):
+    """Ends a sitting after so many steps, and lets the next go on."""
+
+    def __init__(self, end: int) -> None:
+        self.end, self.kept = end, None
+
+    def restored(self):
+        return self.kept
+
+    def finished(self, curve, state, *, last):
+        if curve.steps == self.end:
+            copied = {name: tensor.clone() for name, tensor in state().items()}
+            self.kept = Curve.from_json(curve.to_json()), copied
+            self.end = -1
+            raise Interrupted
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "norms"])
+@pytest.mark.parametrize("end", [1, 3, 4])
+def test_a_second_sitting_ends_in_the_same_bits(kind, end):
+    (whole, masks), (resumed, _) = masked(), masked()
+    how = {"train": kind, "steps": 4, "dropout": 0.3, "decay": 0.01, "measure": lambda one: 2.0}
+    curve = train(whole, masks, **how)
+    keeper = InMemory(end)
+    first = copy.deepcopy(resumed)
+    with pytest.raises(Interrupted):
+        train(first, masks, keeper=keeper, **how)
+    again = train(resumed, masks, keeper=keeper, **how)
+    assert not changed(weights(whole), resumed)
+    assert (again.losses, again.measured) == (curve.losses, curve.measured)
+
+
+# in whole
+
+
+def test_a_cut_model_gets_better_on_text_it_was_not_trained_on(tiny_llama, tiny_tokenizer):
+    dense, tokenizer = tiny_llama, tiny_tokenizer
+    result = sc.prune(dense, tokenizer, method="magnitude_sp", sparsity=0.3)
+    before = weights(result.model)
+    healed = sc.heal(
+        result.model, tokenizer, plan=result.plan, train="full", steps=20, seed=2,
+        options={"length": 32, "lr": 1e-2, "held_out": 4},
+    )  # fmt: skip
+    assert not changed(before, result.model), "the model that was given stays as it is"
+    curve = healed.curve
+    assert [step for step, _ in curve.measured] == list(range(0, 21, 2))
+    assert curve.measured[-1][1] < 0.8 * curve.measured[0][1]
+    assert (curve.tokens_per_step, curve.tokens) == (128, 2560)
+    [record] = healed.plans[0].provenance[0].recoveries
+    assert (record.train, record.options["loss"], record.data.seed) == ("full", "ce", 2)
+    assert (record.before, record.after) == (curve.measured[0][1], curve.measured[-1][1])
+    # the cut model that its teacher's predictions train closes part of the gap between the two
+    assert sc.heal(
+        result.model, tokenizer, plan=result.plan, teacher=healed.model, loss="kl", train="full", steps=20,
+        options={"length": 32, "lr": 1e-2, "held_out": 4},
+    ).curve.closed > 0.3  # fmt: skip
+
+
+def test_prune_trains_towards_the_dense_model(tiny_llama, tiny_tokenizer):
+    result = sc.prune(
+        tiny_llama, tiny_tokenizer, method="wanda", sparsity=0.5, samples=2, length=32,
+        heal="refit+lora:steps=2,batch=2,length=32,held_out=2", seed=4,
+    )  # fmt: skip
+    [source] = result.plan.provenance
+    assert source.options["heal"] == "refit"
+    assert source.recoveries[0].options["loss"] == "kl" and source.recoveries[0].options["seed"] == 4
+    assert result.report.recoveries[0]["teacher"] == "LlamaForCausalLM"
+    for name, mask in result.plan.masks.items():
+        assert torch.equal(result.model.get_parameter(name) != 0, mask)
+
+
+def test_a_model_in_half_precision_keeps_it(tiny_llama, tiny_tokenizer):
+    healed = sc.heal(tiny_llama.bfloat16(), tiny_tokenizer, steps=2, options={"length": 32, "held_out": 2})
+    assert {p.dtype for p in healed.model.parameters()} == {torch.bfloat16}
+
+
+def test_masks_that_were_cut_afterwards_are_what_is_zero():
+    dense = make_tiny("llama")
+    sparse = plan_for("magnitude", dense, tiny_ids(), sparsity=0.5)
+    half = sc.apply(sparse, dense)
+    narrow = plan_for("magnitude_sp", half, tiny_ids(), sparsity=0.3)
+    model = sc.apply(narrow, half)
+    masks = masks_left([sparse, narrow], model)
+    assert set(masks) == {f"{name}.weight" for name in matrices(model)}
+    assert all(torch.equal(mask, model.get_parameter(name) != 0) for name, mask in masks.items())
+    assert masks_left([narrow], model) == {} and masks_left([], model) == {}
+    assert set(masks_left([], model, keep_zeros=True)) == set(masks)
+    with pytest.raises(PlanMismatchError):
+        masks_left([sparse], model)
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "repair", "train", "given"),
+    [
+        (None, None, None, {}),
+        ("refit", "refit", None, {}),
+        ("lora", None, "lora", {}),
+        ("norms:steps=10,lr=1e-4", None, "norms", {"steps": 10, "lr": 1e-4}),
+        ("refit+full:loss=kl+hidden*0.1", "refit", "full", {"loss": "kl+hidden*0.1"}),
+    ],
+)
+def test_what_heal_asks_for(text, repair, train, given):
+    found, options = split_heal(text, seed=9)
+    assert found == repair
+    assert (options.train if options else None) == train
+    for name, value in {**given, **({"seed": 9} if train else {})}.items():
+        assert getattr(options, name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("loar:steps=3", UsageError, "names no training; did you mean 'lora'"),
+        ("refit+lroa", UsageError, "names no training; did you mean 'lora'"),
+        ("lora:steps", UsageError, "KEY=VALUE"),
+        ("lora:steps=1,steps=2", UsageError, "each key once"),
+        ("lora:stesp=1", OptionError, "heal has no option 'stesp'; did you mean 'steps'"),
+        ("lora:steps=0", OptionError, r"steps must lie in \[1, inf\)"),
+        ("lora:steps=many", OptionError, "steps must be of type int"),
+        ("lora:loss=kll", OptionError, "loss joins ce, kl, hidden by .* did you mean 'kl'"),
+        ("lora:loss=kl+kl", OptionError, "each once"),
+        ("lora:loss=kl*0", OptionError, "weight of kl must be above 0"),
+        ("lora:loss=kl*e", OptionError, "weight of kl must be a number"),
+        ("lora:dtype=float16", OptionError, "dtype must be one of float32, bfloat16"),
+    ],
+)
+def test_texts_that_mean_nothing(text, error, message):
+    with pytest.raises(error, match=message):
+        split_heal(text)
+
+
+def test_a_text_that_is_no_training_alone():
+    with pytest.raises(UsageError, match="training is one of lora, full, norms"):
+        parse_recovery("refit+lora")
+
+
+def test_a_loss_that_is_not_a_number_leaves_the_model_alone():
+    model = make_tiny("llama")
+    before = weights(model)
+    with pytest.raises(NonFiniteError, match=r"the loss of step \d is NaN or inf: try a lower --lr than 1e\+30"):
+        train(model, lr=1e30, clip=0.0, warmup=0.0)
+    assert not changed(before, model) and set(weights(model)) == set(before)
+
+
+def test_mistakes_in_a_sentence(tiny_llama, tiny_tokenizer, make_llama, make_tokenizer, tmp_path):
+    def heal(message: str, error: type[Exception] = UsageError, **arguments: Any) -> None:
+        options = {"length": 32, "held_out": 2, **arguments.pop("options", {})}
+        with pytest.raises(error, match=message):
+            sc.heal(tiny_llama, tiny_tokenizer, **{"steps": 1, "options": options, **arguments})
+
+    heal("the loss kl compares with a dense model: name it with --teacher", loss="kl")
+    heal("has a vocabulary of 300 tokens and the model one of 512", teacher=make_llama(vocab_size=300))
+    heal("hidden states of the teacher .* leave hidden out", teacher=make_llama(hidden_size=64), loss="hidden")
+    heal("no module of the blocks is called 'c_attn'.*down_proj, gate_proj", options={"targets": "c_attn"})
+    heal("can't be shared by 1 rank in forwards of 3 windows", options={"micro": 3})
+    heal("out= and resume= are for a checkpoint folder", out=tmp_path / "out")
+    heal("is beyond the 256 positions", options={"length": 512})
+    heal("calibration file .* does not exist", DataError, data=str(tmp_path / "missing.txt"))
+    short = tmp_path / "short.txt"
+    short.write_text("too short", encoding="utf8")
+    heal("short.txt has .* tokens, fewer than one window of 32", DataError, data=str(short))
+    short.write_text("just a bit longer, and yet no two windows of it " * 2, encoding="utf8")
+    heal("gives one window of 32 tokens, and one more has to be held out", DataError, data=str(short))
+    other = make_tokenizer(vocab_size=400)
+    from secateur.recovering import Teacher, check_teacher
+
+    with pytest.raises(UsageError, match="has another vocabulary than the model"):
+        check_teacher(Teacher(tiny_llama, other), tiny_llama, tiny_tokenizer, hidden=False)
+    with pytest.raises(UsageError, match="heal=lora trains the cut model, which is more than a plan says"):
+        sc.plan(tiny_llama, tiny_tokenizer, method="magnitude", heal="lora")
+
+
+@pytest.mark.parametrize(("package", "what"), [("peft", "training adapters"), ("accelerate", "recovery training")])
+def test_without_the_extra(package, what, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    model = make_tiny("llama")
+    with pytest.raises(MissingExtraError, match=rf"{what} needs {package}, .*pip install 'secateur\[train\]'"):
+        train(model)
+    assert all(p.requires_grad for p in model.parameters())

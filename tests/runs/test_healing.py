@@ -1,0 +1,286 @@
+"""Recovery training of folders: what is written, what is told, and that a run that dies goes on to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing import ProcessRaisedException
+
+import process_jobs
+import rank_jobs
+import secateur as sc
+from forking import Forked
+from ranks import run_ranks
+from secateur.errors import OutputError
+from secateur.plans import Plan
+from secateur.runs import healing
+from secateur.runs.folder import Journal
+from secateur.runs.signals import Stopped
+
+DATA = {"samples": 4, "length": 32}
+HOW = {"steps": 4, "options": {"batch": 2, "length": 32, "held_out": 2, "rank": 2, "lr": 1e-2, "dropout": 0.2}}
+
+
+class Crash(BaseException):
+    """What no handler expects; as sudden as a process can end within a test."""
+
+
+@pytest.fixture(autouse=True)
+def states_after_every_step(monkeypatch) -> None:
+    monkeypatch.setattr(healing, "SECONDS_BETWEEN_STATES", 0.0)
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_checkpoint, tmp_path_factory) -> dict[str, Path]:
+    """A folder with other widths in every layer, one with zeros, and one that is packed."""
+    folder = tmp_path_factory.mktemp("pruned")
+    for name, step, more in (
+        ("cut", {"method": "flap", "sparsity": 0.4}, {}),
+        ("masked", {"method": "wanda", "sparsity": 0.5}, {}),
+        ("packed", {"method": "magnitude", "sparsity": 0.5}, {"format": "packed"}),
+    ):
+        job = {"model": str(tiny_checkpoint), "out": str(folder / name), "calibration": DATA, "steps": [step], **more}
+        sc.run(job, html=name == "cut")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    names = sorted(path.name for path in first.glob("*.safetensors"))
+    assert names == sorted(path.name for path in second.glob("*.safetensors"))
+    return all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("kind", ["cut", "masked", "packed"])
+def test_what_is_saved_is_what_was_trained(kind, pruned, tiny_checkpoint, tmp_path):
+    healed = sc.heal(pruned[kind], out=tmp_path / "out", teacher=tiny_checkpoint, html=True, **HOW)
+    loaded, tokenizer = sc.load(tmp_path / "out")
+    mine, theirs = healed.model.state_dict(), loaded.state_dict()
+    assert set(mine) == set(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert tokenizer is not None
+    before, _ = sc.load(pruned[kind])
+    assert any(not torch.equal(p, before.state_dict()[name]) for name, p in theirs.items())
+    plan = Plan.load(tmp_path / "out" / "plan")
+    for name, mask in plan.masks.items():
+        assert torch.equal(loaded.get_parameter(name) != 0, mask), name
+    # the plan, the report and its page tell of it
+    [record] = plan.provenance[-1].recoveries
+    assert (record.train, record.options["loss"], record.options["steps"], record.teacher) == ("lora", "kl", 4, "tiny")
+    assert plan.diff(Plan.load(pruned[kind] / "plan")).rows == {}
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf8"))
+    [section] = report["recoveries"]
+    assert len(section["losses"]) == 4 and section["measured"][0][0] == 0 and section["measured"][-1][0] == 4
+    assert report["metrics"][0]["values"] == {
+        "dense": section["teacher_perplexity"], "pruned": section["before"], "healed": section["after"],
+    }  # fmt: skip
+    assert report["method"] == plan.method and report["layers"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf8")
+    assert "Recovery training" in page and "Quality against tokens spent" in page and "Training loss" in page
+    assert "Trained afterwards" in (tmp_path / "out" / "README.md").read_text(encoding="utf8")
+    findings = {finding.check: finding for finding in sc.verify(tmp_path / "out", tiny_checkpoint)}
+    assert [finding.problems for finding in findings.values() if not finding.ok] == []
+    assert kind == "cut" or "trained afterwards" in findings["zeros"].detail
+    assert ("packed" in (tmp_path / "out" / "config.json").read_text(encoding="utf8")) == (kind == "packed")
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_a_zero_that_was_filled_is_still_found(pruned, tmp_path):
+    sc.heal(pruned["masked"], out=tmp_path / "out", **HOW)
+    model, tokenizer = sc.load(tmp_path / "out")
+    plan = Plan.load(tmp_path / "out" / "plan")
+    name = next(iter(plan.masks))
+    with torch.no_grad():
+        model.get_parameter(name)[~plan.masks[name]] = 1.0
+    sc.save(model, tokenizer, tmp_path / "wrong", plan=plan)
+    problems = [problem for finding in sc.verify(tmp_path / "wrong") for problem in finding.problems]
+    assert any("that the plan removes are not zero" in problem for problem in problems)
+
+
+def test_healed_twice_and_a_folder_of_somebody_else(pruned, tiny_checkpoint, tmp_path):
+    sc.heal(pruned["cut"], out=tmp_path / "once", train="norms", **HOW)
+    twice = sc.heal(tmp_path / "once", out=tmp_path / "twice", **HOW)
+    assert [record.train for record in twice.plans[-1].provenance[-1].recoveries] == ["norms", "lora"]
+    assert [section["train"] for section in twice.report.recoveries] == ["norms", "lora"]
+    plain = sc.heal(tiny_checkpoint, out=tmp_path / "plain", html=True, **HOW)
+    assert plain.plans == [] and not (tmp_path / "plain" / "plan").exists()
+    assert "Training report" in (tmp_path / "plain" / "report.html").read_text(encoding="utf8")
+    assert "Trained from" in (tmp_path / "plain" / "README.md").read_text(encoding="utf8")
+
+
+# killed and stopped
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_crash_before_any_line_of_the_journal(kind, pruned, tmp_path, monkeypatch):
+    how = {"train": kind, **HOW}
+    whole = sc.heal(pruned["masked"], out=tmp_path / "whole", **how)
+    add, crashes = Journal.add, 0
+    for count in range(1, 20):
+        left = [2 if count > 1 else 1]
+
+        def dying(self: Journal, _left: list[int] = left, **entry: object) -> None:
+            _left[0] -= 1
+            if _left[0] == 0:
+                raise Crash
+            add(self, **entry)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "add", dying)
+            try:
+                again = sc.heal(pruned["masked"], out=tmp_path / "out", resume=count > 1, **how)
+                break
+            except Crash:
+                crashes += 1
+    assert crashes == 4
+    assert same_weights(tmp_path / "out", tmp_path / "whole")
+    assert (again.curve.losses, again.curve.measured) == (whole.curve.losses, whole.curve.measured)
+    assert not (tmp_path / "out.run").exists()
+
+
+def arguments(folder: Path, out: Path) -> list[str]:
+    words = ["heal", str(folder), "--out", str(out), "--steps", "4", "--batch", "2", "--length", "32", "--no-report"]
+    return [*words, "--set", "held_out=2", "--set", "dropout=0.2", "--quiet"]
+
+
+def test_killed_and_interrupted_processes_go_on(pruned, cli, tmp_path):
+    assert cli(*arguments(pruned["cut"], tmp_path / "whole")).code == 0
+    words = arguments(pruned["cut"], tmp_path / "out")
+    with Forked(words, before=process_jobs.die_in_training) as process:
+        assert process.wait() == -signal.SIGKILL
+    assert cli(*words).err.endswith("add --resume to go on with it, or --overwrite to begin again\n")
+    other = cli(*words, "--resume", "--lr", "0.5")
+    assert (other.code, "can't go on: its recovery differs in lr" in other.err) == (1, True)
+    with Forked([*words, "--resume"], before=process_jobs.interrupt_training) as process:
+        said = process.stderr.read()
+        assert process.wait() == 130
+    assert "stopping after this step; once more stops at once" in said
+    hint = f"{tmp_path / 'out'}.run holds what is done: the same command with --resume goes on from there"
+    assert f"stopped after step 3 of the training; {hint}" in said
+    assert not (tmp_path / "out").exists()
+    resumed = cli(*words, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert same_weights(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_damaged_state_is_named(pruned, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(healing, "save_model", lambda *_, **__: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash):
+            sc.heal(pruned["cut"], out=tmp_path / "out", **HOW)
+    [state] = (tmp_path / "out.run").rglob("step-0000004.safetensors")
+    os.truncate(state, 100)
+    with pytest.raises(OutputError, match=r"is damaged .*: remove the run and begin again"):
+        sc.heal(pruned["cut"], out=tmp_path / "out", resume=True, **HOW)
+
+
+# as part of a run
+
+
+def test_a_run_trains_what_it_has_cut_and_resumes(tiny_checkpoint, tmp_path, monkeypatch):
+    lora = "lora:steps=3,batch=2,length=32,held_out=2,dropout=0.2"
+    steps = [
+        {"method": "flap", "sparsity": 0.3, "heal": lora},
+        {"method": "wanda", "sparsity": 0.5, "heal": f"refit+{lora}"},
+    ]
+    job = {"model": str(tiny_checkpoint), "calibration": DATA, "steps": steps, "dtype": "float32"}
+    report = sc.run({**job, "out": str(tmp_path / "whole")})
+    assert [section["options"]["loss"] for section in report.recoveries] == ["kl", "kl"]
+    plans = [Plan.load(tmp_path / "whole" / "plan" / f"step-{n}") for n in (1, 2)]
+    assert [len(plan.provenance[-1].recoveries) for plan in plans] == [1, 1]
+    assert plans[1].provenance[0].options["heal"] == "refit"
+    model, _ = sc.load(tmp_path / "whole")
+    for name, mask in plans[1].masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask)
+    assert all(finding.ok for finding in sc.verify(tmp_path / "whole"))
+    # stopped in the second training
+    finished, calls = healing.StateKeeper.finished, [0]
+
+    def stop(self, *arguments, **options) -> None:
+        calls[0] += 1
+        if calls[0] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        finished(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(healing.StateKeeper, "finished", stop)
+        with pytest.raises(Stopped, match=r"stopped after step 2 of the training; .* --resume"):
+            sc.run({**job, "out": str(tmp_path / "out")})
+    sc.run({**job, "out": str(tmp_path / "out")}, resume=True)
+    assert same_weights(tmp_path / "out", tmp_path / "whole")
+
+
+# ranks
+
+
+def test_two_ranks_train_like_one(pruned, tiny_checkpoint, tmp_path):
+    alone = {"train": "lora", "teacher": str(tiny_checkpoint), **HOW}
+    alone["options"] = {**HOW["options"], "dropout": 0.0, "batch": 4, "micro": 1}
+    one = sc.heal(pruned["masked"], out=tmp_path / "one", **alone)
+    run_ranks(rank_jobs.heal, 2, pruned["masked"], tmp_path / "two", alone)
+    two = json.loads((tmp_path / "two" / "report.json").read_text(encoding="utf8"))["recoveries"][0]
+    assert two["losses"] == pytest.approx(one.curve.losses, rel=1e-4)
+    first, second = (sc.load(tmp_path / name)[0].state_dict() for name in ("one", "two"))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-4)
+        assert torch.equal(second[name] != 0, weight != 0)
+    assert not (tmp_path / "two.run").exists()
+
+
+def test_ranks_that_cannot_share_a_step_say_so_together(pruned, tmp_path):
+    how = {**HOW, "options": {**HOW["options"], "batch": 3}}
+    with pytest.raises(ProcessRaisedException, match="batch 3 can't be shared by 2 ranks in forwards of 1 windows"):
+        run_ranks(rank_jobs.heal, 2, pruned["cut"], tmp_path / "out", how)
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--steps", "0"], 2, "heal: steps must lie in [1, inf), got 0 (steps of the optimiser)"),
+        (["--train", "lroa"], 2, "heal: train must be one of lora, full, norms, got 'lroa'; did you mean 'lora'?"),
+        (["--loss", "kl"], 2, "the loss kl compares with a dense model: name it with --teacher (teacher=)"),
+        (["--set", "steps=3"], 2, "--set steps has an option of its own: give --steps"),
+        (["--set", "targets=c_attn"], 2, "no module of the blocks is called 'c_attn'"),
+        (
+            ["--lr", "1e30", "--set", "clip=0", "--set", "warmup=0", "--set", "measure=9"],
+            1,
+            "or float32; nothing was written",
+        ),
+        (["--teacher", "nowhere/at/all"], 1, "there is no model at nowhere/at/all"),
+        (["--resume"], 1, "there is nothing to resume"),
+    ],
+)
+def test_mistakes_on_the_command_line(more, code, message, pruned, cli, tmp_path):
+    run = cli(*arguments(pruned["cut"], tmp_path / "out"), *more)
+    assert (run.code, run.err.count("\n"), run.out) == (code, 1, "")
+    assert message in run.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_are_none(pruned, cli, tmp_path):
+    (tmp_path / "empty").mkdir()
+    run = cli(*arguments(tmp_path / "empty", tmp_path / "out"))
+    assert run.code == 1 and f"{tmp_path / 'empty'} holds no model: there is no config.json in it" in run.err
+    taken = shutil.copytree(tmp_path / "empty", tmp_path / "taken")
+    (taken / "mine.txt").write_text("mine", encoding="utf8")
+    run = cli(*arguments(pruned["cut"], taken))
+    assert run.code == 1 and "exists and is not empty: choose another folder, or pass --overwrite" in run.err
+    assert cli("heal", pruned["cut"]).err == "error: give a folder for the trained checkpoint with --out\n"
+
+
+def test_the_command_shows_the_curve(pruned, cli, tmp_path):
+    run = cli(*arguments(pruned["cut"], tmp_path / "out"))
+    assert run.code == 0, run.err
+    assert "held-out perplexity" in run.out and "lora, 4 steps on 256 tokens" in run.out and "load it with" in run.out
+    run = cli(*arguments(pruned["cut"], tmp_path / "out"), "--overwrite", "--json")
+    assert len(json.loads(run.out)["recovery"]["losses"]) == 4
+    shown = cli("plan", "show", tmp_path / "out")
+    assert "trained afterwards: lora, loss ce, 4 steps, 256 tokens" in " ".join(shown.out.split())
