@@ -98,6 +98,27 @@ def test_a_model_without_sub_layers_is_cut_again():
         torch.testing.assert_close(logits(twice), logits(masked), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["random_sp", "wanda_sp"])
+def test_blocks_of_unequal_size_lose_the_same_share_of_their_own(method):
+    model = make_tiny("llama")
+    once = sc.apply(plan_without(model, ("layers.0.mlp", "layers.1.attention")), model)
+    anatomy = sc.anatomy(once)
+    plan = plan_for(method, once, IDS, sparsity=0.5)
+    for layer in range(3):
+        groups = [g for g in anatomy if g.layer == layer]
+        own = sum(g.units * g.cost.params for g in groups)
+        lost = sum(len(plan.removed(g.name)) * g.cost.params for g in groups)
+        assert abs(lost - 0.5 * own) <= min(g.cost.params for g in groups) / 2
+
+
+def test_blocks_that_have_lost_both_parts_are_passed_over():
+    model = make_tiny("gpt2", scale_attn_by_inverse_layer_idx=True)
+    once = sc.apply(plan_without(model, SOME), model)
+    for method in ("wanda_sp", "flap", "wanda"):
+        plan = plan_for(method, once, IDS, sparsity=0.3)
+        assert torch.isfinite(logits(sc.apply(plan, once))).all()
+
+
 def test_a_plan_for_groups_that_have_left_is_refused():
     model = make_tiny("llama")
     cut = sc.apply(plan_without(model, SOME[:2]), model)

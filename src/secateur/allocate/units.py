@@ -99,6 +99,12 @@ def least_bundles(group: Group, ordered: Sequence[Bundle], limits: Limits) -> in
     return len(ordered)
 
 
+def layer_part(groups: Sequence[Group], layer: int, limits: Limits) -> tuple[int, int]:
+    """(what the units of a layer cost, what those of all layers do)."""
+    costs = [(group.layer, group.units * limits.cost(group.cost)) for group in groups]
+    return sum(cost for place, cost in costs if place == layer), sum(cost for _, cost in costs)
+
+
 def _refuse(asked: float, removable: int, total: int, limits: Limits) -> BudgetError:
     most = removable / total if total else 0.0
     return BudgetError(
@@ -159,8 +165,11 @@ class UniformAllocator:
         layers: dict[int, list[Group]] = {}
         for group in groups:
             layers.setdefault(group.layer, []).append(group)
-        share = total / len(layers)
-        chosen = [b for members in layers.values() for b in self._layer(scores, members, share, limits)]
+        chosen: list[Bundle] = []
+        for layer, members in layers.items():
+            own, whole = layer_part(groups, layer, limits)
+            # exact for integers, so that equal layers get what an equal division gives
+            chosen += self._layer(scores, members, total * own / whole, limits)
         return kept_units(chosen, groups)
 
     def _layer(self, scores: Scores, groups: Sequence[Group], share: float, limits: Limits) -> list[Bundle]:

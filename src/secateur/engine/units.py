@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from secateur.allocate.units import Limits
+from secateur.allocate.units import Limits, layer_part
 from secateur.budgets import (
     Budgets,
     measure_variants,
@@ -52,8 +52,10 @@ def decide_units(method: UnitMethod, run: Run) -> None:
         readers = [g.reader for g in members if g.reader]
         block, seen = run.observe(layer, readers, advance=not method.in_sequence)
         part = Decision(scores=_scores(run, method, members, seen))
-        if method.in_sequence:
-            _allocate(run, method, members, part.scores, total // run.layers, part)
+        # a block without any units is one that has lost both of its sub-layers
+        if method.in_sequence and members:
+            own, whole = layer_part(groups, layer, _limits(method))
+            _allocate(run, method, members, part.scores, total * own // whole, part)
             _revise(run, method, members, seen, part)
             _compensate(run, method, members, seen, part)
             if method.refits:
