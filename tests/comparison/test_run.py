@@ -27,21 +27,21 @@ def row_of(comparison, method, sparsity):
 
 def test_the_table_has_a_row_for_everything_that_was_asked(compared):
     header, rows = columns(compared.comparison)
-    assert header == ["sparsity", "method", "removed", "params", "MACs", "perplexity", "s", "memory", "verdict"]
+    assert header == ["sparsity", "method", "verdict", "perplexity", "removed", "params", "MACs", "s", "memory"]
     assert [row[:2] for row in rows] == [
         ["", "dense"],
         *([s if method == METHODS[0] else "", method] for s in ("0.3", "0.5") for method in METHODS),
     ]
-    marks = [row[-1] for row in rows[-len(METHODS) :]]
+    marks = [row[2] for row in rows[-len(METHODS) :]]
     # a model that has learned nothing loses nothing, whatever is cut
     assert marks == ["≈ best"] * len(METHODS)
     clear = replace(compared.comparison.first_verdicts[1], probabilities=dict.fromkeys(METHODS, 1.0))
     decided = replace(compared.comparison, verdicts=(clear,))
-    assert sorted(row[-1] for row in columns(decided)[1][-len(METHODS) :]) == ["", "", "", "", "", "best"]
+    assert sorted(row[2] for row in columns(decided)[1][-len(METHODS) :]) == ["", "", "", "", "", "best"]
     # with all of a block gone there is half left, and of two blocks none is three tenths
     assert mark(compared.comparison, row_of(compared.comparison, "shortgpt", 0.3)) == "off budget"
     assert row_of(compared.comparison, "shortgpt", 0.5).meets_budget
-    assert " ± " in rows[1][5] and " ± " not in rows[2][5]
+    assert " ± " in rows[1][3] and " ± " not in rows[2][3]
 
 
 def test_a_row_is_what_prune_and_evaluate_give(compared, tiny_checkpoint):
@@ -163,11 +163,12 @@ def test_tasks_side_by_side_and_latency_in_turns_with_the_dense_model(tiny_check
     asked = {"methods": "random_sp,magnitude_sp", "sparsity": 0.5, "tasks": [PERPLEXITY, f"perplexity:{text}"], **QUICK}
     found = compare(str(tiny_checkpoint), out=tmp_path / "out", latency=True, tolerance=0.02, **asked)
     assert turns[0] == {"dense"} and all("dense" in names and len(names) == 2 for names in turns[1:])
-    assert row_of(found, "random_sp", 0.5).against_dense("latency of a request") == 0.5
+    dense = found.dense.metric("latency of a request")
+    assert row_of(found, "random_sp", 0.5).request_ms(found.dense) == dense / 2
     header, rows = columns(found)
     assert rows[-1][header.index("ms/request")].endswith("(×2.00)")
     # tasks stand side by side, each with a verdict, and the first one decides
-    assert header[-5:-3] == [PERPLEXITY, "perplexity:text.txt"]
+    assert header[3:5] == [PERPLEXITY, "perplexity:text.txt"]
     assert [verdict.metric for verdict in found.verdicts] == [PERPLEXITY, "perplexity:text.txt"]
     assert found.first_verdicts == found.verdicts[:1] and found.verdicts[1].probability is not None
     assert "random_sp is random and ran with one seed: --seeds 0,1,2 shows its spread" in found.notes

@@ -35,11 +35,13 @@ def json_text(document: Any) -> str:
     return json.dumps(json_ready(document), indent=1, ensure_ascii=False)
 
 
-def show(*parts: RenderableType) -> None:
-    """Print results for people, as wide as the terminal and 80 columns elsewhere."""
+def show(*parts: RenderableType, least: int = 0) -> None:
+    """Print results for people, as wide as the terminal, and elsewhere 80 columns or ``least`` if that is more."""
     from rich.console import Console
 
     console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, least)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str), markup=False)
 

@@ -9,17 +9,17 @@ from typing import Any
 from secateur.comparison.rows import Comparison, Overlap, Row
 from secateur.comparison.table import CAPTION, columns
 from secateur.comparison.verdict import SURE
-from secateur.report.charts import INK, KEEP, KIND_WORDS, MUTED, RAISED, Chart, axis, frame
+from secateur.report.charts import INK, KEEP, KIND_WORDS, RAISED, REMOVED, Chart, axis, frame, layer_axis
 from secateur.report.looks import LOOKS_STYLE, Look, key_of, looks_of
-from secateur.report.numbers import MISSING, format_value
+from secateur.report.numbers import MISSING, format_value, percent
 from secateur.report.page import facts_table, figure, page, table
-from secateur.sweep.pareto import COSTS, Cost
-from secateur.sweep.records import DENSE
+from secateur.sweep.pareto import COSTS, REQUEST, Cost
+from secateur.sweep.records import DENSE, Record
 from secateur.versions import library_versions, machine
 
 _WIDE_RANGE = 8.0
 """qualities that span more than this factor get a logarithmic axis"""
-_DRAWN = ("parameters", "non-zero parameters", "latency of a request", "latency")
+_DRAWN = ("parameters", "non-zero parameters", REQUEST, "latency")
 
 
 def render(comparison: Comparison) -> str:
@@ -67,12 +67,12 @@ def _quality(comparison: Comparison, charts: dict[str, Any]) -> str:
     looks = looks_of(comparison.asked.contenders)
     key = f"{key_of(looks)}<li><b>✕</b>{DENSE}</li>"
     figures = []
+    costs = {cost.name: cost for cost in COSTS}
     for position, metric in enumerate(comparison.metrics):
-        for cost in COSTS:
-            # every metric against parameters, the first one against all costs
-            if cost.name in (_DRAWN if position == 0 else _DRAWN[:1]):
-                chart = quality_chart(comparison, metric, cost, looks)
-                figures += [figure(chart, charts, key)] if chart else []
+        # every metric against parameters, the first one against all costs
+        for cost in map(costs.__getitem__, _DRAWN if position == 0 else _DRAWN[:1]):
+            chart = quality_chart(comparison, metric, cost, looks)
+            figures += [figure(chart, charts, key)] if chart else []
     return "\n".join(["<section><h2>Quality against cost</h2>", *figures, "</section>"]) if figures else ""
 
 
@@ -80,9 +80,9 @@ def quality_chart(comparison: Comparison, metric: str, cost: Cost, looks: dict[s
     """One metric over one cost, a line per method; None where the rows don't differ in that cost."""
     places: dict[str, list[tuple[float, float, Row]]] = {}
     for row in comparison.rows:
-        prices, value = [p for record in row.records if (p := cost.of(record)) is not None], row.mean(metric)
-        if row.done and prices and value is not None:
-            places.setdefault(row.method, []).append((sum(prices) / len(prices), value, row))
+        price, value = _price(row, cost, comparison.dense), row.mean(metric)
+        if row.done and price is not None and value is not None:
+            places.setdefault(row.method, []).append((price, value, row))
     if len({price for several in places.values() for price, _, _ in several}) < 2:
         return None
     data = [_line(method, metric, several, looks[method]) for method, several in places.items()]
@@ -104,6 +104,14 @@ def quality_chart(comparison: Comparison, metric: str, cost: Cost, looks: dict[s
     )
     layout = frame(380, x, y) | {"hovermode": "closest"}
     return Chart(f"{metric} against {cost.name}", description, {"data": data, "layout": layout}, has_key=False)
+
+
+def _price(row: Row, cost: Cost, dense: Record | None) -> float | None:
+    """The mean cost over the seeds; of a request the one that is comparable over time."""
+    if cost.name == REQUEST:
+        return None if dense is None else row.request_ms(dense)
+    prices = [price for record in row.records if (price := cost.of(record)) is not None]
+    return sum(prices) / len(prices) if prices else None
 
 
 def _line(method: str, metric: str, several: Sequence[tuple[float, float, Row]], look: Look) -> dict[str, Any]:
@@ -146,10 +154,11 @@ def kept_chart(rows: Sequence[Row], kind: str) -> Chart | None:
         return None
     word = "weights" if kind == "weights" else KIND_WORDS.get(kind, kind)
     everything = [value for values in kept.values() for value in values]
+    layers = list(range(max(map(len, kept.values()))))
     data = [
         {
             "type": "heatmap",
-            "x": list(range(len(next(iter(kept.values()))))),
+            "x": layers,
             "y": [escape(name) for name in kept],
             "z": [[round(value, 4) for value in values] for values in kept.values()],
             "zmin": 0,
@@ -162,10 +171,9 @@ def kept_chart(rows: Sequence[Row], kind: str) -> Chart | None:
         }
     ]
     y = axis("", autorange="reversed", showgrid=False, ticklabelstandoff=4)
-    x = axis("layer", showgrid=False, zeroline=False, tickformat="d", nticks=12)
-    layout = frame(90 + 24 * len(kept), x, y)
+    layout = frame(90 + 24 * len(kept), layer_axis(layers), y)
     title = f"{word[0].upper()}{word[1:]} that stay at sparsity {rows[0].sparsity:g}"
-    description = f"Between {min(everything):.0%} and {max(everything):.0%} of a layer's {word} stay."
+    description = f"Between {percent(min(everything))} and {percent(max(everything))} of a layer's {word} stay."
     return Chart(title, description, {"data": data, "layout": layout}, has_key=False)
 
 
@@ -188,7 +196,7 @@ def overlap_chart(overlap: Overlap) -> Chart:
             "zmax": 1,
             "xgap": 1,
             "ygap": 1,
-            "colorscale": [[0, RAISED], [1, MUTED]],
+            "colorscale": [[0, RAISED], [1, REMOVED.replace(")", "soft)")]],
             "text": [[MISSING if v is None else f"{v:.2f}" for v in row] for row in overlap.jaccard],
             "texttemplate": "%{text}",
             "textfont": {"color": INK},

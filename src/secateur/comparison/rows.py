@@ -11,7 +11,7 @@ from secateur.comparison.asked import Asked
 from secateur.comparison.verdict import SURE, Candidate, Verdict, judge
 from secateur.methods import get_method
 from secateur.report.numbers import json_ready, percent
-from secateur.sweep.pareto import qualities
+from secateur.sweep.pareto import REQUEST, qualities
 from secateur.sweep.records import DENSE, Record
 from secateur.sweep.runner import Results
 from secateur.versions import library_versions, machine
@@ -63,10 +63,14 @@ class Row:
         values = self.values(metric)
         return statistics.stdev(values) if len(values) > 1 else None
 
-    def against_dense(self, metric: str) -> float | None:
-        """A metric as a multiple of the dense model's, which was measured in turns with it; None where it wasn't."""
-        pairs = [(r, m) for r in self.records for m in r.metrics if m.name == metric and DENSE in m.values]
-        return _mean([m.values[r.name] / m.values[DENSE] for r, m in pairs])
+    def request_ms(self, dense: Record) -> float | None:
+        """Latency of a request: that of ``dense`` times the ratio of the two measured in turns; None without one.
+
+        Points are hours apart, and a machine isn't the same all the time; the two of a ratio met the same one.
+        """
+        pairs = [(r, m) for r in self.records for m in r.metrics if m.name == REQUEST and DENSE in m.values]
+        ratio, base = _mean([m.values[r.name] / m.values[DENSE] for r, m in pairs]), dense.metric(REQUEST)
+        return None if ratio is None or base is None else ratio * base
 
     @property
     def seconds(self) -> float | None:
@@ -149,7 +153,7 @@ class Comparison:
                 "windows": base.windows,
                 "dtype": base.dtype,
                 "dense": _dense_entry(dense) if dense else None,
-                "rows": [_entry(row) for row in self.rows],
+                "rows": [_entry(row, dense) for row in self.rows],
                 "verdicts": [_verdict_entry(verdict) for verdict in self.verdicts],
                 "sure": SURE,
                 "overlaps": [vars(overlap) | {"methods": list(overlap.methods)} for overlap in self.overlaps],
@@ -160,10 +164,12 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        from secateur.comparison.table import columns
+        from secateur.comparison.table import columns, width_of
         from secateur.report.tables import plain_text, rows_table
 
-        return "\n".join([plain_text(rows_table(*columns(self), words=2)), *(v.sentence for v in self.first_verdicts)])
+        header, rows = columns(self)
+        table = plain_text(rows_table(header, rows, words=3), width_of(header, rows))
+        return "\n".join([table, *(verdict.sentence for verdict in self.first_verdicts)])
 
 
 def compare_records(asked: Asked, results: Results, overlaps: Sequence[Overlap]) -> Comparison:
@@ -224,7 +230,7 @@ def _dense_entry(dense: Record) -> dict[str, Any]:
     }
 
 
-def _entry(row: Row) -> dict[str, Any]:
+def _entry(row: Row, dense: Record | None) -> dict[str, Any]:
     names = dict.fromkeys(metric.name for record in row.records for metric in record.metrics)
     return {
         "method": row.method,
@@ -237,6 +243,7 @@ def _entry(row: Row) -> dict[str, Any]:
         "metrics": {n: {"mean": row.mean(n), "spread": row.spread(n), "values": row.values(n)} for n in names},
         "parts": {n: parts for n in names if any(parts := [record.parts(n) for record in row.records])},
         "kept": {kind: row.kept(kind) for kind in dict.fromkeys(k for record in row.records for k in record.kept)},
+        "request_ms": None if dense is None else row.request_ms(dense),
         "seconds": row.seconds,
         "shared_statistics": row.shared,
         "peak_bytes": row.peak_bytes,

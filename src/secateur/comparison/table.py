@@ -21,15 +21,20 @@ def columns(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows."""
     names = list(comparison.metrics)
     timed = any(row.mean(REQUEST) is not None for row in comparison.rows)
-    header = ["sparsity", "method", "removed", "params", "MACs", *(["ms/request"] if timed else [])]
-    header += [*short_metrics(names), "s", "memory", "verdict"]
+    header = ["sparsity", "method", "verdict", *short_metrics(names), "removed", "params", "MACs"]
+    header += [*(["ms/request"] if timed else []), "s", "memory"]
     cells = [_dense(comparison.dense, names, timed)] if comparison.dense else []
     shown = None
     for row in comparison.rows:
         label = "" if row.sparsity == shown else f"{row.sparsity:g}"
         shown = row.sparsity
-        cells.append([label, row.method, *_row(row, names, timed), mark(comparison, row)])
+        cells.append([label, row.method, mark(comparison, row), *_row(row, names, comparison.dense if timed else None)])
     return header, cells
+
+
+def width_of(header: list[str], rows: list[list[str]]) -> int:
+    """Characters that the table takes when no cell is broken."""
+    return sum(2 + max(len(cell) for cell in column) for column in zip(header, *rows, strict=True))
 
 
 def mark(comparison: Comparison, row: Row) -> str:
@@ -53,21 +58,23 @@ def _dense(dense: Record, names: list[str], timed: bool) -> list[str]:
 
     sizes = [_count(dense.metric("parameters")), _count(dense.metric("MACs"))]
     latency = [cell(REQUEST)] if timed else []
-    return ["", DENSE, percent(0.0), *sizes, *latency, *map(cell, names), MISSING, MISSING, ""]
+    return ["", DENSE, "", *map(cell, names), percent(0.0), *sizes, *latency, MISSING, MISSING]
 
 
-def _row(row: Row, names: list[str], timed: bool) -> list[str]:
+def _row(row: Row, names: list[str], timed_with: Record | None) -> list[str]:
     removed = MISSING if row.removed is None else percent(row.removed)
     sizes = [_count(row.mean("parameters")), _count(row.mean("MACs"))]
     seconds = MISSING if row.seconds is None else format_value(row.seconds) + (SHARED if row.shared else "")
     memory = MISSING if row.peak_bytes is None else format_bytes(row.peak_bytes)
-    latency = [_latency(row)] if timed else []
-    return [removed, *sizes, *latency, *(_spread(row, name) for name in names), seconds, memory]
+    latency = [] if timed_with is None else [_latency(row, timed_with)]
+    return [*(_spread(row, name) for name in names), removed, *sizes, *latency, seconds, memory]
 
 
-def _latency(row: Row) -> str:
-    share = row.against_dense(REQUEST)
-    return _spread(row, REQUEST) + ("" if share is None else f" (×{1 / share:.2f})")
+def _latency(row: Row, dense: Record) -> str:
+    milliseconds, base = row.request_ms(dense), dense.metric(REQUEST)
+    if milliseconds is None or not base:
+        return MISSING
+    return f"{format_value(milliseconds)} (×{base / milliseconds:.2f})"
 
 
 def _spread(row: Row, name: str) -> str:

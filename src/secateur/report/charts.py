@@ -47,7 +47,7 @@ def units_chart(layers: Sequence[LayerCut], kind: str) -> Chart:
         bars(x, gone, "removed", REMOVED, "layer %{x}: %{y} removed<extra></extra>"),
     ]
     y = axis("", range=[0, max(before, default=1) * 1.02]) | _few_ticks(max(before, default=1))
-    layout = frame(180, _layer_axis(x), y) | {"barmode": "stack", "bargap": 0.25}
+    layout = frame(180, layer_axis(x), y) | {"barmode": "stack", "bargap": 0.25}
     total, left = sum(before), sum(after)
     description = f"Of {total:,} {word} {left:,} stay and {total - left:,} leave; per layer {_span(after)} are kept."
     return Chart(word[0].upper() + word[1:], description, {"data": data, "layout": layout})
@@ -77,7 +77,7 @@ def sparsity_chart(layers: Sequence[LayerCut]) -> Chart:
         }
     ]
     y = axis("", autorange="reversed", showgrid=False, ticklabelstandoff=4)
-    layout = frame(100 + 24 * len(names), _layer_axis([cut.layer for cut in layers]), y)
+    layout = frame(100 + 24 * len(names), layer_axis([cut.layer for cut in layers]), y)
     description = (
         f"Every matrix of every layer has {_percent(statistics.fmean(values))} zeros."
         if flat
@@ -119,7 +119,7 @@ def scores_chart(kind: str, layers: Mapping[int, tuple[list[float], list[float]]
     logarithmic = min(everything) > 0 and max(everything) / min(everything) > _WIDE_RANGE
     y = axis("score", zeroline=False)
     y |= {"type": "log", "dtick": 1, "tickformat": "~g"} if logarithmic else {"nticks": 6}
-    x = _layer_axis(list(layers), word) | {"range": [min(layers) - 0.7, max(layers) + 0.7]}
+    x = layer_axis(list(layers), word) | {"range": [min(layers) - 0.7, max(layers) + 0.7]}
     layout = frame(260, x, y) | {"boxmode": "overlay"}
     how = "every unit is a dot" if few else "boxes hold the middle half, whiskers 5 % to 95 %"
     scale = ", logarithmic scale" if logarithmic else ""
@@ -224,7 +224,8 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def _layer_axis(layers: Sequence[int], word: str = "layer") -> dict[str, Any]:
+def layer_axis(layers: Sequence[int], word: str = "layer") -> dict[str, Any]:
+    """An axis of layers, or of what ``word`` says that the numbers count."""
     # left alone, plotly marks halves between a few layers
     ticks = {"dtick": 1} if len(layers) <= 10 else {}
     return axis(word, showgrid=False, zeroline=False, tickformat="d", **ticks)
