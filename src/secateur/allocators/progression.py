@@ -33,9 +33,10 @@ from torch import Tensor
 
 from secateur.allocators.base import Allocator, Part, Wishes, sizes_of
 from secateur.allocators.registry import allocator
-from secateur.allocators.trying import Levels, Trials, Trying
+from secateur.allocators.trying import Trying
 from secateur.errors import BudgetError, OptionError
 from secateur.methods import option
+from secateur.search import Levels, Trials
 
 # what beta=auto tries; at 70 % and 32 blocks this is the published grid
 _SLOPES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -118,7 +119,7 @@ class SlopeSearch(Trying):
 
     def run(self, parts: Sequence[Part], sparsity: float, trials: Trials) -> Levels:
         possible = self.level_sparsities(parts, sparsity)[0]
-        return min(((k,) * len(parts) for k in possible), key=lambda one: trials.divergence(one, self.tokens, 0))
+        return min(((k,) * len(parts) for k in possible), key=lambda one: trials.fitness(one, self.tokens, 0))
 
     def at(self, parts: Sequence[Part], levels: Levels, sparsity: float) -> Wishes:
         chosen = replace(self.progression, beta=None, slope=_SLOPES[levels[0]])

@@ -18,13 +18,13 @@ fresh draw of tokens, because the last stage always reads the same ones; equal o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 
 from secateur.allocators.base import Part, Wishes, sizes_of
 from secateur.allocators.progression import Progression
 from secateur.allocators.registry import allocator
-from secateur.allocators.trying import Levels, Trials, Trying
+from secateur.allocators.trying import Trying
 from secateur.methods import option
+from secateur.search import Evolution, Levels, Trials
 
 
 @allocator("search")
@@ -71,37 +71,22 @@ class Search(Trying):
             for part, base, levels in zip(parts, bases, ranges, strict=True)
         ]
 
+    def evolution(self) -> Evolution:
+        """How the levels are searched."""
+        return Evolution(
+            generations=self.generations,
+            offspring=self.offspring,
+            tokens=(self.first_tokens, self.last_tokens),
+            survivors=(self.survivors,),
+            shifts=3,
+            fixed="last",
+            seed=self.seed,
+        )
+
     @property
     def trial_tokens(self) -> int:
-        """Tokens that go through the whole model in all."""
-        each = self.offspring * self.first_tokens + (self.survivors + 1) * self.last_tokens
-        return self.generations * each
+        return self.evolution().trial_tokens
 
     def run(self, parts: Sequence[Part], sparsity: float, trials: Trials) -> Levels:
         """The levels of the best parent. A run that goes on behind ``trials.done()`` gives the same."""
-        ranges, done = self.ranges(parts, sparsity), trials.done()
-        parent = done[-1] if done else (0,) * len(parts)
-        for generation in range(len(done), self.generations):
-            # of its own in every generation, so that it doesn't matter where a run was interrupted
-            random = Random(self.seed * 1_000_003 + generation)
-            candidates = {shifted(parent, ranges, random) for _ in range(self.offspring)} - {parent}
-            draw = random.randrange(1 << 30)
-            ranked = sorted((trials.divergence(one, self.first_tokens, draw), one) for one in candidates)
-            finalists = [one for _, one in ranked[: self.survivors]] + [parent]
-            # the parent comes last, and stays only where nothing is better or equal
-            parent = min(finalists, key=lambda one: trials.divergence(one, self.last_tokens, self.seed))
-            trials.finish(generation, parent)
-        return parent
-
-
-def shifted(parent: Levels, ranges: Sequence[range], random: Random) -> Levels:
-    """The parent after a few shifts: each makes one part a level denser and one, perhaps the same, a level sparser."""
-    levels = list(parent)
-    for _ in range(min(random.randint(1, 3), random.randint(1, 3))):
-        able = [i for i, level in enumerate(levels) if level - 1 in ranges[i]]
-        if not able:
-            break
-        levels[random.choice(able)] -= 1
-        # the one that went down can always come back
-        levels[random.choice([i for i, level in enumerate(levels) if level + 1 in ranges[i]])] += 1
-    return tuple(levels)
+        return self.evolution().run((0,) * len(parts), self.ranges(parts, sparsity), trials)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,25 +12,7 @@ from secateur.allocators.base import Allocator, BlockWeights, Part, Wishes, with
 from secateur.errors import UsageError
 from secateur.methods import WeightMethod
 from secateur.observe import Statistic
-
-Levels = tuple[int, ...]
-"""the level of every part"""
-
-
-class Trials(Protocol):
-    """What such an allocator asks of the engine."""
-
-    def divergence(self, levels: Levels, tokens: int, seed: int) -> float:
-        """The fitness of the model whose matrices are at these levels, on so many tokens drawn from ``seed``."""
-        ...
-
-    def done(self) -> list[Levels]:
-        """The parents of the generations that an earlier, interrupted run has finished."""
-        ...
-
-    def finish(self, generation: int, parent: Levels) -> None:
-        """Keep the parent that a generation has chosen."""
-        ...
+from secateur.search import Levels, Trials
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
-"""Searching the mask of a whole model, block of weights by block, on a quadratic model of its loss."""
+"""Searches on a whole model: masks, by a quadratic model of its loss, and levels of its parts, by evolution."""
 
 from secateur.search.descent import CURVATURES, SELECTIONS, Descent, MaskDescent, Move, Searched, step_slots
+from secateur.search.evolution import FIXED, Evolution, Levels, Trials, shifted
 from secateur.search.losses import class_loss, token_loss
 from secateur.search.quadratic import CUTOFFS, Quadratic, cut_off, quadratic
 from secateur.search.told import Batch, Loss, mean_gradients
@@ -8,18 +9,23 @@ from secateur.search.told import Batch, Loss, mean_gradients
 __all__ = [
     "CURVATURES",
     "CUTOFFS",
+    "FIXED",
     "SELECTIONS",
     "Batch",
     "Descent",
+    "Evolution",
+    "Levels",
     "Loss",
     "MaskDescent",
     "Move",
     "Quadratic",
     "Searched",
+    "Trials",
     "class_loss",
     "cut_off",
     "mean_gradients",
     "quadratic",
+    "shifted",
     "step_slots",
     "token_loss",
 ]
