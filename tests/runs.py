@@ -13,6 +13,9 @@ from secateur.models.sources import Source
 from secateur.observe.calibration import Tokens
 from secateur.plans import CalibrationInfo, Plan, Provenance
 
+# a small search, where models are tiny: what it finds is looked at elsewhere
+QUICK: dict[str, dict[str, Any]] = {"tyr": {"levels": 3, "iterations": 1, "generations": 1, "offspring": 2}}
+
 
 def tokens_of(ids: torch.Tensor) -> Tokens:
     """Calibration windows from ids, [windows, length] int64."""
@@ -24,7 +27,7 @@ def tokens_of(ids: torch.Tensor) -> Tokens:
 
 def plan_for(method: str, model: Any, ids: torch.Tensor, *, dtype: torch.dtype = torch.float32, **options: Any) -> Plan:
     """The plan of ``method`` with these options, calibrated on ``ids``."""
-    chosen = make_method(method, options)
+    chosen = make_method(method, {**QUICK.get(method, {}), **options})
     steps: list[tuple[str, int, int]] = []
     decision = decide(
         chosen,

@@ -80,6 +80,9 @@ class Keeper:
         """A keeper for work that must be done before the blocks are decided."""
         return Keeper()
 
+    def discard(self, name: str) -> None:
+        """Forget what was kept aside under that name; nothing asks for it any more."""
+
     def allocated(self) -> dict[str, float] | None:
         """The sparsity of every matrix by module, as far as it has been chosen."""
         return self._allocated

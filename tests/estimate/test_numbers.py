@@ -105,6 +105,8 @@ def test_variants_go_through_their_block_and_those_behind_it(sizes):
         ("flap", {"heal": "refit", "target": "dense"}, 7, 2),
         ("magnitude_sp", {"heal": "bias"}, 2, 1),
         ("osscar", {}, 3, 1),
+        ("tyr", {"generations": 0}, 3, 1),
+        ("tyr", {"generations": 0, "accumulation": "none"}, 2, 1),
     ],
 )
 def test_text_goes_through_a_block_as_often_as_it_really_does(sizes, tiny_llama, method, options, passes, streams):

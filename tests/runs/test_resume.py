@@ -22,6 +22,11 @@ CASES = {
     "blockpruner": {"method": "blockpruner", "options": {"sublayers": 3}},
     "evopress": {"method": "evopress", "options": {"layers": 1, "starts": 2, "generations": 3, "offspring": 2}},
     "icbs": {"method": "icbs", "sparsity": 0.5, "options": {"block": 64, "batch": 2, "checks": 2}},
+    "tyr": {
+        "method": "tyr",
+        "sparsity": 0.4,
+        "options": {"levels": 3, "generations": 2, "offspring": 2, "stage_tokens": "16,64", "survivors": "1"},
+    },
     "wanda, owl": {"method": "wanda", "sparsity": 0.5, "allocate": "owl"},
     "magnitude, search": {"method": "magnitude", "sparsity": 0.5, "allocate": "search:generations=3,offspring=2"},
     "two streams": {"method": "wanda", "sparsity": 0.5, "heal": "refit", "target": "dense"},

@@ -45,6 +45,7 @@ HEALED = {
     "magnitude, refit": ("magnitude", {"heal": "refit", "target": "dense"}),
     "flap, refit": ("flap", {"sparsity": 0.3, "heal": "refit"}),
     "magnitude_sp, bias": ("magnitude_sp", {"sparsity": 0.3, "heal": "bias"}),
+    "tyr": ("tyr", {"sparsity": 0.3, "levels": 3, "iterations": 2, "generations": 1, "offspring": 2}),
     "osscar": ("osscar", {"sparsity": 0.3, "local_search": True}),
 }
 

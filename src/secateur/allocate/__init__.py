@@ -4,6 +4,7 @@ from secateur.allocate.channels import SCOPES as CHANNEL_SCOPES
 from secateur.allocate.channels import CostOf, allocate_channels
 from secateur.allocate.cropping import crop_scores, fit_shares
 from secateur.allocate.densities import erk, global_masks, of_masks, synexp, uniform
+from secateur.allocate.levels import Grid, even_start
 from secateur.allocate.masks import MaskRule, NofM, PerMatrix, PerRow, lowest_of_all, mask_rule, parse_pattern
 from secateur.allocate.programme import Budget, ProgrammeAllocator, choose, measured_losses, score_losses
 from secateur.allocate.shares import fit_sparsities, mixed_patterns, removed_counts
@@ -21,6 +22,7 @@ __all__ = [
     "Budget",
     "CostOf",
     "GlobalAllocator",
+    "Grid",
     "ManualAllocator",
     "MaskRule",
     "NofM",
@@ -33,6 +35,7 @@ __all__ = [
     "choose",
     "crop_scores",
     "erk",
+    "even_start",
     "fit_shares",
     "fit_sparsities",
     "global_masks",

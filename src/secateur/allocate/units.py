@@ -105,7 +105,8 @@ def layer_part(groups: Sequence[Group], layer: int, limits: Limits) -> tuple[int
     return sum(cost for place, cost in costs if place == layer), sum(cost for _, cost in costs)
 
 
-def _refuse(asked: float, removable: int, total: int, limits: Limits) -> BudgetError:
+def refusal(asked: float, removable: float, total: int, limits: Limits) -> BudgetError:
+    """The error of a budget that can't be met."""
     most = removable / total if total else 0.0
     return BudgetError(
         f"can't remove {asked:.1%} of the {limits.budget}: with at least {limits.min_keep} unit(s) kept in every group"
@@ -136,7 +137,7 @@ class GlobalAllocator:
         base = sum(b.cost for b in forced)
         removable = cuttable - base
         if self.sparsity * total > removable + max((b.cost for b in free), default=0) / 2:
-            raise _refuse(self.sparsity, removable, total, limits)
+            raise refusal(self.sparsity, removable, total, limits)
         count = _nearest(base, [b.cost for b in free], target)
         if self.strict and self.sparsity > 0:
             count = max(0, count - 1)
@@ -205,7 +206,7 @@ class UniformAllocator:
                 return
             spare = [n for n in coarse if keep[n] > least[n]]
             if not spare:
-                raise _refuse(self.sparsity, others + sum(costs[least[finest] :]), int(share), limits)
+                raise refusal(self.sparsity, others + sum(costs[least[finest] :]), int(share), limits)
             keep[max(spare, key=lambda n: keep[n] - least[n])] -= 1
 
 

@@ -14,11 +14,21 @@ from secateur.engine.refits import refit
 from secateur.engine.run import Progress, Run
 from secateur.engine.search import decide_searched
 from secateur.engine.sublayers import check_sublayers, decide_sublayers
+from secateur.engine.supernet import decide_supernet
 from secateur.engine.units import check_units, decide_units
 from secateur.engine.weights import check_weights, decide_weights
 from secateur.errors import UsageError
 from secateur.keeping import Keeper
-from secateur.methods import LayerMethod, Method, SearchMethod, SublayerMethod, UnitMethod, WeightMethod
+from secateur.methods import (
+    LayerMethod,
+    Method,
+    SearchMethod,
+    StructuredMethod,
+    SublayerMethod,
+    SupernetMethod,
+    UnitMethod,
+    WeightMethod,
+)
 from secateur.models.sources import Source
 from secateur.observe.activations import Activations
 from secateur.observe.calibration import Tokens
@@ -72,7 +82,7 @@ def check_model(method: Any, model: PreTrainedModel, anatomy: Anatomy) -> None:
 
 check_model.register(WeightMethod, check_weights)
 check_model.register(SearchMethod, check_weights)
-check_model.register(UnitMethod, check_units)
+check_model.register(StructuredMethod, check_units)
 check_model.register(LayerMethod, check_layers)
 check_model.register(SublayerMethod, check_sublayers)
 
@@ -85,5 +95,6 @@ def _decide(method: Any, run: Run) -> None:
 _decide.register(WeightMethod, decide_weights)
 _decide.register(SearchMethod, decide_searched)
 _decide.register(UnitMethod, decide_units)
+_decide.register(SupernetMethod, decide_supernet)
 _decide.register(LayerMethod, decide_layers)
 _decide.register(SublayerMethod, decide_sublayers)

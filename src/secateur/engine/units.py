@@ -23,7 +23,7 @@ from secateur.engine.run import Run, complement
 from secateur.errors import UnsupportedModelError
 from secateur.healing import BiasHealer, find
 from secateur.keeping import Decision, SeenByModule
-from secateur.methods import UnitMethod
+from secateur.methods import StructuredMethod, UnitMethod
 from secateur.models.decoders import unknown_family
 from secateur.models.sources import check_finite
 from secateur.observe import Moments
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_units(method: UnitMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
+def check_units(method: StructuredMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
     """Raises UnsupportedModelError."""
     if not anatomy.of_kind(*method.kinds):
         raise UnsupportedModelError(unknown_family(model))

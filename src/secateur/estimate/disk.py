@@ -14,10 +14,9 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
     plan = 0
     if isinstance(job.method, WeightMethod | SearchMethod):
         plan = -(-linear // 8) + (int(linear * (1 - job.sparsity)) * sizes.itemsize if job.repairs else 0)
-    elif job.method.refits:
+    elif job.method.refits or job.levels:
         # new values of the weights that read units
-        read = sum(o * i for block in sizes.blocks for inputs in job.targets(block) for o, i in inputs.matrices)
-        plan = -(-read // 8) + int(read * (1 - job.sparsity)) * sizes.itemsize
+        plan = _read_bytes(sizes, job, sizes.itemsize)
     hidden = hidden_bytes(sizes, job)
     # the states before and after a block are both there for a moment; and a file is kept once it is needed
     states = (4 if spills(sizes, job) else 2) * hidden
@@ -26,6 +25,9 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
         seen = sum(n.stored for block in sizes.blocks for n in job.needs(block, sizes.hidden))
     # scores that the end needs, and where a search is
     ranked = 4 * linear if job.ranks_globally or job.searched_tokens else 0
+    if job.levels:
+        # all levels, in float32
+        ranked = job.levels * _read_bytes(sizes, job, 4)
     blocks = checkpoint_bytes(sizes, job) - sizes.outside_stored
     parts = {
         "checkpoint": checkpoint_bytes(sizes, job),
@@ -35,6 +37,12 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
         "statistics": seen + ranked,
     }
     return {name: size for name, size in parts.items() if size}
+
+
+def _read_bytes(sizes: Sizes, job: Job, itemsize: int) -> int:
+    """Masks and values of what stays of the weights that read units."""
+    read = sum(o * i for block in sizes.blocks for inputs in job.targets(block) for o, i in inputs.matrices)
+    return -(-read // 8) + int(read * (1 - job.sparsity)) * itemsize
 
 
 def checkpoint_bytes(sizes: Sizes, job: Job) -> int:

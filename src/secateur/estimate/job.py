@@ -10,7 +10,16 @@ import torch
 
 from secateur.allocators import Measuring
 from secateur.estimate.sizes import BlockSizes, Inputs
-from secateur.methods import LayerMethod, Method, SearchMethod, SublayerMethod, UnitMethod, WeightMethod
+from secateur.methods import (
+    LayerMethod,
+    Method,
+    SearchMethod,
+    StructuredMethod,
+    SublayerMethod,
+    SupernetMethod,
+    UnitMethod,
+    WeightMethod,
+)
 from secateur.observe import Cross, Needs
 from secateur.observe.statistics import Accumulator
 from secateur.solver import cg_flops, refit_columns_flops
@@ -55,7 +64,9 @@ class Job:
 
     @property
     def trial_tokens(self) -> int:
-        """Tokens that go through whole models, for an allocator that tries some."""
+        """Tokens that go through whole models, for an allocator or a method that tries some."""
+        if isinstance(self.method, SupernetMethod):
+            return self.repeats * self.method.evolution(self.tokens).trial_tokens
         return self.allocation.allocator.trial_tokens if self.allocation is not None else 0
 
     def tried_tokens(self, blocks: int) -> int:
@@ -86,7 +97,17 @@ class Job:
         first = (1 + again + paired, 1 + paired) if self._deciding else (0, 0)
         paired = 1 if Cross in self._refitting.values() else 0
         later = (2 + paired, 1 + paired) if self._refitting else (0, 0)
-        return first[0] + later[0], first[1] + later[1]
+        return self.repeats * first[0] + later[0], self.repeats * first[1] + later[1]
+
+    @property
+    def levels(self) -> int:
+        """To how many levels every group is cut for a search; 0 for methods that don't."""
+        return self.method.levels if isinstance(self.method, SupernetMethod) else 0
+
+    @property
+    def repeats(self) -> int:
+        """How often the walk that decides is made: once for every search over levels."""
+        return self.method.searches(self.tokens) if isinstance(self.method, SupernetMethod) else 1
 
     @property
     def searched_tokens(self) -> int:
@@ -129,13 +150,13 @@ class Job:
     @property
     def unread(self) -> int:
         """How many of the passes only look at inputs, and so end at the last of them."""
-        return int(bool(self._deciding) and self.method.in_sequence) + int(bool(self._refitting))
+        return self.repeats * int(bool(self._deciding) and self.method.in_sequence) + int(bool(self._refitting))
 
     def targets(self, block: BlockSizes) -> tuple[Inputs, ...]:
         """What the method looks at in a block: all inputs, those of readers, or none."""
         if isinstance(self.method, WeightMethod | SearchMethod):
             return block.inputs
-        if isinstance(self.method, UnitMethod):
+        if isinstance(self.method, StructuredMethod):
             return tuple(inputs for inputs in block.inputs if inputs.reader)
         return ()
 
@@ -170,7 +191,7 @@ class Job:
     def solve_flops(self, block: BlockSizes) -> int:
         """Operations by which new weights of a block are found, by the method and by a refit of its masks."""
         method = self.method
-        if not isinstance(method, WeightMethod | UnitMethod):
+        if not isinstance(method, WeightMethod | StructuredMethod):
             return 0
         matrices = [matrix for inputs in self.targets(block) for matrix in inputs.matrices]
         found = sum(method.solve_flops(o, i) for o, i in matrices)

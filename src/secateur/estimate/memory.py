@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.methods import SublayerMethod, UnitMethod, WeightMethod
+from secateur.methods import StructuredMethod, SublayerMethod, WeightMethod
 
 # outside tensors are looked at beside all else, in parts of 2^20 entries
 _CHECKED = 1 << 20
@@ -142,8 +142,8 @@ def _deciding(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
         work += max((job.method.solve_bytes(outputs, inputs) for outputs, inputs in targets), default=0)
         made = block.linear + (int(block.linear * (1 - job.sparsity)) * sizes.itemsize if job.repairs else 0)
         return {"statistics": statistics, "decision": made, "at work": max(work, solving)}
-    work = largest * (copy + _UNIT_SCORING) if isinstance(job.method, UnitMethod) else 0
-    if job.method.refits or getattr(job.method, "fits", False):
+    work = largest * (copy + _UNIT_SCORING) if isinstance(job.method, StructuredMethod) else 0
+    if job.method.refits or getattr(job.method, "fits", False) or job.levels:
         work += _COLUMN_SQUARES * max((inputs.channels for inputs in job.targets(block)), default=0) ** 2
     return {"statistics": statistics, "at work": work}
 
@@ -157,10 +157,11 @@ def _ending(sizes: Sizes, job: Job) -> dict[str, int]:
 
 def _trying(sizes: Sizes, job: Job) -> dict[str, int]:
     """A whole model, its dense matrices beside it, and the predictions of both for some tokens."""
-    if not job.trial_tokens or job.allocation is None:
+    if not job.trial_tokens:
         return {}
     entries = sum(block.entries for block in sizes.blocks) + sizes.outside_entries + sizes.linear
-    predictions = 4 * sizes.vocabulary * (min(job.tokens, job.trial_tokens, _TRIED) + 3 * job.length)
+    # logits and probabilities of the dense model
+    predictions = 4 * sizes.vocabulary * (2 * min(job.tokens, job.trial_tokens, _TRIED) + 3 * job.length)
     return {"whole model": entries * job.dtype.itemsize, "at work": predictions}
 
 

@@ -7,7 +7,7 @@ from secateur.estimate.job import Job
 from secateur.estimate.machine import Machine
 from secateur.estimate.memory import hidden_bytes, spills
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.methods import UnitMethod, WeightMethod
+from secateur.methods import StructuredMethod, WeightMethod
 
 # passes over memory of isfinite (four results, each read again) and of a conversion, in entries read or written
 _CHECKS, _CONVERSIONS = 8, 2
@@ -40,7 +40,8 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
     searched = job.search_steps(matrices) * job.searched_tokens
     found["forwards"] += searched * (2 * (sizes.linear + sizes.head) + sizes.linear + 2 * sizes.head)
     for block in sizes.blocks:
-        for needs in (*job.needs(block, sizes.hidden), *job.later_needs(block, sizes.hidden)):
+        deciding = job.repeats * list(job.needs(block, sizes.hidden))
+        for needs in (*deciding, *job.later_needs(block, sizes.hidden)):
             found["statistics"] += needs.update_flops
             found["factorisations"] += needs.solve_flops
         found["statistics"] += sum(needs.update_flops for needs in job.allocation_needs(block, sizes.hidden))
@@ -90,7 +91,7 @@ def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
         needs.moved
         for block in sizes.blocks
         for needs in (
-            *job.needs(block, sizes.hidden),
+            *(job.repeats * list(job.needs(block, sizes.hidden))),
             *job.later_needs(block, sizes.hidden),
             *job.allocation_needs(block, sizes.hidden),
         )
@@ -130,7 +131,7 @@ def _deciding(sizes: Sizes, job: Job, machine: Machine, count: dict[str, int]) -
         taken += sizes.linear / machine.swept
     if isinstance(job.method, WeightMethod):
         return taken + sizes.linear * (1 / machine.ranked + 4 * _SCORING / machine.moved)
-    if isinstance(job.method, UnitMethod):
+    if isinstance(job.method, StructuredMethod):
         readers = sum(o * i for block in sizes.blocks for inputs in job.targets(block) for o, i in inputs.matrices)
         # squares and sums in float64
         return taken + readers * 8 * _SCORING / machine.moved

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from secateur.allocate import CHANNEL_SCOPES, Allocator, MaskRule
 from secateur.allocate.asked import parse_budgets
+from secateur.criteria.fitness import Fitness
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
 from secateur.errors import OptionError, UsageError
 from secateur.healing.refit import TARGETS, with_statistics
@@ -37,7 +38,7 @@ from secateur.methods.views import (
 )
 from secateur.observe import Cross, Gram, Moments, Statistic
 from secateur.options import check_options, option
-from secateur.search import Descent
+from secateur.search import Descent, Evolution
 from secateur.timing import Workload
 
 
@@ -211,10 +212,28 @@ class SearchMethod(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitMethod(Method):
-    """Removes whole heads and FFN neurons."""
+class StructuredMethod(Method):
+    """Removes whole heads and FFN neurons; what all such methods are asked for."""
 
     sparsity: float = option(0.2, "fraction of the budget (by default of the blocks' parameters) removed", ge=0, lt=1)
+    budget: str = option("params", "what the sparsity is a fraction of", choices=("params", "macs", "bytes"))
+    heads: str = option(
+        "kv", "attention unit: a key-value head with its queries, or one query head of each", choices=("kv", "query")
+    )
+    min_keep: int = option(1, "units that every group keeps at least", unit="units", ge=1)
+    round_to: int = option(1, "kept FFN neurons are a multiple of this", unit="neurons", ge=1)
+
+    kinds: ClassVar[tuple[str, ...]] = ("kv_head", "head", "neuron")
+
+    def solve_flops(self, outputs: int, inputs: int) -> int:
+        """Operations of the products by which the method judges the units of one weight; for estimates."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitMethod(StructuredMethod):
+    """Scores the units of every group; how many leave follows from the scores and the budget."""
+
     budget: str = option(
         "params",
         "what the sparsity is a fraction of (params, macs, bytes, kv_bytes, latency), or fractions of the dense model"
@@ -229,11 +248,6 @@ class UnitMethod(Method):
     )
     variant_tokens: int = option(512, "calibration tokens on which variants are measured", unit="tokens", ge=1)
     workload: str = option("batch=1,prompt=256,new=32", "the request whose latency is a budget", unit="tokens")
-    heads: str = option(
-        "kv", "attention unit: a key-value head with its queries, or one query head of each", choices=("kv", "query")
-    )
-    min_keep: int = option(1, "units that every group keeps at least", unit="units", ge=1)
-    round_to: int = option(1, "kept FFN neurons are a multiple of this", unit="neurons", ge=1)
     heal: str = option(
         "none",
         "bias: put the mean of what leaves into a bias; refit: solve for the columns that stay by least squares",
@@ -245,7 +259,6 @@ class UnitMethod(Method):
         choices=TARGETS,
     )
 
-    kinds: ClassVar[tuple[str, ...]] = ("kv_head", "head", "neuron")
     asking: ClassVar[tuple[str, ...]] = (
         "sparsity", "budget", "uniform", "variants", "variant_tokens", "workload", "min_keep", "round_to",
     )  # fmt: skip
@@ -282,10 +295,6 @@ class UnitMethod(Method):
     def revise(self, target: Target, seen: Seen, removed: Tensor) -> Tensor:
         """The units that leave, ascending int64 [removed], once their number is known; by default as allocated."""
         return removed
-
-    def solve_flops(self, outputs: int, inputs: int) -> int:
-        """Operations of the products by which the method judges the units of one weight; for estimates."""
-        return 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -330,6 +339,55 @@ class UnitMethod(Method):
     def compensate(self, target: Target, seen: Seen, removed: Tensor) -> Tensor | None:
         """Addition to the reader's bias, [outputs] float32, for the removed units; None = no compensation."""
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupernetMethod(StructuredMethod):
+    """Cuts every group to several levels, and searches on the whole model how many units each group loses.
+
+    ``levels_of`` says what a group is at each level, and ``evolution`` and ``measured_by`` how levels are put together.
+    The search is made again around what it has found, with steps of half the size. The whole model lies in memory.
+    """
+
+    levels: int = option(5, "levels that a group is cut to, the one in the middle of the range among them", ge=1)
+    step: float = option(
+        0.125, "from one level to the next, as a fraction of the units of a group, in the first search", gt=0, lt=1
+    )
+    iterations: int = option(2, "searches, each around what the one before has found and with half its step", ge=1)
+    accumulation: str = option(
+        "expectation",
+        "what later blocks see: the mean of all levels weighted by what they keep, the level in the middle, or"
+        " (none) the dense model",
+        choices=("expectation", "centre", "none"),
+    )
+    seed: int = option(0, "seed of shifts and of the tokens that candidates are measured on", ge=0)
+
+    @property
+    def in_sequence(self) -> bool:
+        return self.accumulation != "none"
+
+    def levels_of(
+        self, target: Target, seen: Seen, removed: Sequence[int], balance: int
+    ) -> tuple[list[tuple[Tensor, Tensor | None]], tuple[str, ...]]:
+        """(what the group is when it loses each of these numbers of units, notes for the plan).
+
+        Of every number: which units leave, bool [units], and the new weight of the reader, or None where it stays.
+        Each is cut from the dense weight. With ``balance`` the units are so many equal parts, one after the other,
+        which must lose the same number each.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define levels_of()")
+
+    def evolution(self, tokens: int) -> Evolution:
+        """How levels are searched, with so many calibration tokens. Raises DataError when they are too few."""
+        raise NotImplementedError(f"{type(self).__name__} must define evolution()")
+
+    def searches(self, tokens: int) -> int:
+        """How often all groups are cut to levels, with so many calibration tokens: once where nothing is searched."""
+        return self.iterations if self.evolution(tokens).generations else 1
+
+    def measured_by(self) -> Fitness:
+        """What a candidate is measured by."""
+        raise NotImplementedError(f"{type(self).__name__} must define measured_by()")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ OUT.run/
     hidden/              the activations that enter the next block; those of other ranks than 0 in rank-1/, ..., and
                          those of the dense model, where they are needed too, in dense/
     allocation/          the same once more, for what an allocator measures before the first block is decided
+    supernet-0/, ...     the same once more, with all levels of every group in ranked/, for a search over them; until
+                         the next search has its own
   step-1/out/            the checkpoint, until it takes its own name
 """
 
@@ -146,6 +148,9 @@ class DiskKeeper(Keeper):
 
     def aside(self, name: str) -> DiskKeeper:
         return DiskKeeper(self._step.aside(name), self._method, self._cutter, self._ranks, cut=False)
+
+    def discard(self, name: str) -> None:
+        shutil.rmtree(self._step.path / name, ignore_errors=True)
 
     def allocated(self) -> dict[str, float] | None:
         done = self._step.journal.of("allocated")

@@ -32,6 +32,9 @@ def removal_losses(w_OI: Tensor, inverse_II: Tensor, columns: Sequence[Tensor]) 
 
 def losses_of_groups(w_OI: Tensor, inverse_II: Tensor, columns_UW: Tensor) -> Tensor:
     """``removal_losses`` of units with as many columns each, [units, width] int64."""
+    if columns_UW.shape[1] == 1:
+        columns_U = columns_UW[:, 0]
+        return 0.5 * w_OI[:, columns_U].square().sum(dim=0) / inverse_II[columns_U, columns_U]
     lower_UWW = torch.linalg.cholesky(inverse_II[columns_UW[:, :, None], columns_UW[:, None, :]])
     w_UWO = w_OI.T[columns_UW]
     return 0.5 * (w_UWO * torch.cholesky_solve(w_UWO, lower_UWW)).sum(dim=(1, 2))

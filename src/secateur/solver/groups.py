@@ -7,10 +7,13 @@
 O outputs, I inputs, U groups, W columns of one group.
 
 Source: X. Meng et al., "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial
-Optimization", ICML 2024, arXiv:2403.12983; official code mazumder-lab/OSSCAR.
+Optimization", ICML 2024, arXiv:2403.12983; official code mazumder-lab/OSSCAR. Rounds with a first-order term: G. Li et
+al., "Tyr-the-Pruner", 2025, arXiv:2503.09657; official code AMD-AGI/Tyr-the-Pruner.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,6 +41,63 @@ def elimination(problem: Problem, columns_UW: Tensor, *, at_once: int = 1) -> Te
         if len(live):
             _remove(w_OI, inverse_II, columns_UW[gone].flatten())
     return rank_U
+
+
+FIRST_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
+    "signed": lambda products_I: products_I,
+    "abs": torch.abs,
+    "off": torch.zeros_like,
+}
+"""What a round adds to the loss of a column, of the product <W_p, G_p> over its outputs."""
+
+
+def in_rounds(
+    problem: Problem, columns_UW: Tensor, removed: int, *, rounds: int, first_order: str = "off", balance: int = 1
+) -> Tensor:
+    """``removed`` groups that leave together in so many rounds, bool [groups]; see ``FIRST_ORDER``.
+
+        score of group g    1/2 * sum over outputs of  W[:,g] ([H^-1]_gg)^-1 W[:,g]^T  +  sum over p in g of <W_p, G_p>
+
+    W and H^-1 are those of the columns that are left, G stays that of all. Rounds take as many groups each, the first
+    ones one more where they don't divide. With ``balance`` the groups are so many equal parts, one after the other,
+    which lose the same number each, and ``removed`` is a multiple of it. Columns of no group stay.
+    """
+    units, width = columns_UW.shape
+    # L: the columns that are left, those of a unit side by side, so that the problem shrinks from round to round
+    order = columns_UW.flatten().to(problem.start_OI.device)
+    w_OL, g_OL = problem.start_OI[:, order], problem.g_OI[:, order]
+    inverse_LL = problem.curvature.inverse[order][:, order]
+    gone_U = torch.zeros(units, dtype=torch.bool, device=order.device)
+    live = torch.arange(units, device=order.device)
+    silent_U = ~(w_OL != 0).any(dim=0).reshape(units, width).any(dim=1)
+    left = removed // balance
+    for remaining in range(min(rounds, left), 0, -1):
+        # ceil: what doesn't divide goes to the first rounds
+        count = -(-left // remaining)
+        places_UW = torch.arange(len(live) * width, device=order.device).reshape(-1, width)
+        added_L = FIRST_ORDER[first_order]((w_OL * g_OL).sum(dim=0))
+        scores_U = w_OL.new_full((units,), torch.inf)
+        scores_U[live] = losses_of_groups(w_OL, inverse_LL, places_UW) + added_L.reshape(-1, width).sum(dim=1)
+        # what gives nothing leaves before anything else, also where scores are negative
+        scores_U[silent_U & ~gone_U] = -torch.inf
+        lowest = scores_U.reshape(balance, -1).argsort(dim=1, stable=True)[:, :count]
+        gone_U[(lowest + units // balance * torch.arange(balance, device=order.device)[:, None]).flatten()] = True
+        left -= count
+        if left:
+            gone_L = gone_U[live].repeat_interleave(width)
+            w_OL, inverse_LL = _without(w_OL, inverse_LL, gone_L)
+            g_OL, live = g_OL[:, ~gone_L], live[~gone_U[live]]
+    return gone_U
+
+
+def _without(w_OI: Tensor, inverse_II: Tensor, gone_I: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and inverse of the columns that stay once those of ``gone_I`` have left jointly."""
+    gone, kept = gone_I.nonzero().flatten(), (~gone_I).nonzero().flatten()
+    rows_PI = inverse_II[gone]
+    across_PK = rows_PI[:, kept]
+    solved_PK = torch.cholesky_solve(across_PK, torch.linalg.cholesky(rows_PI[:, gone]))
+    w_OK = w_OI[:, kept].addmm_(w_OI[:, gone], solved_PK, alpha=-1)
+    return w_OK, inverse_II[kept][:, kept].addmm_(across_PK.T, solved_PK, alpha=-1)
 
 
 def _remove(w_OI: Tensor, inverse_II: Tensor, gone: Tensor) -> None:
