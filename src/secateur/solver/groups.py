@@ -13,7 +13,7 @@ al., "Tyr-the-Pruner", 2025, arXiv:2503.09657; official code AMD-AGI/Tyr-the-Pru
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,19 +28,12 @@ def elimination(problem: Problem, columns_UW: Tensor, *, at_once: int = 1) -> Te
     Within a round those that cost less come first, so that the groups of lowest rank are those which the rounds remove
     for any number of them.
     """
-    w_OI, inverse_II = problem.start_OI.clone(), problem.curvature.inverse().clone()
-    rank_U = torch.zeros(len(columns_UW), dtype=torch.float64, device=w_OI.device)
-    live = torch.arange(len(columns_UW), device=w_OI.device)
-    columns_UW = columns_UW.to(w_OI.device)
-    while len(live):
-        losses = losses_of_groups(w_OI, inverse_II, columns_UW[live])
-        first = losses.argsort(stable=True)[:at_once]
-        gone = live[first]
-        rank_U[gone] = len(columns_UW) - len(live) + torch.arange(len(gone), device=w_OI.device, dtype=torch.float64)
-        live = live[torch.ones_like(live, dtype=torch.bool).index_fill_(0, first, False)]
-        if len(live):
-            _remove(w_OI, inverse_II, columns_UW[gone].flatten())
-    return rank_U
+    units = len(columns_UW)
+    counts = [min(at_once, units - first) for first in range(0, units, at_once)]
+    order = torch.cat(list(_rounds(problem, columns_UW, counts)))
+    return torch.empty(units, dtype=torch.float64, device=order.device).index_copy_(
+        0, order, torch.arange(units, dtype=torch.float64, device=order.device)
+    )
 
 
 FIRST_ORDER: dict[str, Callable[[Tensor], Tensor]] = {
@@ -62,32 +55,43 @@ def in_rounds(
     ones one more where they don't divide. With ``balance`` the groups are so many equal parts, one after the other,
     which lose the same number each, and ``removed`` is a multiple of it. Columns of no group stay.
     """
+    left = removed // balance
+    base, extra = divmod(left, max(1, min(rounds, left)))
+    counts = [base + (number < extra) for number in range(min(rounds, left))]
+    gone_U = torch.zeros(len(columns_UW), dtype=torch.bool, device=problem.start_OI.device)
+    for gone in _rounds(problem, columns_UW, counts, first_order, balance):
+        gone_U[gone] = True
+    return gone_U
+
+
+def _rounds(
+    problem: Problem, columns_UW: Tensor, counts: Sequence[int], first_order: str = "off", balance: int = 1
+) -> Iterator[Tensor]:
+    """The groups that leave in every round, the cheapest first; of every part as many as ``counts`` says."""
     units, width = columns_UW.shape
     # L: the columns that are left, those of a unit side by side, so that the problem shrinks from round to round
     order = columns_UW.flatten().to(problem.start_OI.device)
     w_OL, g_OL = problem.start_OI[:, order], problem.g_OI[:, order]
-    inverse_LL = problem.curvature.inverse[order][:, order]
+    inverse_LL = problem.curvature.inverse()[order][:, order]
     gone_U = torch.zeros(units, dtype=torch.bool, device=order.device)
     live = torch.arange(units, device=order.device)
     silent_U = ~(w_OL != 0).any(dim=0).reshape(units, width).any(dim=1)
-    left = removed // balance
-    for remaining in range(min(rounds, left), 0, -1):
-        # ceil: what doesn't divide goes to the first rounds
-        count = -(-left // remaining)
+    starts_P = units // balance * torch.arange(balance, device=order.device)
+    for number, count in enumerate(counts, start=1):
         places_UW = torch.arange(len(live) * width, device=order.device).reshape(-1, width)
         added_L = FIRST_ORDER[first_order]((w_OL * g_OL).sum(dim=0))
         scores_U = w_OL.new_full((units,), torch.inf)
         scores_U[live] = losses_of_groups(w_OL, inverse_LL, places_UW) + added_L.reshape(-1, width).sum(dim=1)
         # what gives nothing leaves before anything else, also where scores are negative
         scores_U[silent_U & ~gone_U] = -torch.inf
-        lowest = scores_U.reshape(balance, -1).argsort(dim=1, stable=True)[:, :count]
-        gone_U[(lowest + units // balance * torch.arange(balance, device=order.device)[:, None]).flatten()] = True
-        left -= count
-        if left:
-            gone_L = gone_U[live].repeat_interleave(width)
-            w_OL, inverse_LL = _without(w_OL, inverse_LL, gone_L)
-            g_OL, live = g_OL[:, ~gone_L], live[~gone_U[live]]
-    return gone_U
+        gone = scores_U.reshape(balance, -1).argsort(dim=1, stable=True)[:, :count] + starts_P[:, None]
+        yield gone.flatten()
+        if number == len(counts):
+            return
+        gone_U[gone.flatten()] = True
+        gone_L = gone_U[live].repeat_interleave(width)
+        w_OL, inverse_LL = _without(w_OL, inverse_LL, gone_L)
+        g_OL, live = g_OL[:, ~gone_L], live[~gone_U[live]]
 
 
 def _without(w_OI: Tensor, inverse_II: Tensor, gone_I: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,17 +102,6 @@ def _without(w_OI: Tensor, inverse_II: Tensor, gone_I: Tensor) -> tuple[Tensor, 
     solved_PK = torch.cholesky_solve(across_PK, torch.linalg.cholesky(rows_PI[:, gone]))
     w_OK = w_OI[:, kept].addmm_(w_OI[:, gone], solved_PK, alpha=-1)
     return w_OK, inverse_II[kept][:, kept].addmm_(across_PK.T, solved_PK, alpha=-1)
-
-
-def _remove(w_OI: Tensor, inverse_II: Tensor, gone: Tensor) -> None:
-    """Remove columns jointly, in place."""
-    rows_PI = inverse_II[gone]
-    solved_PI = torch.cholesky_solve(rows_PI, torch.linalg.cholesky(rows_PI[:, gone]))
-    w_OI -= w_OI[:, gone] @ solved_PI
-    inverse_II -= rows_PI.T @ solved_PI
-    w_OI[:, gone] = 0
-    inverse_II[gone], inverse_II[:, gone] = 0, 0
-    inverse_II[gone, gone] = 1
 
 
 def swaps(problem: Problem, columns_UW: Tensor, removed_U: Tensor, *, at_once: int, most: int = 30) -> Tensor:
