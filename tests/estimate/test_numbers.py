@@ -128,6 +128,21 @@ def test_text_goes_through_a_block_as_often_as_it_really_does(sizes, tiny_llama,
     assert sum(counted) == passes * 4
 
 
+def test_a_search_over_levels_has_its_trials_and_its_supernet(sizes):
+    how = {"offspring": 3, "stage_tokens": "16,32", "survivors": "2", "levels": 3, "sparsity": 0.5}
+    alone, searching = job("tyr", generations=0, **how), job("tyr", generations=2, **how)
+    # two searches of two generations: three candidates on 16 tokens, two of them and the parent on 32
+    assert (alone.trial_tokens, searching.trial_tokens) == (0, 2 * 2 * (3 * 16 + 3 * 32))
+    work = [flops(sizes, one) for one in (alone, searching)]
+    trials = searching.trial_tokens * 2 * (sizes.linear + sizes.head)
+    assert work[1]["forwards"] == 2 * work[0]["forwards"] + trials
+    assert work[1]["statistics"] == 2 * work[0]["statistics"]
+    # masks and half of the values of o_proj and down_proj, of three levels
+    read = 2 * (32 * 32 + 64 * 32)
+    assert disk(sizes, searching)["statistics"] == 3 * (read // 8 + read // 2 * 4)
+    assert "whole model" in memory(sizes, searching, 0).process
+
+
 def test_forward_operations_are_those_that_torch_counts(sizes, tiny_llama):
     ids = torch.zeros(4, 16, dtype=torch.int64)
     # torch counts no attention in the kernel that a CPU runs, and here that to all tokens, of which half are masked
