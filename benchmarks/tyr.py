@@ -50,6 +50,10 @@ while they are pruned: the dense model (`dense inputs`), the blocks before at th
 mean of all levels (`expectation`, the default). The searched row is `expectation` as well.
 """
 
+MISSING = """
+Rows that the table doesn't show have not been run yet; the same command goes on with them.
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -79,23 +83,24 @@ class _Study:
 
     def run(self) -> None:
         rows = finished_rows(self._name) or [{"sparsity": "", "method": "dense", **self._measured(self._model)}]
-        plan: Plan | None = None
+        local: dict[float, Plan] = {}
         for sparsity, runs in RUNS.items():
             for label, method, options in runs:
                 if any((row["sparsity"], row["method"]) == (sparsity, label) for row in rows):
                     continue
-                started = time.perf_counter()
+                row: dict[str, Any] = {"sparsity": sparsity, "method": label}
                 if method:
-                    plan = self._plan(method, {**options, "sparsity": sparsity})
-                elif plan is None:
-                    # the row above was made by a run that was interrupted behind it
-                    plan = self._plan("tyr", {**LOCAL[1][2], "sparsity": sparsity})
-                seconds = time.perf_counter() - started
-                shown = plan if method else replace(plan, masks={}, values={})
-                row = {"sparsity": sparsity, "method": label, **self._lost(shown)}
-                rows.append({**row, **self._measured(sc.apply(shown, self._model)), "seconds": seconds})
+                    started = time.perf_counter()
+                    plan = local[sparsity] = self._plan(method, {**options, "sparsity": sparsity})
+                    row["seconds"] = time.perf_counter() - started
+                else:
+                    # the row above may have been made by a run that was interrupted behind it
+                    plan = local.get(sparsity) or self._plan("tyr", {**LOCAL[1][2], "sparsity": sparsity})
+                    plan = replace(plan, masks={}, values={})
+                rows.append({**row, **self._lost(plan), **self._measured(sc.apply(plan, self._model))})
                 print(rows[-1], flush=True)
                 self._write(rows)
+        self._write(rows)
 
     def _plan(self, method: str, options: dict[str, Any]) -> Plan:
         given = self._arguments
@@ -146,7 +151,8 @@ class _Study:
             "dtype": "float32",
             "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         }
-        write_result(self._name, "Tyr, part by part", setting, rows, TEXT)
+        missing = len(rows) <= sum(len(runs) for runs in RUNS.values())
+        write_result(self._name, "Tyr, part by part", setting, rows, TEXT + (MISSING if missing else ""))
 
 
 if __name__ == "__main__":
