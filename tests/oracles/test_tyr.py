@@ -24,6 +24,7 @@ from secateur.errors import BudgetError, DataError, OptionError, UnsupportedMode
 from secateur.methods import Target, make_method
 from secateur.methods.structure.tyr import Tyr
 from secateur.models.decoders import decoder_anatomy
+from secateur.models.saving import plain
 from secateur.observe import Gram
 from secateur.ranks import Ranks
 from secateur.search import Evolution, shifted
@@ -475,6 +476,21 @@ def test_kept_weights_of_a_plan_are_the_refit():
     wanted = torch.linalg.lstsq(seen[0][:, kept], seen[0] @ dense.T).solution.T
     cut = sc.apply(plan, model).get_submodule(name).weight.detach()
     torch.testing.assert_close(cut, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_cut_model_is_narrower_and_loads_elsewhere(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_tiny("llama")
+    plan = plan_for("tyr", model, IDS, sparsity=0.4, **QUICK)
+    cut = sc.apply(plan, model)
+    for block, dense in zip(cut.model.layers, model.model.layers, strict=True):
+        assert block.mlp.down_proj.in_features <= dense.mlp.down_proj.in_features
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in model.parameters())
+    folder = sc.save(cut, None, tmp_path / "cut", plan=plan)
+    stock = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not plain(cut)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(IDS).logits, cut(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
