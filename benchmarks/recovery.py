@@ -21,7 +21,7 @@ from common import finished_rows, write_result
 import secateur as sc
 from secateur.progress import Progress
 
-WINDOWS, LENGTH = 40, 512
+LENGTH = 512
 
 
 def main() -> None:
@@ -31,6 +31,8 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--other", required=True)
     parser.add_argument("--sparsity", type=float, default=0.4)
+    parser.add_argument("--samples", type=int, default=64, help="windows that FLAP is calibrated on")
+    parser.add_argument("--windows", type=int, default=40, help="windows that are evaluated")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -41,20 +43,19 @@ def main() -> None:
     texts = {"evaluation": arguments.evaluation, "other": arguments.other}
 
     def measured(one: Any) -> dict[str, float]:
-        return {
-            text: sc.evaluate({"m": one}, tokenizer, [f"perplexity:{file}"], length=LENGTH, windows=WINDOWS)[0].values[
-                "m"
-            ]
-            for text, file in texts.items()
-        }
+        found = {}
+        for text, file in texts.items():
+            table = sc.evaluate({"m": one}, tokenizer, [f"perplexity:{file}"], length=LENGTH, windows=arguments.windows)
+            found[text] = table["perplexity"].values["m"]
+        return found
 
     rows = finished_rows(name)
     setting = {
         "model": arguments.model,
-        "pruning": f"flap, sparsity {arguments.sparsity}, 64 x 512 tokens",
+        "pruning": f"flap, sparsity {arguments.sparsity}, {arguments.samples} x {LENGTH} tokens",
         "calibration and training": Path(arguments.calibration).name,
-        "evaluation": f"{Path(arguments.evaluation).name}, first {WINDOWS} windows of {LENGTH} tokens",
-        "other": f"{Path(arguments.other).name}, first {WINDOWS} windows of {LENGTH} tokens",
+        "evaluation": f"{Path(arguments.evaluation).name}, first {arguments.windows} windows of {LENGTH} tokens",
+        "other": f"{Path(arguments.other).name}, first {arguments.windows} windows of {LENGTH} tokens",
         "training": f"lora, {arguments.steps} steps of {arguments.batch} x {arguments.length} tokens",
         "seeds": arguments.seeds,
         "dtype": "float32",
@@ -73,8 +74,8 @@ def main() -> None:
         method="flap",
         sparsity=arguments.sparsity,
         calibration=arguments.calibration,
-        samples=64,
-        length=512,
+        samples=arguments.samples,
+        length=LENGTH,
         dtype="float32",
     )
     if len(rows) == 1:
@@ -94,7 +95,8 @@ def main() -> None:
                     loss=loss,
                     steps=arguments.steps,
                     seed=int(seed),
-                    options={"batch": arguments.batch, "length": arguments.length},
+                    # what is measured meanwhile has no part in the table
+                    options={"batch": arguments.batch, "length": arguments.length, "measure": arguments.steps},
                     progress=progress,
                 )
             seconds = time.perf_counter() - started
@@ -114,7 +116,7 @@ def text(rows: list[dict[str, Any]]) -> str:
         "Perplexity of the dense model, of the cut one, and after training its adapters with cross-entropy on the text",
         '(`ce`) or towards the predictions of the dense model (`kl`). "Gap closed" is the fraction of the distance in',
         "log-perplexity between the cut model and the dense one. The other text is unlike that trained on.",
-        "Seconds are those of one thread, measurements included.",
+        "Seconds are those of one thread on a machine that did other work as well, measurements included.",
     ]
     for name in ("evaluation", "other"):
         found = {loss: [row[f"gap closed, {name}"] for row in rows if row.get("loss") == loss] for loss in ("ce", "kl")}
