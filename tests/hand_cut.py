@@ -99,16 +99,17 @@ def cut_gpt2(model: PreTrainedModel, heads: list[list[int]], neurons: int) -> Pr
     return model
 
 
-def ragged(model_type: str) -> PreTrainedModel:
+def ragged(model_type: str, **changes: Any) -> PreTrainedModel:
     """A cut model whose layers differ in their heads, with its per-layer config."""
     from secateur.models.modeling_secateur import adopt, dense_config
 
     keep = [[0, 2], [1], [0, 1, 2]]
     if model_type == "gpt2":
-        model = cut_gpt2(tiny("gpt2"), [[0, 2, 5], [1], [0, 1, 2, 3]], neurons=24)
+        model = cut_gpt2(tiny("gpt2", **changes), [[0, 2, 5], [1], [0, 1, 2, 3]], neurons=24)
         sizes = [{"num_attention_heads": n, "n_inner": 24} for n in (3, 1, 4)]
     else:
-        model = cut_phi3(tiny("phi3"), keep) if model_type == "phi3" else cut_llama(tiny("llama"), keep, neurons=24)
+        dense = tiny(model_type, **changes)
+        model = cut_phi3(dense, keep) if model_type == "phi3" else cut_llama(dense, keep, neurons=24)
         ffn = 40 if model_type == "phi3" else 24
         sizes = [
             {"num_attention_heads": 2 * len(k), "num_key_value_heads": len(k), "intermediate_size": ffn} for k in keep
@@ -117,3 +118,25 @@ def ragged(model_type: str) -> PreTrainedModel:
     config.per_layer_config = dict(enumerate(sizes))
     adopt(model, config)
     return model
+
+
+def without_sub_layers(**changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A Llama of 6 layers, of which 1, 3 and 5 have no attention and 2, 3 and 5 no FFN; one where those add nothing.
+
+    The first can't be run: its projections have no rows or no columns.
+    """
+    cut, silenced = (tiny("llama", num_hidden_layers=6, **changes) for _ in range(2))
+    for layer, parts in {1: ("self_attn",), 2: ("mlp",), 3: ("self_attn", "mlp"), 5: ("self_attn", "mlp")}.items():
+        for part in parts:
+            module = getattr(cut.model.layers[layer], part)
+            for name, linear in module.named_children():
+                if isinstance(linear, nn.Linear):
+                    reads = name in ("o_proj", "down_proj")
+                    linear.weight = nn.Parameter((linear.weight[:, :0] if reads else linear.weight[:0]).detach())
+            getattr(silenced.model.layers[layer], part).apply(_silence)
+    return cut, silenced
+
+
+def _silence(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.weight)

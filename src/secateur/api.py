@@ -587,26 +587,57 @@ def verify(
 
 def convert(
     name: str | Path,
-    folder: str | Path,
+    out: str | Path,
     *,
+    to: str = "safetensors",
     format: str = "dense",
+    dtype: str = "auto",
     max_shard_size: str = "5GB",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     overwrite: bool = False,
 ) -> Path | str:
-    """Write any checkpoint that can be loaded as safetensors; returns the folder.
+    """Write any model that can be loaded as safetensors, or in the form of another runtime; returns ``out``.
 
-    ``name`` is what ``load`` takes. A safetensors folder is copied tensor by tensor and never in memory as a whole;
-    its tokenizer and plan come along. ``format`` is ``dense`` or ``packed``; no file of weights is larger than
-    ``max_shard_size``, unless a single tensor is. The dtype stays (float32 for GGUF).
-    Raises UsageError, OutputError, or what ``load`` raises.
+    ``name`` is what ``load`` takes. ``to`` is
+
+    - ``safetensors``: a folder for transformers. A safetensors folder is copied tensor by tensor and never in memory as
+      a whole; its tokenizer and plan come along. ``format`` is ``dense`` or ``packed``; no file of weights is larger
+      than ``max_shard_size``, unless a single tensor is. The dtype stays (float32 for GGUF).
+    - ``gguf``: a file for llama.cpp, tensor by tensor; ``dtype`` is float32, float16, bfloat16, q8_0 or ``auto``.
+      Llama-like models may have other sizes in every layer.
+    - ``deci``: a folder in the DeciLM layout for vLLM and SGLang, for Llama-like models with other FFN widths in every
+      layer.
+    - ``onnx``: a folder with ``model.onnx`` for onnxruntime, which is held against torch before it is kept; the model
+      is in memory as a whole.
+
+    Raises UsageError, OutputError, UnsupportedModelError for a model that the runtime can't hold, MissingExtraError, or
+    what ``load`` raises.
     """
+    from secateur.errors import UsageError
+
+    if to != "safetensors":
+        from secateur.runtimes import convert_for
+
+        if format != "dense":
+            raise UsageError(f"format {format} is for safetensors, not for {to}")
+
+        return convert_for(
+            name,
+            out,
+            to=to,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            overwrite=overwrite,
+        )
     from secateur.models.convert import convert_model
 
+    if dtype != "auto":
+        raise UsageError(f"dtype {dtype} is for gguf: safetensors keep the dtype of the model")
     return convert_model(
         name,
-        folder,
+        out,
         format=format,
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,

@@ -155,13 +155,13 @@ def test_existing_output_and_damaged_input(tmp_path: Path) -> None:
 
 def test_command(cli, tmp_path: Path) -> None:
     folder = sc.save(tiny("llama"), None, tmp_path / "in")
-    run = cli("convert", folder, tmp_path / "out", "--max-shard-size", "20KB")
+    run = cli("convert", folder, "--out", tmp_path / "out", "--max-shard-size", "20KB")
     assert run.code == 0 and f"saved to {tmp_path}/out" in run.out
-    run = cli("convert", folder, tmp_path / "json", "--format", "packed", "--json", "--quiet")
+    run = cli("convert", folder, "--out", tmp_path / "json", "--format", "packed", "--json", "--quiet")
     document = json.loads(run.out)
     assert document["files"] == ["model.safetensors"] and run.err == ""
     assert document["bytes"] == (tmp_path / "json" / "model.safetensors").stat().st_size
-    run = cli("convert", folder, tmp_path / "bad", "--max-shard-size", "large")
+    run = cli("convert", folder, "--out", tmp_path / "bad", "--max-shard-size", "large")
     assert run.code == 2 and run.err.count("\n") == 1
 
 

@@ -36,8 +36,8 @@ HELP: dict[str, tuple[str, str]] = {
         "secateur verify pruned --base smollm2-135m",
     ),
     "convert": (
-        "Write any checkpoint as safetensors, dense or packed.",
-        "secateur convert pruned packed --format packed --max-shard-size 200MB",
+        "Write a model as safetensors, or for other runtimes: as GGUF, DeciLM or ONNX.",
+        "secateur convert pruned --to gguf --dtype q8_0 --out pruned.gguf",
     ),
     "plan show": ("Show what a plan keeps and where it came from.", "secateur plan show pruned"),
     "plan apply": (
