@@ -318,3 +318,23 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     assert len(first) == 5 and rows[3]["seeds"] == 3 and rows[3]["±"] > 0 and rows[1]["±"] == ""
     assert rows[1]["M parameters"] < rows[0]["M parameters"]
     assert all(verdict.sentence in said for verdict in found.first_verdicts)
+
+
+class Clock:
+    """A runtime that takes as long as it is told, round after round."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds = iter(seconds)
+
+    def greedy(self, ids, new: int):
+        taken = next(self.seconds)
+        return [], taken, 2 * taken
+
+
+def test_runtimes_are_compared_round_by_round(study):
+    # the first round warms up; the machine is half as fast in the last one
+    runtimes = {"dense": {"there": Clock([9, 4, 4, 8])}, "cut": {"there": Clock([9, 2, 2, 4])}}
+    columns = study("runtimes").take_times(runtimes, prompt=[1] * 8, new=4, repeats=3)
+    assert columns["cut"]["prefill there × dense"] == columns["cut"]["decode there × dense"] == 2
+    assert columns["dense"]["prefill there × dense"] == 1
+    assert (columns["dense"]["prefill there"], columns["dense"]["decode there"]) == (2, 0.5)
