@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import secateur as sc
 from families import make_tiny, tiny_ids
@@ -215,12 +216,28 @@ def test_nothing_half_written(tmp_path: Path, tiny_tokenizer) -> None:
     saved = sc.save(model, tiny_tokenizer, tmp_path / "large")
     with pytest.raises(NonFiniteError, match=r"blk.2.ffn_up.weight: weights are larger than float16 holds"):
         sc.convert(saved, tmp_path / "model.gguf", to="gguf", dtype="float16")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = 0
+    saved = sc.save(model, tiny_tokenizer, tmp_path / "large", overwrite=True)
+    _spoil(saved / "model.safetensors")
+    with pytest.raises(NonFiniteError, match=r"token_embd\.weight: weights are NaN or inf"):
+        sc.convert(saved, tmp_path / "model.gguf", to="gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "large"]
+    with pytest.raises(UsageError, match="gguf is written to a file of this machine, not to memory://x"):
+        sc.convert(saved, "memory://x", to="gguf")
+    saved = sc.save(model, tiny_tokenizer, tmp_path / "large", overwrite=True)
     (tmp_path / "model.gguf").write_text("mine")
     with pytest.raises(OutputError, match="exists: choose another name, or pass --overwrite"):
         sc.convert(saved, tmp_path / "model.gguf", to="gguf")
     sc.convert(saved, tmp_path / "model.gguf", to="gguf", overwrite=True)
     assert File(tmp_path / "model.gguf").graph == "llama"
+
+
+def _spoil(file: Path) -> None:
+    """Let an embedding be NaN in a file that secateur would not have written."""
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][5, 3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def test_command(cli, tmp_path: Path, tiny_checkpoint: Path) -> None:
