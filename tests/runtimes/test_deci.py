@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 import secateur as sc
 from families import make_tiny, tiny_ids
-from hand_cut import ragged, tiny
+from hand_cut import ragged, tiny, without_sub_layers
 from runs import plan_for
 from secateur.errors import OutputError, UnsupportedModelError
 from secateur.manifest import read_manifest
@@ -89,6 +89,19 @@ def test_multiples_of_256_are_multipliers_which_all_readers_take(tmp_path: Path)
     made = as_vllm_builds_it(tmp_path, widths_from_multipliers=True)
     assert [layer.mlp.down_proj.in_features for layer in made.model.layers] == [256, 768, 512]
     agree(model, made)
+
+
+def test_missing_sub_layers_are_no_ops(tmp_path: Path) -> None:
+    model, _ = without_sub_layers()
+    write_deci(Source(model), None, tmp_path, "auto")
+    blocks = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).block_configs
+    assert [block.attention.no_op for block in blocks] == [False, True, False, True, False, True]
+    assert [block.ffn.no_op for block in blocks] == [False, False, True, True, False, True]
+    parts = {"self_attn": "attention", "input_layernorm": "attention", "mlp": "ffn", "post_attention_layernorm": "ffn"}
+    for name in load_file(tmp_path / "model.safetensors"):
+        if name.startswith("model.layers."):
+            _, _, layer, part, *_ = name.split(".")
+            assert not getattr(blocks[int(layer)], parts[part]).no_op, name
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from secateur.errors import (
     UsageError,
 )
 from secateur.models.sources import Source
+from secateur.runtimes.deci import write_deci
 from secateur.runtimes.gguf import write_gguf
 
 IDS = [3, 41, 5, 92, 65, 35, 8, 97, 93, 2, 38, 46]
@@ -107,6 +108,14 @@ def test_sub_layers_that_are_gone(tmp_path: Path, tiny_tokenizer) -> None:
     # the graph skips the rest of a layer without neurons, so that some get neurons that do nothing
     assert file.entry("feed_forward_length") == [40, 40, 32, 0, 40, 32]
     agree(silenced, file)
+
+
+def test_a_sub_layer_that_leaves_a_bias_is_refused(tmp_path: Path, tiny_tokenizer) -> None:
+    model, _ = without_sub_layers(vocab_size=512)
+    model.model.layers[1].self_attn.o_proj.bias = torch.nn.Parameter(torch.ones(model.config.hidden_size))
+    for write in (write_gguf, write_deci):
+        with pytest.raises(UnsupportedModelError, match="a bias where there is no attention or FFN"):
+            write(Source(model), tiny_tokenizer, tmp_path / "model.gguf", "auto")
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ def _needs(config: Any, sizes: Sizes) -> Iterable[str]:
         yield f"numbers of query heads per layer (here {min(attentions)} to {max(attentions)})"
     if any(heads % kv for heads, kv in zip(sizes.heads, sizes.kv_heads, strict=True) if kv):
         yield "key-value heads that don't divide the query heads"
+    if sizes.stray_biases:
+        yield "a bias where there is no attention or FFN"
     if not sizes.heads[0]:
         yield "a first layer without attention"
     if getattr(config, "sliding_window", None):

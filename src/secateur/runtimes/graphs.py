@@ -105,6 +105,8 @@ def _llama_needs(config: Any, sizes: Sizes) -> Iterable[str]:
         yield f"the activation {config.hidden_act}"
     if sizes.rotary and sizes.rotary.dims != sizes.head_dim:
         yield "rotary embeddings of a part of each head"
+    if sizes.stray_biases:
+        yield "a bias where there is no attention or FFN"
     if sizes.heads[0] == 0:
         yield "a first layer without attention, from which it takes the size of a head"
 

@@ -40,8 +40,8 @@ class Sizes:
     rotary: Rotary | None
     zero_biases: frozenset[str]
     """names of biases of projections that are zero throughout"""
-    biases: frozenset[str]
-    """roles of the projections whose bias is not zero in some layer"""
+    live_biases: frozenset[str]
+    """names of the other biases of projections"""
 
     @cached_property
     def heads(self) -> list[int]:
@@ -54,6 +54,18 @@ class Sizes:
     @cached_property
     def neurons(self) -> list[int]:
         return [block.neurons for block in self.blocks]
+
+    @property
+    def biases(self) -> frozenset[str]:
+        """Roles of the projections whose bias is not zero in some layer."""
+        return frozenset(self.roles[name.removesuffix(".bias")] for name in self.live_biases)
+
+    @property
+    def stray_biases(self) -> bool:
+        """Whether a sub-layer that isn't there still adds something."""
+        outputs = [block.out for block in self.blocks if not block.heads]
+        outputs += [block.down for block in self.blocks if not block.neurons]
+        return any(f"{path}.bias" in self.live_biases for path in outputs)
 
     @property
     def head_dim(self) -> int:
@@ -81,16 +93,13 @@ def sizes_of(source: Source) -> Sizes:
     """
     model = source.model
     blocks, roles = tuple(typed_blocks(model)), matrix_roles(model)
-    biases: set[str] = set()
+    live: set[str] = set()
     zero: set[str] = set()
     for name in stored_names(model):
         path, _, leaf = name.rpartition(".")
         if leaf == "bias" and path in roles:
-            if bool(source.tensor(name).any()):
-                biases.add(roles[path])
-            else:
-                zero.add(name)
-    return Sizes(blocks, roles, model.config.hidden_size, _rotary(model), frozenset(zero), frozenset(biases))
+            (live if bool(source.tensor(name).any()) else zero).add(name)
+    return Sizes(blocks, roles, model.config.hidden_size, _rotary(model), frozenset(zero), frozenset(live))
 
 
 def _rotary(model: Any) -> Rotary | None:
