@@ -45,6 +45,13 @@ TITLE = "Depth and width: what leaves, and what it costs"
 TEXT = """
 Perplexity after a fifth of the blocks' parameters has left: as whole blocks, as attentions and FFNs by themselves, or
 as heads and neurons. No training afterwards.
+
+- Whole blocks chosen by ShortGPT from 32,768 tokens beat what tries models out on a few hundred: BlockPruner made its
+  choices on 256 tokens, and this evolution had 8 generations where the published rule gives 96, on 512 and 1,024 tokens
+  where it has 2,048 and 32,768. That single sub-layers cost less than whole blocks, as published, is not shown here.
+- The run of blocks that the angular distance takes lies in the middle, and costs more than the blocks of ShortGPT.
+- Minitron comes near FLAP and Wanda-sp. At 20 % it takes no head: the least that can leave is a third of the queries.
+- AMP rounds a fifth of three key-value heads to one, which is a third of attention. Chance costs far more.
 """
 
 
@@ -57,7 +64,6 @@ def main() -> None:
     arguments = parser.parse_args()
     name = f"depth-{Path(arguments.model).name}"
     model, tokenizer = sc.load(arguments.model)
-    anatomy = sc.anatomy(model)
 
     def perplexity(one: Any) -> float:
         table = sc.evaluate({"model": one}, tokenizer, [f"perplexity:{arguments.evaluation}"], length=512, windows=40)
@@ -113,7 +119,7 @@ def main() -> None:
                     "method": method,
                     "options": shown,
                     "perplexity": perplexity(sc.apply(plan, model)),
-                    "removed": f"{removed_fraction(plan, anatomy):.4f}",
+                    "removed": f"{removed_fraction(plan, sc.anatomy(model, heads=plan.head_unit)):.4f}",
                     "left out": left_out(plan),
                 }
             )

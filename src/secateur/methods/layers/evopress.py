@@ -7,8 +7,7 @@
 The best of `starts` random states is the first parent. Every generation makes `offspring` mutants of the parent and
 measures them on `first_tokens` tokens, drawn anew; the best `survivors` of them and the parent are measured on
 `last_tokens`, and the best of these is the next parent. There are k (L - k) / 1.5 generations for L blocks. The search
-starts from chance rather than from scores, so it finds sets that no ranking of single blocks gives; it pays where many
-sub-layers leave.
+starts from chance rather than from scores, so it can find sets that no ranking of single blocks gives.
 
 Source: O. Sieberling et al., "EvoPress", 2024, arXiv:2410.14649; official code IST-DASLab/EvoPress
 (evo_drop_search.py), whose script has these defaults. Differs from it: the last stage always reads the same tokens, so
