@@ -34,12 +34,14 @@ LOCAL: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("tyr, layers alike, dense inputs", "tyr", {**ALIKE, "levels": 1, "accumulation": "none"}),
     ("the same units, no refit", "", {}),
 )
-SEARCHED: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("tyr, searched", "tyr", {"iterations": 1}),
-    ("tyr, layers alike, expectation handed on", "tyr", {**ALIKE, "accumulation": "expectation"}),
+HANDED_ON: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("tyr, layers alike, centre handed on", "tyr", {**ALIKE, "levels": 1, "accumulation": "centre"}),
+    ("tyr, layers alike, expectation handed on", "tyr", {**ALIKE, "accumulation": "expectation"}),
+    ("tyr, searched, expectation handed on", "tyr", {"iterations": 1}),
+    ("tyr, searched, centre handed on", "tyr", {"iterations": 1, "accumulation": "centre"}),
 )
-RUNS = {0.5: (*LOCAL, *SEARCHED), 0.25: LOCAL}
+RUNS = {0.5: (*LOCAL, *HANDED_ON), 0.25: (*LOCAL, HANDED_ON[0])}
+ORDER = [(sparsity, label) for sparsity, runs in RUNS.items() for label, _, _ in runs]
 
 TEXT = """
 Perplexity of SmolLM2-135M-Instruct (dequantised from Q4_1) after pruning heads and neurons, no training afterwards,
@@ -47,7 +49,13 @@ with the divergence of its predictions from the dense model's (nats per token) o
 is the fraction of the blocks' linear weights, `heads` and `neurons` what the model loses of each in all. `alike`: every
 layer loses the same. `no refit` are the units of the row above with the weights as they were. What later blocks see
 while they are pruned: the dense model (`dense inputs`), the blocks before at the level in the middle (`centre`), or the
-mean of all levels (`expectation`, the default). The searched row is `expectation` as well.
+mean of all levels (`expectation`, the default). Seconds were taken while the machine did other work.
+
+- Without the refit the same units cost far more. With it, layers alike and dense inputs, Tyr is ahead of FLAP at 50 %.
+  At 25 % it is so by divergence only.
+- Handing the level in the middle on is better than dense inputs by both measures. Handing the mean on is so by
+  divergence; by perplexity it isn't.
+- The search lowers both beside the same levels unsearched, and heads and neurons lose in all what they did before.
 """
 
 MISSING = """
@@ -151,7 +159,8 @@ class _Study:
             "dtype": "float32",
             "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         }
-        missing = len(rows) <= sum(len(runs) for runs in RUNS.values())
+        rows.sort(key=lambda row: ORDER.index((row["sparsity"], row["method"])) if row["sparsity"] else -1)
+        missing = len(rows) <= len(ORDER)
         write_result(self._name, "Tyr, part by part", setting, rows, TEXT + (MISSING if missing else ""))
 
 
