@@ -98,7 +98,7 @@ class ByTenths:
     def __init__(self):
         self.asked = []
 
-    def divergence(self, levels, tokens, seed):
+    def fitness(self, levels, tokens, seed):
         assert len(set(levels)) == 1
         self.asked.append(levels[0])
         return abs(levels[0] - 3)

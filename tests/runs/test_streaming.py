@@ -100,11 +100,12 @@ def test_a_skeleton_has_what_the_model_has(family, tmp_path):
 
 
 # What is particular to a family (names, layouts, what is tied) and to a method (what it puts in a plan) meets in the
-# first family with every method, and in every family with three methods: of each of three kinds in turn.
+# first family with every method, and in every family with four methods: of each of these kinds in turn.
 KINDS = (
     ("wanda", "wanda 2:4", "wanda, global"),
     ("sparsegpt", "magnitude, global", "shortgpt"),
     ("flap", "wanda_sp", "random_sp, query heads"),
+    ("amp", "angular", "blockpruner"),
 )
 PAIRS = sorted(
     {(family, kind[number % 3]) for number, family in enumerate(FAMILY_CONFIGS) for kind in KINDS}
