@@ -22,6 +22,7 @@ from secateur.cli.options import (
     Samples,
     TrustRemoteCode,
     Windows,
+    check_resume,
     load_plugins,
 )
 from secateur.cli.output import print_json, show, show_notes, working
@@ -82,8 +83,7 @@ def compare(
         raise UsageError("name the methods with --methods flap,osscar ('secateur methods' lists them)")
     if out is None:
         raise UsageError("give a folder for the comparison with --out")
-    if resume and overwrite:
-        raise UsageError("--resume goes on with what --overwrite would remove: give one of them")
+    check_resume(resume, overwrite)
     load_plugins(plugin)
     from secateur.comparison import compare as run
     from secateur.comparison.asked import split

@@ -27,6 +27,7 @@ from secateur.cli.options import (
     Seed,
     TrustRemoteCode,
     Windows,
+    check_resume,
     load_plugins,
 )
 from secateur.cli.output import print_json, show, show_notes, working
@@ -92,8 +93,7 @@ def curve(
         raise UsageError("name a method with --method ('secateur methods' lists them)")
     if out is None:
         raise UsageError("give a folder for the curve with --out")
-    if resume and overwrite:
-        raise UsageError("--resume goes on with what --overwrite would remove: give one of them")
+    check_resume(resume, overwrite)
     if within is not None and not within > 1:
         raise UsageError(f"--within is a factor above 1, got {within:g}: 1.2 allows a fifth more perplexity")
     load_plugins(plugin)

@@ -139,6 +139,12 @@ def only_for(what: str, context: typer.Context, names: Collection[str], meant: s
             raise UsageError(f"{parameter.opts[-1]} is for {meant}, not for {what}")
 
 
+def check_resume(resume: bool, overwrite: bool) -> None:
+    """Raises UsageError when both are given."""
+    if resume and overwrite:
+        raise UsageError("--resume goes on with what --overwrite would remove: give one of them")
+
+
 def load_plugins(plugins: Sequence[str] | None) -> None:
     """Import the plugins; the registry loads only when there are some."""
     if plugins:

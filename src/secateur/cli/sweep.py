@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secateur.cli.options import Json, Overwrite, Plugins, Quiet, TrustRemoteCode, load_plugins
+from secateur.cli.options import Json, Overwrite, Plugins, Quiet, TrustRemoteCode, check_resume, load_plugins
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.errors import SweepError, UsageError, require_extra
 
@@ -44,8 +44,7 @@ def sweep(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    if resume and overwrite:
-        raise UsageError("--resume goes on with what --overwrite would remove: give one of them")
+    check_resume(resume, overwrite)
     load_plugins(plugin)
     from secateur.sweep.runner import make_job, open_journal, resumable, run_sweep
     from secateur.sweep.spec import load_sweep

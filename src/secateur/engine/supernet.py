@@ -26,7 +26,7 @@ def decide_supernet(method: SupernetMethod, run: Run) -> None:
     """Kept units, and what the weights become that read them.
 
     What each search has found is noted; the levels of all groups are kept aside until the next search has its own.
-    Raises UsageError, UnsupportedModelError, DataError, BudgetError.
+    Raises UsageError, DataError, BudgetError.
     """
     groups = run.anatomy.of_kind(*method.kinds)
     if method.sparsity == 0:

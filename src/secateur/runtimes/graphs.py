@@ -10,7 +10,7 @@ b11739 was tried with all graphs; earlier ones want a bias of queries to be as w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from secateur.errors import UnsupportedModelError
@@ -142,6 +142,19 @@ def _gpt_neox_needs(config: Any, sizes: Sizes) -> Iterable[str]:
         yield f"the activation {config.hidden_act}"
 
 
+_LLAMA = Graph(
+    name="llama",
+    model_types=_LLAMA_TYPES,
+    lacks=_LACKS,
+    biases=_PROJECTIONS,
+    free_heads=True,
+    split=True,
+    interleaved=True,
+    rotary=("default", "linear", "llama3"),
+    factors=True,
+    also=_llama_needs,
+)
+
 GRAPHS = (
     Graph(name="qwen2", model_types=("qwen2",), biases=_QKV, required=_QKV),
     Graph(name="qwen3", model_types=("qwen3",), free_heads=True),
@@ -166,31 +179,8 @@ GRAPHS = (
         also=_gpt_neox_needs,
         metadata=lambda writer, config, sizes: writer.add_parallel_residual(config.use_parallel_residual),
     ),
-    Graph(
-        name="llama",
-        model_types=_LLAMA_TYPES,
-        lacks=_LACKS,
-        biases=_PROJECTIONS,
-        free_heads=True,
-        split=True,
-        interleaved=True,
-        rotary=("default", "linear", "llama3"),
-        factors=True,
-        also=_llama_needs,
-    ),
-    Graph(
-        name="deci",
-        model_types=_LLAMA_TYPES,
-        lacks=_LACKS,
-        biases=_PROJECTIONS,
-        per_layer=True,
-        free_heads=True,
-        split=True,
-        interleaved=True,
-        rotary=("default", "linear", "llama3"),
-        factors=True,
-        also=_llama_needs,
-    ),
+    _LLAMA,
+    replace(_LLAMA, name="deci", per_layer=True),
 )
 
 
