@@ -76,14 +76,17 @@ def anatomy(
     heads: str | None = None,
     example_inputs: ExampleInputs = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
     ignore: Sequence[str] = (),
 ) -> Anatomy:
     """What can be cut in ``model``: groups by name, unit counts, cost per unit, what is frozen and why.
 
     A decoder of transformers is known by its family. Any other module is traced, called with ``example_inputs``, a
-    tuple, and ``example_kwargs``. An .onnx file or ``onnx.ModelProto`` is read as it is; ``example_inputs`` are then
-    the sizes of inputs by name, where the model leaves them open. Parameters whose names match a pattern of ``ignore``
-    (``head.*``) stay whole.
+    tuple, and ``example_kwargs``; ``dynamic_shapes`` names the sizes that may differ in other calls, as for
+    ``torch.export`` (``({0: "batch"},)``): it matters where only a graph can be cut, which else takes the sizes of the
+    example. An .onnx file or ``onnx.ModelProto`` is read as it is; ``example_inputs`` are then the sizes of inputs by
+    name, where the model leaves them open. Parameters whose names match a pattern of ``ignore`` (``head.*``) stay
+    whole.
     ``heads`` of a decoder: ``kv`` (default) cuts whole key-value heads with their queries, ``query`` one query head of
     each; of a traced module: ``outer`` (default) whole heads, ``inner`` the same lane of every head, or ``both``.
     Raises UsageError or UnsupportedModelError.
@@ -101,16 +104,27 @@ def anatomy(
         return decoder_anatomy(model, heads=heads or "kv")  # type: ignore[arg-type]
     from secateur.networks.applying import module_anatomy
 
-    return module_anatomy(model, _example(example_inputs, example_kwargs), heads=heads or "outer", ignore=ignore)  # type: ignore[arg-type]
+    example = _Called(example_inputs, example_kwargs, dynamic_shapes).example(model)
+    return module_anatomy(model, example, heads=heads or "outer", ignore=ignore)  # type: ignore[arg-type]
 
 
-def _example(args: ExampleInputs, kwargs: Mapping[str, Any] | None) -> Example:
-    from secateur.errors import UsageError
-    from secateur.networks.example import Example
+@dataclass(frozen=True)
+class _Called:
+    """What a network is called with, as the user says it."""
 
-    if args is not None and not isinstance(args, tuple | list):
-        raise UsageError(f"example_inputs must be a tuple of what the module is called with, got {type(args).__name__}")
-    return Example(tuple(args or ()), kwargs)
+    args: ExampleInputs = None
+    kwargs: Mapping[str, Any] | None = None
+    dynamic_shapes: Any = None
+
+    def example(self, module: Any) -> Example:
+        """Raises UsageError."""
+        from secateur.errors import UsageError
+        from secateur.networks.example import Example
+
+        if self.args is not None and not isinstance(self.args, tuple | list):
+            name = type(self.args).__name__
+            raise UsageError(f"example_inputs must be a tuple of what the module is called with, got {name}")
+        return Example(tuple(self.args or ()), self.kwargs).freed(module, self.dynamic_shapes)
 
 
 def plan(
@@ -135,6 +149,7 @@ def plan(
     statistics: str | Path | None = None,
     example_inputs: ExampleInputs = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
     data: Any = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ignore: Sequence[str] = (),
@@ -154,9 +169,10 @@ def plan(
     ``statistics`` is a folder in which statistics of the dense model are kept, and found again by later plans that
     need the same ones. ``progress`` is called with (stage, done, total). The same arguments give the same plan.
     With ``example_inputs`` (or ``example_kwargs``) any module is traced instead, and so is an .onnx file, and
-    ``method`` removes coupled channels; ``data`` are then batches and ``loss(module, batch)`` is their mean loss, by
-    default the cross-entropy of a classifier on (inputs, class indices), for methods that need gradients. Methods that
-    look at inputs take batches as they are, labels behind the inputs or none; ``ignore`` as in ``anatomy``.
+    ``method`` removes coupled channels; ``dynamic_shapes`` and ``ignore`` as in ``anatomy``. ``data`` are then batches
+    and ``loss(module, batch)`` is their mean loss, by default the cross-entropy of a classifier on (inputs, class
+    indices), for methods that need gradients. Methods that look at inputs take batches as they are, labels behind the
+    inputs or none.
     ``budget`` of a decoder may be several fractions that stay, all of them together: ``{"latency": 0.7, "kv_bytes":
     0.5}``. ``budget="latency"`` measures the module's calls, or the decoder's blocks, on this machine at several
     widths; ``latency_table`` is a file in which the measurements are kept, and found again, by default that of this
@@ -189,7 +205,8 @@ def plan(
 
         if allocate is not None:
             raise UsageError("allocate= is for language models: a network that is traced has scope= and ratios=")
-        network = _open_network(model, chosen, example_inputs, example_kwargs, ignore, latency_table, progress)
+        called = _Called(example_inputs, example_kwargs, dynamic_shapes)
+        network = _open_network(model, chosen, called, ignore, latency_table, progress)
         return network.plan(chosen, Asked(data, loss, ignore, ratios or {}, seed))
     check_for_decoders(chosen)
     decoder: PreTrainedModel = model  # type: ignore[assignment]
@@ -382,7 +399,7 @@ def densities(
     from secateur.networks.modules import module_densities
 
     chosen = make_method(method, method_options(method, options, sparsity, None, budget, 0))
-    example = _example(example_inputs, example_kwargs)
+    example = _Called(example_inputs, example_kwargs).example(module)
     anatomy = module_anatomy(module, example, heads=getattr(chosen, "heads", "outer"), ignore=ignore)
     return module_densities(chosen, anatomy, example, data=data, loss=loss)
 
@@ -397,8 +414,7 @@ def _is_network(model: Any, args: ExampleInputs, kwargs: Mapping[str, Any] | Non
 def _open_network(
     model: Any,
     method: Method,
-    args: ExampleInputs,
-    kwargs: Mapping[str, Any] | None,
+    called: _Called,
     ignore: Sequence[str],
     latency_table: str | Path | None,
     progress: Callable[[str, int, int], None] | None,
@@ -414,9 +430,11 @@ def _open_network(
         raise UsageError(f"latency_table is for budget='latency', got budget='{chosen.budget}'")
     network: Network
     if is_onnx(model):
-        network = OnnxNetwork.open(model, args, heads=chosen.heads, ignore=ignore)
+        if called.dynamic_shapes is not None:
+            raise UsageError("dynamic_shapes= is for torch modules: an ONNX model says itself which sizes are open")
+        network = OnnxNetwork.open(model, called.args, heads=chosen.heads, ignore=ignore)
     else:
-        network = ModuleNetwork.open(model, _example(args, kwargs), heads=chosen.heads, ignore=ignore)
+        network = ModuleNetwork.open(model, called.example(model), heads=chosen.heads, ignore=ignore)
     if chosen.budget != "latency":
         return network
     return network.timed(latency_table, chosen.round_to, progress or _no_progress)
@@ -430,6 +448,7 @@ def _prune_network(
     *,
     example_inputs: ExampleInputs = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
     options: Mapping[str, Any] | None = None,
     budget: str | None = None,
     ignore: Sequence[str] = (),
@@ -457,8 +476,7 @@ def _prune_network(
     opened = partial(
         _open_network,
         method=chosen,
-        args=example_inputs,
-        kwargs=example_kwargs,
+        called=_Called(example_inputs, example_kwargs, dynamic_shapes),
         ignore=ignore,
         latency_table=latency_table,
         progress=progress,

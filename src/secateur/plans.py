@@ -88,7 +88,7 @@ class ExampleInputs(BaseModel):
     spec: str
     """How the leaves make (args, kwargs): a tree of torch.utils._pytree as JSON."""
     leaves: tuple[dict[str, Any], ...]
-    """``{"shape", "dtype"}`` of a tensor, ``{"value"}`` of anything else."""
+    """``{"shape", "dtype"}`` of a tensor, and ``free`` dimensions of any size; ``{"value"}`` of anything else."""
 
 
 class Allocation(BaseModel):

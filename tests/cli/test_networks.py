@@ -219,6 +219,13 @@ def test_misuse_of_evaluate(net, cli, arguments, said):
     assert said in run.err
 
 
+@pytest.mark.parametrize("size", ["n2x3x12x12", "x=batch2x3x12x12"])
+def test_a_free_size_stays_free_in_the_file(net, cli, size):
+    options = ("--input", size, "--method", "spa_l1", "--sparsity", 0.3)
+    assert cli("prune", "net.py:make", *options, "--out", "net.onnx").code == 0
+    assert ran("net.onnx", torch.randn(5, 3, 12, 12)).shape[0] == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -229,6 +236,8 @@ def test_misuse_of_evaluate(net, cli, arguments, said):
         (["smollm2-135m", "--method", "flap", "--input", SIZE, "--dry-run"], "--input is for traced networks"),
         (["net.py:make", "--method", "flap", "--input", SIZE, "--dry-run"], "flap doesn't remove channels"),
         (["net.py:make", "--method", "spa_l1", "--input", "3,4", "--dry-run"], "--input is a size"),
+        (["net.py:make", "--method", "spa_l1", "--input", "n1x3x12x12", "--dry-run"], "example of size 2 or more"),
+        (["net.onnx", "--method", "spa_l1", "--input", "x=n2x3x12x12", "--dry-run"], "knows its types and open sizes"),
         (["net.py:make", "--method", "spa_l1", "--input", "x=3:int46", "--dry-run"], "did you mean 'int"),
         (["net.py:make", "--method", "spa_l1", "--input", "x=3", "--input", "x=4", "--dry-run"], "given twice"),
         (["net.py:mak", *PRUNE, "--dry-run"], "did you mean 'make'?"),

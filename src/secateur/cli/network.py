@@ -74,9 +74,7 @@ def prune_network(job: NetworkJob, *, html: bool, dry_run: bool, overwrite: bool
             assert job.out is not None
             if job.evaluate:
                 models = {"dense": named.network, "pruned": result.model}
-                measured = api.evaluate(
-                    models, None, job.evaluate, seed=job.seed, progress=progress, **named.arguments()
-                )
+                measured = api.evaluate(models, None, job.evaluate, seed=job.seed, progress=progress, **named.called())
                 counted = {metric.name for metric in result.report.metrics}
                 result.report.metrics += [metric for metric in measured.metrics if metric.name not in counted]
             save_network(

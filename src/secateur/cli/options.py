@@ -110,7 +110,7 @@ Inputs = Annotated[
     typer.Option(
         "--input",
         metavar="[NAME=]SIZE[:DTYPE]",
-        help="What a traced network is called with: 1x3x224x224, ids=1x16:int64; repeatable.",
+        help="What a traced network is called with: 1x3x224x224, ids=1x16:int64; in n2x3x8x8 n may differ. Repeatable.",
     ),
 ]
 Ignore = Annotated[

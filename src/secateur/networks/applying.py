@@ -28,7 +28,9 @@ def module_anatomy(module: nn.Module, example: Example, *, heads: str = "outer",
     """The groups of coupled channels of a module. Raises UsageError or UnsupportedModelError."""
     if not isinstance(example.args, tuple) or not isinstance(module, nn.Module):
         raise UsageError("example_inputs must be a tuple of what the module is called with")
-    return traced_anatomy(trace(module, example.args, example.kwargs), heads=heads, ignore=ignore)
+    dynamic = example.dynamic_shapes(module)
+    traced = trace(module, example.args, example.kwargs, dynamic_shapes=dynamic, free=example.free)
+    return traced_anatomy(traced, heads=heads, ignore=ignore)
 
 
 def module_fingerprint(module: nn.Module) -> Fingerprint:

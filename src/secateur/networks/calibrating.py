@@ -34,7 +34,7 @@ def calibration_of(
     if noise is not None:
         if data is not None:
             raise DataError("calibration='noise' takes no data: leave data= out, or take calibration='data'")
-        return [(anatomy, _leaves(one)) for one in _noise(noise, example)]
+        return [(anatomy, one.leaves()) for one in _noise(noise, example)]
     if data is None:
         raise DataError("this method needs data: give data= (batches of inputs), or take calibration='noise'")
     known = {_shapes(example): anatomy}
@@ -43,7 +43,7 @@ def calibration_of(
         inputs = _call_of(batch, example, f"batch {number} of the data")
         if _shapes(inputs) not in known:
             known[_shapes(inputs)] = _retraced(anatomy, anatomy_on, inputs, f"batch {number} of the data")
-        found.append((known[_shapes(inputs)], _leaves(inputs)))
+        found.append((known[_shapes(inputs)], inputs.leaves()))
     if not found:
         raise DataError("the data that was given is empty, and this method needs some")
     return found
@@ -69,12 +69,8 @@ def _calls(anatomy: TracedAnatomy) -> list[tuple[str, str]]:
     return [(node.op, str(node.target)) for node in anatomy.trace.graph.nodes]
 
 
-def _leaves(inputs: Example) -> tuple[Any, ...]:
-    return tuple(tree_flatten((tuple(inputs.args), dict(inputs.kwargs or {})))[0])
-
-
 def _shapes(inputs: Example) -> tuple[Any, ...]:
-    return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in _leaves(inputs))
+    return tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in inputs.leaves())
 
 
 def _call_of(batch: Any, example: Example, where: str) -> Example:
@@ -93,7 +89,7 @@ def _call_of(batch: Any, example: Example, where: str) -> Example:
     if len(args) < count or missing:
         wanted = f"{count} inputs" if count else ", ".join(missing)
         raise DataError(f"{where} must hold {wanted}, as the example inputs do")
-    found = Example(args[:count], {name: kwargs[name] for name in names})
+    found = Example(args[:count], {name: kwargs[name] for name in names}, example.free)
     _check(found, example, where)
     return found
 
@@ -103,7 +99,7 @@ def _check(inputs: Example, example: Example, where: str) -> None:
     spec = tree_flatten((inputs.args, dict(inputs.kwargs or {})))[1]
     if spec != tree_flatten((tuple(example.args), dict(example.kwargs or {})))[1]:
         raise DataError(f"{where} isn't built like the example inputs")
-    for number, (mine, theirs) in enumerate(zip(_leaves(inputs), _leaves(example), strict=True)):
+    for number, (mine, theirs) in enumerate(zip(inputs.leaves(), example.leaves(), strict=True)):
         if not isinstance(theirs, Tensor):
             continue
         if not isinstance(mine, Tensor):
@@ -136,7 +132,7 @@ def _noise(noise: Noise, example: Example) -> Iterator[Example]:
     for _ in range(-(-noise.samples // each)):
         drawn = [_drawn(leaf, noise, generator) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(drawn, spec)
-        yield Example(tuple(args), kwargs)
+        yield Example(tuple(args), kwargs, example.free)
 
 
 def _drawn(leaf: Tensor, noise: Noise, generator: torch.Generator) -> Tensor:

@@ -157,7 +157,10 @@ class ModuleNetwork:
             plan, module, anatomy=self.anatomy, example=example, inplace=inplace, optimizer=optimizer
         )
         why = made.graph_because
-        return made.module, [f"a GraphModule, since the module's own code couldn't follow: {why}"] if why else []
+        if not why:
+            return made.module, []
+        sizes = "" if any(example.free) else "; it takes the sizes of the example inputs, dynamic_shapes= frees some"
+        return made.module, [f"a GraphModule, since the module's own code couldn't follow: {why}{sizes}"]
 
 
 def _role(module: nn.Module, name: str, parameter: Tensor) -> str:

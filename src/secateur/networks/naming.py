@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +15,22 @@ from secateur.errors import UsageError, nearest
 from secateur.networks.kinds import is_onnx
 from secateur.usercode import call_object, load_object
 
-_INPUT = re.compile(r"(?:(?P<name>[^=:]+)=)?(?P<sizes>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_SIZE = r"[a-wyz]*\d+"
+_INPUT = re.compile(rf"(?:(?P<name>[^=:]+)=)?(?P<sizes>{_SIZE}(?:x{_SIZE})*)(?::(?P<dtype>\w+))?")
 DTYPES = {"float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input as ``NAME=1x3x224x224:float32`` says it; name and dtype may be missing."""
+    """One input as ``NAME=1x3x224x224:float32`` says it; name and dtype may be missing.
+
+    ``n2x3x224x224``: letters before a size leave it free, and 2 is what it is in the example.
+    """
 
     sizes: tuple[int, ...]
     name: str | None = None
     dtype: str | None = None
+    free: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Input:
@@ -34,7 +40,10 @@ class Input:
             raise UsageError(f"--input is a size as in 1x3x224x224, x=1x3x224x224 or ids=1x16:int64, got '{text}'")
         if found["dtype"] and found["dtype"] not in DTYPES:
             raise UsageError(f"--input {text}: unknown dtype '{found['dtype']}'{nearest(found['dtype'], DTYPES)}")
-        return cls(tuple(map(int, found["sizes"].split("x"))), found["name"], found["dtype"])
+        sizes = found["sizes"].split("x")
+        free = tuple(dim for dim, size in enumerate(sizes) if not size.isdigit())
+        numbers = tuple(int(size.lstrip(string.ascii_lowercase)) for size in sizes)
+        return cls(numbers, found["name"], found["dtype"], free)
 
     def tensor(self) -> Tensor:
         """Zeros of this size: tracing looks at shapes."""
@@ -48,10 +57,15 @@ class Named:
     network: Any
     example_inputs: Any
     example_kwargs: dict[str, Tensor] | None = None
+    dynamic_shapes: Any = None
+
+    def called(self) -> dict[str, Any]:
+        """The arguments of ``evaluate``."""
+        return {"example_inputs": self.example_inputs, "example_kwargs": self.example_kwargs}
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of ``anatomy``, ``plan`` and ``prune``."""
-        return {"example_inputs": self.example_inputs, "example_kwargs": self.example_kwargs}
+        return {**self.called(), "dynamic_shapes": self.dynamic_shapes}
 
 
 def open_named(model: str, inputs: Sequence[str]) -> Named:
@@ -62,16 +76,26 @@ def open_named(model: str, inputs: Sequence[str]) -> Named:
         raise UsageError(f"--input {twice[0]} is given twice")
     if is_onnx(model):
         for one in given:
-            if one.name is None or one.dtype is not None:
-                raise UsageError("an ONNX model knows its types: give --input as NAME=1x3x224x224")
+            if one.name is None or one.dtype is not None or one.free:
+                raise UsageError("an ONNX model knows its types and open sizes: give --input as NAME=1x3x224x224")
         return Named(model, {i.name: i.sizes for i in given} or None)
     if not given:
         raise UsageError(f"say what {model} is called with: --input 1x3x224x224, repeated for several inputs")
-    return Named(
-        named_network(model),
-        tuple(i.tensor() for i in given if i.name is None),
-        {i.name: i.tensor() for i in given if i.name is not None} or None,
-    )
+    module = named_network(model)
+    args = tuple(i.tensor() for i in given if i.name is None)
+    kwargs = {i.name: i.tensor() for i in given if i.name is not None}
+    return Named(module, args, kwargs or None, _dynamic_shapes(given))
+
+
+def _dynamic_shapes(given: Sequence[Input]) -> Any:
+    """The free sizes in the form of ``torch.export``. Raises UsageError."""
+    if not any(i.free for i in given):
+        return None
+    if all(i.name is None for i in given):
+        return tuple(dict.fromkeys(i.free, "free") for i in given)
+    if any(i.name is None for i in given):
+        raise UsageError("with free sizes name every --input: x=n2x3x224x224")
+    return {i.name: dict.fromkeys(i.free, "free") for i in given}
 
 
 def named_network(reference: str) -> Any:

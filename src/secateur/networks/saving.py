@@ -112,7 +112,13 @@ def _exported(module: nn.Module, plan: Plan) -> torch.export.ExportedProgram:
     assert inputs is not None
     example = Example.of(inputs)
     with evaluation_mode(module), no_fast_path(), quiet():
-        return torch.export.export(module, example.args, dict(example.kwargs or {}), strict=False)
+        return torch.export.export(
+            module,
+            example.args,
+            dict(example.kwargs or {}),
+            dynamic_shapes=example.dynamic_shapes(module),
+            strict=False,
+        )
 
 
 def _as_onnx(module: nn.Module, plan: Plan) -> onnx.ModelProto:

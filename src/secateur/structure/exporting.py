@@ -48,6 +48,7 @@ def export(
     """The flat functional ATen graph of ``module`` in evaluation mode; the module is left as it is.
 
     ``known`` tells whether an operator can be left as it is; others are taken apart where torch can.
+    ``dynamic_shapes`` are those of ``torch.export``: what they name must stay free.
     Raises UsageError when the module doesn't run on these inputs, UnsupportedModelError when it can't be exported.
     """
     with evaluation_mode(module), quiet(), no_fast_path():

@@ -42,7 +42,7 @@ def cut_module(cut: Cut, graph: fx.GraphModule, args: Any, kwargs: Mapping[str, 
         # parameters know better than a guess
         state_sizes(module)
         try:
-            _prove(graph, module, args, kwargs)
+            _prove(graph, module, args, kwargs, cut.trace.dynamic_shapes)
             return module
         except Different as error:
             problem = problem or error
@@ -191,9 +191,9 @@ def _same(value: Any, old: Any) -> bool:
     return type(value) is int and value == old
 
 
-def _prove(graph: fx.GraphModule, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+def _prove(graph: fx.GraphModule, module: nn.Module, args: Any, kwargs: Mapping[str, Any], dynamic_shapes: Any) -> None:
     try:
-        again = export(module, args, kwargs, known=has_rule).graph_module()
+        again = export(module, args, kwargs, known=has_rule, dynamic_shapes=dynamic_shapes).graph_module()
     except SecateurError as error:
         raise Different(str(error)) from None
     pairs: dict[fx.Node, fx.Node] = {}

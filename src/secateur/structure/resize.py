@@ -59,10 +59,26 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _numbers(cut: Cut, node: fx.Node, old: list[Any]) -> list[Any]:
-    """The shape of the output; sizes that are dynamic stay as they are computed, or are -1 when they came from it."""
+    """The shape of the output; sizes that are dynamic stay as they are computed, or are -1 when they came from it.
+
+    A computed size that the cut changes becomes -1, of which there can be one.
+    """
     shape = cut.shape(cut.trace.value(node))
-    extra = len(shape) - len(old)
-    return [o if isinstance(o, fx.Node) or o == -1 else n for o, n in zip(old, shape[extra:], strict=True)]
+    found = [_size_of(o, n) for o, n in zip(old, shape[len(shape) - len(old) :], strict=True)]
+    if found.count(-1) > 1:
+        raise Unfit("more than one of its sizes is computed from what is cut")
+    return found
+
+
+def _size_of(old: Any, new: int) -> Any:
+    if isinstance(old, fx.Node):
+        return old if hint(old.meta.get("val")) == new else -1
+    return -1 if old == -1 else new
+
+
+def _is_free(sizes: Any) -> bool:
+    """Whether some of the sizes of a call are computed while the network runs."""
+    return any(isinstance(one, fx.Node) for one in (sizes if isinstance(sizes, list | tuple) else [sizes]))
 
 
 @resizer(
@@ -94,6 +110,8 @@ def _bounds(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> OpOverload | 
     if cut.unchanged(labels):
         return None
     start, end, step = (arguments.get(n) for n in ("start", "end", "step"))
+    if _is_free([start, end]):
+        raise Unfit("its bounds are computed while the network runs")
     chosen = range(len(labels))[slice(hint(start), hint(end), step)]
     if (step or 1) != 1:
         if "src" in arguments:
@@ -159,6 +177,10 @@ class Unfit(Exception):
 def _narrow(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     labels = cut.trace.value(node.args[0]).dims[arguments["dim"]]  # type: ignore[arg-type]
     start, length = arguments["start"], arguments["length"]
+    if cut.unchanged(labels):
+        return
+    if _is_free([start, length]):
+        raise Unfit("its bounds are computed while the network runs")
     arguments["start"] = cut.renumber(labels, start)
     arguments["length"] = cut.renumber(labels, start + length) - arguments["start"]
 
@@ -166,6 +188,11 @@ def _narrow(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
 @resizer("aten::split_with_sizes", "aten::split_with_sizes_copy")
 def _parts(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     dim = arguments.get("dim", 0)
+    labels = cut.trace.value(node.args[0]).dims[dim]  # type: ignore[arg-type]
+    if cut.unchanged(labels):
+        return
+    if _is_free(arguments["split_sizes"]):
+        raise Unfit("its sizes are computed while the network runs")
     arguments["split_sizes"] = [cut.size(v.dims[dim]) for v in cut.trace.values[node]]  # type: ignore[union-attr]
 
 
@@ -232,7 +259,9 @@ def _times(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
         cut.size(labels) // (cut.size(x.dims[d - extra]) if d >= extra else 1) for d, labels in enumerate(out.dims)
     ]
     # tile may name the last dimensions only
-    arguments[name] = times[len(times) - len(arguments[name]) :]
+    old = arguments[name]
+    new = times[len(times) - len(old) :]
+    arguments[name] = [o if isinstance(o, fx.Node) else n for o, n in zip(old, new, strict=True)]
 
 
 @resizer("aten::unflatten")
@@ -240,7 +269,8 @@ def _unflatten(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     out = cut.trace.value(node)
     count = len(arguments["sizes"])
     dim = arguments["dim"] % (len(out.dims) - count + 1)
-    arguments["sizes"] = [cut.size(labels) for labels in out.dims[dim : dim + count]]
+    sizes = [cut.size(labels) for labels in out.dims[dim : dim + count]]
+    arguments["sizes"] = [_size_of(o, n) for o, n in zip(arguments["sizes"], sizes, strict=True)]
 
 
 @resizer("aten::channel_shuffle", "aten::native_channel_shuffle")

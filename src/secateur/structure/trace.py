@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from secateur.errors import UsageError
+from secateur.errors import UnsupportedModelError, UsageError
 from secateur.structure.exporting import Exported, export
 from secateur.structure.traced import Call, NoRule, Step, Traced, Value
 
@@ -53,6 +53,8 @@ class Trace(Traced):
     module: nn.Module
     exported: Exported
     graph: fx.Graph
+    dynamic_shapes: Any = None
+    """What ``torch.export`` was told of sizes that stay free."""
     values: dict[fx.Node, Value | list[Value]] = field(default_factory=dict)
     _constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
 
@@ -129,12 +131,24 @@ def writes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, **options: Any) -> Trace:
-    """Trace ``module`` called with ``args`` and ``kwargs``; it is left as it is. Raises UnsupportedModelError."""
+def trace(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    free: Sequence[Sequence[int]] = (),
+) -> Trace:
+    """Trace ``module`` called with ``args`` and ``kwargs``; it is left as it is.
+
+    ``dynamic_shapes`` are those of ``torch.export``, and ``free`` are the dimensions of every input that must then be
+    free. Raises UnsupportedModelError, also when the module's own code fixes one of them.
+    """
     import secateur.structure.rules  # noqa: F401  (registers them)
 
-    exported = export(module, args, kwargs, known=has_rule, **options)
-    found = Trace(module, exported, exported.graph_module().graph)
+    exported = export(module, args, kwargs, known=has_rule, dynamic_shapes=dynamic_shapes)
+    found = Trace(module, exported, exported.graph_module().graph, dynamic_shapes)
+    _check_free(found, free)
     tensors: dict[int, Value] = {}
     for node in found.graph.nodes:
         if node.op == "placeholder":
@@ -146,6 +160,18 @@ def trace(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | No
     for node in found.graph.output_node().all_input_nodes:
         found.pin(found.values[node], "output of the network")
     return found
+
+
+def _check_free(trace: Trace, free: Sequence[Sequence[int]]) -> None:
+    inputs = [n for n in trace.graph.nodes if n.op == "placeholder"]
+    for node, dims in zip(inputs, free, strict=False):
+        for dim in dims:
+            size = node.meta["val"].shape[dim]
+            if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
+                raise UnsupportedModelError(
+                    f"dimension {dim} of input {node.target} can't stay free: the code of {trace.title} fixes it at"
+                    f" {size}"
+                )
 
 
 def _place_tensor(trace: Trace, node: fx.Node, tensors: dict[int, Value]) -> Value | list[Value]:
