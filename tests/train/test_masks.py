@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.train.masks import clear_masked, pack_rows, packed_shape, unpack_rows
+from secateur.rowmasks import clear_masked, pack_rows, packed_shape, unpack_rows
 
 SHAPES = st.lists(st.integers(1, 19), min_size=1, max_size=3).map(tuple)
 

@@ -29,7 +29,8 @@ from secateur.errors import UsageError, require_extra
 from secateur.models.decoders import decoder_blocks
 from secateur.models.weightless import weightless_copy
 from secateur.ranks import join
-from secateur.train.masks import check_zero, clear_masked, masks_of, pack_rows, packed_shape, shard_like, unpack_rows
+from secateur.rowmasks import clear_masked, pack_rows, packed_shape, shard_like, unpack_rows
+from secateur.train.masks import check_zero, masks_of
 from secateur.train.shards import check_same, checkpoint_library, read_contents, read_sharded, write_sharded
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError, nearest, require_extra
 from secateur.healing.recovery.options import RecoveryOptions
-from secateur.train.masks import clear_masked, pack_rows, unpack_rows
+from secateur.rowmasks import clear_masked, pack_rows, unpack_rows
 
 _ADAPTER = "recovery"
 
