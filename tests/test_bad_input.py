@@ -28,7 +28,7 @@ from secateur.methods import get_method, list_methods
 from secateur.observe import calibration
 from secateur.plans import Plan
 
-DECODER_METHODS = [m for m in list_methods() if get_method(m).descriptor.object != "channels"]
+DECODER_METHODS = [m for m in list_methods() if not get_method(m).instead]
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 # what the Rust libraries below transformers raise for the same thing

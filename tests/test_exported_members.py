@@ -13,6 +13,7 @@ EXPORTED = [
     "Plan",
     "Result",
     "SecateurError",
+    "Sparsifier",
     "__version__",
     "anatomy",
     "apply",

@@ -81,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "budgets": {"methods", "models", "criteria", "allocate", "observe", "structure", "plans"},
     "networks": {"methods", "report", "allocate", "observe", "healing", "structure", "plans"},
-    "train": {"methods", "models", "allocate", "observe", "structure", "plans"},
+    "train": {"networks", "methods", "models", "allocate", "observe", "structure", "plans"},
     "api": {
         "engine",
         "recovering",

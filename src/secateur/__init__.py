@@ -34,6 +34,7 @@ _HOMES = {
     "describe": "secateur.methods",
     "register": "secateur.methods",
     "rule": "secateur.structure.trace",
+    "Sparsifier": "secateur.train.sparsifier",
     "Plan": "secateur.plans",
     "SecateurError": "secateur.errors",
 }
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from secateur.runs.healing import heal
     from secateur.runs.run import run
     from secateur.structure.trace import rule
+    from secateur.train.sparsifier import Sparsifier
 
 
 def __getattr__(name: str) -> Any:

@@ -317,6 +317,11 @@ def apply(
         from secateur.networks.applying import apply_to_module
 
         return apply_to_module(plan, model, inplace=inplace, mask=mask, optimizer=optimizer).module
+    if plan.model.num_layers == 0:
+        # masks of a module that is no decoder, from sc.Sparsifier
+        from secateur.networks.applying import apply_masks
+
+        return apply_masks(plan, model, inplace=inplace)
     from secateur.models.surgery import apply_plan
 
     return apply_plan(plan, model, inplace=inplace, mask=mask)

@@ -3,10 +3,12 @@
 from secateur.allocate.channels import SCOPES as CHANNEL_SCOPES
 from secateur.allocate.channels import CostOf, allocate_channels
 from secateur.allocate.cropping import crop_scores, fit_shares
-from secateur.allocate.densities import erk, global_masks, of_masks, synexp, uniform
+from secateur.allocate.densities import erk, global_masks, highest, of_masks, synexp, uniform
 from secateur.allocate.levels import Grid, even_start
 from secateur.allocate.masks import MaskRule, NofM, PerMatrix, PerRow, lowest_of_all, mask_rule, parse_pattern
 from secateur.allocate.programme import Budget, ProgrammeAllocator, choose, measured_losses, score_losses
+from secateur.allocate.schedules import NEVER, RAMPS, Constant, Cosine, Exponential, Polynomial, Schedule, Updates
+from secateur.allocate.selection import SCOPES, fewest_kept, highest_live, keep_highest, kept_counts
 from secateur.allocate.shares import fit_sparsities, mixed_patterns, removed_counts
 from secateur.allocate.units import (
     Allocator,
@@ -18,9 +20,15 @@ from secateur.allocate.units import (
 
 __all__ = [
     "CHANNEL_SCOPES",
+    "NEVER",
+    "RAMPS",
+    "SCOPES",
     "Allocator",
     "Budget",
+    "Constant",
+    "Cosine",
     "CostOf",
+    "Exponential",
     "GlobalAllocator",
     "Grid",
     "ManualAllocator",
@@ -28,17 +36,25 @@ __all__ = [
     "NofM",
     "PerMatrix",
     "PerRow",
+    "Polynomial",
     "ProgrammeAllocator",
     "RoundedAllocator",
+    "Schedule",
     "UniformAllocator",
+    "Updates",
     "allocate_channels",
     "choose",
     "crop_scores",
     "erk",
     "even_start",
+    "fewest_kept",
     "fit_shares",
     "fit_sparsities",
     "global_masks",
+    "highest",
+    "highest_live",
+    "keep_highest",
+    "kept_counts",
     "lowest_of_all",
     "mask_rule",
     "measured_losses",

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from secateur.allocate.masks import kth_smallest
 from secateur.errors import BudgetError, NonFiniteError
 
 Densities = NDArray[np.float64]
@@ -120,19 +121,21 @@ def global_masks(
             raise NonFiniteError("scores of weights hold NaN or inf: look at the weights, the data and the loss")
         # what has left stays away, also where all that is left scores no higher
         flat[~torch.cat([mask.flatten() for mask in masks.values()])] = -torch.inf
-        parts = _highest(flat, round(density ** (step / rounds) * total)).split(
+        parts = highest(flat, round(density ** (step / rounds) * total)).split(
             [mask.numel() for mask in masks.values()]
         )
         masks = {name: part.reshape(mask.shape) for (name, mask), part in zip(masks.items(), parts, strict=True)}
     return masks
 
 
-def _highest(flat: Tensor, count: int) -> Tensor:
-    """True for the ``count`` highest entries; among equals the first ones."""
-    if count == 0:
+def highest(flat: Tensor, count: int) -> Tensor:
+    """True for the ``count`` highest entries of a vector; among equals the first ones."""
+    if count <= 0:
         return torch.zeros_like(flat, dtype=torch.bool)
+    if count >= len(flat):
+        return torch.ones_like(flat, dtype=torch.bool)
     # a partition is several times faster than a sort, and there may be many rounds
-    least = float(np.partition(flat.numpy(), len(flat) - count)[len(flat) - count])
+    least = kth_smallest(flat, len(flat) - count)
     kept, equal = flat > least, flat == least
     return kept | (equal & (equal.cumsum(dim=0) <= count - kept.sum()))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.allocate import mixed_patterns, parse_pattern, removed_counts
 from secateur.errors import UsageError
-from secateur.methods import Method, Seen, Target, WeightMethod
+from secateur.methods import Method, Seen, Target, WeightMethod, check_for_decoders
 from secateur.observe import Statistic
 from secateur.options import check_options
 from secateur.plans import Allocation
@@ -172,6 +172,7 @@ class Measuring:
 def check_follows(allocator: Allocator, method: Method) -> WeightMethod:
     """``method`` as one that follows ``allocator``. Raises UsageError, in one sentence, when it can't."""
     if not isinstance(method, WeightMethod):
+        check_for_decoders(method)
         does = {
             "weights": "searches at one sparsity",
             "layers": "removes whole blocks",

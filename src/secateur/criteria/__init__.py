@@ -54,6 +54,10 @@ def per_unit(channel_scores_I: Tensor, columns_UW: Tensor, reduce: str) -> Tenso
 
 def random_scores(name: str, seed: int, shape: tuple[int, ...]) -> Tensor:
     """Uniform scores in [0, 1) float32, the same for the same (name, seed) whatever else was drawn before."""
+    return torch.rand(shape, generator=named_generator(name, seed))
+
+
+def named_generator(name: str, seed: int) -> torch.Generator:
+    """A generator on the CPU that depends on (name, seed) alone."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.rand(shape, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

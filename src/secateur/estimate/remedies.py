@@ -78,7 +78,7 @@ def _shorter(sizes: Sizes, job: Job) -> Iterator[Change]:
 def _simpler(sizes: Sizes, job: Job) -> Iterator[Change]:
     """Methods that cut the same things by the same kind of data and take less, the hungriest first."""
     found, own = [], job.method.descriptor
-    for name in list_methods(object=own.object, data=own.data):
+    for name in list_methods(object=own.object, data=own.data, when=own.when):
         shared = {key: value for key, value in job.method.options().items() if key in get_method(name).option_fields()}
         keys = ("sparsity", "pattern", "budget", "layers")
         try:

@@ -17,6 +17,15 @@ from secateur.methods.base import (
     check_for_decoders,
 )
 from secateur.methods.descriptor import Descriptor
+from secateur.methods.during import (
+    Blocks,
+    DynamicMethod,
+    GradualMethod,
+    ScheduledMethod,
+    StartingMethod,
+    Trained,
+    TrainingMethod,
+)
 from secateur.methods.registry import describe, get_method, list_methods, make_method, register
 from secateur.methods.views import (
     Consumer,
@@ -34,23 +43,30 @@ from secateur.methods.views import (
 from secateur.options import option
 
 __all__ = [
+    "Blocks",
     "ChannelMethod",
     "Consumer",
     "Coupled",
     "Descriptor",
+    "DynamicMethod",
     "Fitting",
     "Gone",
+    "GradualMethod",
     "LayerMethod",
     "Method",
     "Noise",
     "Part",
+    "ScheduledMethod",
     "SearchMethod",
     "Seen",
+    "StartingMethod",
     "StructuredMethod",
     "Sublayer",
     "SublayerMethod",
     "SupernetMethod",
     "Target",
+    "Trained",
+    "TrainingMethod",
     "Trials",
     "UnitMethod",
     "WeightMethod",

@@ -54,6 +54,8 @@ class Method:
     descriptor: ClassVar[Descriptor]
     statistics: ClassVar[Mapping[str, type[Statistic]]] = {}
     sequential: ClassVar[bool] = False
+    instead: ClassVar[str] = ""
+    """For methods that don't prune decoders: why, and what to do; ``{name}`` is the method's."""
     costly: ClassVar[bool] = False
     """Whether even a small language model takes a minute or more, whatever the data."""
 
@@ -471,6 +473,10 @@ class ChannelMethod(Method):
     min_keep: int = option(1, "channels that every group keeps at least", unit="channels", ge=1)
     round_to: int = option(1, "kept channels are a multiple of this", unit="channels", ge=1)
 
+    instead: ClassVar[str] = (
+        "removes coupled channels of a traced module: call secateur.prune with example_inputs, or take a method for"
+        " language models ('secateur methods' shows them all)"
+    )
     needs: ClassVar[tuple[str, ...]] = ()
     per_batch: ClassVar[bool] = False
     only_modules: ClassVar[str] = ""
@@ -534,9 +540,6 @@ class ChannelMethod(Method):
 
 
 def check_for_decoders(method: Method) -> None:
-    """Raises UsageError for a method that removes channels of traced modules, for which a decoder has other words."""
-    if method.descriptor.object == "channels":
-        raise UsageError(
-            f"{method.name} removes coupled channels of a traced module: call secateur.prune with example_inputs, or"
-            " take a method for language models ('secateur methods' shows them all)"
-        )
+    """Raises UsageError for a method that prunes something else, or at another time, than a trained decoder."""
+    if method.instead:
+        raise UsageError(f"{method.name} {method.instead.format(name=method.name)}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
     "object": ("weights", "heads_and_neurons", "layers", "sublayers", "channels"),
     "granularity": ("element", "structured_group", "layer"),
-    "when": ("post", "before_training"),
+    "when": ("post", "before_training", "during_training"),
     "score": (
         "magnitude",
         "activation",
@@ -19,9 +19,9 @@ DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
         "density",
         "loss",
     ),
-    "allocation": ("uniform", "global"),
-    "recovery": ("none", "bias", "least_squares", "fresh_weights"),
-    "data": ("none", "unlabelled_calibration", "labelled_calibration"),
+    "allocation": ("uniform", "global", "erk"),
+    "recovery": ("none", "bias", "least_squares", "fresh_weights", "training"),
+    "data": ("none", "unlabelled_calibration", "labelled_calibration", "training_batches"),
     "supervision": ("none", "labels"),
     "speedup": ("none", "memory_only", "real"),
 }

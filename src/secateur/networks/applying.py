@@ -122,6 +122,23 @@ def apply_to_module(
     return CutModule(made)
 
 
+def apply_masks(plan: Plan, module: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """A module with zeros where the masks of a plan have them, by the names of its parameters.
+
+    Raises PlanMismatchError when the plan was made for other shapes.
+    """
+    if _hash_of_shapes(module) != plan.model.shapes:
+        raise PlanMismatchError(
+            f"the plan was made for {plan.model.architecture} with parameters of other shapes than this module's"
+        )
+    made = module if inplace else copied(module)
+    with torch.no_grad():
+        for name, mask in plan.masks.items():
+            weight = made.get_parameter(name)
+            weight.masked_fill_(~mask.to(weight.device), 0)
+    return made
+
+
 def _started(made: nn.Module, cut: Cut, provenance: Provenance) -> None:
     """Give the cut module new weights where the plan asks for them."""
     if provenance.initialised:

@@ -44,6 +44,8 @@ class Probe(Protocol):
 def channel_method(method: Method) -> ChannelMethod:
     """The method, if it removes channels. Raises UsageError."""
     if not isinstance(method, ChannelMethod):
+        if method.instead:
+            raise UsageError(f"{method.name} {method.instead.format(name=method.name)}")
         raise UsageError(
             f"{method.name} doesn't remove channels of networks: 'secateur methods' shows which methods do"
         )

@@ -20,12 +20,13 @@ Learned = dict[str, dict[str, Tensor]]
 """``gradient``, ``curvature`` or ``diagonal`` → parameter name → tensor shaped like the parameter."""
 
 
-def cross_entropy(module: nn.Module, batch: Any) -> Tensor:
-    """The loss of a classifier on a batch (inputs, class indices)."""
+def cross_entropy(module: nn.Module, batch: Any, temperature: float = 1.0) -> Tensor:
+    """The loss of a classifier on a batch (inputs, class indices), its logits divided by ``temperature``."""
     if not isinstance(batch, Sequence) or len(batch) != 2:
         raise DataError("batches must be pairs (inputs, class indices); give loss= for batches of another form")
     inputs, labels = batch
-    return F.cross_entropy(module(inputs), labels)
+    logits = module(inputs)
+    return F.cross_entropy(logits if temperature == 1.0 else logits / temperature, labels)
 
 
 def learned(

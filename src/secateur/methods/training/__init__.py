@@ -1,0 +1,1 @@
+"""Masks of single weights that hold while a network is trained."""

@@ -1,0 +1,146 @@
+"""What a sparse training leaves behind: its masks as a plan, and a state from which it goes on to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from secateur.errors import CorruptFileError, OutputError, PlanError, UnsupportedModelError, UsageError
+from secateur.files import disk_error, output_file
+from secateur.methods import TrainingMethod
+from secateur.networks.applying import module_fingerprint
+from secateur.plans import Fingerprint, Plan, Provenance, pack_bits, unpack_bits
+from secateur.versions import library_versions
+
+FORMAT = 1
+FILE = "sparsifier.safetensors"
+"""What the state is called in the checkpoint of a trainer."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A state that was read and fits."""
+
+    masks: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+    counters: dict[str, float]
+    kept_steps: dict[str, int]
+    log: list[dict[str, Any]]
+
+
+def plan_of(model: nn.Module, method: TrainingMethod, masks: Mapping[str, Tensor], step: int) -> Plan:
+    """The masks as a plan of the model as it is now."""
+    first = next(model.parameters())
+    provenance = Provenance(
+        method=method.name,
+        options=method.options(),
+        model=_fingerprint(model),
+        seed=method.seed,
+        dtype=str(first.dtype).removeprefix("torch."),
+        versions=library_versions(),
+        notes=(f"masks after {step} steps of training: apply the plan to the trained weights",),
+    )
+    return Plan(provenance=(provenance,), masks={name: mask.cpu() for name, mask in masks.items()})
+
+
+def _fingerprint(model: nn.Module) -> Fingerprint:
+    """As a decoder where it is one, or else as a module."""
+    from secateur.models.fingerprint import fingerprint
+    from secateur.models.sources import Source
+
+    if hasattr(model, "config"):
+        try:
+            return fingerprint(Source(model))  # type: ignore[arg-type]
+        except UnsupportedModelError:
+            pass
+    return module_fingerprint(model)
+
+
+def state_of(
+    method: TrainingMethod,
+    masks: Mapping[str, Tensor],
+    momentum: Mapping[str, Tensor],
+    counters: Mapping[str, float],
+    kept_steps: Mapping[str, int],
+    log: Sequence[Mapping[str, Any]],
+    pace: Sequence[float],
+) -> dict[str, Any]:
+    """See ``Sparsifier.state_dict``."""
+    return {
+        "format": FORMAT,
+        "method": method.name,
+        "options": method.options(),
+        "pace": list(pace),
+        "counters": dict(counters),
+        "kept_steps": dict(kept_steps),
+        "log": [dict(entry) for entry in log],
+        "shapes": {name: list(mask.shape) for name, mask in masks.items()},
+        "masks": {name: pack_bits(mask) for name, mask in masks.items()},
+        "momentum": {name: tensor.detach().clone() for name, tensor in momentum.items()},
+    }
+
+
+def read_state(
+    state: Mapping[str, Any], method: TrainingMethod, masks: Mapping[str, Tensor], pace: Sequence[float]
+) -> State:
+    """Check that a state belongs to this training. Raises UsageError."""
+    missing = {"format", "method", "options", "masks", "shapes", "counters"} - set(state)
+    if missing or state["format"] != FORMAT:
+        raise UsageError("this is no state of a Sparsifier, or one of another version of secateur")
+    if state["method"] != method.name:
+        raise UsageError(f"the state is one of {state['method']}, and this training prunes by {method.name}")
+    options = method.options()
+    for name, value in state["options"].items():
+        if options.get(name) != value:
+            raise UsageError(
+                f"the state was saved with {name}={value!r}, and this training has {name}={options.get(name)!r}:"
+                " a training goes on with the options that it began with"
+            )
+    if list(state["pace"]) != list(pace):
+        raise UsageError(
+            "the state was saved with another schedule: a training goes on with the one that it began with"
+        )
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    if state["shapes"] != shapes:
+        other = sorted(n for n in {*shapes, *state["shapes"]} if shapes.get(n) != state["shapes"].get(n))
+        raise UsageError(f"the state was saved for other weights: {other[0]} isn't the same in both")
+    try:
+        found = {name: unpack_bits(state["masks"][name], tuple(shape)) for name, shape in shapes.items()}
+    except (PlanError, KeyError) as error:
+        raise UsageError(f"the state is damaged: {error}") from None
+    return State(found, dict(state["momentum"]), dict(state["counters"]), dict(state["kept_steps"]), list(state["log"]))
+
+
+def write_state(path: str | Path, state: Mapping[str, Any]) -> Path:
+    """One safetensors file, all or nothing; an existing one is replaced. Raises OutputError."""
+    tensors = {f"{kind}/{name}": t.contiguous() for kind in ("masks", "momentum") for name, t in state[kind].items()}
+    about = {key: value for key, value in state.items() if key not in ("masks", "momentum")}
+    try:
+        with output_file(path) as temporary:
+            save_file(tensors, temporary, {"secateur": json.dumps(about)})
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"can't write {path}: {disk_error(error)}") from None
+    return Path(path)
+
+
+def read_state_file(path: str | Path) -> dict[str, Any]:
+    """What ``write_state`` wrote. Raises UsageError or CorruptFileError."""
+    if not Path(path).is_file():
+        raise UsageError(f"there is no state of a Sparsifier at {path}")
+    found: dict[str, Any] = {"masks": {}, "momentum": {}}
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["secateur"])
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                kind, _, name = key.partition("/")
+                found[kind][name] = file.get_tensor(key)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise CorruptFileError(f"{path} is no state of a Sparsifier, or damaged: {error}") from None
+    return {**about, **found}

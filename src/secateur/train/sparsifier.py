@@ -1,0 +1,402 @@
+"""Masks that hold and move while a network is trained, in any loop.
+
+    sparsifier = sc.Sparsifier(model, optimizer, method="gmp", sparsity=0.9, begin=100, end=1000, every=20)
+    for x, y in batches:
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        sparsifier.step()
+        optimizer.zero_grad()
+    plan = sparsifier.finish()
+
+Dead weights are zero, and so is what the optimizer remembers of them, after every step. Where masks change, a method
+scores weights and the engine keeps what ranks highest; everything that happens follows from weights, gradients, the
+number of the step and the seed, so that all ranks of data parallelism do the same, and a resumed training too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocate import Schedule
+from secateur.errors import UsageError
+from secateur.methods import StartingMethod, Trained, TrainingMethod, get_method, list_methods, make_method
+from secateur.observe.gradients import Loss
+from secateur.plans import Plan
+from secateur.train import checkpoints, flops
+from secateur.train.starting import Given, starting_masks
+from secateur.train.updating import Masks, Update, exchanged, random_masks, scored, thinned
+from secateur.train.watching import Watched, mean_over_ranks
+from secateur.train.weights import find_layers, fraction_of_zeros, unwrapped
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_FLOOR = 0.01
+
+
+class Sparsifier:
+    """Prunes single weights of ``model`` while it is trained; call ``step`` after every ``optimizer.step()``.
+
+    ``method`` is a training method, and ``options`` are its own: ``secateur describe gmp`` lists them. ``include`` and
+    ``exclude`` are patterns of parameter or module names (``head.*``): further weights that are pruned, and those that
+    stay. ``masks`` are boolean by name, True = live, or a plan that has some: the training begins with them.
+    ``schedule`` is a function step → sparsity in place of the method's. Methods that prune before training look at
+    ``data``, batches (inputs, class indices), or ``loss(module, batch)``, or at ``example_inputs``. Over several ranks
+    scores are averaged within ``process_group``. Without an ``optimizer`` every call of ``step`` counts, and nothing
+    that optimizers remember is known.
+
+    Raises UsageError, DataError or NonFiniteError before anything is changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        method: str = "gmp",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        masks: Mapping[str, Tensor] | Plan | None = None,
+        schedule: Schedule | None = None,
+        data: Any = None,
+        loss: Loss | None = None,
+        example_inputs: Sequence[Any] | None = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+        process_group: Any = None,
+        **options: Any,
+    ) -> None:
+        self.method = training_method(method, options)
+        self.model = unwrapped(model)
+        self._group = process_group
+        self._layers = find_layers(
+            self.model,
+            include=include,
+            exclude=exclude,
+            keep_first=self.method.keep_first,
+            depthwise=self.method.depthwise,
+        )
+        self._updates = self.method.updates()
+        self._schedule = _checked(schedule) if schedule is not None else self.method.schedule()
+        self._needed = set(self.method.needed()) if not isinstance(self.method, StartingMethod) else set()
+        self._check_target(masks)
+        self._watched = None
+        self._masks: Masks = self._first_masks(masks, Given(data, loss, example_inputs, example_kwargs))
+        self._momentum: dict[str, Tensor] = {}
+        self._step = 0
+        self._dense_steps = 0
+        self._kept_steps = dict.fromkeys(self._layers, 0)
+        self._log: list[Update] = []
+        # the sparsity that masks were made for; what moves afterwards stays where it is until more is asked for
+        self._reached = self._schedule(0) if self._begins_sparse else 0.0
+        if optimizer is not None:
+            weights = [layer.weight for layer in self._layers.values()]
+            self._watched = Watched(optimizer, weights, self._takes_back, self._looks)
+        self._set(self._masks)
+        self._warn_of_collapse(self._masks, dict.fromkeys(self._layers, 1))
+        self._hold()
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps the optimizer has taken."""
+        return self._step
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the pruned weights that is dead."""
+        return 1.0 - sum(self._kept.values()) / sum(mask.numel() for mask in self._masks.values())
+
+    @property
+    def sparsities(self) -> dict[str, float]:
+        """The same of every weight, by name."""
+        return {name: 1.0 - self._kept[name] / mask.numel() for name, mask in self._masks.items()}
+
+    @property
+    def target(self) -> float:
+        """The sparsity of the schedule at this step."""
+        return self._schedule(self._step)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Boolean masks by name, True = live; copies, on the device of the weight."""
+        return {name: mask.clone() for name, mask in self._masks.items()}
+
+    @property
+    def log(self) -> list[Update]:
+        """What every update did."""
+        return list(self._log)
+
+    # -- in the loop --------------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Count a step that the optimizer has taken, keep dead weights dead, and move masks where that is due.
+
+        Returns whether masks may have changed. Nothing happens when the optimizer has taken no step: while gradients
+        are accumulated, or when a gradient scaler left it out. Raises NonFiniteError with the name of the layer.
+        """
+        if self._watched is not None and not self._watched.taken():
+            return False
+        self._step += 1
+        due = self._updates.due(self._step)
+        if due and self._watched is not None:
+            self._watched.take_back()
+        self._hold()
+        if "momentum" in self._needed:
+            self._follow_gradients()
+        if due:
+            self._update()
+        for name, kept in self._kept.items():
+            self._kept_steps[name] += kept
+        self._dense_steps += "momentum" in self._needed or (due and "gradient" in self._needed)
+        if self._watched is not None:
+            self._watched.forget()
+        return due
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of dead weights, before they are clipped by norm, or seen by an optimizer that mixes
+        entries (Adafactor, Muon). In steps whose gradients are needed to grow weights it does nothing."""
+        if self._looks():
+            return
+        for name, layer in self._layers.items():
+            if layer.weight.grad is not None:
+                layer.weight.grad.mul_(self._masks[name])
+
+    def apply(self, module: nn.Module) -> None:
+        """Zero in another module of the same names, such as an average of weights, what is dead here."""
+        module = unwrapped(module)
+        own = dict(module.named_parameters())
+        for name, mask in self._masks.items():
+            if name not in own or own[name].shape != mask.shape:
+                raise UsageError(f"the module has no parameter {name} of shape {list(mask.shape)} to mask")
+        with torch.no_grad():
+            for name, mask in self._masks.items():
+                own[name].mul_(mask.to(own[name].device))
+
+    def finish(self) -> Plan:
+        """Let go of the optimizer and give the masks as a plan; weights hold the zeros, and nothing else is left."""
+        if self._watched is not None:
+            self._watched.release()
+            self._watched = None
+        return self.plan()
+
+    def plan(self) -> Plan:
+        """The masks as they are now as a plan of the model; ``secateur.apply`` lays it on any copy of it."""
+        return checkpoints.plan_of(self.model, self.method, self._masks, self._step)
+
+    def flops(self, *example_inputs: Any, **example_kwargs: Any) -> flops.Flops:
+        """Effective operations on these inputs: of inference with the masks as they are, and of training so far."""
+        total, per_layer = flops.count(self.model, self._layers, example_inputs, example_kwargs)
+        sizes = {name: mask.numel() for name, mask in self._masks.items()}
+        now = {name: self._kept[name] / size for name, size in sizes.items()}
+        steps = max(self._step, 1)
+        mean = {
+            name: self._kept_steps[name] / (size * steps) if self._step else now[name] for name, size in sizes.items()
+        }
+        return flops.effective(total, per_layer, now, mean, self._dense_steps / steps)
+
+    # -- stopping and going on ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training needs beside model and optimizer; masks take one bit per weight.
+
+        Tensors, numbers and text only, so that ``torch.load(weights_only=True)`` reads it. What is random follows from
+        the seed among the options and the step.
+        """
+        return checkpoints.state_of(
+            self.method,
+            self._masks,
+            self._momentum,
+            {"step": self._step, "dense_steps": self._dense_steps, "reached": self._reached},
+            self._kept_steps,
+            [asdict(update) for update in self._log],
+            self._pace(),
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave, with the model and the optimizer that were saved with it.
+
+        Raises UsageError when it belongs to another method, schedule or model.
+        """
+        found = checkpoints.read_state(state, self.method, self._masks, self._pace())
+        self._step, self._dense_steps = int(found.counters["step"]), int(found.counters["dense_steps"])
+        self._reached = found.counters["reached"]
+        self._kept_steps = dict(found.kept_steps)
+        self._log = [Update(**entry) for entry in found.log]
+        self._momentum = {
+            name: tensor.to(self._layers[name].weight.device).clone() for name, tensor in found.momentum.items()
+        }
+        self._set({name: mask.to(self._layers[name].weight.device) for name, mask in found.masks.items()})
+        self._hold()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the state to one safetensors file, all or nothing. Raises OutputError."""
+        return checkpoints.write_state(path, self.state_dict())
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a file that ``save`` wrote. Raises UsageError, or CorruptFileError."""
+        self.load_state_dict(checkpoints.read_state_file(path))
+
+    # -- how ----------------------------------------------------------------------------------------------------------
+
+    def _check_target(self, masks: Mapping[str, Tensor] | Plan | None) -> None:
+        if masks is not None:
+            return
+        final = max(self._schedule(self._updates.end or 0), self._schedule(0))
+        zeros = fraction_of_zeros(self._layers)
+        # a layer that starts at zero is no sparse network
+        if final and zeros > final and zeros > 0.05:
+            raise UsageError(
+                f"{zeros:.1%} of the weights are zero already, which is more than the sparsity of {final:.1%} that is"
+                " asked for: ask for more, or begin with these zeros by masks="
+            )
+
+    def _first_masks(self, given: Mapping[str, Tensor] | Plan | None, told: Given) -> Masks:
+        ones = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in self._layers.items()}
+        if given is not None:
+            return self._given_masks(ones, given.masks if isinstance(given, Plan) else given)
+        if isinstance(self.method, StartingMethod):
+            return starting_masks(self.method, self.model, self._layers, told, self._reduce)
+        start = self._schedule(0)
+        if not self._begins_sparse:
+            return ones
+        parts = {name: self._part(name, ones[name], 0) for name in ones}
+        if self.method.random_start():
+            return random_masks(self.method, parts, start)
+        scores = scored(parts, self.method.score, self._reduce, "scores")
+        return thinned(self.method, self._layers, parts, scores, start)
+
+    @property
+    def _begins_sparse(self) -> bool:
+        # before the first step there are no gradients to score by
+        by_score = self._updates.due(0) and not self._needed
+        return self._schedule(0) > 0 and (bool(self.method.random_start()) or by_score)
+
+    def _given_masks(self, ones: Masks, given: Mapping[str, Tensor]) -> Masks:
+        for name, mask in given.items():
+            if name not in ones or mask.shape != ones[name].shape or mask.dtype != torch.bool:
+                raise UsageError(
+                    f"masks: {name} is no weight that is pruned here, or its mask isn't boolean and shaped so"
+                )
+        masks = {name: given[name].to(one.device).clone() if name in given else one for name, one in ones.items()}
+        there = 1.0 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
+        final = self._schedule(self._updates.end or 0)
+        if there > final + 1e-6:
+            raise UsageError(
+                f"the masks that were given have a sparsity of {there:.1%}, which is more than the {final:.1%} that is"
+                " asked for: ask for more"
+            )
+        return masks
+
+    def _set(self, masks: Masks) -> None:
+        self._masks = masks
+        # counted once, and not at every step
+        self._kept = {name: int(mask.sum()) for name, mask in masks.items()}
+
+    def _hold(self) -> None:
+        """Dead weights are zero, and what the optimizer remembers of them."""
+        for name, layer in self._layers.items():
+            if self._kept[name] < layer.weight.numel():
+                layer.weight.data.mul_(self._masks[name])
+                if self._watched is not None:
+                    self._watched.mask(layer.weight, self._masks[name])
+
+    def _takes_back(self) -> bool:
+        """Whether the next step is one that the method doesn't take."""
+        step = self._step + 1
+        return self.method.skips and self._updates.due(step) and self.method.rate(step) > 0
+
+    def _looks(self) -> bool:
+        """Whether the gradients of the next step are wanted."""
+        return "momentum" in self._needed or ("gradient" in self._needed and self._updates.due(self._step + 1))
+
+    def _gradient(self, name: str) -> Tensor:
+        weight = self._layers[name].weight
+        found = weight.grad if self._watched is None else self._watched.gradient(weight)
+        if found is None:
+            raise UsageError(
+                f"{self.method.name} looks at gradients, and {name} has none at step {self._step}: call"
+                " sparsifier.step() after optimizer.step() and before optimizer.zero_grad()"
+            )
+        return found.detach().float()
+
+    def _follow_gradients(self) -> None:
+        smoothing = self.method.smoothing()
+        for name in self._layers:
+            mean = self._momentum.setdefault(name, torch.zeros_like(self._layers[name].weight, dtype=torch.float32))
+            mean.mul_(smoothing).add_(self._gradient(name), alpha=1.0 - smoothing)
+
+    def _part(self, name: str, mask: Tensor, step: int) -> Trained:
+        told: dict[str, Tensor] = {}
+        if step and "gradient" in self._needed:
+            told["gradient"] = self._gradient(name)
+        if step and "momentum" in self._needed:
+            told["momentum"] = self._momentum[name]
+        weight = self._layers[name].weight.detach()
+        weight = weight if weight.dtype == torch.float64 else weight.float()
+        return Trained(name, weight, mask, step=step, seed=self.method.seed, **told)
+
+    def _update(self) -> None:
+        parts = {name: self._part(name, self._masks[name], self._step) for name in self._layers}
+        scores = scored(parts, self.method.score, self._reduce, "scores")
+        target = self._schedule(self._step)
+        masks = self._masks
+        if target > self._reached:
+            masks, self._reached = thinned(self.method, self._layers, parts, scores, target), target
+        masks, moved = exchanged(self.method, parts, masks, scores, self._step, self._reduce)
+        before = self._masks
+        self._warn_of_collapse(masks, self._kept)
+        # what wasn't live before begins at zero, so what has left is zeroed first, and what has come is zero
+        self._set({name: before[name] & mask for name, mask in masks.items()})
+        self._hold()
+        self._set(masks)
+        self._log.append(Update(self._step, target, self.sparsity, moved))
+
+    def _warn_of_collapse(self, masks: Masks, before: Mapping[str, int]) -> None:
+        empty = [name for name, mask in masks.items() if before[name] and not bool(mask.any())]
+        if empty:
+            warnings.warn(
+                f"nothing is left of {', '.join(empty)} after step {self._step}, so that nothing passes there:"
+                f" floor={_FLOOR} keeps that fraction of every layer",
+                stacklevel=4,
+            )
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        return mean_over_ranks(tensor, self._group)
+
+    def _pace(self) -> list[float]:
+        """The schedule at some steps, by which another one is told from it."""
+        end = self._updates.end or self._updates.begin
+        return [self._schedule(step) for step in (0, self._updates.begin, (self._updates.begin + end) // 2, end)]
+
+
+def training_method(name: str, options: Mapping[str, Any]) -> TrainingMethod:
+    """The method of that name with these options. Raises UsageError when it prunes at another time."""
+    method = make_method(name, options)
+    if not isinstance(method, TrainingMethod):
+        raise UsageError(
+            f"{name} doesn't prune while a network is trained: call secateur.prune, or take one of"
+            f" {', '.join(training_methods())}"
+        )
+    return method
+
+
+def training_methods() -> list[str]:
+    """Names of all methods that a Sparsifier takes."""
+    return [name for name in list_methods(object="weights") if issubclass(get_method(name), TrainingMethod)]
+
+
+def _checked(schedule: Callable[[int], Any]) -> Schedule:
+    if not callable(schedule):
+        raise UsageError(f"schedule must be a function of the step, got {type(schedule).__name__}")
+    first = schedule(0)
+    if not isinstance(first, int | float) or not 0 <= first < 1:
+        raise UsageError(f"schedule must give a sparsity in [0, 1), the fraction removed; at step 0 it gave {first!r}")
+    return schedule

@@ -1,0 +1,111 @@
+"""Which weights of a network are pruned while it is trained, and how their inputs lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from secateur.errors import UsageError
+from secateur.models.decoders import is_linear
+from secateur.structure.groups import matches
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that is pruned; ``inputs`` is the dimension along which its inputs lie, ``module`` what applies it."""
+
+    name: str
+    weight: nn.Parameter
+    inputs: int
+    module: nn.Module
+
+    def rows(self, scores: Tensor) -> Tensor:
+        """Entries as rows along which inputs lie, [rows, inputs]."""
+        return scores.movedim(self.inputs, -1).reshape(-1, scores.shape[self.inputs])
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        """Inverse of ``rows``."""
+        moved = list(self.weight.shape)
+        moved.append(moved.pop(self.inputs))
+        return rows.reshape(moved).movedim(-1, self.inputs)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module behind torch.compile and data parallelism, whose parameters have their own names."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def find_layers(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    keep_first: bool = False,
+    depthwise: bool = False,
+) -> dict[str, Layer]:
+    """The weights of linear, convolutional, recurrent and attention modules that are trained, by name.
+
+    Norms, biases and embeddings stay, weights that are tied to an embedding too. ``include`` are patterns of further
+    parameters of two dimensions or more, ``exclude`` of weights or modules that stay. Raises UsageError.
+    """
+    known = dict(_multiplying(model, depthwise))
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    found: dict[str, Layer] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or parameter.dim() < 2 or not parameter.is_floating_point():
+            continue
+        wanted = any(matches(name, pattern) for pattern in include)
+        if not wanted and (id(parameter) not in known or id(parameter) in embeddings):
+            continue
+        module, inputs = known.get(id(parameter), (model.get_submodule(name.rpartition(".")[0]), 1))
+        if any(matches(one, pattern) for one in _all_names(model, parameter) for pattern in exclude):
+            continue
+        found[name] = Layer(name, parameter, inputs, module)
+    for pattern in (*include, *exclude):
+        if not any(matches(name, pattern) for name, _ in model.named_parameters(remove_duplicate=False)):
+            raise UsageError(f"no parameter of the model matches '{pattern}'")
+    if keep_first and found:
+        del found[next(iter(found))]
+    if not found:
+        why = " once those that exclude and keep_first name are left out" if exclude or keep_first else ""
+        raise UsageError(f"{type(model).__name__} has no weights to prune{why}: see include and exclude")
+    sharded = next((name for name, layer in found.items() if isinstance(layer.weight, DTensor)), None)
+    if sharded is not None:
+        raise UsageError(f"{sharded} is sharded over ranks, and masks that change need whole weights: use DDP instead")
+    return found
+
+
+def _multiplying(model: nn.Module, depthwise: bool) -> Iterator[tuple[int, tuple[nn.Module, int]]]:
+    """id of a weight → its module and the dimension of its inputs."""
+    for module in model.modules():
+        if isinstance(module, _ConvNd):
+            if depthwise or module.groups == 1 or module.groups < module.in_channels:
+                yield id(module.weight), (module, 0 if isinstance(module, _ConvTransposeNd) else 1)
+        elif is_linear(module):
+            yield id(module.weight), (module, 1 if isinstance(module, nn.Linear) else 0)
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 2:
+                    yield id(parameter), (module, 1)
+
+
+def _all_names(model: nn.Module, parameter: Tensor) -> list[str]:
+    return [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+
+
+def fraction_of_zeros(layers: Mapping[str, Layer]) -> float:
+    """Which part of the weights is zero already."""
+    zeros = sum(layer.weight.numel() - int(torch.count_nonzero(layer.weight.detach())) for layer in layers.values())
+    return zeros / sum(layer.weight.numel() for layer in layers.values())
