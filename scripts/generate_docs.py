@@ -18,7 +18,7 @@ from typing import Any
 
 import secateur.structure.rules as rules
 from secateur.allocators import describe_allocator, list_allocators
-from secateur.methods import TrainingMethod, describe, get_method, list_methods
+from secateur.methods import CacheMethod, TrainingMethod, describe, get_method, list_methods
 from secateur.structure.trace import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +159,7 @@ def method_page(method: dict[str, Any]) -> str:
         "## What kind of method it is",
         descriptor_table(method),
         "## Options",
-        how_to_set(name),
+        how_to_set(method),
         options_table(method["options"]),
         "## Try it",
         example(method),
@@ -168,14 +168,17 @@ def method_page(method: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def how_to_set(name: str) -> str:
+def how_to_set(method: dict[str, Any]) -> str:
     """Where options are given."""
+    name = method["name"]
+    printed = f"`secateur describe {name}` prints this list."
     if issubclass(get_method(name), TrainingMethod):
-        return f"Arguments of `secateur.Sparsifier`. `secateur describe {name}` prints this list."
-    return (
-        f"Set them with `--set name=value`, in a recipe, or with `options={{...}}` in Python. "
-        f"`secateur describe {name}` prints this list."
-    )
+        return f"Arguments of `secateur.Sparsifier`. {printed}"
+    if issubclass(get_method(name), CacheMethod):
+        first = next(iter(option for option in method["options"] if option != "sparsity"), "sparsity")
+        value = default_text(method["options"][first]["default"])
+        return f"Set them behind the name, the sparsity first: `{name}:0.5,{first}={value}`. {printed}"
+    return f"Set them with `--set name=value`, in a recipe, or with `options={{...}}` in Python. {printed}"
 
 
 def descriptor_table(method: dict[str, Any]) -> str:
@@ -201,6 +204,8 @@ def example(method: dict[str, Any]) -> str:
         return channel_example(method)
     if issubclass(get_method(method["name"]), TrainingMethod):
         return training_example(method)
+    if issubclass(get_method(method["name"]), CacheMethod):
+        return cache_example(method)
     if method["costly"]:
         return f"""What it takes is said before anything is done:
 
@@ -256,6 +261,20 @@ print(sparsifier.sparsities)
 ```
 
 More in [Train sparse](../guides/train-sparse.md)."""
+
+
+def cache_example(method: dict[str, Any]) -> str:
+    return f"""```python
+import secateur as sc
+
+model, tokenizer = sc.load("smollm2-135m")
+prompt = tokenizer("A tree that is never pruned spends itself on wood. " * 14, return_tensors="pt")
+cache = sc.compressed_cache("{method["name"]}:0.5", model)
+model.generate(**prompt, cache=cache, max_new_tokens=8)
+print(cache.report())
+```
+
+More in [Halve your KV cache](../guides/halve-your-kv-cache.md)."""
 
 
 def default_text(value: Any) -> str:

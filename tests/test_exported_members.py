@@ -18,6 +18,8 @@ EXPORTED = [
     "anatomy",
     "apply",
     "compare",
+    "compress_cache",
+    "compressed_cache",
     "convert",
     "densities",
     "describe",

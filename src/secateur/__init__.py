@@ -29,6 +29,8 @@ _HOMES = {
     "push": "secateur.api",
     "convert": "secateur.api",
     "verify": "secateur.api",
+    "compressed_cache": "secateur.cache",
+    "compress_cache": "secateur.cache",
     "Result": "secateur.api",
     "list_methods": "secateur.methods",
     "describe": "secateur.methods",
@@ -43,6 +45,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from secateur.api import Result, anatomy, apply, convert, densities, evaluate, load, plan, prune, push, save, verify
+    from secateur.cache import compress_cache, compressed_cache
     from secateur.comparison import compare
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register

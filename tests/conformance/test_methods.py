@@ -29,7 +29,7 @@ from secateur.plans import Plan
 from secateur.report.build import removed_fraction
 
 EVERY = list_methods()
-# those for traced networks and for training have tests of their own beside this file
+# those for traced networks, for training and for caches have tests of their own beside this file
 METHODS = [m for m in EVERY if not get_method(m).instead]
 WEIGHTS = [m for m in METHODS if issubclass(get_method(m), WeightMethod)]
 SEARCHED = [m for m in METHODS if issubclass(get_method(m), SearchMethod)]

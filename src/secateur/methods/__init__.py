@@ -16,6 +16,15 @@ from secateur.methods.base import (
     WeightMethod,
     check_for_decoders,
 )
+from secateur.methods.caching import (
+    CacheChannelMethod,
+    CacheElementMethod,
+    CacheMethod,
+    EvictionMethod,
+    Prompt,
+    Rope,
+    WrapperMethod,
+)
 from secateur.methods.descriptor import Descriptor
 from secateur.methods.during import (
     Blocks,
@@ -44,11 +53,15 @@ from secateur.options import option
 
 __all__ = [
     "Blocks",
+    "CacheChannelMethod",
+    "CacheElementMethod",
+    "CacheMethod",
     "ChannelMethod",
     "Consumer",
     "Coupled",
     "Descriptor",
     "DynamicMethod",
+    "EvictionMethod",
     "Fitting",
     "Gone",
     "GradualMethod",
@@ -57,6 +70,8 @@ __all__ = [
     "Noise",
     "Part",
     "ScheduledMethod",
+    "Prompt",
+    "Rope",
     "SearchMethod",
     "Seen",
     "StartingMethod",
@@ -71,6 +86,7 @@ __all__ = [
     "UnitMethod",
     "WeightMethod",
     "Whole",
+    "WrapperMethod",
     "check_for_decoders",
     "describe",
     "get_method",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
-    "object": ("weights", "heads_and_neurons", "layers", "sublayers", "channels"),
-    "granularity": ("element", "structured_group", "layer"),
-    "when": ("post", "before_training", "during_training"),
+    "object": ("weights", "heads_and_neurons", "layers", "sublayers", "channels", "kv_cache"),
+    "granularity": ("element", "structured_group", "layer", "token", "channel"),
+    "when": ("post", "before_training", "during_training", "inference"),
     "score": (
         "magnitude",
         "activation",
@@ -18,8 +18,10 @@ DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
         "synaptic_flow",
         "density",
         "loss",
+        "attention",
+        "position",
     ),
-    "allocation": ("uniform", "global", "erk"),
+    "allocation": ("uniform", "global", "erk", "by_layer", "by_head"),
     "recovery": ("none", "bias", "least_squares", "fresh_weights", "training"),
     "data": ("none", "unlabelled_calibration", "labelled_calibration", "training_batches"),
     "supervision": ("none", "labels"),

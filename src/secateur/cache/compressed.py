@@ -1,0 +1,121 @@
+"""A cache for transformers that really holds less: what ``compressed_cache`` and ``compress_cache`` give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from secateur.cache.hooks import attach, attention_modules, cache_argument
+from secateur.cache.layer import CompressedLayer, Steps
+from secateur.cache.report import CacheReport, cache_report
+from secateur.errors import UnsupportedModelError, UsageError
+from secateur.methods.cachespec import parse_cache_spec
+from secateur.methods.caching import CacheMethod
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class CompressedCache(DynamicCache):
+    """A KV cache from which tokens, channels or elements are removed at the end of the prompt, and their memory freed.
+
+    It takes the place of a ``DynamicCache`` in the model that it was made for. Layers with full attention are
+    compressed; layers with a sliding window keep what they keep anyway. Positions go on from the original length of the
+    prompt.
+    """
+
+    def __init__(self, methods: tuple[CacheMethod, ...], model: PreTrainedModel) -> None:
+        config = model.config.get_text_config(decoder=True)
+        if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{config.model_type} shares its cache between layers or has an encoder: only decoders with one cache"
+                " per layer can be compressed"
+            )
+        if not attention_modules(model):
+            raise UnsupportedModelError(f"{type(model).__name__} has no attention layers that are known")
+        super().__init__(config=config)
+        self.methods = methods
+        self.attachment = attach(model)
+        self.warned: set[str] = set()
+        steps, count = Steps.of(methods), len(self.layers)
+        # sliding windows and linear attention have types of their own
+        self.layers: list[Any] = [
+            CompressedLayer(index, count, steps) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(self.layers)
+        ]
+        if not any(isinstance(layer, CompressedLayer) for layer in self.layers):
+            raise UnsupportedModelError(
+                f"no layer of this {config.model_type} attends to the whole text, so that there is nothing to compress:"
+                " sliding windows are small already"
+            )
+
+    def report(self) -> CacheReport:
+        """Bytes and what stays of every layer: a dict that prints as a table."""
+        return cache_report(self)
+
+    def __repr__(self) -> str:
+        names = "+".join(method.name for method in self.methods)
+        return f"CompressedCache({names}, {self.get_seq_length()} tokens)"
+
+
+def compressed_cache(spec: str, model: PreTrainedModel) -> CompressedCache:
+    """An empty cache for one prompt (or a batch) and what follows it, compressed as ``spec`` says.
+
+    ``spec`` is ``snapkv:0.5``, ``mustafar:k=0.7,v=0.7``, several joined by ``+``, or a wrapper around another method,
+    ``adakv(snapkv:0.5)``; numbers are fractions removed. Give it to ``model.generate`` or to the model itself as
+    ``cache`` (``past_key_values`` before transformers 5.24). Raises UsageError or UnsupportedModelError.
+    """
+    return CompressedCache(parse_cache_spec(spec), _decoder(model))
+
+
+@dataclass
+class Compressing:
+    """What ``compress_cache`` gives: the ``cache`` that was made last."""
+
+    cache: CompressedCache | None = None
+
+    def report(self) -> CacheReport:
+        """That of the cache that was made last. Raises UsageError when there is none yet."""
+        if self.cache is None:
+            raise UsageError("no cache was made yet: the model wasn't called, or with use_cache=False")
+        return self.cache.report()
+
+
+@contextmanager
+def compress_cache(model: PreTrainedModel, spec: str) -> Iterator[Compressing]:
+    """Within this context every new cache of the model is a compressed one; also in pipelines, which take no cache.
+
+    ``spec`` as in ``compressed_cache``. Raises UsageError for a cache of another kind that the model is called with.
+    """
+    methods, made = parse_cache_spec(spec), Compressing()
+    name = cache_argument(_decoder(model).forward)
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = kwargs.get(name)
+        if isinstance(given, CompressedCache) or (given is None and kwargs.get("use_cache") is False):
+            return args, kwargs
+        if given is not None and (type(given) is not DynamicCache or given.offloading or given.get_seq_length()):
+            kind = type(given).__name__ + (" that isn't empty" if type(given) is DynamicCache else "")
+            raise UsageError(f"a cache is compressed from the beginning, and the model was called with a {kind}")
+        made.cache = CompressedCache(methods, module)
+        return args, {**kwargs, name: made.cache}
+
+    made.cache = None
+    CompressedCache(methods, model)  # what can't be done is said before anything is
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield made
+    finally:
+        handle.remove()
+
+
+def _decoder(model: Any) -> PreTrainedModel:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"the model must be one of transformers, got {type(model).__name__}")
+    return model

@@ -1,0 +1,434 @@
+"""The cache of one layer: a dense tail that grows, and behind it a store in which something was removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from secateur.cache.attention import Visible, left_padding, mixed_attention
+from secateur.cache.rows import BitmapRows, DenseRows, Rows, ThinRows
+from secateur.cache.store import Store
+from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
+from secateur.methods.caching import CacheChannelMethod, CacheElementMethod, CacheMethod, EvictionMethod, Prompt
+
+if TYPE_CHECKING:
+    from secateur.cache.hooks import Call
+
+# Shapes: B sequences, K key-value heads, S tokens of the prompt, t rows of the tail, N rows of all segments, E head
+# dimension.
+
+
+@dataclass
+class Steps:
+    """What is done to every layer; ``None`` where nothing is."""
+
+    tokens: EvictionMethod | None = None
+    channels: CacheChannelMethod | None = None
+    elements: CacheElementMethod | None = None
+
+    @classmethod
+    def of(cls, methods: tuple[CacheMethod, ...]) -> Steps:
+        return cls(**{m.stage: m for m in methods if not m.is_identity})  # type: ignore[arg-type]
+
+    @property
+    def nothing(self) -> bool:
+        return self.tokens is None and self.channels is None and self.elements is None
+
+
+class CompressedLayer(DynamicLayer):
+    """One layer: ``keys`` and ``values`` [B, K, t, E] are the dense tail, ``store`` holds the rows before it.
+
+    ``kept`` [B, K, rows] int32 are the positions of the first rows of the tail where tokens were evicted; those behind
+    them follow each other up to ``seen``, the number of tokens that the layer was given. ``padding`` counts the rows of
+    every sequence that are padding, at its beginning.
+    """
+
+    keys: Any  # tensors once there is something; the base class says that they may be None
+    values: Any
+
+    def __init__(self, index: int, layers: int, steps: Steps) -> None:
+        super().__init__()
+        self.index, self.layers, self.steps = index, layers, steps
+        self._forget()
+
+    def _forget(self) -> None:
+        self.store: Store | None = None
+        self.kept: Tensor | None = None
+        self.seen = 0
+        self.prompt = 0
+        self.padding: list[int] = []
+        self.cut: list[int] = []
+        self.call: Call | None = None
+
+    # -- what transformers calls -----------------------------------------------------------------------------------
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.call is None:
+            raise UsageError(
+                "this compressed cache works in the model that it was made for: make one with"
+                " secateur.compressed_cache(spec, model)"
+            )
+        self.seen += key_states.shape[-2]
+        return super().update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number: that of the tokens that leave")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        limit = self.seen + tokens_to_remove
+        if limit <= 0:
+            self.reset()
+            return
+        if self.evicted and limit < self.prompt:
+            raise UsageError(
+                f"tokens of the prompt were evicted, so that at most the {self.seen - self.prompt} tokens that came"
+                f" after it can be cropped, got {-tokens_to_remove}"
+            )
+        own = self.keys.shape[2] - (self.kept.shape[2] if self.kept is not None else 0)
+        leaving = min(-tokens_to_remove, own)
+        stay = self.keys.shape[2] - leaving
+        self.keys, self.values = self.keys[:, :, :stay].clone(), self.values[:, :, :stay].clone()
+        if self.store is not None and leaving < -tokens_to_remove:
+            self.store = self.store.before(limit)
+        self.seen = limit
+        self.cut = [min(cut, self._rows()) for cut in self.cut]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.seen:
+            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.seen:
+            return
+        indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        here = indices.to(self.keys.device)
+        self.keys, self.values = self.keys[here], self.values[here]
+        self.kept = None if self.kept is None else self.kept[here]
+        self.store = None if self.store is None else self.store.batch(indices)
+        self.padding = [self.padding[i] for i in indices.tolist()] if self.padding else []
+        self.cut = [self.cut[i] for i in indices.tolist()] if self.cut else []
+
+    # -- what it holds ---------------------------------------------------------------------------------------------
+
+    @property
+    def evicted(self) -> bool:
+        """Whether tokens of the prompt are gone."""
+        return self.kept is not None or (self.store is not None and self.store.positions is not None)
+
+    def _rows(self) -> int:
+        """Rows of a segment, store and tail together, where they are equally long."""
+        return (self.store.rows if self.store is not None else 0) + self.keys.shape[2]
+
+    def tail_positions(self) -> Tensor:
+        """Positions of the rows of the tail in the text, [B, K, t] int64."""
+        batch, heads, rows = self.keys.shape[:3]
+        own = rows - (self.kept.shape[2] if self.kept is not None else 0)
+        new = torch.arange(self.seen - own, self.seen, device=self.keys.device).expand(batch, heads, own)
+        return new if self.kept is None else torch.cat([self.kept.long(), new], dim=-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is held, by name."""
+        if not self.is_initialized:
+            return {}
+        held: dict[str, Tensor] = {"tail.keys": self.keys, "tail.values": self.values}
+        held |= {} if self.kept is None else {"tail.positions": self.kept}
+        return held | {f"store.{n}": t for n, t in (self.store.tensors() if self.store else {}).items()}
+
+    # -- attention -------------------------------------------------------------------------------------------------
+
+    def attend(self, query: Tensor, mask: Tensor | None, call: Call, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """What the attention module gets: dense over the prompt, over what is left of it later."""
+        if not self.prompt:
+            out = call.base(call.module, query, self.keys, self.values, mask, **arguments)
+            self.prompt = self.seen
+            if not self.steps.nothing:
+                _refuse_unknown(self.index, arguments)
+                with torch.no_grad():
+                    self.compress(query, mask, call, arguments)
+            return out
+        visible = Visible(mask, query.shape[2], self.seen)
+        if self.store is None:
+            out = self._attend_dense(query, visible, call, arguments)
+        else:
+            tail = (self.keys, self.values)
+            scaling = _scaling(query, arguments)
+            out = (
+                mixed_attention(
+                    query, self.store, tail, self.tail_positions(), visible, scaling, arguments.get("softcap")
+                ),
+                None,
+            )
+        if self.steps.elements is not None:
+            with torch.no_grad():
+                self._prune_elements(self.steps.elements)
+        return out
+
+    def _attend_dense(
+        self, query: Tensor, visible: Visible, call: Call, arguments: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        mask = visible.mask
+        if self.kept is not None:
+            mask = visible.at(self.tail_positions()) if mask is not None or visible.new > 1 else None
+            if mask is not None:
+                mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
+        return call.base(call.module, query, self.keys, self.values, mask, **arguments)
+
+    # -- at the end of the prompt ----------------------------------------------------------------------------------
+
+    def compress(self, query: Tensor, mask: Tensor | None, call: Call, arguments: dict[str, Any]) -> None:
+        """Remove what leaves of a dense prompt, whose attention was called with these queries, mask and arguments."""
+        batch, _, tokens = self.keys.shape[:3]
+        for name, tensor in (("keys", self.keys), ("values", self.values)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(f"layer {self.index}: {name} hold NaN or inf, so nothing can be ranked by them")
+        padding = left_padding(mask, batch, tokens)
+        self.padding = padding or [0] * batch
+        prompt = Prompt(
+            layer=self.index,
+            layers=self.layers,
+            keys=self.keys,
+            values=self.values,
+            queries=query,
+            positions=call.positions(batch, tokens, self.keys.device),
+            scaling=_scaling(query, arguments),
+            softcap=arguments.get("softcap"),
+            rope=call.rope() if self.steps.tokens is not None and self.steps.tokens.needs_rope else None,
+            reader=call.reader(),
+        )
+        if self.steps.tokens is not None:
+            self._evict(self.steps.tokens, prompt)
+        if self.steps.channels is not None:
+            self._thin(self.steps.channels, prompt, padding or [0] * batch)
+        if self.steps.elements is not None:
+            self._start_elements(self.steps.elements)
+            self._prune_elements(self.steps.elements)
+
+    def _parts(self, prompt: Prompt) -> Iterator[tuple[slice, int, Prompt]]:
+        """The batch as a whole where nothing is padded, or one sequence after the other."""
+        if not any(self.padding):
+            yield slice(None), 0, prompt
+            return
+        for b, padding in enumerate(self.padding):
+            yield slice(b, b + 1), padding, prompt.sample(b, padding)
+
+    def _evict(self, method: EvictionMethod, prompt: Prompt) -> None:
+        keys = prompt.keys
+        keep = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
+        for sequences, padding, part in self._parts(prompt):
+            if part.tokens <= method.protected:
+                self._warn_short(method, part.tokens)
+                keep[sequences, :, padding:] = True
+                continue
+            chosen = method.keep(part)
+            keep[sequences, :, padding:] = chosen
+            moved = method.moved_keys(part, chosen)
+            if moved is not part.keys:
+                keys = keys.clone() if keys is prompt.keys else keys
+                keys[sequences, :, padding:] = moved.to(keys.dtype)
+        if bool(keep.all()):
+            return
+        self._level(keep)
+        self._gather(keys, keep)
+
+    def _level(self, keep: Tensor) -> None:
+        """Keep padding of shorter sequences, so that all of a batch are equally long again, if that is enough."""
+        counts = keep.sum(dim=-1)
+        longest = int(counts.max())
+        missing = [longest - int(count) for count in counts[:, 0]]
+        if not bool((counts == counts[:, :1]).all()) or any(m > p for m, p in zip(missing, self.padding, strict=True)):
+            self.padding = [0] * len(self.padding)
+            return
+        for b, (count, padding) in enumerate(zip(missing, self.padding, strict=True)):
+            keep[b, :, padding - count : padding] = True
+        self.padding = missing
+
+    def _gather(self, keys: Tensor, keep: Tensor) -> None:
+        lengths = keep.sum(dim=-1).cpu()
+        positions = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device).expand_as(keep)[keep]
+        store = Store(lengths, DenseRows(keys[keep]), DenseRows(self.values[keep]), positions)
+        batch, heads, _, width = keys.shape
+        if store.is_ragged:
+            self.store = store
+            self.keys, self.values = (
+                keys.new_empty(batch, heads, 0, width),
+                self.values.new_empty(batch, heads, 0, self.values.shape[-1]),
+            )
+            self.kept = None
+            return
+        shape = (batch, heads, store.rows)
+        self.keys, self.values = _dense(store.keys).view(*shape, -1), _dense(store.values).view(*shape, -1)
+        self.kept = positions.view(shape)
+
+    def _as_store(self, recent: int) -> tuple[Store, Tensor]:
+        """All rows as a store, and which of them are not among the last ``recent`` of their segment, [N] bool."""
+        store = self.store
+        if store is None:
+            batch, heads, rows = self.keys.shape[:3]
+            store = Store(
+                torch.full((batch, heads), rows),
+                DenseRows(self.keys.flatten(0, 2)),
+                DenseRows(self.values.flatten(0, 2)),
+                self.kept.flatten() if self.kept is not None else None,
+            )
+        lengths = store.lengths.flatten()
+        owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+        rank = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
+        return store, (rank < lengths[owner] - recent).to(self.keys.device)
+
+    def _split(self, store: Store, older: Tensor, recent: int, keys: Rows, values: Rows) -> None:
+        """Rows that are not ``older`` become the tail again; ``keys`` and ``values`` hold the older ones."""
+        batch, heads = store.lengths.shape
+        dense_keys, dense_values = _dense(store.keys)[~older], _dense(store.values)[~older]
+        self.keys = dense_keys.view(batch, heads, recent, -1)
+        self.values = dense_values.view(batch, heads, recent, -1)
+        positions = store.positions
+        self.kept = positions[~older].view(batch, heads, recent) if positions is not None else None
+        self.store = Store(store.lengths - recent, keys, values, positions[older] if positions is not None else None)
+
+    def _thin(self, method: CacheChannelMethod, prompt: Prompt, padding: list[int]) -> None:
+        recent = min(method.recent, self._shortest())
+        store, older = self._as_store(recent)
+        if not bool(older.any()):
+            self._warn_short(method, prompt.tokens)
+            return
+        channels = self._channels(method, prompt, padding, store)
+        keys, values = _dense(store.keys)[older], _dense(store.values)[older]
+        lengths = store.lengths.flatten() - recent
+        if method.target == "key":
+            self._split(store, older, recent, ThinRows.encode(keys, lengths, channels), DenseRows(values))
+        else:
+            self._split(store, older, recent, DenseRows(keys), ThinRows.encode(values, lengths, channels))
+
+    def _shortest(self) -> int:
+        return int(self.store.lengths.min()) if self.store is not None else self.keys.shape[2]
+
+    def _channels(self, method: CacheChannelMethod, prompt: Prompt, padding: list[int], store: Store) -> Tensor:
+        """Channels that stay of every segment, [B * K, C] int64, by the rows that were not evicted.
+
+        ``padding`` is that of the prompt, of which rows may have been evicted too.
+        """
+        if not store.is_ragged and not any(padding):
+            shape = (*store.lengths.shape, store.rows, -1)
+            left = replace(prompt, keys=_dense(store.keys).view(shape), values=_dense(store.values).view(shape))
+            return method.channels(left).flatten(0, 1)
+        found, start = [], 0
+        for segment, length in enumerate(store.lengths.flatten().tolist()):
+            b, k = divmod(segment, store.lengths.shape[1])
+            rows = slice(start + self.padding[b], start + length)  # what is left of the padding lies in front
+            one = prompt.sample(b, padding[b]).head(k)
+            keys, values = _dense(store.keys)[rows], _dense(store.values)[rows]
+            found.append(method.channels(replace(one, keys=keys[None, None], values=values[None, None]))[0, 0])
+            start += length
+        return torch.stack(found)
+
+    def _warn_short(self, method: CacheMethod, tokens: int) -> None:
+        if self.call is not None:
+            self.call.warn_once(f"{method.name} leaves a prompt of {tokens} tokens as it is: its window is as long")
+
+    # -- elements, at the end of the prompt and while decoding -----------------------------------------------------
+
+    def _start_elements(self, method: CacheElementMethod) -> None:
+        if self.store is not None:
+            recent = min(method.window, self._shortest())
+            store, older = self._as_store(recent)
+            keys, values = _dense(store.keys), _dense(store.values)
+            lengths = (store.lengths.flatten() - recent).tolist()
+            sides = {"keys": keys[older], "values": values[older]}
+            pruned = {
+                side: torch.cat([self._pruned(method, piece, side) for piece in rows.split(lengths)])
+                for side, rows in sides.items()
+            }
+            self._split(store, older, recent, *(_encoded(method, pruned[side], side) for side in sides))
+            return
+        for b, padding in enumerate(self.padding):
+            self.keys[b, :, :padding] = 0
+            self.values[b, :, :padding] = 0
+        self.cut = list(self.padding)
+
+    @staticmethod
+    def _pruned(method: CacheElementMethod, x: Tensor, side: str) -> Tensor:
+        return x if method.side_sparsity(side) == 0 else x.masked_fill(~method.element_mask(x, side), 0)
+
+    def _prune_elements(self, method: CacheElementMethod) -> None:
+        """Prune what has left the window in whole blocks, and put it into the store."""
+        if self.store is not None and not self.cut:  # the store came from heads of different lengths
+            ready = max(0, (self.keys.shape[2] - method.window) // method.block * method.block)
+            if ready:
+                self._prune_tail(method, slice(None), 0, ready)
+                self._pack(method, ready)
+            return
+        rows = self._rows()
+        first = rows - self.keys.shape[2]
+        cuts = [p + max(0, (rows - p - method.window) // method.block * method.block) for p in self.padding]
+        cuts = [max(pair) for pair in zip(cuts, self.cut, strict=True)]
+        if cuts == self.cut:
+            return
+        together = len({*zip(cuts, self.cut, strict=True)}) == 1
+        for b in range(1 if together else len(cuts)):
+            sequences = slice(None) if together else slice(b, b + 1)
+            self._prune_tail(method, sequences, self.cut[b] - first, cuts[b] - first)
+        self.cut = cuts
+        if min(cuts) > first:
+            self._pack(method, min(cuts) - first)
+
+    def _prune_tail(self, method: CacheElementMethod, sequences: slice, start: int, stop: int) -> None:
+        for side, tail in (("keys", self.keys), ("values", self.values)):
+            if stop > start and method.side_sparsity(side) > 0:
+                tail[sequences, :, start:stop] = self._pruned(method, tail[sequences, :, start:stop], side)
+
+    def _pack(self, method: CacheElementMethod, rows: int) -> None:
+        """Move the first rows of the tail, which are pruned, into the store."""
+        keys, values = self.keys[:, :, :rows], self.values[:, :, :rows]
+        positions = self.tail_positions()[:, :, :rows] if self.evicted else None
+        if self.store is None:
+            batch, heads = keys.shape[:2]
+            self.store = Store(
+                torch.full((batch, heads), rows),
+                _encoded(method, keys.flatten(0, 2), "keys"),
+                _encoded(method, values.flatten(0, 2), "values"),
+                None if positions is None else positions.flatten().to(torch.int32),
+            )
+        else:
+            self.store = self.store.joined(keys, values, positions)
+        self.keys, self.values = self.keys[:, :, rows:].clone(), self.values[:, :, rows:].clone()
+        self.kept = None if self.kept is None else self.kept[:, :, rows:].clone()
+
+
+def _dense(rows: Rows) -> Tensor:
+    """The rows before anything is encoded, [N, E]."""
+    assert isinstance(rows, DenseRows)
+    return rows.x
+
+
+def _encoded(method: CacheElementMethod, rows: Tensor, side: str) -> Rows:
+    return BitmapRows.encode(rows) if method.side_sparsity(side) > 0 else DenseRows(rows.clone())
+
+
+def _scaling(query: Tensor, arguments: dict[str, Any]) -> float:
+    given = arguments.get("scaling")
+    return query.shape[-1] ** -0.5 if given is None else given
+
+
+def _refuse_unknown(layer: int, arguments: dict[str, Any]) -> None:
+    """What an attention function is given beyond queries, keys, values and mask, and the cache doesn't know."""
+    for name in ("position_bias", "s_aux", "head_mask"):
+        if arguments.get(name) is not None:
+            raise UnsupportedModelError(
+                f"the attention of layer {layer} takes {name}, which a compressed cache doesn't know"
+            )

@@ -1,0 +1,113 @@
+"""The older part of a layer's cache, in which something was removed: rows of keys and values, segment by segment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from secateur.cache.rows import Rows, Span
+
+
+@dataclass(frozen=True)
+class Store:
+    """``lengths`` [B, K] int64 on the CPU are the rows of every segment; ``positions`` [N] int32 those in the text.
+
+    Positions count the tokens that the cache was given, padding included; None where nothing was evicted, and row r of
+    a segment is token r.
+    """
+
+    lengths: Tensor
+    keys: Rows
+    values: Rows
+    positions: Tensor | None = None
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether heads hold different numbers of tokens."""
+        return bool((self.lengths != self.lengths.flatten()[0]).any())
+
+    @property
+    def rows(self) -> int:
+        """Rows of every segment, where it isn't ragged."""
+        return int(self.lengths.flatten()[0])
+
+    def spans(self) -> Iterator[tuple[Span, slice, slice]]:
+        """Spans of equal segments, with the sequences and heads that they cover: all at once, or one by one."""
+        batch, heads = self.lengths.shape
+        if not self.is_ragged:
+            yield Span(0, self.keys.count, 0, (batch, heads)), slice(None), slice(None)
+            return
+        start = 0
+        for segment, length in enumerate(self.lengths.flatten().tolist()):
+            b, k = divmod(segment, heads)
+            yield Span(start, start + length, segment, (1, 1)), slice(b, b + 1), slice(k, k + 1)
+            start += length
+
+    def text_positions(self, span: Span) -> Tensor:
+        """Positions of the rows of a span in the text, [b, k, n] int64."""
+        if self.positions is not None:
+            return span.view(self.positions[:, None])[..., 0].long()
+        device = next(iter(self.keys.tensors().values())).device
+        count = (span.stop - span.start) // (span.shape[0] * span.shape[1])
+        return torch.arange(count, device=device).expand(*span.shape, count)
+
+    def joined(self, keys: Tensor, values: Tensor, positions: Tensor | None) -> Store:
+        """With rows [B, K, m, E] behind those of every segment."""
+        batch, heads, more = keys.shape[:3]
+        segments = torch.arange(batch * heads)
+        owner = torch.cat([segments.repeat_interleave(self.lengths.flatten()), segments.repeat_interleave(more)])
+        order = owner.argsort(stable=True).to(keys.device)
+        together = None
+        if self.positions is not None and positions is not None:
+            together = torch.cat([self.positions, positions.flatten().to(torch.int32)])[order]
+        return Store(
+            self.lengths + more,
+            self.keys.joined(keys.flatten(0, 2)).select(order),
+            self.values.joined(values.flatten(0, 2)).select(order),
+            together,
+        )
+
+    def _owners(self) -> Tensor:
+        return torch.arange(self.lengths.numel()).repeat_interleave(self.lengths.flatten())
+
+    def before(self, limit: int) -> Store:
+        """Without the rows of tokens from position ``limit`` on."""
+        owner = self._owners()
+        starts = self.lengths.flatten().cumsum(0) - self.lengths.flatten()
+        own = self.positions.cpu() if self.positions is not None else torch.arange(len(owner)) - starts[owner]
+        stays = own < limit
+        rows = stays.nonzero()[:, 0].to(next(iter(self.keys.tensors().values())).device)
+        lengths = torch.bincount(owner[stays], minlength=self.lengths.numel()).view_as(self.lengths)
+        return Store(
+            lengths,
+            self.keys.select(rows),
+            self.values.select(rows),
+            None if self.positions is None else self.positions[rows],
+        )
+
+    def batch(self, index: Tensor) -> Store:
+        """The sequences ``index`` [new batch] int64 in this order."""
+        heads = self.lengths.shape[1]
+        segments = (index.cpu()[:, None] * heads + torch.arange(heads)).flatten()
+        flat = self.lengths.flatten()
+        starts = flat.cumsum(0) - flat
+        chosen = flat[segments]
+        ahead = torch.arange(int(chosen.sum())) - (chosen.cumsum(0) - chosen).repeat_interleave(chosen)
+        device = next(iter(self.keys.tensors().values())).device
+        rows = (starts[segments].repeat_interleave(chosen) + ahead).to(device)
+        return replace(
+            self,
+            lengths=self.lengths[index.cpu()],
+            keys=self.keys.select(rows, segments.to(device)),
+            values=self.values.select(rows, segments.to(device)),
+            positions=None if self.positions is None else self.positions[rows],
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is held, by name."""
+        held = {f"keys.{name}": tensor for name, tensor in self.keys.tensors().items()}
+        held |= {f"values.{name}": tensor for name, tensor in self.values.tensors().items()}
+        return held if self.positions is None else {**held, "positions": self.positions}

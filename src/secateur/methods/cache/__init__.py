@@ -1,0 +1,1 @@
+"""Methods that make the KV cache smaller: tokens, channels and elements that leave while a model runs."""

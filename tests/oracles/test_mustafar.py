@@ -1,0 +1,149 @@
+"""Mustafar: how many elements stay, the bitmap, and decoding beside an emulation token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import secateur as sc
+from cache_reference import as_dense
+from families import make_tiny, tiny_ids
+from secateur.cache.attention import Visible, mixed_attention
+from secateur.cache.rows import BitmapRows, DenseRows, Span
+from secateur.cache.store import Store
+from secateur.methods import make_method
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "paper", "exact"), [(0.5, 65, 64), (0.7, 40, 38), (0.9, 14, 13), (0.001, 128, 128)]
+)
+def test_elements_that_stay_of_128(sparsity, paper, exact):
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    for rounding, count in (("paper", paper), ("exact", exact)):
+        mask = make_method("mustafar", {"sparsity": sparsity, "rounding": rounding}).element_mask(x, "keys")
+        assert mask.sum(dim=-1).tolist() == [count] * 3
+        assert all(bool((row[m].abs().min() > row[~m].abs()).all()) for row, m in zip(x, mask, strict=True))
+
+
+def test_equals_of_the_threshold_stay_with_the_papers_rounding():
+    x = torch.tensor([[1.0, 1.0, 1.0, 2.0]])
+    assert make_method("mustafar").element_mask(x, "keys").tolist() == [[True] * 4]
+    exact = make_method("mustafar", {"rounding": "exact"}).element_mask(x, "keys")
+    assert exact.tolist() == [[True, False, False, True]]
+
+
+def test_values_along_channels_compare_32_tokens():
+    x = torch.randn(1, 64, 8, generator=torch.Generator().manual_seed(0))
+    mask = make_method("mustafar", {"direction": "channel", "sparsity": 0.5}).element_mask(x, "values")
+    assert mask.unflatten(1, (2, 32)).sum(dim=2).unique().tolist() == [17]
+    assert torch.equal(mask[:, :32], make_method("mustafar").element_mask(x[:, :32].mT, "keys").mT)
+
+
+def test_attention_as_a_factor_of_a_token_doesnt_change_which_of_its_elements_stay():
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    method = make_method("mustafar")
+    assert torch.equal(method.element_mask(x, "values"), method.element_mask(x * torch.rand(5, 1).add(0.1), "values"))
+
+
+# -- the bitmap --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [8, 12, 64])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_come_back_bit_by_bit(width, sparsity, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10, width, generator=generator).to(dtype)
+    x[torch.rand(10, width, generator=generator) < sparsity] = 0
+    rows = BitmapRows.encode(x)
+    assert torch.equal(rows.dense(Span(0, 10, 0, (1, 1)))[0, 0], x)
+    assert torch.equal(rows.dense(Span(4, 10, 2, (1, 3))).flatten(0, 2), x[4:])
+    assert rows.bits.shape == (10, -(-width // 8)) and rows.values.numel() == int((x != 0).sum())
+
+
+def test_the_first_element_is_the_lowest_bit():
+    x = torch.zeros(2, 10)
+    x[0, 0], x[0, 9], x[1, 5] = 1.0, 2.0, 3.0
+    rows = BitmapRows.encode(x)
+    assert rows.bits.tolist() == [[1, 2], [32, 0]] and rows.values.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_what_is_added_later_is_as_if_it_had_been_there():
+    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(0)).relu()
+    whole, parts = BitmapRows.encode(x), BitmapRows.encode(x[:5]).joined(x[5:])
+    assert torch.equal(whole.bits, parts.bits) and torch.equal(whole.values, parts.values)
+    order = torch.tensor([7, 0, 11, 0])
+    chosen = whole.select(order)
+    assert torch.equal(chosen.dense(Span(0, 4, 0, (1, 1)))[0, 0], x[order])
+
+
+def test_rows_of_segments_stay_together_when_rows_are_added():
+    x = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0)).relu()
+    more = torch.randn(2, 3, 2, 8).relu()
+    store = Store(torch.full((2, 3), 4), BitmapRows.encode(x.flatten(0, 2)), DenseRows(x.flatten(0, 2)))
+    joined = store.joined(more, more, None)
+    (span, _, _), *_ = joined.spans()
+    expected = torch.cat([x, more], dim=2)
+    assert torch.equal(joined.keys.dense(span), expected) and torch.equal(joined.values.dense(span), expected)
+
+
+def test_attention_over_the_bitmap_is_that_on_zeros_and_query_heads_may_change_places():
+    x = torch.randn(2, 1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    x[x.abs() < 0.7] = 0
+    store = Store(torch.full((1, 2), 9), *(BitmapRows.encode(side.flatten(0, 2)) for side in x))
+    tail = (torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 8))
+    query, positions = torch.randn(1, 4, 1, 8), torch.arange(9, 11).expand(1, 2, 2)
+    out = mixed_attention(query, store, tail, positions, Visible(None, 1, 11), 0.3)
+    sides = [torch.cat(pair, dim=2).repeat_interleave(2, dim=1) for pair in zip(x, tail, strict=True)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *sides, scale=0.3)
+    assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)
+    swapped = mixed_attention(query[:, [1, 0, 3, 2]], store, tail, positions, Visible(None, 1, 11), 0.3)
+    assert torch.allclose(swapped, out[:, :, [1, 0, 3, 2]], atol=1e-6)
+
+
+# -- the window --------------------------------------------------------------------------------------------------------
+
+
+def lengths(cache):
+    """Rows in the store and in the tail of the first layer."""
+    layer = cache.layers[0]
+    return (layer.store.rows if layer.store else 0), layer.keys.shape[2]
+
+
+def test_blocks_leave_the_window_as_the_paper_triggers_them():
+    model = make_tiny("llama", num_hidden_layers=1, max_position_embeddings=1024)
+    ids = tiny_ids(windows=1, length=545)
+    cache = sc.compressed_cache("mustafar:0.5", model)
+    with torch.no_grad():
+        model(ids[:, :300], cache=cache)
+        assert lengths(cache) == (256, 44)
+        for token in range(300, 545):
+            model(ids[:, token : token + 1], cache=cache)
+            expected = (512, token + 1 - 512) if token + 1 >= 544 else (256, token + 1 - 256)
+            assert lengths(cache) == expected
+
+
+@pytest.mark.parametrize(
+    "spec", ["mustafar:0.5,window=4,block=1", "mustafar:k=0.7,v=0,window=4,block=8,rounding=exact"]
+)
+def test_decoding_is_the_emulation_token_by_token(spec):
+    """After every step the cache is the dense one with what has left the window pruned, and nothing else."""
+    model = make_tiny("llama", num_hidden_layers=1)
+    ids = tiny_ids(windows=2, length=40)
+    cache = sc.compressed_cache(spec, model)
+    dense = sc.compressed_cache("knorm:0", model)
+    method = cache.methods[0]
+    with torch.no_grad():
+        for start, stop in [(0, 20), *((t, t + 1) for t in range(20, 40))]:
+            model(ids[:, start:stop], cache=cache)
+            model(ids[:, start:stop], cache=dense)
+            pruned = (stop - 4) // method.block * method.block
+            keys, values, there = as_dense(cache.layers[0])
+            for side, mine, whole in (("keys", keys, dense.layers[0].keys), ("values", values, dense.layers[0].values)):
+                expected = whole.clone()
+                if method.side_sparsity(side):
+                    gone = ~method.element_mask(whole[:, :, :pruned], side)
+                    expected[:, :, :pruned].masked_fill_(gone, 0)
+                assert torch.equal(mine, expected)
+            assert bool(there.all())
+            assert (cache.layers[0].keys.shape[2] >= 4) and lengths(cache)[0] == pruned
