@@ -29,7 +29,7 @@ DATA = {
     "labelled_calibration": "labelled batches",
     "training_batches": "gradients of the training",
 }
-TIMES = {"post": "", "before_training": ", before training", "during_training": ", while training"}
+TIMES = {"post": "", "before_training": ", before training", "during_training": ", while training", "inference": ""}
 LOOKS = {"nothing": "shapes alone", "inputs": "inputs of matrices", "blocks": "input and output of blocks"}
 WORDS = {
     "object": "what is removed",
