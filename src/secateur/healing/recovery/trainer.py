@@ -26,6 +26,7 @@ from secateur.ranks import ALONE, Ranks
 
 Progress = Callable[[str, int, int], None]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_CALLBACK = "callback/"
 
 
 class Keeper(Protocol):
@@ -41,6 +42,26 @@ class Keeper(Protocol):
 
 class _Forgetful(Keeper):
     pass
+
+
+class Callback:
+    """What takes part in every step of a training, between its gradients and what the optimiser makes of them."""
+
+    def begin(self, model: Any) -> None:
+        """Training begins, or goes on; adapters are laid. What is done to the model here, ``end`` undoes."""
+
+    def on_pre_optimizer_step(self, step: int) -> None:
+        """The step with this number, from 1, has its gradients: of all windows, masked and clipped."""
+
+    def end(self) -> None:
+        """Training has ended, well or not; adapters are still there."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What a later sitting needs to go on to the bit."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Be what ``state`` was taken from; after ``begin``."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,7 @@ def recover(
     modules: Sequence[str] = (),
     masks: Mapping[str, Tensor] | None = None,
     lora_ranks: Mapping[str, int] | None = None,
+    callback: Callback | None = None,
     keeper: Keeper | None = None,
     measure: Callable[[Any], float] | None = None,
     ranks: Ranks = ALONE,
@@ -88,22 +110,27 @@ def recover(
 
     ``modules`` are the names of those that can have adapters, ``masks`` (boolean, True = kept) what must stay zero,
     ``layers`` the blocks of ``teacher`` that the blocks of the model came from, ``lora_ranks`` ranks by module where
-    they differ. ``measure`` gives the held-out perplexity of a model. All ``ranks`` call this together and share the
-    windows of every step. After an error adapters are gone; with ``full`` and ``norms`` the model stays where it was.
-    Raises UsageError, DataError, NonFiniteError when a loss is NaN, MissingExtraError, and what ``keeper`` raises.
+    they differ; ``callback`` takes part in every step. ``measure`` gives the held-out perplexity of a model. All
+    ``ranks`` call this together and share the windows of every step. After an error adapters are gone; with ``full``
+    and ``norms`` the model stays where it was. Raises UsageError, DataError, NonFiniteError when a loss is NaN,
+    MissingExtraError, and what ``callback`` and ``keeper`` raise.
     """
     if len(windows.trained_on) == 0:
         raise DataError("there is nothing to train on: the text has no window beside those that are held out")
     objective = Objective(options.terms(teacher is not None), options.temperature, teacher, layers)
     trained = STRATEGIES[options.train](model, options, masks or {}, modules=modules, ranks=lora_ranks)
+    taking_part = callback or Callback()
     try:
-        loop = _Loop(model, trained, objective, windows.trained_on, options, ranks)
+        loop = _Loop(model, trained, objective, windows.trained_on, options, ranks, taking_part)
+        taking_part.begin(model)
         curve = loop.run(keeper or _Forgetful(), measure, progress)
     except BaseException:
+        taking_part.end()
         trained.finish(learnt=False)
         raise
     finally:
         model.eval()
+    taking_part.end()
     trained.finish()
     return curve
 
@@ -117,10 +144,11 @@ class _Loop:
         ids_NT: Tensor,
         options: RecoveryOptions,
         ranks: Ranks,
+        callback: Callback,
     ) -> None:
         accelerate = require_extra("accelerate", "train", "recovery training")
         self._model, self._trained, self._objective = model, trained, objective
-        self._ids_NT, self._options, self._ranks = ids_NT, options, ranks
+        self._ids_NT, self._options, self._ranks, self._callback = ids_NT, options, ranks, callback
         self._device = model.device
         micro = options.micro or max(1, options.batch // ranks.size)
         if options.batch % (micro * ranks.size):
@@ -191,6 +219,7 @@ class _Loop:
         self._trained.mask_gradients()
         if options.clip:
             torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), options.clip)
+        self._callback.on_pre_optimizer_step(step + 1)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         value = self._mean(total)
@@ -217,8 +246,9 @@ class _Loop:
             self._wrapped.train()
 
     def _state(self) -> dict[str, Tensor]:
-        """The trained parameters and their moments, by name."""
+        """The trained parameters and their moments, by name, and what the callback has."""
         found: dict[str, Tensor] = {f"parameter/{name}": p.detach() for name, p in self._parameters.items()}
+        found |= {f"{_CALLBACK}{name}": tensor for name, tensor in self._callback.state().items()}
         for name, parameter in self._parameters.items():
             found |= {f"{moment}/{name}": self._optimizer.state[parameter][moment] for moment in _MOMENTS}
         return found
@@ -229,3 +259,4 @@ class _Loop:
                 parameter.copy_(state[f"parameter/{name}"])
                 moments = {moment: state[f"{moment}/{name}"].to(parameter.device).clone() for moment in _MOMENTS}
                 self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+        self._callback.restore({n.removeprefix(_CALLBACK): t for n, t in state.items() if n.startswith(_CALLBACK)})
