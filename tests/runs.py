@@ -13,8 +13,11 @@ from secateur.models.sources import Source
 from secateur.observe.calibration import Tokens
 from secateur.plans import CalibrationInfo, Plan, Provenance
 
-# a small search, where models are tiny: what it finds is looked at elsewhere
-QUICK: dict[str, dict[str, Any]] = {"tyr": {"levels": 3, "iterations": 1, "generations": 1, "offspring": 2}}
+# a small search or training, where models are tiny: what it finds is looked at elsewhere
+QUICK: dict[str, dict[str, Any]] = {
+    "tyr": {"levels": 3, "iterations": 1, "generations": 1, "offspring": 2},
+    "loraprune": {"steps": 4, "every": 1, "batch": 2},
+}
 
 
 def tokens_of(ids: torch.Tensor) -> Tokens:

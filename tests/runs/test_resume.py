@@ -27,6 +27,12 @@ CASES = {
         "sparsity": 0.4,
         "options": {"levels": 3, "generations": 2, "offspring": 2, "stage_tokens": "16,64", "survivors": "1"},
     },
+    "llm_pruner": {"method": "llm_pruner", "sparsity": 0.3, "options": {"criterion": "param_mix"}},
+    "loraprune": {
+        "method": "loraprune",
+        "sparsity": 0.3,
+        "options": {"steps": 4, "batch": 2, "every": 1, "rank": 2, "dropout": 0.2, "lr": 1e-2},
+    },
     "wanda, owl": {"method": "wanda", "sparsity": 0.5, "allocate": "owl"},
     "magnitude, search": {"method": "magnitude", "sparsity": 0.5, "allocate": "search:generations=3,offspring=2"},
     "two streams": {"method": "wanda", "sparsity": 0.5, "heal": "refit", "target": "dense"},

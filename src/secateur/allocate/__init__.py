@@ -17,6 +17,7 @@ from secateur.allocate.units import (
     RoundedAllocator,
     UniformAllocator,
 )
+from secateur.allocate.windows import CountedAllocator, RankedAllocator, Window, WindowAllocator
 
 __all__ = [
     "CHANNEL_SCOPES",
@@ -29,6 +30,7 @@ __all__ = [
     "Cosine",
     "CostOf",
     "Exponential",
+    "CountedAllocator",
     "GlobalAllocator",
     "Grid",
     "ManualAllocator",
@@ -38,10 +40,13 @@ __all__ = [
     "PerRow",
     "Polynomial",
     "ProgrammeAllocator",
+    "RankedAllocator",
     "RoundedAllocator",
     "Schedule",
     "UniformAllocator",
     "Updates",
+    "Window",
+    "WindowAllocator",
     "allocate_channels",
     "choose",
     "crop_scores",

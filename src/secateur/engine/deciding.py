@@ -9,23 +9,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur.allocators import Allocator, check_follows
+from secateur.engine.coupled import decide_coupled
 from secateur.engine.layers import check_layers, decide_layers
 from secateur.engine.refits import refit
 from secateur.engine.run import Progress, Run
 from secateur.engine.search import decide_searched
 from secateur.engine.sublayers import check_sublayers, decide_sublayers
 from secateur.engine.supernet import decide_supernet
+from secateur.engine.training import decide_trained
 from secateur.engine.units import check_units, decide_units
 from secateur.engine.weights import check_weights, decide_weights
 from secateur.errors import UsageError
 from secateur.keeping import Keeper
 from secateur.methods import (
+    CoupledMethod,
     LayerMethod,
     Method,
     SearchMethod,
     StructuredMethod,
     SublayerMethod,
     SupernetMethod,
+    TrainedMethod,
     UnitMethod,
     WeightMethod,
 )
@@ -95,6 +99,8 @@ def _decide(method: Any, run: Run) -> None:
 _decide.register(WeightMethod, decide_weights)
 _decide.register(SearchMethod, decide_searched)
 _decide.register(UnitMethod, decide_units)
+_decide.register(CoupledMethod, decide_coupled)
 _decide.register(SupernetMethod, decide_supernet)
+_decide.register(TrainedMethod, decide_trained)
 _decide.register(LayerMethod, decide_layers)
 _decide.register(SublayerMethod, decide_sublayers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -39,22 +39,31 @@ def check_units(method: StructuredMethod, model: PreTrainedModel, anatomy: Anato
         raise UnsupportedModelError(unknown_family(model))
 
 
-def decide_units(method: UnitMethod, run: Run) -> None:
-    """Kept units, and what compensates or refits. Raises BudgetError."""
+Scoring = Callable[[list[Group], SeenByModule], dict[str, Tensor]]
+"""(groups of one block, what was seen of their readers) → score of every unit by group"""
+
+
+def decide_units(method: UnitMethod, run: Run, scoring: Callable[[], Scoring] | None = None) -> None:
+    """Kept units, and what compensates or refits. Raises BudgetError.
+
+    ``scoring`` gives what scores the groups, once a budget is known to be possible; by default the method does, by the
+    weight that reads them.
+    """
     groups = run.anatomy.of_kind(*method.kinds)
     if all(fraction == 1 for fraction in method.asked.values()):
         return
     total = Limits(budget=method.budget).cost(run.anatomy.blocks)
     # refused before anything is observed
     budgets = _budgets(run, method, groups) if method.programmed else None
+    scored = scoring() if scoring is not None else partial(_scores, run, method)
     for layer in run.blocks("calibrate" if run.observed else "score"):
         members = [g for g in groups if g.layer == layer]
         readers = [g.reader for g in members if g.reader]
         block, seen = run.observe(layer, readers, advance=not method.in_sequence)
-        part = Decision(scores=_scores(run, method, members, seen))
+        part = Decision(scores=scored(members, seen))
         # a block without any units is one that has lost both of its sub-layers
         if method.in_sequence and members:
-            own, whole = layer_part(groups, layer, _limits(method))
+            own, whole = layer_part(groups, layer, limits_of(method))
             _allocate(run, method, members, part.scores, total * own // whole, part)
             _revise(run, method, members, seen, part)
             _compensate(run, method, members, seen, part)
@@ -67,13 +76,15 @@ def decide_units(method: UnitMethod, run: Run) -> None:
         run.keeper.keep(layer, part, final=method.in_sequence, walk=run.walk, seen=None if method.in_sequence else seen)
         del block, seen
     if not method.in_sequence:
-        run.keeper.close(_allocate_all(run, method, groups, total, budgets))
+        whole = Decision(scores=scored([g for g in groups if g.layer < 0], {}))
+        run.keeper.close(_allocate_all(run, method, groups, total, budgets, whole))
 
 
 def _allocate_all(
-    run: Run, method: UnitMethod, groups: list[Group], total: int, budgets: Budgets | None
+    run: Run, method: UnitMethod, groups: list[Group], total: int, budgets: Budgets | None, part: Decision
 ) -> Iterator[Decision]:
-    part, scores = Decision(), run.keeper.scores()
+    """``part`` has the scores of groups that lie in no single block."""
+    scores = {**run.keeper.scores(), **part.scores}
     if budgets is None:
         _allocate(run, method, groups, scores, total, part)
     else:
@@ -99,7 +110,7 @@ def _scores(run: Run, method: UnitMethod, groups: list[Group], seen: SeenByModul
 def _allocate(
     run: Run, method: UnitMethod, groups: list[Group], scores: Mapping[str, Tensor], total: int, part: Decision
 ) -> None:
-    kept = method.allocator().allocate({g.name: scores[g.name] for g in groups}, groups, total, _limits(method))
+    kept = method.allocator().allocate({g.name: scores[g.name] for g in groups}, groups, total, limits_of(method))
     _keep(groups, kept, part)
 
 
@@ -124,7 +135,7 @@ def _revise(run: Run, method: UnitMethod, groups: list[Group], seen: SeenByModul
 def _budgets(run: Run, method: UnitMethod, groups: list[Group]) -> Budgets:
     def found() -> Budgets:
         budgets = Budgets.of(method, run.anatomy, run.source, run.latency_table, run.progress)
-        budgets.check(groups, _limits(method))
+        budgets.check(groups, limits_of(method))
         return budgets
 
     return run.ranks.on_main(found)
@@ -136,7 +147,7 @@ def _meet(
     """Decide by an integer programme over all groups."""
     losses = _variant_losses(run, method, groups, scores) if method.variants == "measured" else None
     allocator = budgets.allocator(scores, losses)
-    kept = allocator.allocate({g.name: scores[g.name] for g in groups}, groups, 0, _limits(method))
+    kept = allocator.allocate({g.name: scores[g.name] for g in groups}, groups, 0, limits_of(method))
     _keep(groups, kept, part)
     part.budgets = budgets.account(kept, groups)
     part.notes += budgets.notes
@@ -148,7 +159,7 @@ def _variant_losses(
     tokens, dtype = run.tokens, run.dtype
     assert tokens is not None
     ids = windows_for(tokens.ids, method.variant_tokens)
-    variants = {g.name: variants_of(g, scores[g.name], _limits(method)) for g in groups}
+    variants = {g.name: variants_of(g, scores[g.name], limits_of(method)) for g in groups}
     # what is asked of a method changes which variants there are, and not what they lose
     own = {name: value for name, value in method.options().items() if name not in UnitMethod.asking}
     path = variants_file(run.statistics, ids, variants, [method.name, own, str(dtype)])
@@ -185,5 +196,5 @@ def _compensate(run: Run, method: UnitMethod, groups: list[Group], seen: SeenByM
             part.biases[f"{group.reader}.bias"] = bias.float().cpu()
 
 
-def _limits(method: UnitMethod) -> Limits:
+def limits_of(method: StructuredMethod) -> Limits:
     return Limits(budget=method.budget, min_keep=method.min_keep, round_to=method.round_to)

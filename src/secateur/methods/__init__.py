@@ -4,14 +4,17 @@ A method is a frozen dataclass of options plus the words in which it differs fro
 lazy: a name resolves to a module the first time it is asked for.
 """
 
+from secateur.healing.recovery.adapted import Adapted
 from secateur.methods.base import (
     ChannelMethod,
+    CoupledMethod,
     LayerMethod,
     Method,
     SearchMethod,
     StructuredMethod,
     SublayerMethod,
     SupernetMethod,
+    TrainedMethod,
     UnitMethod,
     WeightMethod,
     check_for_decoders,
@@ -56,9 +59,11 @@ __all__ = [
     "CacheChannelMethod",
     "CacheElementMethod",
     "CacheMethod",
+    "Adapted",
     "ChannelMethod",
     "Consumer",
     "Coupled",
+    "CoupledMethod",
     "Descriptor",
     "DynamicMethod",
     "EvictionMethod",
@@ -82,6 +87,7 @@ __all__ = [
     "Target",
     "Trained",
     "TrainingMethod",
+    "TrainedMethod",
     "Trials",
     "UnitMethod",
     "WeightMethod",

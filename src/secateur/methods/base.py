@@ -22,6 +22,8 @@ from secateur.allocate.asked import parse_budgets
 from secateur.criteria.fitness import Fitness
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
 from secateur.errors import OptionError, UsageError
+from secateur.healing.recovery import RecoveryOptions
+from secateur.healing.recovery.adapted import Adapted
 from secateur.healing.refit import TARGETS, with_statistics
 from secateur.methods.descriptor import Descriptor
 from secateur.methods.views import (
@@ -344,6 +346,42 @@ class UnitMethod(StructuredMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CoupledMethod(UnitMethod):
+    """Scores units by all slices that leave with them, and by what the loss of calibration text tells about these.
+
+    ``needs`` names what is wanted of the loss: its ``gradient``, that of the mean over all windows, and a ``diagonal``,
+    the mean of the squared gradients of single windows. One block at a time has them. With several ``rounds`` all is
+    scored again after part of it has left, each time on windows of its own.
+    """
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What these options need; nothing for scores of weights alone."""
+        return ()
+
+    @property
+    def rounds(self) -> int:
+        """How often everything is scored."""
+        return 1
+
+    @property
+    def uses_data(self) -> bool:
+        return bool(self.needs) or super().uses_data
+
+    def partway(self, fraction: float) -> CoupledMethod:
+        """The method that removes this fraction of what is asked for."""
+        return dataclasses.replace(self, sparsity=self.sparsity * fraction)
+
+    def score_coupled(self, group: Coupled) -> Tensor:
+        """Score of every unit, [units], higher = keep.
+
+        The parts of heads are their queries, keys and values and, at the end, what reads them; of neurons those that
+        write them, and what reads them. The whole blocks of a model are a group without parts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define score_coupled()")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SupernetMethod(StructuredMethod):
     """Cuts every group to several levels, and searches on the whole model how many units each group loses.
 
@@ -390,6 +428,57 @@ class SupernetMethod(StructuredMethod):
     def measured_by(self) -> Fitness:
         """What a candidate is measured by."""
         raise NotImplementedError(f"{type(self).__name__} must define measured_by()")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedMethod(StructuredMethod):
+    """Removes units while adapters are trained, which are merged into what is left.
+
+    The windows of the calibration text are trained on. The whole model lies in memory, in float32.
+    """
+
+    steps: int = option(300, "steps of the optimiser", unit="steps", ge=1)
+    batch: int = option(4, "windows of a step", unit="windows", ge=1)
+    micro: int = option(0, "windows of one forward, whose gradients add up; 0: all of a step", unit="windows", ge=0)
+    lr: float = option(3e-4, "learning rate at the beginning, which falls as half a cosine", gt=0)
+    decay: float = option(0.0, "weight decay of AdamW", ge=0)
+    clip: float = option(1.0, "largest norm of the gradients of a step; 0: any", ge=0)
+    rank: int = option(8, "rank of the adapters", ge=1)
+    alpha: float = option(16.0, "adapters count alpha / rank times", gt=0)
+    dropout: float = option(0.05, "fraction of an adapter's inputs that is left out", ge=0, lt=1)
+    targets: str = option("", "modules that get adapters, joined by +: q_proj+v_proj (default: all of the blocks)")
+    checkpointing: bool = option(False, "compute activations again for the gradients instead of keeping them")
+    seed: int = option(0, "seed of adapters, dropout and the order of the windows", ge=0)
+
+    beta: float = option(0.9, "how much of the scores stays from one step to the next", ge=0, lt=1)
+    normalised: bool = option(True, "let all projections of a unit weigh the same")
+
+    @property
+    def uses_data(self) -> bool:
+        return True
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether ``entries`` looks at the gradients of the frozen weights."""
+        return False
+
+    def recovery(self, dtype: str) -> RecoveryOptions:
+        """How the adapters are trained; forwards are in ``dtype``. Raises OptionError."""
+        names = ("steps", "batch", "micro", "lr", "decay", "clip", "rank", "alpha", "dropout", "targets")
+        own = {name: getattr(self, name) for name in (*names, "checkpointing", "seed")}
+        return RecoveryOptions(train="lora", loss="ce", warmup=0.0, dtype=dtype, **own)
+
+    def entries(self, adapted: Adapted) -> Tensor:
+        """What every entry of a weight counts in a step, [outputs, inputs], not negative, higher = keep."""
+        raise NotImplementedError(f"{type(self).__name__} must define entries()")
+
+    def removed_at(self, step: int) -> float | None:
+        """The fraction of the sparsity that has left after a step, from 1; None when nothing is decided then."""
+        raise NotImplementedError(f"{type(self).__name__} must define removed_at()")
+
+    def allocator(self, fraction: float) -> Allocator:
+        """How this fraction of the sparsity is spread over groups."""
+        raise NotImplementedError(f"{type(self).__name__} must define allocator()")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,8 @@ class Part:
     ``weight`` is the whole parameter, ``index`` [units, width] the positions along ``dim`` of each unit. ``role`` is
     ``weight`` (two dimensions or more), ``scale`` (the weight of a norm) or ``bias``. ``gradient`` is that of the
     loss, ``curvature`` the product of its Hessian with the gradient, ``diagonal`` an estimate of the Hessian's
-    diagonal, all shaped like the weight, and empty for methods whose ``needs`` don't name them.
+    diagonal (of decoders the mean of squared gradients), all shaped like the weight, and empty for methods whose
+    ``needs`` don't name them.
     """
 
     tensor: str

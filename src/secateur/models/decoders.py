@@ -207,6 +207,10 @@ def qkv_rows(layout: str, heads: int, kv_heads: int, head_dim: int) -> tuple[Ten
 
 def _attention_group(block: DecoderBlock, model: PreTrainedModel, unit: str) -> Group:
     family, heads, kv_heads = block.family, block.heads, block.kv_heads
+    if heads % kv_heads:
+        raise UnsupportedModelError(
+            f"layer {block.layer} has {heads} query heads for {kv_heads} key-value heads, which can't share them evenly"
+        )
     q, k, v = qkv_rows(family.qkv_layout, heads, kv_heads, block.head_dim)
     columns = torch.arange(heads * block.head_dim).reshape(heads, block.head_dim)
     if unit == "kv":

@@ -193,6 +193,7 @@ class CheckpointSource(Source):
         self._unpacked: tuple[str, Tensor] = ("", torch.empty(0))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self._direction = 1
         self._expected: deque[str] = deque()
         self._coming = ahead(())
 
@@ -245,12 +246,14 @@ class CheckpointSource(Source):
 
     def block_tensors(self, layer: int) -> dict[str, Tensor]:
         if self._held[0] != layer:
+            # a walk back through the blocks goes on that way
+            self._direction = -1 if layer + 1 == self._held[0] else 1
             self._held = (-1, {})
             waiting = self._ahead.pop(layer, None)
             tensors = waiting.result() if waiting is not None else self._read(layer)
             self._held = (layer, tensors)
-        following = layer + 1
-        if following < len(self.blocks) and following not in self._ahead:
+        following = layer + self._direction
+        if 0 <= following < len(self.blocks) and following not in self._ahead:
             self._ahead = {following: self._reader.submit(self._read, following)}
         return self._held[1]
 

@@ -31,12 +31,15 @@ class Activations:
         self._bytes = 0
         self._spilled = False
 
-    def another(self, name: str = "") -> Activations:
-        """Empty ones with the same limit, in a folder ``name`` within this one's; without, in its very place."""
+    def another(self, name: str = "", parts: int = 1) -> Activations:
+        """Empty ones with the same limit, in a folder ``name`` within this one's; without, in its very place.
+
+        Of several ``parts`` that are there together each has its share of the limit.
+        """
         folder = None if self._folder is None else self._folder / name
         if folder is not None:
             folder.mkdir(exist_ok=True)
-        return self.elsewhere(folder)
+        return Activations(limit=None if self._limit is None else self._limit // parts, folder=folder)
 
     def elsewhere(self, folder: Path | None) -> Activations:
         """Empty ones with the same limit, which go to another folder."""

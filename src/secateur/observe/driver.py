@@ -149,8 +149,12 @@ class BlockWalk:
 
         ``head`` is the whole shell of the source.
         """
+        return self.head_logits(head, self._batches[batch], hidden)
+
+    def head_logits(self, head: nn.Module, ids_BT: Tensor, hidden: Tensor) -> Tensor:
+        """The same for windows of one's own choice."""
         with _giving(self._source.blocks, hidden, self._as_tuple[0]):
-            return head(input_ids=self._batches[batch], use_cache=False).logits
+            return head(input_ids=ids_BT, use_cache=False).logits
 
     def _run(self, block: nn.Module, layer: int, batch: int, hidden: Tensor) -> Tensor:
         call = self._calls[hidden.shape[0]][layer]

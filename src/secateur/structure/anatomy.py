@@ -73,6 +73,26 @@ class Group:
                 return part.index
         raise LookupError(f"{self.name} has no reader")
 
+    @cached_property
+    def pieces(self) -> tuple[Slices, ...]:
+        """The slices by projection, in their order: those of a fused tensor come apart, queries, keys and values."""
+        return tuple(
+            Slices(part.tensor, part.dim, index)
+            for part in self.slices
+            for index in part.index.split(self._widths(part.index.shape[1]), dim=1)
+        )
+
+    def _widths(self, width: int) -> list[int]:
+        """How many of the positions of a unit belong to each of the projections that one tensor holds."""
+        if self.kind == "neuron":
+            return [1] * width
+        if self.kind == "kv_head":
+            queries = self.columns.shape[1]
+            head = queries // self.parts
+            if width == queries + 2 * head:
+                return [queries, head, head]
+        return [width]
+
 
 @dataclass(frozen=True)
 class Matrix:

@@ -1,0 +1,123 @@
+"""Heads and neurons by all slices that leave with them, and by the gradient that comes back through the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocate.units import Kept, Limits
+from secateur.engine.run import Run
+from secateur.engine.units import Scoring, decide_units, limits_of
+from secateur.errors import DataError
+from secateur.keeping import Decision, SeenByModule
+from secateur.methods import Coupled, CoupledMethod, Part
+from secateur.models.sources import check_finite
+from secateur.observe.backward import BackwardWalk, Slopes
+from secateur.structure import Group, Slices
+
+
+def decide_coupled(method: CoupledMethod, run: Run) -> None:
+    """Kept units, and what compensates or refits. Raises BudgetError, DataError."""
+    decide_units(method, run, partial(_scoring, method, run))
+
+
+def _scoring(method: CoupledMethod, run: Run) -> Scoring:
+    groups = run.anatomy.of_kind(*method.kinds)
+    if not method.needs or run.keeper.finished == run.layers:
+        return partial(_score, method, run, {})
+    known = _scores_after_rounds(method, run, groups)
+
+    def scored(members: list[Group], seen: SeenByModule) -> dict[str, Tensor]:
+        return {group.name: known[group.name] for group in members}
+
+    return scored
+
+
+def _scores_after_rounds(method: CoupledMethod, run: Run, groups: list[Group]) -> Mapping[str, Tensor]:
+    """Scores of all groups; what an earlier round has removed scores lowest, so that it stays removed."""
+    tokens = run.tokens
+    assert tokens is not None
+    if len(tokens.ids) < method.rounds * run.ranks.size:
+        raise DataError(
+            f"{method.name}: {method.rounds} rounds need a calibration window each, of every rank, and there are"
+            f" {len(tokens.ids)}: add samples"
+        )
+    windows = tokens.ids.tensor_split(method.rounds)
+    total = Limits(budget=method.budget).cost(run.anatomy.blocks)
+    kept: Kept = {}
+    scores: Mapping[str, Tensor] = {}
+    for number in range(method.rounds):
+        scores = {**_descended(method, run, groups, kept, windows[number], number)}
+        for name, units in kept.items():
+            gone = torch.ones(len(scores[name]), dtype=torch.bool)
+            gone[units] = False
+            scores[name] = scores[name].masked_fill(gone, float(scores[name].min()) - 1)
+        if number + 1 < method.rounds:
+            allocator = method.partway((number + 1) / method.rounds).allocator()
+            kept = allocator.allocate(scores, groups, total, limits_of(method))
+    return scores
+
+
+def _descended(
+    method: CoupledMethod, run: Run, groups: list[Group], kept: Kept, ids: Tensor, number: int
+) -> Mapping[str, Tensor]:
+    """Scores of all groups of the model that has the ``kept`` units left, by one walk up and back."""
+    aside = run.keeper.aside(f"round-{number}")
+    if aside.finished == run.layers:
+        return aside.scores()
+    walk = BackwardWalk(
+        run.source,
+        run.ranks.part(ids),
+        dtype=run.dtype,
+        batch_tokens=run.batch_tokens,
+        hidden=run.hidden.elsewhere(aside.hidden),
+        change=partial(_without, run, groups, kept),
+        single="diagonal" in method.needs,
+    )
+    aside.resume(walk)
+    for done in range(aside.finished, run.layers):
+        layer = run.layers - 1 - done
+        members = [g for g in groups if g.layer == layer]
+        names = dict.fromkeys(piece.tensor for g in members for piece in g.pieces)
+        block = walk.open_changed(layer)
+        found = walk.descend(block, layer, [run.inside(name) for name in names])
+        slopes = {name: slope for name, slope in zip(names, found.values(), strict=True)}
+        # in float32 as the other scores: the working copy may be coarser
+        run.ranks.merge({"": slopes})
+        part = Decision(scores=_score(method, run, slopes, members, {}))
+        aside.keep(done, part, final=False, walk=walk)
+        run.progress("gradients", done + 1, run.layers)
+        del block, found, slopes
+    return aside.scores()
+
+
+def _without(run: Run, groups: list[Group], kept: Kept, block: nn.Module, layer: int) -> None:
+    """Leave only the kept units of a block; all where nothing has left."""
+    members = [g for g in groups if g.layer == layer and g.name in kept]
+    run.silence(block, members, Decision(keep={g.name: kept[g.name] for g in members}))
+
+
+def _score(
+    method: CoupledMethod, run: Run, slopes: Mapping[str, Slopes], groups: list[Group], seen: SeenByModule
+) -> dict[str, Tensor]:
+    found = {}
+    for group in groups:
+        parts = tuple(_part(method, run, group.layer, piece, slopes) for piece in group.pieces)
+        scores = method.score_coupled(Coupled(group.name, group.units, parts))
+        check_finite(scores, group.name, group.layer, "scores")
+        found[group.name] = scores.float().cpu()
+    return found
+
+
+def _part(method: CoupledMethod, run: Run, layer: int, piece: Slices, slopes: Mapping[str, Slopes]) -> Part:
+    """One projection as a method sees it, in float32 and as it is stored."""
+    weight = run.source.tensor(piece.tensor).to(run.source.device_of(layer))
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    role = "weight" if weight.dim() > 1 else "bias" if piece.tensor.endswith(".bias") else "scale"
+    part = Part(piece.tensor, piece.dim, piece.index, role, weight)
+    slope = slopes.get(piece.tensor)
+    return part if slope is None else replace(part, **{name: getattr(slope, name) for name in method.needs})
