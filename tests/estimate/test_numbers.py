@@ -128,6 +128,37 @@ def test_text_goes_through_a_block_as_often_as_it_really_does(sizes, tiny_llama,
     assert sum(counted) == passes * 4
 
 
+def test_gradients_come_back_through_one_block_at_a_time(sizes):
+    mine = job("llm_pruner", criterion="param_mix")
+    once = TOKENS * (2 * LINEAR + 2 * 16 * 32)
+    # up, up again and back; of the head no gradient of its weights
+    assert flops(sizes, mine)["forwards"] == 2 * 4 * once + 3 * 2 * TOKENS * sizes.head - 2 * TOKENS * sizes.head
+    found = memory(sizes, mine, 0).process
+    assert found["hidden states"] == (2 + 2) * TOKENS * 32 * 4
+    entries = LINEAR + 2 * 32
+    turning = {"at work": 4 * sizes.head + 16 * 512 * 16}
+    descending = {"statistics": 2 * 4 * entries, "at work": 16 * (4 * 64 + 8 * 32) * 4 + 8 * entries}
+    assert {name: found.get(name) for name in descending} in (descending, {"statistics": None, **turning})
+    # nothing of all this for scores of weights alone
+    assert "forwards" not in flops(sizes, job("llm_pruner", criterion="l2"))
+    assert disk(sizes, mine)["hidden states"] == 2 * TOKENS * 32 * 4
+
+
+def test_training_has_the_whole_model_and_no_gradients_of_it(sizes):
+    mine, true = (job("loraprune", metric=metric, batch=2, rank=4) for metric in ("lora", "grad"))
+    found, more = (memory(sizes, one, 0).process for one in (mine, true))
+    assert found["whole model"] == sizes.stored and "hidden states" not in found
+    adapters = 2 * 4 * (2 * (32 + 32) + 2 * (16 + 32) + 3 * (32 + 64))
+    assert found["adapters"] == 4 * 4 * adapters
+    assert more["statistics"] == 4 * 2 * LINEAR and "statistics" not in found
+    tokens = 300 * 2 * 16
+    attention = 2 * 2 * 16 * 32
+    alone = tokens * (4 * 2 * LINEAR + 3 * attention + 4 * sizes.head + 6 * adapters)
+    assert flops(sizes, mine)["forwards"] == alone
+    assert flops(sizes, true)["forwards"] == alone + tokens * 2 * 2 * LINEAR
+    assert disk(sizes, mine)["plan"] == 2 * (2 * LINEAR // 8 + 4 * 2 * LINEAR)
+
+
 def test_a_search_over_levels_has_its_trials_and_its_supernet(sizes):
     how = {"offspring": 3, "stage_tokens": "16,32", "survivors": "2", "levels": 3, "sparsity": 0.5}
     alone, searching = job("tyr", generations=0, **how), job("tyr", generations=2, **how)

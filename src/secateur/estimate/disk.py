@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from secateur.estimate.job import Job
-from secateur.estimate.memory import hidden_bytes, spills
+from secateur.estimate.memory import adapter_entries, hidden_bytes, spills, state_bytes
 from secateur.estimate.sizes import Sizes
-from secateur.methods import LayerMethod, SearchMethod, SublayerMethod, UnitMethod, WeightMethod
+from secateur.methods import LayerMethod, SearchMethod, SublayerMethod, TrainedMethod, UnitMethod, WeightMethod
 
 
 def disk(sizes: Sizes, job: Job) -> dict[str, int]:
@@ -17,14 +17,22 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
     elif job.method.refits or job.levels:
         # new values of the weights that read units
         plan = _read_bytes(sizes, job, sizes.itemsize)
-    hidden = hidden_bytes(sizes, job)
+    elif isinstance(job.method, TrainedMethod):
+        # new values of all weights, whether they stay or not
+        plan = -(-linear // 8) + linear * sizes.itemsize
     # the states before and after a block are both there for a moment; and a file is kept once it is needed
+    hidden = state_bytes(sizes, job)
     states = (4 if spills(sizes, job) else 2) * hidden
+    if job.walks_back and spills(sizes, job):
+        states += hidden_bytes(sizes, job)
     seen = 0
     if isinstance(job.method, UnitMethod) and not job.method.in_sequence:
         seen = sum(n.stored for block in sizes.blocks for n in job.needs(block, sizes.hidden))
     # scores that the end needs, and where a search is
     ranked = 4 * linear if job.ranks_globally or job.searched_tokens else 0
+    if isinstance(job.method, TrainedMethod):
+        # adapters with their moments, the last state and the next
+        ranked = 2 * 3 * 4 * adapter_entries(sizes, job.method)
     if job.levels:
         # all levels, in float32
         ranked = job.levels * _read_bytes(sizes, job, 4)

@@ -11,12 +11,14 @@ import torch
 from secateur.allocators import Measuring
 from secateur.estimate.sizes import BlockSizes, Inputs
 from secateur.methods import (
+    CoupledMethod,
     LayerMethod,
     Method,
     SearchMethod,
     StructuredMethod,
     SublayerMethod,
     SupernetMethod,
+    TrainedMethod,
     UnitMethod,
     WeightMethod,
 )
@@ -60,6 +62,8 @@ class Job:
     @property
     def batch(self) -> int:
         """Tokens that go through a block together."""
+        if self.walks_back and "diagonal" in self.method.needs:  # type: ignore[attr-defined]
+            return self.length
         return min(self.samples, max(1, self.batch_tokens // self.length)) * self.length if self.observes else 0
 
     @property
@@ -97,7 +101,20 @@ class Job:
         first = (1 + again + paired, 1 + paired) if self._deciding else (0, 0)
         paired = 1 if Cross in self._refitting.values() else 0
         later = (2 + paired, 1 + paired) if self._refitting else (0, 0)
-        return self.repeats * first[0] + later[0], self.repeats * first[1] + later[1]
+        # up, up again with a graph, and back, which is twice that
+        back = 4 if self.walks_back else 0
+        return back + self.repeats * first[0] + later[0], back + self.repeats * first[1] + later[1]
+
+    @property
+    def walks_back(self) -> bool:
+        """Whether gradients come back through the blocks, one by one."""
+        return isinstance(self.method, CoupledMethod) and bool(self.method.needs)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of one forward of a training of the whole model; 0 for methods that don't train."""
+        method = self.method
+        return (method.micro or method.batch) * self.length if isinstance(method, TrainedMethod) else 0
 
     @property
     def levels(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.methods import StructuredMethod, SublayerMethod, WeightMethod
+from secateur.methods import StructuredMethod, SublayerMethod, TrainedMethod, WeightMethod
 
 # outside tensors are looked at beside all else, in parts of 2^20 entries
 _CHECKED = 1 << 20
@@ -33,7 +33,7 @@ _SLACK, _MOST_SLACK = 0.1, 1 << 28
 # tokens whose predictions are kept while models are tried out
 _TRIED = 4096
 # what lies on the device that computes
-_ON_DEVICE = ("working copy", "whole model", "hidden states", "statistics", "at work")
+_ON_DEVICE = ("working copy", "whole model", "adapters", "hidden states", "statistics", "at work")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
     stages += [_trying(sizes, job), _leaving_out(sizes, job)]
     if job.searched_tokens:
         stages.append(_searching(sizes, job, block))
+    if job.walks_back:
+        stages += [_turning(sizes, job), _descending(job, sizes, block)]
+    if isinstance(job.method, TrainedMethod):
+        stages.append(_training(sizes, job, job.method, block))
     most = max(stages, key=lambda stage: sum(stage.values()))
     parts = {name: size for name, size in {**steady, **most}.items() if size}
     device: dict[str, int] = {}
@@ -74,8 +78,19 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
 
 
 def hidden_bytes(sizes: Sizes, job: Job) -> int:
-    """The hidden states of all calibration tokens, in every stream."""
-    return job.streams * job.tokens * sizes.hidden * job.dtype.itemsize
+    """The hidden states of all calibration tokens, in every stream.
+
+    A walk back needs those that enter every block, those behind the last one, and the gradients that come down.
+    """
+    if job.trained_tokens:
+        return 0
+    states = len(sizes.blocks) + 2 if job.walks_back else job.streams
+    return states * job.tokens * sizes.hidden * job.dtype.itemsize
+
+
+def state_bytes(sizes: Sizes, job: Job) -> int:
+    """Of the hidden states what an interrupted run goes on from: those between two blocks."""
+    return job.streams * job.tokens * sizes.hidden * job.dtype.itemsize if hidden_bytes(sizes, job) else 0
 
 
 def spills(sizes: Sizes, job: Job) -> bool:
@@ -92,7 +107,7 @@ def _model(sizes: Sizes, block: BlockSizes) -> dict[str, int]:
 
 
 def _walk(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
-    if not job.observes:
+    if not job.observes or job.trained_tokens:
         return {}
     hidden = hidden_bytes(sizes, job)
     if spills(sizes, job):
@@ -110,7 +125,7 @@ def _entering(sizes: Sizes, job: Job) -> dict[str, int]:
 
 
 def _observing(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
-    if not job.observes:
+    if not job.observes or job.trained_tokens:
         return {}
     needs = max(
         (list(job.needs(block, sizes.hidden)), list(job.later_needs(block, sizes.hidden))),
@@ -183,12 +198,50 @@ def _searching(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
     """A copy of the whole model and one of its matrices, masks, and the graph of the windows that run together."""
     entries = sum(b.entries for b in sizes.blocks) + sizes.outside_entries
     tokens = min(job.searched_tokens, max(1, job.batch_tokens // job.length) * job.length)
-    ffn = max((outputs for outputs, _ in block.matrices), default=sizes.hidden)
-    # of a block about four widths of its FFN and eight of the residual stream stay for the gradient; logits, their
-    # float32 copy, their softmax and its gradient
-    graph = tokens * (len(sizes.blocks) * (4 * ffn + 8 * sizes.hidden) * job.dtype.itemsize + 16 * sizes.vocabulary)
+    graph = tokens * (len(sizes.blocks) * _graph(sizes, block) * job.dtype.itemsize + 16 * sizes.vocabulary)
     return {
         "whole model": (entries + sizes.linear) * job.dtype.itemsize,
         "decision": 2 * sizes.linear,
         "at work": graph,
     }
+
+
+def _graph(sizes: Sizes, block: BlockSizes) -> int:
+    """Entries per token that one block keeps for its gradient."""
+    # about four widths of its FFN and eight of the residual stream; of what leaves the model logits, their float32
+    # copy, their softmax and its gradient come on top: 16 bytes per token and word
+    ffn = max((outputs for outputs, _ in block.matrices), default=sizes.hidden)
+    return 4 * ffn + 8 * sizes.hidden
+
+
+def _turning(sizes: Sizes, job: Job) -> dict[str, int]:
+    """The head of the model, and the predictions of one window."""
+    return {"at work": sizes.head * job.dtype.itemsize + 16 * sizes.vocabulary * job.length}
+
+
+def _descending(job: Job, sizes: Sizes, block: BlockSizes) -> dict[str, int]:
+    """The graph of a batch in one block, the gradients that it gives, and what they add up to."""
+    kinds = len(job.method.needs)  # type: ignore[attr-defined]
+    graph = job.batch * _graph(sizes, block) * job.dtype.itemsize
+    return {"statistics": 4 * kinds * block.entries, "at work": graph + block.entries * (job.dtype.itemsize + 4)}
+
+
+def _training(sizes: Sizes, job: Job, method: TrainedMethod, block: BlockSizes) -> dict[str, int]:
+    """The whole model in float32, its adapters with their moments, and the graph of one forward."""
+    entries = sum(b.entries for b in sizes.blocks) + sizes.outside_entries
+    adapters = adapter_entries(sizes, method)
+    kept = len(sizes.blocks) * (sizes.hidden if method.checkpointing else _graph(sizes, block))
+    graph = job.trained_tokens * ((kept + _graph(sizes, block)) * job.dtype.itemsize + 16 * sizes.vocabulary)
+    gradients = sizes.linear if method.needs_gradient else 0
+    # the product of an adapter, its gradient, and the score of one matrix
+    return {
+        "whole model": 4 * entries,
+        "adapters": 4 * 4 * adapters,
+        "statistics": 4 * gradients,
+        "at work": graph + 3 * 4 * block.widest,
+    }
+
+
+def adapter_entries(sizes: Sizes, method: TrainedMethod) -> int:
+    """Entries of the adapters of all matrices."""
+    return method.rank * sum(outputs + inputs for block in sizes.blocks for outputs, inputs in block.matrices)

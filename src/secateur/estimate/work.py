@@ -5,9 +5,9 @@ from __future__ import annotations
 from secateur.estimate.disk import checkpoint_bytes
 from secateur.estimate.job import Job
 from secateur.estimate.machine import Machine
-from secateur.estimate.memory import hidden_bytes, spills
+from secateur.estimate.memory import adapter_entries, spills, state_bytes
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.methods import StructuredMethod, WeightMethod
+from secateur.methods import StructuredMethod, TrainedMethod, WeightMethod
 
 # passes over memory of isfinite (four results, each read again) and of a conversion, in entries read or written
 _CHECKS, _CONVERSIONS = 8, 2
@@ -46,10 +46,26 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
             found["factorisations"] += needs.solve_flops
         found["statistics"] += sum(needs.update_flops for needs in job.allocation_needs(block, sizes.hidden))
         found["solving"] += job.solve_flops(block)
+    found["forwards"] += _gradient_flops(sizes, job)
     # whole models, the head among them
     tried = job.trial_tokens + job.tried_tokens(len(sizes.blocks))
     found["forwards"] += tried * 2 * (sizes.linear + sizes.head)
     return {name: count for name, count in found.items() if count}
+
+
+def _gradient_flops(sizes: Sizes, job: Job) -> int:
+    """Of the head, forward and back, where gradients come back through the blocks, and of training adapters."""
+    method = job.method
+    if job.walks_back:
+        return 4 * job.tokens * sizes.head
+    if not isinstance(method, TrainedMethod):
+        return 0
+    tokens = method.steps * method.batch * job.length
+    # forward, and the gradient at every input; forward again, and the gradient at every weight, where that is asked for
+    through = 4 + 2 * method.checkpointing + 2 * method.needs_gradient
+    attention = len(sizes.blocks) * 2 * job.length * sizes.attention
+    blocks = through * sizes.linear + 3 * attention
+    return tokens * (blocks + 4 * sizes.head + 6 * adapter_entries(sizes, method))
 
 
 def _variant_flops(sizes: Sizes, job: Job) -> int:
@@ -141,5 +157,5 @@ def _deciding(sizes: Sizes, job: Job, machine: Machine, count: dict[str, int]) -
 def _written(sizes: Sizes, job: Job) -> int:
     """Cut blocks go to the folder of the run first, and to the checkpoint from there."""
     checkpoint = checkpoint_bytes(sizes, job)
-    states = len(sizes.blocks) * hidden_bytes(sizes, job) * (3 if spills(sizes, job) else 1)
+    states = len(sizes.blocks) * state_bytes(sizes, job) * (3 if spills(sizes, job) else 1)
     return checkpoint + (checkpoint - sizes.outside_stored) + states
