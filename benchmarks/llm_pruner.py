@@ -1,0 +1,134 @@
+"""LLM-Pruner's criteria and baselines at a fifth of the blocks' parameters, and what training adapters mends.
+
+    python benchmarks/llm_pruner.py --calibration VALID.txt --evaluation TEST.txt
+
+Every criterion scores heads and neurons from the same 16 windows of 128 tokens; layers at both ends stay whole, as
+published. Random scores are drawn from every seed. The model of the first criterion is then trained on the calibration
+text. The result is written after every row; a second call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from common import finished_rows, write_result
+
+import secateur as sc
+from secateur.report.build import removed_fraction
+
+TITLE = "LLM-Pruner: criteria, baselines and recovery"
+CRITERIA = ("param_first", "param_second", "param_mix", "vectorize", "l1", "l2", "random")
+LENGTH = 512
+"""Tokens of an evaluated window."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--samples", type=int, default=16, help="windows of 128 tokens that gradients are taken of")
+    parser.add_argument("--windows", type=int, default=40, help="windows that are evaluated")
+    parser.add_argument("--criteria", default=",".join(CRITERIA))
+    parser.add_argument("--seeds", default="0,1,2", help="of random scores")
+    parser.add_argument("--steps", type=int, default=300, help="of recovery; 0 leaves it out")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window that is trained on")
+    arguments = parser.parse_args()
+    name = f"llm-pruner-{Path(arguments.model).name}"
+    model, tokenizer = sc.load(arguments.model)
+    rows = finished_rows(name)
+    setting = {
+        "model": Path(arguments.model).name,
+        "sparsity": arguments.sparsity,
+        "calibration": f"{Path(arguments.calibration).name}, {arguments.samples} windows of 128 tokens",
+        "evaluation": f"{Path(arguments.evaluation).name}, first {arguments.windows} windows of {LENGTH} tokens",
+        "recovery": f"lora, cross-entropy, {arguments.steps} steps of {arguments.batch} x {arguments.length} tokens",
+        "seeds of random scores": arguments.seeds,
+        "dtype": "float32",
+    }
+
+    def perplexity(one: Any) -> float:
+        task = f"perplexity:{arguments.evaluation}"
+        table = sc.evaluate({"m": one}, tokenizer, [task], length=LENGTH, windows=arguments.windows)
+        return table["perplexity"].values["m"]
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        write_result(name, TITLE, setting, rows, text(rows))
+
+    def done(criterion: str, seed: int, healed: bool) -> bool:
+        return any((r["criterion"], r["seed"], r["healed"]) == (criterion, seed, healed) for r in rows)
+
+    if not rows:
+        add({"criterion": "dense", "seed": 0, "healed": False, "perplexity": perplexity(model)})
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    wanted = [(c, s) for c in arguments.criteria.split(",") for s in (seeds if c == "random" else [0])]
+    for criterion, seed in wanted:
+        trains = criterion == wanted[0][0] and arguments.steps > 0
+        if done(criterion, seed, False) and (not trains or done(criterion, seed, True)):
+            continue
+        started = time.perf_counter()
+        plan = sc.plan(
+            model,
+            tokenizer,
+            method="llm_pruner",
+            sparsity=arguments.sparsity,
+            options={"criterion": criterion},
+            calibration=arguments.calibration,
+            samples=arguments.samples,
+            length=128,
+            seed=seed,
+        )
+        row = {"criterion": criterion, "seed": seed, "removed": f"{removed_fraction(plan, sc.anatomy(model)):.4f}"}
+        seconds = time.perf_counter() - started
+        cut = sc.apply(plan, model)
+        if not done(criterion, seed, False):
+            add({**row, "healed": False, "perplexity": perplexity(cut), "seconds": round(seconds, 1)})
+        if trains:
+            healed = sc.heal(
+                cut,
+                tokenizer,
+                plan=plan,
+                data=arguments.calibration,
+                loss="ce",
+                steps=arguments.steps,
+                inplace=True,
+                options={"batch": arguments.batch, "length": arguments.length, "measure": arguments.steps},
+            )
+            add({**row, "healed": True, "perplexity": perplexity(healed.model)})
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    """What the table shows, as far as it goes."""
+    lines = [
+        "Perplexity of the dense model, and of what is left of it by each of the criteria. `healed` are rows after",
+        "training of adapters. Seconds are those of a plan, on a machine that did other work as well.",
+    ]
+    found = {
+        (c, healed): statistics.fmean(values)
+        for c in ("dense", *CRITERIA)
+        for healed in (False, True)
+        if (values := [r["perplexity"] for r in rows if r["criterion"] == c and r["healed"] == healed])
+    }
+    first = found.get(("param_first", False))
+    for other in ("random", "vectorize"):
+        if first is not None and (other, False) in found:
+            lines += ["", f"- `{other}` has {found[other, False] / first:.2f} times the perplexity of `param_first`."]
+    if first is not None and ("param_first", True) in found:
+        dense, cut, healed = (
+            math.log(found[k]) for k in (("dense", False), ("param_first", False), ("param_first", True))
+        )
+        lines += ["", f"- Training closes {(cut - healed) / (cut - dense):.0%} of the gap in log-perplexity."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

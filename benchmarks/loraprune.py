@@ -1,0 +1,147 @@
+"""LoRAPrune beside other ways to choose what leaves while, or before, the same adapters are trained as long.
+
+    python benchmarks/loraprune.py --calibration TRAIN.txt --evaluation TEST.txt
+
+Half of the blocks' parameters leave while adapters are trained on the calibration text: by the gradient that adapters
+tell of (`lora`), by true gradients (`grad`), by magnitude, and at random. The order of windows, the adapters and random
+scores are drawn from every seed. LLM-Pruner removes as much at once, and what it leaves is then trained for the same
+steps. The result is written after every row; a second call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from common import finished_rows, write_result
+
+import secateur as sc
+from secateur.report.build import removed_fraction
+
+TITLE = "LoRAPrune: what tells which units leave while adapters are trained"
+METRICS = ("lora", "grad", "magnitude", "random")
+ONCE = "llm_pruner, then training"
+LENGTH = 512
+"""Tokens of an evaluated window."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window that is trained on")
+    parser.add_argument("--samples", type=int, default=0, help="windows to train on; 0: as many as the steps see")
+    parser.add_argument("--every", type=int, default=5, help="steps from one pruning to the next")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--windows", type=int, default=40, help="windows that are evaluated")
+    parser.add_argument("--ways", default=";".join((*METRICS, ONCE)), help="rows to run, joined by ;")
+    parser.add_argument("--seeds", default="0,1,2")
+    arguments = parser.parse_args()
+    name = f"loraprune-{Path(arguments.model).name}"
+    model, tokenizer = sc.load(arguments.model)
+    rows = finished_rows(name)
+    steps, batch, length = arguments.steps, arguments.batch, arguments.length
+    samples = arguments.samples or steps * batch
+    setting = {
+        "model": Path(arguments.model).name,
+        "sparsity": arguments.sparsity,
+        "text": Path(arguments.calibration).name,
+        "training": f"{steps} steps of {batch} x {length} tokens, lr {arguments.lr:g}",
+        "units leave every": f"{arguments.every} steps",
+        "evaluation": f"{Path(arguments.evaluation).name}, first {arguments.windows} windows of {LENGTH} tokens",
+        "seeds": arguments.seeds,
+        "dtype": "float32",
+    }
+
+    def perplexity(one: Any) -> float:
+        task = f"perplexity:{arguments.evaluation}"
+        table = sc.evaluate({"m": one}, tokenizer, [task], length=LENGTH, windows=arguments.windows)
+        return table["perplexity"].values["m"]
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        write_result(name, TITLE, setting, rows, text(rows))
+
+    text_of = {"calibration": arguments.calibration, "length": length}
+    training = {"steps": steps, "batch": batch, "lr": arguments.lr}
+    if not rows:
+        add({"way": "dense", "seed": 0, "perplexity": perplexity(model)})
+    for seed in map(int, arguments.seeds.split(",")):
+        for way in arguments.ways.split(";"):
+            if any((row["way"], row["seed"]) == (way, seed) for row in rows):
+                continue
+            started = time.perf_counter()
+            if way == ONCE:
+                plan = sc.plan(
+                    model,
+                    tokenizer,
+                    method="llm_pruner",
+                    sparsity=arguments.sparsity,
+                    # the layers that loraprune leaves alone
+                    options={"first": int(0.1 * model.config.num_hidden_layers), "last": 1},
+                    samples=min(16, samples),
+                    seed=seed,
+                    **text_of,
+                )
+                cut = sc.heal(
+                    sc.apply(plan, model),
+                    tokenizer,
+                    plan=plan,
+                    data=arguments.calibration,
+                    loss="ce",
+                    steps=steps,
+                    seed=seed,
+                    inplace=True,
+                    options={"batch": batch, "length": length, "lr": arguments.lr, "warmup": 0, "measure": steps},
+                ).model
+            else:
+                plan = sc.plan(
+                    model,
+                    tokenizer,
+                    method="loraprune",
+                    sparsity=arguments.sparsity,
+                    options={**training, "metric": way, "every": arguments.every},
+                    samples=samples,
+                    seed=seed,
+                    **text_of,
+                )
+                cut = sc.apply(plan, model)
+            seconds = round(time.perf_counter() - started)
+            removed = f"{removed_fraction(plan, sc.anatomy(model)):.4f}"
+            add({"way": way, "seed": seed, "perplexity": perplexity(cut), "removed": removed, "seconds": seconds})
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    """What the table shows, as far as it goes."""
+    lines = [
+        "Perplexity of the dense model, and after a part of its heads and neurons has left while adapters were",
+        "trained, or at once before that. All ways train as long. Seconds are those of a machine that did other work",
+        "as well.",
+    ]
+    found = {
+        way: statistics.fmean(values)
+        for way in (*METRICS, ONCE)
+        if (values := [row["perplexity"] for row in rows if row["way"] == way])
+    }
+    if "lora" in found:
+        lines += [
+            "",
+            *(
+                f"- `{w}` has {p / found['lora']:.3f} times the perplexity of `lora`."
+                for w, p in found.items()
+                if w != "lora"
+            ),
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
