@@ -32,7 +32,7 @@ LAYERS, SAMPLES, LENGTH = 3, 8, 512
 BATCH = 2048 // LENGTH
 # scores that differ by less may swap their places when sums are taken in another order
 CLOSE = 1e-5
-METHODS = {"wanda": 0.5, "flap": 0.3, "sparsegpt": 0.5, "shortgpt": 0.4}
+METHODS = {"wanda": 0.5, "flap": 0.3, "sparsegpt": 0.5, "shortgpt": 0.4, "llm_pruner": 0.3}
 # decided on the dense model, then refitted to what the dense model gives: two walks, the second one with two streams
 REFIT = {"method": "flap", "sparsity": 0.3, "heal": "refit", "target": "dense"}
 
@@ -121,8 +121,9 @@ def plan_of(folder: Path) -> Plan:
 def test_two_ranks_do_half_of_the_forwards_each_and_report_the_same(method, one_process, two_ranks):
     one = one_process[method]
     notes = [json.loads((two_ranks / f"{method}-{rank}.json").read_text()) for rank in range(2)]
-    # a sequential method runs every block twice, the last one once
-    passes = 2 * LAYERS - 1 if method in ("wanda", "sparsegpt") else LAYERS
+    # a sequential method runs every block twice, the last one once; gradients come back through all that were run
+    twice = {"wanda": 2 * LAYERS - 1, "sparsegpt": 2 * LAYERS - 1, "llm_pruner": 2 * LAYERS}
+    passes = twice.get(method, LAYERS)
     assert sum(one.windows) == passes * SAMPLES
     assert [note["windows"] for note in notes] == [passes * SAMPLES // 2] * 2
     assert [note["largest"] for note in notes] == [BATCH] * 2 == [max(one.windows)] * 2
@@ -166,6 +167,13 @@ def test_units_differ_only_where_scores_are_as_good_as_tied(one_process, two_ran
     assert one.biases and set(one.biases) == set(two.biases)
     for name, bias in one.biases.items():
         torch.testing.assert_close(bias, two.biases[name], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_two_ranks_are_those_of_one_process(one_process, two_ranks):
+    one, two = plan_of(one_process["llm_pruner"].folder), plan_of(two_ranks / "llm_pruner")
+    for name, scores in one.scores.items():
+        torch.testing.assert_close(scores, two.scores[name], rtol=1e-4, atol=1e-7)
+    assert len({float(scores.sum()) for scores in one.scores.values()}) == 2 * LAYERS
 
 
 def test_two_ranks_refit_as_one_process_does(checkpoint, two_ranks, tmp_path):

@@ -46,6 +46,8 @@ HEALED = {
     "flap, refit": ("flap", {"sparsity": 0.3, "heal": "refit"}),
     "magnitude_sp, bias": ("magnitude_sp", {"sparsity": 0.3, "heal": "bias"}),
     "tyr": ("tyr", {"sparsity": 0.3, "levels": 3, "iterations": 2, "generations": 1, "offspring": 2}),
+    "llm_pruner, refit": ("llm_pruner", {"sparsity": 0.3, "heal": "refit", "rounds": 2}),
+    "loraprune": ("loraprune", {"sparsity": 0.3, "steps": 2, "batch": 2, "every": 1}),
     "osscar": ("osscar", {"sparsity": 0.3, "local_search": True}),
 }
 
@@ -138,6 +140,18 @@ def test_both_streams_of_hidden_states_go_to_files(case, tmp_path):
     assert (tmp_path / "work" / "hidden" / "hidden.bin").is_file()
     assert (tmp_path / "work" / "hidden" / "dense" / "hidden.bin").is_file()
     assert plan.values and all(torch.equal(values, result.plan.values[name]) for name, values in plan.values.items())
+
+
+def test_gradients_on_their_way_back_and_what_enters_every_block_go_to_files(tmp_path):
+    model = make_tiny("llama")
+    model.save_pretrained(tmp_path / "dense")
+    plan = plan_for("llm_pruner", model, IDS, sparsity=0.3)
+    result = stream(tmp_path / "dense", tmp_path / "work", "llm_pruner", {"sparsity": 0.3}, limit=1000)
+    hidden = tmp_path / "work" / "round-0" / "hidden"
+    assert {path.parent.name for path in hidden.rglob("hidden.bin")} >= {"down", *(f"into-{i:05d}" for i in range(3))}
+    assert not plan.diff(result.plan)
+    for name, scores in plan.scores.items():
+        torch.testing.assert_close(result.plan.scores[name], scores)
 
 
 def check_streamed(family, method, options, tmp_path):

@@ -67,8 +67,9 @@ def _descended(
 ) -> Mapping[str, Tensor]:
     """Scores of all groups of the model that has the ``kept`` units left, by one walk up and back."""
     aside = run.keeper.aside(f"round-{number}")
+    scores = dict(aside.scores())
     if aside.finished == run.layers:
-        return aside.scores()
+        return scores
     walk = BackwardWalk(
         run.source,
         run.ranks.part(ids),
@@ -89,10 +90,12 @@ def _descended(
         # in float32 as the other scores: the working copy may be coarser
         run.ranks.merge({"": slopes})
         part = Decision(scores=_score(method, run, slopes, members, {}))
+        # every rank knows them, and one writes
+        scores |= part.scores
         aside.keep(done, part, final=False, walk=walk)
         run.progress("gradients", done + 1, run.layers)
         del block, found, slopes
-    return aside.scores()
+    return scores
 
 
 def _without(run: Run, groups: list[Group], kept: Kept, block: nn.Module, layer: int) -> None:
