@@ -28,11 +28,12 @@ ExampleInputs = Sequence[Any] | Mapping[str, Sequence[int]] | None
 
 @dataclass(frozen=True)
 class Result:
-    """What ``prune`` returns: the cut model, the plan that cut it, and the report."""
+    """What ``prune`` returns: the cut model, the plan that cut it, the report, and the tokenizer of the cut model."""
 
     model: Any
     plan: Plan
     report: Report
+    tokenizer: Any = None
 
 
 def load(
@@ -229,6 +230,7 @@ def plan(
         allocator=allocation.allocator if allocation else None,
         allocator_statistics=statistics_folder(statistics, mine, tokens, allocation, compute, batch_tokens),
         latency_table=Path(latency_table) if latency_table is not None else None,
+        tokenizer=tokenizer,
     )
     decision = keeper.whole
     provenance = Provenance(
@@ -298,6 +300,8 @@ def apply(
 ) -> Any:
     """The cut model. ``mask=True`` keeps the dense shapes and zeroes the same slices instead.
 
+    Given a tokenizer, it is the tokenizer of the cut model: the same one unless the plan cuts the vocabulary.
+
     A module that was traced is traced again, on inputs of the shapes that the plan was made with. It keeps its class
     where its own code can follow the new sizes; otherwise the result is a ``torch.fx.GraphModule``. The ``optimizer``
     of a module that is cut ``inplace`` goes on with the smaller parameters and what it knows of them.
@@ -313,6 +317,10 @@ def apply(
         from secateur.networks.onnx import apply_to_onnx
 
         return apply_to_onnx(plan, model, mask=mask)
+    if hasattr(model, "backend_tokenizer"):
+        from secateur.models.vocabulary import fitted
+
+        return fitted(model, [plan])
     if plan.inputs is not None:
         from secateur.networks.applying import apply_to_module
 
@@ -351,6 +359,7 @@ def prune(
     import time
 
     from secateur.healing.recovery import split_heal
+    from secateur.models.vocabulary import fitted
     from secateur.report.build import build_report
 
     start = time.perf_counter()
@@ -360,12 +369,13 @@ def prune(
     report = build_report(made, anatomy(model, heads=made.head_unit))  # type: ignore[arg-type]
     cut = apply(made, model, inplace=inplace)
     report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
+    own = fitted(tokenizer, [made])
     if training is not None:
         from secateur.recovering import Teacher, recover_decoder
 
         recovered = recover_decoder(
             cut,
-            tokenizer,
+            own,
             training,
             plans=[made],
             # cut in place there is no dense model any more
@@ -377,7 +387,7 @@ def prune(
         [made] = recovered.on([made])
         report.recoveries = [recovered.section()]
         report.seconds["heal"] = recovered.curve.seconds
-    return Result(model=cut, plan=made, report=report)
+    return Result(model=cut, plan=made, report=report, tokenizer=own)
 
 
 def densities(
@@ -514,6 +524,7 @@ def evaluate(
     seed: int = 0,
     text_field: str | None = None,
     folders: Mapping[str, str | Path] | None = None,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Table:
     """Measure models side by side; the first is the dense baseline. ``models`` is one, a list, or a mapping of names.
@@ -521,7 +532,8 @@ def evaluate(
     Tasks of decoders: ``perplexity:builtin``, ``perplexity:FILE``, ``perplexity:DATASET``, ``speed``, ``request``,
     ``size``, ``macs``, ``lm_eval:TASK``. ``length`` is the window in tokens and ``windows`` their number.
     ``text_field`` is the field of a jsonl or parquet file. ``folders`` maps the names of models to their checkpoint
-    folders, whose size on disk is then the one shown.
+    folders, whose size on disk is then the one shown. ``tokenizers`` maps those that have a vocabulary of their own to
+    their tokenizers: they read the same text, and losses are per token of ``tokenizer``.
     Tasks of other networks, torch modules and ONNX models: ``accuracy:IMAGES`` (top-1 and mean loss on a folder with
     one sub-folder per class, an .npz or .parquet file, or a data set), ``latency``, ``macs``, ``size``; all but the
     first need ``example_inputs``, as in ``anatomy``. The default tasks are ``perplexity:builtin``, ``speed`` and
@@ -540,6 +552,7 @@ def evaluate(
         seed=seed,
         text_field=text_field,
         folders=folders,
+        tokenizers=tokenizers,
         progress=progress,
     )
 

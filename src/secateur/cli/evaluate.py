@@ -90,6 +90,7 @@ def evaluate(
             seed=seed,
             text_field=text_field,
             folders=folders,
+            tokenizers={name: pair[1] for name, pair in zip(names, loaded, strict=True)},
             progress=progress,
         )
     if json:

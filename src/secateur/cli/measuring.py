@@ -53,6 +53,7 @@ class Measurement:
             windows=self.job.windows,
             seed=self.job.calibration.seed,
             text_field=self.job.calibration.text_field,
+            tokenizers={"pruned": result.tokenizer},
             progress=self.progress,
         )
         report.metrics = [*table, *report.metrics]
@@ -61,7 +62,8 @@ class Measurement:
             from secateur.report import Sample
 
             models = {"dense": dense, "pruned": pruned}
-            outputs = {name: continuation(model, tokenizer, prompt) for name, model in models.items()}
+            readers = {"dense": tokenizer, "pruned": result.tokenizer or tokenizer}
+            outputs = {name: continuation(model, readers[name], prompt) for name, model in models.items()}
             report.samples = [*report.samples, Sample(prompt, outputs)]
 
     def _loads(self, source: Source) -> bool:

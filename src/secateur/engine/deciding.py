@@ -18,6 +18,7 @@ from secateur.engine.sublayers import check_sublayers, decide_sublayers
 from secateur.engine.supernet import decide_supernet
 from secateur.engine.training import decide_trained
 from secateur.engine.units import check_units, decide_units
+from secateur.engine.vocabulary import check_vocabulary, decide_vocabulary
 from secateur.engine.weights import check_weights, decide_weights
 from secateur.errors import UsageError
 from secateur.keeping import Keeper
@@ -31,6 +32,7 @@ from secateur.methods import (
     SupernetMethod,
     TrainedMethod,
     UnitMethod,
+    VocabularyMethod,
     WeightMethod,
 )
 from secateur.models.sources import Source
@@ -40,7 +42,7 @@ from secateur.ranks import ALONE, Ranks
 from secateur.structure import Anatomy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def decide(
@@ -58,6 +60,7 @@ def decide(
     allocator: Allocator | None = None,
     allocator_statistics: Path | None = None,
     latency_table: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Keeper:
     """What ``method`` removes from the model of ``source``; ``tokens`` are its calibration windows.
 
@@ -65,11 +68,13 @@ def decide(
     ``statistics`` is a folder in which those of the dense model are kept, and found again, one file per block.
     Each of the ``ranks`` walks its part of the windows, and all of them decide the same. The ``allocator`` gives
     every matrix its sparsity first; its statistics are kept in ``allocator_statistics``. ``latency_table`` is the file
-    of a budget of latency, by default one in the user's cache.
+    of a budget of latency, by default one in the user's cache. The ``tokenizer`` tells methods for the vocabulary what
+    its tokens are.
     """
     if allocator is not None:
         check_follows(allocator, method)
     run = Run(method, source, tokens, dtype, batch_tokens, progress, keeper or Keeper(), hidden, statistics, ranks)
+    run.tokenizer = tokenizer
     run.allocator, run.allocator_statistics, run.latency_table = allocator, allocator_statistics, latency_table
     check_model(method, source.model, run.anatomy)
     if not run.keeper.closed:
@@ -89,6 +94,7 @@ check_model.register(SearchMethod, check_weights)
 check_model.register(StructuredMethod, check_units)
 check_model.register(LayerMethod, check_layers)
 check_model.register(SublayerMethod, check_sublayers)
+check_model.register(VocabularyMethod, check_vocabulary)
 
 
 @singledispatch
@@ -104,3 +110,4 @@ _decide.register(SupernetMethod, decide_supernet)
 _decide.register(TrainedMethod, decide_trained)
 _decide.register(LayerMethod, decide_layers)
 _decide.register(SublayerMethod, decide_sublayers)
+_decide.register(VocabularyMethod, decide_vocabulary)

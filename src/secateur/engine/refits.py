@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocate import parse_pattern
-from secateur.engine.run import Run, complement, set_weight
+from secateur.engine.run import Run, set_weight
 from secateur.healing import find
 from secateur.healing.refit import few_tokens
 from secateur.keeping import Decided, Decision, SeenByModule
@@ -17,6 +17,7 @@ from secateur.methods import UnitMethod, WeightMethod
 from secateur.models.sources import check_finite
 from secateur.observe import Gram
 from secateur.structure import Group, Matrix
+from secateur.structure.surgery import complement
 
 
 def refit(run: Run, method: WeightMethod | UnitMethod) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen
 from secateur.ranks import Ranks
 from secateur.structure import Anatomy, Group
+from secateur.structure.surgery import complement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]
 
@@ -55,6 +59,7 @@ class Run:
         self.anatomy: Anatomy = decoder_anatomy(source.model, heads=getattr(method, "heads", "kv"))
         self.layers = len(source.blocks)
         self.statistics, self.ranks = statistics, ranks
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.latency_table: Path | None = None
         self.walk: BlockWalk | None = None
         self.allocator: Allocator | None = None
@@ -190,13 +195,6 @@ class Run:
                 if bias is not None:
                     old = reader.bias.detach() if reader.bias is not None else 0.0  # type: ignore[union-attr]
                     reader.bias = nn.Parameter((bias.to(weight.device) + old).to(weight.dtype))  # type: ignore[assignment]
-
-
-def complement(kept: Tensor, units: int) -> Tensor:
-    """The other ones of so many units, ascending int64."""
-    gone = torch.ones(units, dtype=torch.bool)
-    gone[kept] = False
-    return gone.nonzero().flatten()
 
 
 def set_weight(block: nn.Module, name: str, weight: Tensor, transposed: bool) -> None:

@@ -19,7 +19,7 @@ from secateur.budgets import (
     write_losses,
 )
 from secateur.engine.refits import few_tokens_noted, refit_groups
-from secateur.engine.run import Run, complement
+from secateur.engine.run import Run
 from secateur.errors import UnsupportedModelError
 from secateur.healing import BiasHealer, find
 from secateur.keeping import Decision, SeenByModule
@@ -28,6 +28,7 @@ from secateur.models.decoders import unknown_family
 from secateur.models.sources import check_finite
 from secateur.observe import Moments
 from secateur.structure import Anatomy, Group
+from secateur.structure.surgery import complement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

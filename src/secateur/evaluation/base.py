@@ -52,6 +52,8 @@ class Settings:
     folders: Mapping[str, Path] = field(default_factory=dict)
     inputs: Inputs | None = None
     progress: Progress = silent
+    tokenizers: Mapping[str, PreTrainedTokenizerBase] = field(default_factory=dict)
+    """Those of models that have another one than the dense model."""
 
 
 @runtime_checkable

@@ -75,7 +75,7 @@ class LmEval:
         manager = self._manager()
         results = {}
         for done, (name, model) in enumerate(models.items(), start=1):
-            results[name] = self._run(model, tokenizer, manager, settings)
+            results[name] = self._run(model, settings.tokenizers.get(name, tokenizer), manager, settings)
             settings.progress(self.name, done, len(models))
         return _metrics(results, self.limit)
 

@@ -4,7 +4,8 @@
 
 A window of L tokens gives L - 1 predictions. The codes of SparseGPT, Wanda and FLAP scale every window's mean loss
 by L and divide by the total number of tokens, which is the same number for windows of equal length. The loss is
-float32 whatever the dtype of the model.
+float32 whatever the dtype of the model. A model with a vocabulary of its own reads the text of the same windows in its
+own tokens, and its losses are divided by the predictions of the dense one: the numbers are about the same text.
 
 Source: E. Frantar and D. Alistarh, "SparseGPT", ICML 2023, arXiv:2301.00774, whose evaluation the others follow.
 """
@@ -12,7 +13,7 @@ Source: E. Frantar and D. Alistarh, "SparseGPT", ICML 2023, arXiv:2301.00774, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from secateur.errors import NonFiniteError
 from secateur.evaluation.base import Settings
-from secateur.observe.calibration import Tokens, check_length, evaluating, load_tokens, source_name
+from secateur.observe.calibration import Tokens, check_length, evaluating, load_tokens, source_name, start_token
 from secateur.report import Metric
 
 if TYPE_CHECKING:
@@ -71,16 +72,27 @@ class Perplexity:
             model=next(iter(models.values())),
             allow_fewer=True,
         )
-        losses = {name: self._losses(name, model, tokens, settings) for name, model in models.items()}
+        losses = {name: self._losses(name, model, tokens, tokenizer, settings) for name, model in models.items()}
         values = {name: _exp(float(losses_N.mean()), name) for name, losses_N in losses.items()}
         parts = {name: losses_N.tolist() for name, losses_N in losses.items()}
         return [Metric(self.name, "", values, False, _protocol(tokens, settings), parts)]
 
-    def _losses(self, name: str, model: PreTrainedModel, tokens: Tokens, settings: Settings) -> Tensor:
+    def _losses(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokens: Tokens,
+        tokenizer: PreTrainedTokenizerBase | None,
+        settings: Settings,
+    ) -> Tensor:
         def step(done: int) -> None:
             settings.progress(f"{self.name} {name}", done, len(tokens.ids))
 
-        losses = window_losses(model, tokens.ids, step)
+        own = settings.tokenizers.get(name)
+        if own is None or tokenizer is None:
+            losses = window_losses(model, tokens.ids, step)
+        else:
+            losses = reread_losses(model, reread(tokens, tokenizer, own), tokens.info.length, step)
         broken = (~torch.isfinite(losses)).nonzero().flatten()
         if broken.numel():
             raise NonFiniteError(
@@ -106,6 +118,36 @@ def window_losses(
             losses += [_loss(logits_TV, ids_T[1:]) for logits_TV, ids_T in zip(logits_BTV, batch_BT, strict=True)]
             progress(len(losses))
     return torch.tensor(losses, dtype=torch.float64)
+
+
+def reread(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> list[Tensor]:
+    """The windows in the tokens of another tokenizer, [tokens] int64 each.
+
+    Windows whose tokens it has all are taken token by token, so that what was split at their ends stays as it was.
+    """
+    ids = own.get_vocab()
+    before, after = (start_token(one) if tokens.bos else [] for one in (tokenizer, own))
+    windows = []
+    for window in tokens.ids.tolist():
+        body = window[len(before) :]
+        same = [ids.get(token) for token in tokenizer.convert_ids_to_tokens(body)]
+        if None in same:
+            text = tokenizer.decode(body, clean_up_tokenization_spaces=False)
+            same = own(text, add_special_tokens=False, verbose=False)["input_ids"]
+        windows.append(torch.tensor([*after, *same], dtype=torch.int64))
+    return windows
+
+
+def reread_losses(
+    model: PreTrainedModel, windows: Sequence[Tensor], length: int, progress: Callable[[int], None] = lambda done: None
+) -> Tensor:
+    """``window_losses`` of windows of any length, per prediction of a window of ``length`` tokens."""
+    losses = []
+    for ids_T in windows:
+        check_length(model, len(ids_T))
+        losses.append(window_losses(model, ids_T[None]) * (len(ids_T) - 1) / (length - 1))
+        progress(len(losses))
+    return torch.cat(losses)
 
 
 def _windows_per_batch(model: PreTrainedModel, length: int) -> int:
@@ -140,5 +182,6 @@ def _protocol(tokens: Tokens, settings: Settings) -> str:
         + (", bos at every start)" if tokens.bos else ")"),
         f"{info.tokens} tokens",
         f"{info.length - 1} predictions a window",
+        *(f"{name} reads the text in tokens of its own, loss per token of the others" for name in settings.tokenizers),
     ]
     return "; ".join(parts)

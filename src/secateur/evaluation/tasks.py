@@ -73,12 +73,14 @@ def evaluate_models(
     progress: Progress | None = None,
     text_field: str | None = None,
     folders: Mapping[str, str | Path] | None = None,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | None] | None = None,
 ) -> Table:
     """Measure models side by side; the first is the dense baseline.
 
     A sequence of models is named ``dense``, ``pruned`` (or ``pruned-1``, ``pruned-2``, ...); a mapping gives the
     names. ``length`` is the window in tokens and ``windows`` their number. ``folders`` maps names to the checkpoint
-    folders whose size on disk is shown. ``example_inputs`` and ``example_kwargs`` are what networks are called with,
+    folders whose size on disk is shown, ``tokenizers`` to those of models that have another than ``tokenizer``.
+    ``example_inputs`` and ``example_kwargs`` are what networks are called with,
     and sizes by name for ONNX models. All tasks are checked before the first is measured.
     Raises UsageError for an unknown task, DataError for unusable data, NonFiniteError for a broken model.
     """
@@ -94,6 +96,7 @@ def evaluate_models(
         folders={name: Path(folder) for name, folder in (folders or {}).items()},
         inputs=inputs,
         progress=progress or silent,
+        tokenizers=_others(tokenizer, tokenizers or {}),
     )
     if tasks is None:
         tasks = DECODER_TASKS if inputs is None else NETWORK_TASKS
@@ -102,6 +105,17 @@ def evaluate_models(
     evaluations = [make_task(text) for text in texts] if decoders else make_network_tasks(texts)
     metrics = [metric for task in evaluations for metric in task.measure(named, tokenizer, settings)]
     return Table(metrics, list(named))
+
+
+def _others(
+    tokenizer: PreTrainedTokenizerBase | None, tokenizers: Mapping[str, PreTrainedTokenizerBase | None]
+) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers that have another vocabulary than the first."""
+    if tokenizer is None:
+        return {}
+    given = {name: own for name, own in tokenizers.items() if own is not None and own is not tokenizer}
+    vocabulary = tokenizer.get_vocab() if given else {}
+    return {name: own for name, own in given.items() if own.get_vocab() != vocabulary}
 
 
 def make_inputs(args: Any, kwargs: Mapping[str, Any] | None) -> Inputs | None:

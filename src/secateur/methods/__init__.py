@@ -16,6 +16,7 @@ from secateur.methods.base import (
     SupernetMethod,
     TrainedMethod,
     UnitMethod,
+    VocabularyMethod,
     WeightMethod,
     check_for_decoders,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "TrainedMethod",
     "Trials",
     "UnitMethod",
+    "VocabularyMethod",
     "WeightMethod",
     "Whole",
     "WrapperMethod",

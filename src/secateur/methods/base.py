@@ -7,7 +7,7 @@ it needs, how a target is scored, how a budget is spread. A method never sees a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -41,6 +41,7 @@ from secateur.methods.views import (
 from secateur.observe import Cross, Gram, Moments, Statistic
 from secateur.options import check_options, option
 from secateur.search import Descent, Evolution
+from secateur.structure.lexicon import Lexicon
 from secateur.timing import Workload
 
 
@@ -531,6 +532,44 @@ class SublayerMethod(Method):
         It goes on behind ``trials.done()``, as if it had never been interrupted.
         """
         raise NotImplementedError(f"{type(self).__name__} must define search()")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyMethod(Method):
+    """Removes tokens: rows of the embedding and of the head, and with them what the tokenizer has of these tokens."""
+
+    sparsity: float = option(0.5, "fraction of the tokens of the vocabulary removed", ge=0, lt=1)
+    min_count: int = option(
+        0, "instead, remove the tokens that are read fewer times than this; 0 = by sparsity", unit="times", ge=0
+    )
+    round_to: int = option(1, "the number of tokens that stay is a multiple of this", unit="tokens", ge=1)
+    protect: str = option("", "ids of tokens that stay whatever is read, such as 5,17,200-255")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.protected  # noqa: B018 (refused before any work)
+
+    @property
+    def uses_data(self) -> bool:
+        return True
+
+    @cached_property
+    def protected(self) -> frozenset[int]:
+        """The ids of ``protect``."""
+        found: set[int] = set()
+        for part in filter(None, (part.strip() for part in self.protect.split(","))):
+            first, dash, last = part.partition("-")
+            if not first.isdecimal() or (dash and not (last.isdecimal() and int(last) >= int(first))):
+                raise OptionError(f"protect lists ids and ranges of ids, such as 5,17,200-255; got {part!r}")
+            found |= set(range(int(first), int(last or first) + 1))
+        return frozenset(found)
+
+    def order(self, lexicon: Lexicon, counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """The tokens that may leave, in that order, each with how often it is read when its turn comes.
+
+        ``counts`` are those of the calibration text, by id. ``lexicon.fixed`` must not be among them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define order()")
 
 
 @dataclass(frozen=True, kw_only=True)

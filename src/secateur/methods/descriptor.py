@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
-    "object": ("weights", "heads_and_neurons", "layers", "sublayers", "channels", "kv_cache"),
+    "object": ("weights", "heads_and_neurons", "layers", "sublayers", "channels", "kv_cache", "vocabulary"),
     "granularity": ("element", "structured_group", "layer", "token", "channel"),
     "when": ("post", "before_training", "during_training", "inference"),
     "score": (
@@ -20,6 +20,7 @@ DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
         "loss",
         "attention",
         "position",
+        "frequency",
     ),
     "allocation": ("uniform", "global", "erk", "by_layer", "by_head"),
     "recovery": ("none", "bias", "least_squares", "fresh_weights", "training"),

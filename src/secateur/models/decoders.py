@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from secateur.errors import UnsupportedModelError
 from secateur.models.families import FAMILIES, Family, frozen_heads, frozen_layers
 from secateur.structure import Anatomy, Cost, Frozen, Group, Matrix, Slices
+from secateur.structure.lexicon import VOCABULARY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,8 +169,9 @@ def decoder_anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:
     matrices = _matrices(name, blocks)
     reason = frozen_layers(model.config)
     groups.append(_layers_group(name, blocks, reason, post_norm=_is_post_norm(model.config)))
+    groups.append(_vocabulary_group(model))
     frozen += [Frozen(g.name, g.frozen) for g in groups if g.frozen]
-    frozen += _outside(model, name)
+    frozen.append(Frozen("hidden size", "shared by every block through the residual stream"))
     return Anatomy(
         model_type=model.config.model_type,
         num_layers=len(blocks),
@@ -326,13 +328,38 @@ def _total_cost(model: PreTrainedModel) -> Cost:
     return Cost(count, count if tied else count - embedding.numel(), sum(p.numel() * p.element_size() for p in params))
 
 
-def _outside(model: PreTrainedModel, blocks: str) -> list[Frozen]:
-    head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
-    names = {id(m): n for n, m in model.named_modules()}
-    frozen = [Frozen(names.get(id(embedding), "embeddings"), "vocabulary: the methods here cut decoder blocks only")]
-    if head is not None:
-        tied = head.weight is embedding.weight
-        frozen.append(Frozen(names[id(head)], "tied to the embedding" if tied else frozen[0].reason))
-    frozen.append(Frozen("hidden size", "shared by every block through the residual stream"))
-    return frozen
+def _vocabulary_group(model: PreTrainedModel) -> Group:
+    """Tokens: rows of the embedding and of the head, once where they are tied."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    table: Tensor = embedding.weight
+    tokens, width = table.shape
+    names = {id(module): name for name, module in model.named_modules()}
+    held = [(names[id(embedding)], embedding)]
+    if head is not None and head.weight is not table:
+        held.append((names[id(head)], head))
+    rows = torch.arange(tokens)[:, None]
+    slices = [Slices(f"{name}.weight", 0, rows) for name, _ in held]
+    slices += [Slices(f"{names[id(m)]}.bias", 0, rows) for m in (head,) if getattr(m, "bias", None) is not None]
+    params = width * len(held) + (len(slices) - len(held))
+    return Group(
+        name=VOCABULARY,
+        kind="vocab",
+        layer=-1,
+        units=tokens,
+        cost=Cost(params, width if head is not None else 0, params * table.element_size()),
+        slices=tuple(slices),
+        frozen=_frozen_vocabulary(model, embedding, head),
+    )
+
+
+def _frozen_vocabulary(model: PreTrainedModel, embedding: Any, head: Any) -> str | None:
+    if not isinstance(embedding, nn.Embedding) or (head is not None and not isinstance(head, nn.Linear)):
+        kinds = type(embedding).__name__, type(head).__name__
+        return f"secateur knows no tokens in embeddings of the kind {kinds[0]} with a head of the kind {kinds[1]}"
+    sizes = {embedding.weight.shape[0], *([head.weight.shape[0]] if head is not None else [])}
+    if len(sizes) > 1:
+        return "embedding and head have different numbers of tokens"
+    if hasattr(model.config.get_text_config(), "vocab_size_per_layer_input"):
+        return "further embeddings of the tokens stand beside the first"
+    return None

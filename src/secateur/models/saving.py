@@ -23,6 +23,7 @@ from secateur.models.layout import is_stock, layout_of, native_config, plain, st
 from secateur.models.loading import check_finite, quiet
 from secateur.models.packed import PACKED_VERSION, pack
 from secateur.models.shards import parse_size
+from secateur.models.vocabulary import fitted
 from secateur.plans import Plan
 from secateur.remote import place
 from secateur.report.folder import write_documents
@@ -72,7 +73,7 @@ def save_model(
         document_folder(
             path,
             folder,
-            tokenizer=tokenizer,
+            tokenizer=fitted(tokenizer, plans),
             plans=plans,
             report=report,
             html=html,

@@ -23,9 +23,11 @@ from secateur.models.decoders import (
 from secateur.models.fingerprint import fingerprint
 from secateur.models.modeling_secateur import adopt, skip
 from secateur.models.sources import Source
+from secateur.models.vocabulary import renumber
 from secateur.plans import Fingerprint, Plan
 from secateur.structure import Anatomy, Group
-from secateur.structure.surgery import cut_positions, removed_positions, set_parameter, zero_positions
+from secateur.structure.lexicon import VOCABULARY
+from secateur.structure.surgery import complement, cut_positions, removed_positions, set_parameter, zero_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,9 +73,12 @@ def remove_units(model: PreTrainedModel, removal: Removal) -> None:
 def _follow(model: PreTrainedModel, removal: Removal) -> None:
     for name, kind in removal.skipped.items():
         skip(model, name, kind)
+    if removal.tokens is not None:
+        renumber(model, removal.tokens)
+    blocks = f"{decoder_blocks(model)[0]}."
     if removal.layers:
         _drop_blocks(model, removal.layers)
-    if removal.positions or removal.skipped:
+    if removal.skipped or any(name.startswith(blocks) for name, _ in removal.positions):
         _follow_sizes(model)
 
 
@@ -82,13 +87,15 @@ class Removal:
     """What leaves a decoder: positions of tensors, by (tensor, dim); sub-layers; and blocks, by their number.
 
     A group of which no unit stays takes its whole sub-layer along, biases too: ``skipped`` are the modules that leave
-    with it, as name → ``attention`` or ``mlp``, and ``silent`` those whose outputs vanish.
+    with it, as name → ``attention`` or ``mlp``, and ``silent`` those whose outputs vanish. ``tokens`` are those that
+    stay, ascending int64, when the vocabulary is cut.
     """
 
     positions: Mapping[tuple[str, int], Tensor]
     skipped: Mapping[str, str] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    tokens: Tensor | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, anatomy: Anatomy, removed: Mapping[str, Tensor]) -> Removal:
@@ -106,7 +113,9 @@ class Removal:
             block, kind = blocks[group.layer], sublayer_kind(group)
             skipped |= {block.path(name): kind for name in block.sublayer(kind)}
         positions = removed_positions([group for name, group in groups.items() if name not in whole], removed)
-        return cls(positions, skipped, tuple(group.reader or "" for group in whole.values()), layers)
+        gone = removed.get(VOCABULARY, torch.empty(0))
+        tokens = complement(gone, anatomy[VOCABULARY].units) if len(gone) else None
+        return cls(positions, skipped, tuple(group.reader or "" for group in whole.values()), layers, tokens)
 
     def takes(self, name: str) -> bool:
         """Whether a tensor leaves with a sub-layer."""

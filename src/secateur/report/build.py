@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from secateur.plans import Plan
 from secateur.report.report import LayerCut, Metric, Report
 from secateur.structure import Anatomy
+from secateur.structure.lexicon import VOCABULARY
 from secateur.versions import library_versions, machine
 
 BUDGET_WORDS = {
@@ -34,7 +35,8 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
         achieved=removed_fraction(plan, anatomy),
         layers=layers,
         scores={name: scores.tolist() for name, scores in plan.scores.items()},
-        keep={name: kept.tolist() for name, kept in plan.keep.items()},
+        # how many tokens stay is told in a note: their ids would be most of the page
+        keep={name: kept.tolist() for name, kept in plan.keep.items() if name != VOCABULARY},
         calibration=provenance.calibration.model_dump() if provenance.calibration else None,
         metrics=_budget_metrics(plan),
         notes=[note for p in plan.provenance for note in p.notes],
@@ -44,7 +46,9 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
 
 
 def removed_fraction(plan: Plan, anatomy: Anatomy) -> float:
-    """Fraction of the linear weights of all blocks that is gone (cut, or zero)."""
+    """Fraction of the linear weights of all blocks that is gone (cut, or zero); of the tokens if only these are cut."""
+    if set(plan.keep) == {VOCABULARY} and not plan.masks:
+        return 1 - len(plan.keep[VOCABULARY]) / plan.groups[VOCABULARY]
     return sum(_removed_in(layer, plan, anatomy) for layer in range(anatomy.num_layers)) / max(anatomy.blocks.params, 1)
 
 
@@ -58,11 +62,14 @@ def _requested(plan: Plan) -> str:
             parts.append(f"{options['layers']} blocks")
         elif options.get("sublayers"):
             parts.append(f"{options['sublayers']} sub-layers")
+        elif p.options.get("min_count"):
+            parts.append(f"the tokens that are read fewer than {options['min_count']} times")
         elif p.budgets:
             left = (f"{100 * account.asked:.1f} % of the {BUDGET_WORDS[name]}" for name, account in p.budgets.items())
             parts.append(f"{' and '.join(left)} left")
         else:
-            what = BUDGET_WORDS.get(options.get("budget", ""), "weights")
+            only_tokens = len(plan.provenance) == 1 and set(plan.keep) == {VOCABULARY}
+            what = BUDGET_WORDS.get(options.get("budget", ""), "tokens" if only_tokens else "weights")
             parts.append(f"{100 * options.get('sparsity', 0):.1f} % of the {what}")
     return ", then ".join(parts)
 

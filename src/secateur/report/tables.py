@@ -59,6 +59,10 @@ def metrics_table(metrics: Sequence[Metric]) -> Table:
     return table
 
 
+# characters of a list of what leaves
+_RANGES_SHOWN = 400
+
+
 def checks_table(checks: Sequence[Mapping[str, Any]]) -> Table:
     """What ``verify`` looked at: check, result, and what was counted or why nothing was."""
     table = _table()
@@ -79,15 +83,16 @@ def anatomy_table(anatomy: Anatomy) -> Table:
     # biases and norms, which are no multiplications, would make a block more than the whole of its matrices
     block = anatomy.blocks.macs / max(anatomy.num_layers, 1)
     for group, layers in _folded_groups(anatomy):
+        whole = group.kind == "vocab"
         share = group.cost.macs * (1 if group.kind == "layer" else group.units) / block if block else 0.0
         table.add_row(
-            "all" if group.kind == "layer" else ranges(layers),
+            "all" if group.kind == "layer" else MISSING if whole else ranges(layers),
             _plain(_group_label(group)),
             f"{group.units:,}",
             format_count(group.cost.params),
             format_bytes(group.cost.bytes),
             f"{group.cost.kv_bytes:,}" if group.cost.kv_bytes else MISSING,
-            f"{share:.0%}".replace("%", " %"),
+            MISSING if whole else f"{share:.0%}".replace("%", " %"),
             style="dim" if group.frozen else "",
         )
     return table
@@ -117,7 +122,8 @@ def plan_table(plan: Plan) -> RenderableType:
         parts += [Text(), _layer_table(_by_layer(units), _by_layer(sparsity), "kept"), Text()]
     for name in sorted(set(plan.keep) - set(units)):
         gone = ranges(plan.removed(name).tolist()) or "none"
-        parts.append(Text(f"{name}: {len(plan.keep[name])}/{plan.groups[name]} kept, removed: {gone}"))
+        gone = gone if len(gone) <= _RANGES_SHOWN else f"{gone[:_RANGES_SHOWN].rpartition(',')[0]}, ..."
+        parts.append(Text(f"{name}: {len(plan.keep[name]):,}/{plan.groups[name]:,} kept, removed: {gone}"))
     extras = _compensation_line(plan)
     notes = [note for source in plan.provenance for note in source.notes]
     return Group(*parts, *(Text(line) for line in extras), *(_note(note) for note in notes))

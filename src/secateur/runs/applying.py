@@ -10,6 +10,7 @@ from secateur.models.fingerprint import fingerprint
 from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
 from secateur.models.shards import parse_size
+from secateur.models.vocabulary import fitted
 from secateur.plans import Plan
 from secateur.runs.folder import RunFolder, StepFolder
 from secateur.runs.kept import hint, kept
@@ -68,7 +69,7 @@ def apply_plans(
         document_folder(
             result.folder,
             out,
-            tokenizer=tokenizer,
+            tokenizer=fitted(tokenizer, plans),
             plans=[plan.untrained() for plan in plans],
             report=None,
             html=False,

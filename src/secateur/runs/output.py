@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from secateur.models.saving import write_config
 from secateur.models.shards import write_shards
 from secateur.models.sources import Source, stored_names
-from secateur.models.surgery import cut_model
+from secateur.models.surgery import Cut, cut_model
 from secateur.models.weightless import published_names, weightless_copy
 from secateur.plans import Plan
 from secateur.tensorfiles import Made, Stored, Tally, read_header
@@ -37,6 +39,7 @@ class CheckpointWriter:
         self._source, self._plan, self._folder, self._limit = source, plan, folder, max_shard_size
         self._block_file = block_file
         self.target = cut_skeleton(plan, source)
+        self._cut = Cut(plan, source.model)
         self.kept = kept_layers(plan, len(source.blocks))
 
     def write(self, finished: Container[str], done: Callable[[str, int, int], None]) -> tuple[bool, dict[str, Tally]]:
@@ -71,9 +74,15 @@ class CheckpointWriter:
                 # a bias that the stock class wants in every layer once the config asks for it
                 shape, dtype = tuple(shapes[name].shape), shapes[name].dtype
                 found[name] = Made(dtype, shape, lambda s=shape, d=dtype: torch.zeros(s, dtype=d))
+            elif name in self._cut.touched:
+                found[name] = Made(shapes[name].dtype, tuple(shapes[name].shape), partial(self._outside, name))
             else:
                 found[name] = self._source.origin(name)
         return found, packed
+
+    def _outside(self, name: str) -> Tensor:
+        old = self._source.tensor(name)
+        return self._cut.tensor(name, old, old)
 
 
 def kept_layers(plan: Plan, layers: int) -> list[int]:

@@ -30,6 +30,8 @@ from secateur.tensorfiles import Tally
 from secateur.versions import library_versions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from secateur.observe.calibration import Tokens
 
 
@@ -54,7 +56,8 @@ class Resources:
 class StepResult:
     """What a step gave: its plan, the folder of the checkpoint, whether it is plain, seconds by stage.
 
-    ``tallies`` are those of the weight files that this process wrote, by name.
+    ``tallies`` are those of the weight files that this process wrote, by name; ``tokenizer`` is that of the model as it
+    is now.
     """
 
     plan: Plan
@@ -62,6 +65,7 @@ class StepResult:
     plain: bool
     tallies: Mapping[str, Tally]
     seconds: Mapping[str, float]
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def plan_step(
@@ -78,6 +82,7 @@ def plan_step(
     ranks: Ranks = ALONE,
     allocation: Measuring | None = None,
     latency_table: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[DiskKeeper, BlockCutter]:
     """Decide by ``method``, and by an allocator where there is one; what is done already is taken as it is.
 
@@ -117,6 +122,7 @@ def plan_step(
                     statistics, provenance.model, tokens, allocation, resources.dtype, resources.batch_tokens
                 ),
                 latency_table=latency_table,
+                tokenizer=tokenizer,
             )
     return keeper, cutter
 

@@ -23,6 +23,7 @@ from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
 from secateur.models.shards import parse_size
 from secateur.models.sources import CheckpointSource, Source
+from secateur.models.vocabulary import fitted_to
 from secateur.observe.calibration import Tokens, load_tokens
 from secateur.observe.precision import compute_dtype
 from secateur.plans import Plan
@@ -34,6 +35,7 @@ from secateur.runs.folder import RunFolder, StepFolder, read_document, run_path
 from secateur.runs.kept import hint, kept
 from secateur.runs.pipeline import Output, Progress, Resources, StepResult, plan_step, prune_step
 from secateur.runs.signals import StopRequest
+from secateur.structure.lexicon import VOCABULARY
 from secateur.versions import library_versions
 
 if TYPE_CHECKING:
@@ -186,7 +188,9 @@ class _Runner:
     ) -> None:
         self._ranks = ranks
         self._recipe, self._options, self._folder, self._stop = recipe, options, folder, stop
-        self._source, self._tokenizer, self._dtype = source, tokenizer, dtype
+        self._source, self._dense_tokenizer, self._dtype = source, tokenizer, dtype
+        # the next step reads text with what the one before has left
+        self._tokenizer = tokenizer
         self._recovered: dict[int, Recovered] = {}
 
     def run(self) -> Report:
@@ -232,8 +236,11 @@ class _Runner:
         last = number == len(self._recipe.steps)
         output = Output(self._recipe.format if last else "dense", parse_size(self._recipe.max_shard_size))
         result = prune_step(*self._what(number, step, source), output=output, **self._how(step))
+        kept = self._ranks.on_main(lambda: result.plan.keep.get(VOCABULARY) if result else None)
+        self._tokenizer = fitted_to(self._tokenizer, kept)
         training = self._training(step)
-        return result if training is None else self._heal(number, result, training, output)
+        result = result if training is None else self._heal(number, result, training, output)
+        return replace(result, tokenizer=self._tokenizer) if result else None
 
     def _training(self, step: Step) -> RecoveryOptions | None:
         return split_heal(step.heal, self._recipe.calibration.seed)[1]
@@ -286,6 +293,7 @@ class _Runner:
             "ranks": self._ranks,
             "allocation": self._recipe.words(step)[1],
             "latency_table": Path(table) if (table := self._recipe.latency_table) else None,
+            "tokenizer": self._tokenizer,
         }
 
     def _tokens(self, source: Source) -> Tokens:
@@ -308,7 +316,7 @@ class _Runner:
         last = results[-1]
         if self._options.measure is not None:
             started = time.perf_counter()
-            self._options.measure(self._source, self._tokenizer, last, report)
+            self._options.measure(self._source, self._dense_tokenizer, last, report)
             report.seconds["evaluate"] = time.perf_counter() - started
         document_folder(
             last.folder,

@@ -22,6 +22,13 @@ def removed_positions(groups: Iterable[Group], removed: Mapping[str, Tensor]) ->
     return {place: torch.cat(parts) for place, parts in gone.items()}
 
 
+def complement(kept: Tensor, units: int) -> Tensor:
+    """The other ones of so many units, ascending int64."""
+    gone = torch.ones(units, dtype=torch.bool)
+    gone[kept] = False
+    return gone.nonzero().flatten()
+
+
 def cut_positions(tensor: Tensor, name: str, positions: Mapping[tuple[str, int], Tensor]) -> Tensor:
     """The tensor without the positions that leave along each of its dimensions; itself when there are none."""
     for dim in range(tensor.dim()):

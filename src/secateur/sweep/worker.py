@@ -114,7 +114,7 @@ class Worker:
         from secateur.recipes import merge_reports
 
         dense, tokenizer = self._dense()
-        current, plans, reports = dense, [], []
+        current, own, plans, reports = dense, tokenizer, [], []
         stored = Path(self._job.folder) / "statistics"
         before = _files(stored)
         with PeakMemory(self._job.device) as memory:
@@ -122,8 +122,8 @@ class Worker:
                 # later steps work on models that no other point has
                 statistics = None if plans else stored
                 arguments = point.recipe.plan_arguments(step)
-                result = api.prune(current, tokenizer, inplace=current is not dense, statistics=statistics, **arguments)
-                current = result.model
+                result = api.prune(current, own, inplace=current is not dense, statistics=statistics, **arguments)
+                current, own = result.model, result.tokenizer
                 plans.append(result.plan)
                 reports.append(result.report)
         shared = bool(statistics_of(point)) and _files(stored) == before
@@ -134,7 +134,7 @@ class Worker:
             "key": point.key,
             "values": point.values,
             "removed": report.achieved,
-            "metrics": self._evaluate(point.name, current),
+            "metrics": self._evaluate(point.name, current, own),
             "model": plans[0].model.weights,
             "notes": tuple(dict.fromkeys(report.notes)),
             "stages": report.seconds,
@@ -151,13 +151,20 @@ class Worker:
             self._loaded = api.load(job.model, dtype="auto", device=job.device, trust_remote_code=job.trust_remote_code)
         return self._loaded
 
-    def _evaluate(self, name: str, model: PreTrainedModel) -> tuple[Metric, ...]:
-        alone = self._table({name: model}, self._job.tasks)
+    def _evaluate(
+        self, name: str, model: PreTrainedModel, own: PreTrainedTokenizerBase | None = None
+    ) -> tuple[Metric, ...]:
+        alone = self._table({name: model}, self._job.tasks, {name: own})
         if not self._job.timed:
             return tuple(alone)
         return (*alone, *self._table({DENSE: self._dense()[0], name: model}, self._job.timed))
 
-    def _table(self, models: Mapping[str, PreTrainedModel], tasks: Sequence[str]) -> Table:
+    def _table(
+        self,
+        models: Mapping[str, PreTrainedModel],
+        tasks: Sequence[str],
+        tokenizers: Mapping[str, PreTrainedTokenizerBase | None] | None = None,
+    ) -> Table:
         from secateur import api
 
         job = self._job
@@ -169,6 +176,7 @@ class Worker:
             windows=job.windows,
             seed=job.seed,
             text_field=job.text_field,
+            tokenizers=tokenizers,
         )
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import fingerprint
+from secateur.models.loading import load_tokenizer
 from secateur.models.skeleton import Checkpoint
 from secateur.models.sources import Source
+from secateur.structure.lexicon import VOCABULARY
 from secateur.verification.findings import Finding
 from secateur.verification.plans import StoredPlan
 from secateur.verification.trace import Trace
@@ -47,9 +49,19 @@ def check_units(checkpoint: Checkpoint, found: Trace, finding: Finding) -> None:
             finding.add(f"the plan leaves {units} units of {name}, which the checkpoint doesn't have")
         elif name in anatomy and anatomy[name].units != units:
             finding.add(f"the plan leaves {units} units of {name}, the checkpoint has {anatomy[name].units}")
+    if VOCABULARY in found.units:
+        _check_tokenizer(checkpoint, found.units[VOCABULARY], finding)
     if found.model is not None and finding.ok:
         _compare_shapes(checkpoint.model, found.model, finding)
     finding.detail = f"{len(found.units)} groups have the units that the plan keeps"
+
+
+def _check_tokenizer(checkpoint: Checkpoint, units: int, finding: Finding) -> None:
+    """Every token of the folder's tokenizer has a row."""
+    tokenizer = load_tokenizer(str(checkpoint.folder), False)
+    highest = max(tokenizer.get_vocab().values(), default=-1) if tokenizer is not None else -1
+    if highest >= units:
+        finding.add(f"the tokenizer has ids up to {highest}, the plan leaves {units} tokens")
 
 
 def _compare_shapes(ours: PreTrainedModel, planned: PreTrainedModel, finding: Finding) -> None:

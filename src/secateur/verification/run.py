@@ -85,7 +85,7 @@ def _against_plans(checkpoint: Checkpoint | None, plans: list[StoredPlan], base:
     with units.noting():
         check_units(checkpoint, found, units)
     if not found.units:
-        units.skipped = "the plan cuts no heads, neurons or blocks"
+        units.skipped = "the plan cuts no heads, neurons, blocks or tokens"
     return [units, check_masks(checkpoint, found, base)]
 
 
