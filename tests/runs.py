@@ -41,5 +41,5 @@ def plan_for(method: str, model: Any, ids: torch.Tensor, *, dtype: torch.dtype =
         progress=lambda *step: steps.append(step),
     ).whole
     provenance = Provenance(method=method, options=chosen.options(), model=fingerprint(Source(model)))
-    parts = {k: getattr(decision, k) for k in ("groups", "keep", "masks", "values", "biases", "scores")}
+    parts = {k: getattr(decision, k) for k in ("groups", "keep", "masks", "values", "biases", "scores", "rotations")}
     return Plan(provenance=(provenance,), **parts)

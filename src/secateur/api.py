@@ -253,6 +253,7 @@ def plan(
         values=decision.values,
         biases=decision.biases,
         scores=decision.scores,
+        rotations=decision.rotations,
     )
 
 

@@ -29,10 +29,11 @@ class Decision:
     scores: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     budgets: dict[str, BudgetAccount] = field(default_factory=dict)
+    rotations: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, other: Decision) -> None:
         """Take in the decision about other parts of the model."""
-        for name in ("groups", "keep", "masks", "values", "biases", "scores", "budgets"):
+        for name in ("groups", "keep", "masks", "values", "biases", "scores", "budgets", "rotations"):
             getattr(self, name).update(getattr(other, name))
         self.notes += other.notes
 
@@ -51,6 +52,9 @@ class Decided(Protocol):
 
     @property
     def biases(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def rotations(self) -> Mapping[str, Tensor]: ...
 
 
 class Keeper:

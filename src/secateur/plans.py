@@ -15,6 +15,8 @@ On disk a plan is a folder:
                                                                    significant bit first
                          value/<tensor>  [number of ones]          kept entries, row-major, in the model's dtype
                          bias/<tensor>   float32 [outputs]         added to the bias, which is created when absent
+                         rotation/<signal> [hidden, width]         orthonormal columns: the basis of the hidden states
+                                                                   behind a sub-layer (layers.3.mlp) or the embedding
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ from secateur.tensorfiles import Made, Stored, read_header, write_tensors
 
 FORMAT_VERSION = 1
 _VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# of the entries of plan.safetensors
+KINDS = ("keep", "scores", "mask", "value", "bias", "rotation")
 
 # masks and values that take more than this on disk are left there; a mask in memory is eight times as large
 IN_MEMORY_BYTES = 1 << 24
@@ -232,8 +237,8 @@ class Plan:
     ``groups`` holds the dense number of units of every group in ``keep``, where a unit that is listed twice is there
     twice, in plans whose layers are drawn anew; ``masks`` are boolean tensors with the
     stored shape of the weight (True = kept); ``values`` replace the kept entries of a masked weight; ``biases`` are
-    float32 [outputs] additions. ``provenance`` has one entry per method that took part.
-    Raises PlanError when the parts don't fit together.
+    float32 [outputs] additions; ``rotations`` are bases of the hidden states. ``provenance`` has one entry per method
+    that took part. Raises PlanError when the parts don't fit together.
     """
 
     provenance: tuple[Provenance, ...]
@@ -243,10 +248,11 @@ class Plan:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    rotations: Mapping[str, Tensor] = field(default_factory=dict)
     _kept: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("keep", "masks", "values", "biases", "scores"):
+        for name in ("keep", "masks", "values", "biases", "scores", "rotations"):
             object.__setattr__(self, name, _frozen(getattr(self, name)))
         object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
         self._validate()
@@ -285,6 +291,11 @@ class Plan:
             if bias.dim() != 1 or bias.dtype not in _VALUE_DTYPES or not bool(torch.isfinite(bias).all()):
                 raise PlanError(f"the bias of {name} must be a vector of finite numbers")
 
+        if self.rotations and (self.keep or self.masks or self.biases):
+            raise PlanError("a plan that rotates hidden states can't cut anything else; make it a step of its own")
+        for name in () if checked else self.rotations:
+            check_basis(name, self.rotations[name])
+
     @property
     def model(self) -> Fingerprint:
         """The model that the plan was made for."""
@@ -313,6 +324,7 @@ class Plan:
             and all(self.kept_entries(name) == math.prod(shape) for name, shape in self.mask_shapes.items())
             and not self.values
             and not any(bool(b.any()) for b in self.biases.values())
+            and not self.rotations
         )
 
     def removed(self, group: str) -> Tensor:
@@ -369,7 +381,8 @@ class Plan:
     def tensors(self) -> dict[str, Stored | Made | Tensor]:
         """What ``plan.safetensors`` holds; masks are packed when they are written."""
         found: dict[str, Stored | Made | Tensor] = {}
-        for kind, mapping in (("keep", self.keep), ("scores", self.scores), ("value", self.values)):
+        kept = (("keep", self.keep), ("scores", self.scores), ("value", self.values), ("rotation", self.rotations))
+        for kind, mapping in kept:
             found |= {f"{kind}/{n}": t for n, t in _as_stored(mapping).items()}
         found |= {f"bias/{n}": t for n, t in _as_stored(self.biases).items()}
         if isinstance(self.masks, _OnDisk):
@@ -394,8 +407,9 @@ class Plan:
             raise PlanError(f"{folder}: plan.json doesn't list the mask of {unlisted[0]} that plan.safetensors holds")
         small = {kind: {n: t.read() for n, t in parts[kind].items()} for kind in ("keep", "bias", "scores")}
         masks = _OnDisk({n: parts["mask"][n] for n in document.masks}, document.masks)
-        values = _OnDisk(parts["value"])
-        large = sum(stored.size for part in (masks, values) for stored in part.stored.values()) > IN_MEMORY_BYTES
+        values, rotations = _OnDisk(parts["value"]), _OnDisk(parts["rotation"])
+        sizes = (stored.size for part in (masks, values, rotations) for stored in part.stored.values())
+        large = sum(sizes) > IN_MEMORY_BYTES
         return cls(
             provenance=tuple(document.provenance),
             groups=document.groups,
@@ -404,6 +418,7 @@ class Plan:
             values=values if large else dict(values),
             biases=small["bias"],
             scores=small["scores"],
+            rotations=rotations if large else dict(rotations),
         )
 
     def recovered(self, record: Recovery) -> Plan:
@@ -430,7 +445,12 @@ class Plan:
 
         Raises PlanError when they overlap. Biases add up.
         """
-        for kind, mine, theirs in (("group", self.keep, other.keep), ("weight", self.masks, other.masks)):
+        parts = (
+            ("group", self.keep, other.keep),
+            ("weight", self.masks, other.masks),
+            ("basis", self.rotations, other.rotations),
+        )
+        for kind, mine, theirs in parts:
             both = sorted(set(mine) & set(theirs))
             if both:
                 raise PlanError(f"both plans decide {kind} {both[0]}; merge takes plans for different parts of a model")
@@ -446,6 +466,7 @@ class Plan:
             values={**self.values, **other.values},
             biases=biases,
             scores={**self.scores, **other.scores},
+            rotations={**self.rotations, **other.rotations},
         )
 
 
@@ -471,6 +492,7 @@ def plan_of_parts(
         values=_OnDisk(parts["value"], checked=True),
         biases=small["bias"],
         scores=small["scores"],
+        rotations=_OnDisk(parts["rotation"], checked=True),
     )
     plan._kept.update(kept)
     return plan
@@ -564,13 +586,23 @@ def _read_tensors(folder: Path) -> dict[str, dict[str, Stored]]:
 
 
 def _by_kind(tensors: Mapping[str, Stored], where: object) -> dict[str, dict[str, Stored]]:
-    parts: dict[str, dict[str, Stored]] = {k: {} for k in ("keep", "scores", "mask", "value", "bias")}
+    parts: dict[str, dict[str, Stored]] = {k: {} for k in KINDS}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         if kind not in parts:
             raise PlanError(f"{where} holds an unknown entry {name!r}")
         parts[kind][rest] = tensor
     return parts
+
+
+def check_basis(name: str, basis: Tensor) -> None:
+    """Raises PlanError when the columns of a basis aren't orthonormal."""
+    if basis.dim() != 2 or basis.dtype not in _VALUE_DTYPES or basis.shape[1] > basis.shape[0]:
+        raise PlanError(f"the basis of {name} must be a matrix of floating-point numbers with at least as many rows")
+    wide = basis.double()
+    off = (wide.T @ wide - torch.eye(wide.shape[1], dtype=wide.dtype)).abs().amax() if wide.numel() else torch.zeros(())
+    if not float(off) < 1e-3:
+        raise PlanError(f"the basis of {name} has columns that are not orthonormal")
 
 
 def _as_stored(mapping: Mapping[str, Tensor]) -> Mapping[str, Stored | Tensor]:

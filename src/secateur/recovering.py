@@ -15,6 +15,7 @@ from secateur.healing.recovery import Curve, RecoveryOptions
 from secateur.healing.recovery.trainer import Keeper, Windows, recover
 from secateur.models.decoders import decoder_blocks, is_linear
 from secateur.models.fingerprint import display_name
+from secateur.models.layout import rotated_parts
 from secateur.observe.calibration import Tokens, load_tokens
 from secateur.plans import Plan, Recovery
 from secateur.ranks import ALONE, Ranks
@@ -142,6 +143,11 @@ def check_teacher(
         and teacher.tokenizer.get_vocab() != tokenizer.get_vocab()
     ):
         raise UsageError(f"the teacher {name} has another vocabulary than the model: give the model that was pruned")
+    if hidden and rotated_parts(student) is not None:
+        raise UsageError(
+            f"the hidden states of the model are in other bases than those of the teacher {name}: leave hidden out of"
+            " the loss"
+        )
     if hidden and theirs.hidden_size != mine.hidden_size:
         raise UsageError(
             f"the hidden states of the teacher {name} have {theirs.hidden_size} entries and the model's"

@@ -19,6 +19,7 @@ CASES = {
     "flap": {"method": "flap", "sparsity": 0.3},
     "magnitude, global": {"method": "magnitude", "sparsity": 0.5, "options": {"scope": "global"}},
     "shortgpt": {"method": "shortgpt", "options": {"layers": 1}},
+    "slicegpt": {"method": "slicegpt", "sparsity": 0.25},
     "vocab": {"method": "vocab", "sparsity": 0.4},
     "blockpruner": {"method": "blockpruner", "options": {"sublayers": 3}},
     "evopress": {"method": "evopress", "options": {"layers": 1, "starts": 2, "generations": 3, "offspring": 2}},

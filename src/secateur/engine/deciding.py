@@ -12,6 +12,7 @@ from secateur.allocators import Allocator, check_follows
 from secateur.engine.coupled import decide_coupled
 from secateur.engine.layers import check_layers, decide_layers
 from secateur.engine.refits import refit
+from secateur.engine.rotations import check_rotation, decide_rotations
 from secateur.engine.run import Progress, Run
 from secateur.engine.search import decide_searched
 from secateur.engine.sublayers import check_sublayers, decide_sublayers
@@ -26,6 +27,7 @@ from secateur.methods import (
     CoupledMethod,
     LayerMethod,
     Method,
+    RotationMethod,
     SearchMethod,
     StructuredMethod,
     SublayerMethod,
@@ -94,6 +96,7 @@ check_model.register(SearchMethod, check_weights)
 check_model.register(StructuredMethod, check_units)
 check_model.register(LayerMethod, check_layers)
 check_model.register(SublayerMethod, check_sublayers)
+check_model.register(RotationMethod, check_rotation)
 check_model.register(VocabularyMethod, check_vocabulary)
 
 
@@ -110,4 +113,5 @@ _decide.register(SupernetMethod, decide_supernet)
 _decide.register(TrainedMethod, decide_trained)
 _decide.register(LayerMethod, decide_layers)
 _decide.register(SublayerMethod, decide_sublayers)
+_decide.register(RotationMethod, decide_rotations)
 _decide.register(VocabularyMethod, decide_vocabulary)

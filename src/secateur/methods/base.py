@@ -535,6 +535,25 @@ class SublayerMethod(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RotationMethod(Method):
+    """Turns the hidden states behind every sub-layer to a basis of their own, and keeps its first directions."""
+
+    sparsity: float = option(0.25, "fraction of the hidden size removed; shortcuts give some of it back", ge=0, lt=1)
+    round_to: int = option(8, "the directions that stay are a multiple of this, rounded down", unit="directions", ge=1)
+
+    def width(self, size: int) -> int:
+        """How many of so many directions stay."""
+        return int((1 - self.sparsity) * size) // self.round_to * self.round_to
+
+    def basis(self, gram: Tensor, width: int, number: int) -> Tensor:
+        """A basis, [hidden, width] float64 with orthonormal columns, for hidden states with this ``gram`` matrix.
+
+        ``gram`` is x^T x over all calibration tokens, [hidden, hidden] float64; ``number`` counts the bases of a model.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define basis()")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VocabularyMethod(Method):
     """Removes tokens: rows of the embedding and of the head, and with them what the tokenizer has of these tokens."""
 

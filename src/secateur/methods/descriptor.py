@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
-    "object": ("weights", "heads_and_neurons", "layers", "sublayers", "channels", "kv_cache", "vocabulary"),
+    "object": (
+        "weights",
+        "heads_and_neurons",
+        "layers",
+        "sublayers",
+        "channels",
+        "kv_cache",
+        "vocabulary",
+        "hidden_states",
+    ),
     "granularity": ("element", "structured_group", "layer", "token", "channel"),
     "when": ("post", "before_training", "during_training", "inference"),
     "score": (

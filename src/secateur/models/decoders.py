@@ -171,7 +171,7 @@ def decoder_anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:
     groups.append(_layers_group(name, blocks, reason, post_norm=_is_post_norm(model.config)))
     groups.append(_vocabulary_group(model))
     frozen += [Frozen(g.name, g.frozen) for g in groups if g.frozen]
-    frozen.append(Frozen("hidden size", "shared by every block through the residual stream"))
+    frozen.append(Frozen("hidden size", "shared by every block through the residual stream; slicegpt rotates it first"))
     return Anatomy(
         model_type=model.config.model_type,
         num_layers=len(blocks),
@@ -333,21 +333,21 @@ def _vocabulary_group(model: PreTrainedModel) -> Group:
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     table: Tensor = embedding.weight
-    tokens, width = table.shape
     names = {id(module): name for name, module in model.named_modules()}
     held = [(names[id(embedding)], embedding)]
     if head is not None and head.weight is not table:
         held.append((names[id(head)], head))
-    rows = torch.arange(tokens)[:, None]
+    rows = torch.arange(len(table))[:, None]
     slices = [Slices(f"{name}.weight", 0, rows) for name, _ in held]
     slices += [Slices(f"{names[id(m)]}.bias", 0, rows) for m in (head,) if getattr(m, "bias", None) is not None]
-    params = width * len(held) + (len(slices) - len(held))
+    # a rotated model has a narrower embedding than head
+    params = sum(module.weight.shape[1] for _, module in held) + (len(slices) - len(held))
     return Group(
         name=VOCABULARY,
         kind="vocab",
         layer=-1,
-        units=tokens,
-        cost=Cost(params, width if head is not None else 0, params * table.element_size()),
+        units=len(table),
+        cost=Cost(params, head.weight.shape[1] if head is not None else 0, params * table.element_size()),
         slices=tuple(slices),
         frozen=_frozen_vocabulary(model, embedding, head),
     )

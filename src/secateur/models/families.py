@@ -42,8 +42,17 @@ class Family:
     """config flag that gives every attention projection a bias"""
     mlp_bias_key: str | None = None
     plain_heads: bool = True
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    """norms that the attention and the MLP read"""
+    positions: str = ""
+    """embedding of positions that is added to that of the tokens, relative to the base model"""
+    chain: tuple[str, ...] = ()
+    """modules that make up the MLP one after the other, where it is none itself"""
+    one_basis: str = ""
+    """why the hidden states must stay in one basis; empty where every sub-layer may have its own"""
 
 
+_POST_NORMS = "norms behind attentions and FFNs scale what these add, entry by entry"
 _LLAMA = Family(model_type="llama", attention_bias_key="attention_bias", mlp_bias_key="mlp_bias")
 # one flag gives all four projections a bias in these, and none exists for the MLP
 _QWEN3 = Family(model_type="qwen3", attention_bias_key="attention_bias")
@@ -53,9 +62,9 @@ _TABLE = (
     replace(_LLAMA, model_type="granite"),
     replace(_LLAMA, model_type="smollm3"),
     _QWEN3,
-    replace(_QWEN3, model_type="gemma2"),
-    replace(_QWEN3, model_type="gemma3_text"),
-    replace(_QWEN3, model_type="olmo2", wide_norms=("q_norm", "k_norm")),
+    replace(_QWEN3, model_type="gemma2", one_basis=_POST_NORMS),
+    replace(_QWEN3, model_type="gemma3_text", one_basis=_POST_NORMS),
+    replace(_QWEN3, model_type="olmo2", wide_norms=("q_norm", "k_norm"), one_basis=_POST_NORMS),
     Family(model_type="mistral"),
     Family(model_type="qwen2"),
     Family(
@@ -79,6 +88,7 @@ _TABLE = (
         kv_heads_key=None,
         ffn_key="n_inner",
         plain_heads=False,
+        one_basis="its forward gives what leaves the last block the width of the embedding",
     ),
     Family(
         model_type="gpt_neox",
@@ -103,6 +113,9 @@ _TABLE = (
         kv_heads_key=None,
         ffn_key="ffn_dim",
         plain_heads=False,
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        positions="decoder.embed_positions",
+        chain=("fc1", "activation_fn", "fc2"),
     ),
     Family(
         model_type="falcon",
@@ -117,6 +130,7 @@ _TABLE = (
         kv_heads_key="num_kv_heads",
         ffn_key="ffn_hidden_size",
         plain_heads=False,
+        one_basis="its residual connections come in several forms, none of which the modelling file has",
     ),
 )
 
@@ -129,6 +143,19 @@ def frozen_heads(config: Any) -> str | None:
         return "ALiBi gives every head a slope by its position, so heads can't leave"
     if config.model_type == "gpt2" and getattr(config, "add_cross_attention", False):
         return "cross-attention shares the heads"
+    return None
+
+
+def frozen_hidden(config: Any, family: Family) -> str | None:
+    """Why the hidden states of a model of this config must stay in one basis, or None."""
+    if family.one_basis:
+        return family.one_basis
+    if getattr(config, "do_layer_norm_before", True) is False:
+        return "its norms follow the residual sums"
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        return "a projection stands between its embedding and its blocks"
+    if getattr(config, "add_cross_attention", False):
+        return "a cross-attention has a residual connection of its own"
     return None
 
 

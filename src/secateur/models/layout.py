@@ -29,13 +29,21 @@ def layout_of(model: PreTrainedModel) -> dict[str, Any]:
 
     ``modules``: linear modules of another ``shape`` (as stored) or ``bias``. ``parameters``: sizes of norm weights.
     ``attributes``: integers, or lists of them, that modules hold. ``skipped``: modules that have left, ``attention`` or
-    ``mlp``; the entry is only there where some have. Names are relative to ``model.base_model``; all are empty for a
+    ``mlp``, and ``rotated``: the parts of blocks that change the basis; these entries are only there where there is
+    something in them. Names are relative to ``model.base_model``; all are empty for a
     model that the stock class can load. ``base`` is the name of the stock class.
     """
     with torch.device("meta"):
         stock = stock_class(model)(dense_config(model.config)).base_model
     layout = {"modules": {}, "parameters": {}, "attributes": {}}
     theirs = dict(stock.named_modules())
+    if (parts := rotated_parts(model)) is not None:
+        layout["rotated"] = parts
+        # the sizes of embeddings follow from these, and the norms have none
+        given = {*parts["embeddings"]}
+        layers = range(model.config.num_hidden_layers)
+        given |= {f"{parts['blocks']}.{layer}.{norm}" for layer in layers for norm in parts["norms"]}
+        theirs = {name: module for name, module in theirs.items() if name not in given}
     for name, module in model.base_model.named_modules():
         if is_skipped(module):
             layout.setdefault("skipped", {})[name] = module.skipped  # type: ignore[assignment]
@@ -46,7 +54,12 @@ def layout_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def is_stock(layout: dict[str, Any]) -> bool:
     """True when nothing differs."""
-    return not any(layout.get(what) for what in ("modules", "parameters", "attributes", "skipped"))
+    return not any(layout.get(what) for what in ("modules", "parameters", "attributes", "skipped", "rotated"))
+
+
+def rotated_parts(model: nn.Module) -> dict[str, Any] | None:
+    """What the blocks of a rotated model say of themselves; None for any other."""
+    return next((module.rotated for module in model.modules() if hasattr(module, "rotated")), None)  # type: ignore[misc]
 
 
 def plain(model: PreTrainedModel) -> bool:

@@ -92,8 +92,84 @@ def skip(model, name, kind):
     setattr(model.get_submodule(path), leaf, Skipped(kind, layer))
 
 
+class PlainNorm(nn.Module):
+    """RMSNorm without a scale, over hidden states that had ``size`` entries in the dense model and have fewer now."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.size, self.eps = size, eps
+
+    def forward(self, hidden_states):
+        # float64 models stay exact
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        mean = wide.pow(2).sum(-1, keepdim=True) / self.size
+        return (wide * torch.rsqrt(mean + self.eps)).to(hidden_states.dtype)
+
+
+class _Rotated:
+    """Mixed into the class of a decoder block whose residual connections change from one basis to another.
+
+    ``rotated`` names its parts. Every sub-layer reads a plain norm and adds to ``x @ S``, S being its shortcut; with
+    ``parallel`` both read the same and there is one shortcut.
+    """
+
+    def forward(self, hidden_states, *args, **kwargs):
+        parts = self.rotated
+        # a decoder that could attend to an encoder says that there is none
+        given = {name: value for name, value in kwargs.items() if not name.startswith("encoder_")}
+        # what an attention adds to, and what an MLP does, is scaled in some families
+        scale = getattr(self, "residual_multiplier", 1)
+        first, second = (self.get_submodule(name) for name in parts["norms"])
+        attended = self.get_submodule(parts["attention"])(first(hidden_states), *args, **given)[0] * scale
+        if not parts["parallel"]:
+            hidden_states = self.attention_shortcut(hidden_states) + attended
+        added = second(hidden_states)
+        for name in parts["mlp"]:
+            added = self.get_submodule(name)(added)
+        residual = self.mlp_shortcut(hidden_states)
+        return residual + attended + added if parts["parallel"] else residual + added * scale
+
+
+@functools.cache
+def rotated(stock):
+    """The subclass of a decoder block with a basis of its own behind every sub-layer; it keeps the name."""
+    return type(stock.__name__, (_Rotated, stock), {"__module__": __name__})
+
+
+def rotate(base_model, parts):
+    """Change the blocks of a stock ``base_model``, in place, to those of a rotated one; weights are new.
+
+    ``parts`` says where they are, how wide the hidden states have become (``width``) and how wide they were
+    (``size``), which the last block restores.
+    """
+    width, size = parts["width"], parts["size"]
+    for name in parts["embeddings"]:
+        embedding = base_model.get_submodule(name)
+        embedding.weight = nn.Parameter(embedding.weight.new_empty(embedding.weight.shape[0], width))
+        embedding.embedding_dim = width
+    blocks = base_model.get_submodule(parts["blocks"])
+    like = next(base_model.get_submodule(parts["embeddings"][0]).parameters())
+
+    def shortcut(outputs):
+        return nn.Linear(width, outputs, bias=False, dtype=like.dtype, device=like.device)
+
+    for layer, block in enumerate(blocks):
+        block.__class__ = rotated(type(block))
+        block.rotated = parts
+        for name in parts["norms"]:
+            norm = block.get_submodule(name)
+            path, _, leaf = name.rpartition(".")
+            eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+            setattr(block.get_submodule(path), leaf, PlainNorm(size, eps))
+        if not parts["parallel"]:
+            block.attention_shortcut = shortcut(width)
+        block.mlp_shortcut = shortcut(size if layer + 1 == len(blocks) else width)
+
+
 def resize(base_model, layout):
     """Change the modules of a stock ``base_model``, in place, to the sizes in ``layout``; weights are new."""
+    if "rotated" in layout:
+        rotate(base_model, layout["rotated"])
     for name, kind in layout.get("skipped", {}).items():
         skip(base_model, name, kind)
     for name, sizes in layout.get("modules", {}).items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import PlanMismatchError
+from secateur.errors import PlanMismatchError, UsageError
 from secateur.models.decoders import (
     DecoderBlock,
     decoder_anatomy,
@@ -22,6 +22,7 @@ from secateur.models.decoders import (
 )
 from secateur.models.fingerprint import fingerprint
 from secateur.models.modeling_secateur import adopt, skip
+from secateur.models.rotation import rotate_model
 from secateur.models.sources import Source
 from secateur.models.vocabulary import renumber
 from secateur.plans import Fingerprint, Plan
@@ -45,6 +46,11 @@ def apply_plan(plan: Plan, model: PreTrainedModel, *, inplace: bool = False, mas
 
 def cut_model(plan: Plan, model: PreTrainedModel, *, mask: bool = False) -> PreTrainedModel:
     """Cut ``model`` in place. On the meta device it gets the shapes and the config of the cut model."""
+    if plan.rotations:
+        if mask:
+            raise UsageError("a plan that rotates hidden states has no masked form: apply it without mask")
+        rotate_model(model, plan.rotations)
+        return model
     cut = Cut(plan, model)
     with torch.no_grad():
         for name in cut.touched:

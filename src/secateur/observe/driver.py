@@ -198,6 +198,10 @@ def _recording(
             as_tuple.append(isinstance(first(x, *args[1:], **kwargs), tuple))
         hidden.append(x)
         calls.append(_Call(args[1:], kwargs))
+        if len(calls) == len(blocks) and hasattr(blocks[-1], "rotated"):
+            # what follows the last block of a rotated model wants the dense width
+            size: int = blocks[-1].rotated["size"]  # type: ignore[index,assignment]
+            x = nn.functional.pad(x, (0, size - x.shape[-1]))
         return (x, None) if as_tuple[0] else x
 
     try:

@@ -64,6 +64,8 @@ def _requested(plan: Plan) -> str:
             parts.append(f"{options['sublayers']} sub-layers")
         elif p.options.get("min_count"):
             parts.append(f"the tokens that are read fewer than {options['min_count']} times")
+        elif plan.rotations:
+            parts.append(f"{100 * options['sparsity']:.1f} % of the hidden size")
         elif p.budgets:
             left = (f"{100 * account.asked:.1f} % of the {BUDGET_WORDS[name]}" for name, account in p.budgets.items())
             parts.append(f"{' and '.join(left)} left")
@@ -112,6 +114,8 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
         if matrix.layer == layer:
             sizes[matrix.tensor] = matrix.shape[0] * matrix.shape[1]
     total = sum(sizes.values())
+    if plan.rotations:
+        return total - _rotated_size(layer, plan, anatomy)
     if "layers" in plan.keep and layer not in set(plan.keep["layers"].tolist()):
         return total
     cut = sum(
@@ -122,6 +126,22 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
     refitted = _refitted(layer, plan, anatomy, sizes)
     masked = sum(plan.sparsity(t) * size for t, size in sizes.items() if t in plan.masks and t not in refitted)
     return cut + masked * (1 - cut / total) if total else 0.0
+
+
+def _rotated_size(layer: int, plan: Plan, anatomy: Anatomy) -> int:
+    """Linear weights of a rotated block, the products between its bases counted in."""
+    size, width = next(iter(plan.rotations.values())).shape
+    last, parallel = layer + 1 == anatomy.num_layers, f"layers.{layer}.attention" not in plan.rotations
+    readers = {group.reader: group.kind for group in anatomy.groups if group.layer == layer}
+    left = width * (size if last else width) + (0 if parallel else width * width)
+    for matrix in anatomy.matrices:
+        if matrix.layer == layer:
+            outputs, inputs = matrix.shape
+            kind = readers.get(matrix.module)
+            # what the last block adds to is in the dense basis
+            dense = last and (kind == "neuron" or (parallel and kind is not None))
+            left += outputs * inputs if dense else width * (outputs if kind is None else inputs)
+    return left
 
 
 def _refitted(layer: int, plan: Plan, anatomy: Anatomy, sizes: Mapping[str, int]) -> set[str]:

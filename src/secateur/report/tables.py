@@ -124,6 +124,9 @@ def plan_table(plan: Plan) -> RenderableType:
         gone = ranges(plan.removed(name).tolist()) or "none"
         gone = gone if len(gone) <= _RANGES_SHOWN else f"{gone[:_RANGES_SHOWN].rpartition(',')[0]}, ..."
         parts.append(Text(f"{name}: {len(plan.keep[name]):,}/{plan.groups[name]:,} kept, removed: {gone}"))
+    if plan.rotations:
+        size, width = next(iter(plan.rotations.values())).shape
+        parts.append(Text(f"hidden states: {width:,} of {size:,} directions kept, in {len(plan.rotations)} bases"))
     extras = _compensation_line(plan)
     notes = [note for source in plan.provenance for note in source.notes]
     return Group(*parts, *(Text(line) for line in extras), *(_note(note) for note in notes))

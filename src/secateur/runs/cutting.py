@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.keeping import Decision
 from secateur.models.decoders import decoder_anatomy, is_transposed
 from secateur.models.packed import pack
+from secateur.models.rotation import Rotation
 from secateur.models.sources import Source
 from secateur.models.surgery import Cut
 from secateur.plans import Plan, Provenance
@@ -34,11 +35,16 @@ class BlockCutter:
     def write(self, layer: int, part: Decision | Plan, path: Path) -> None:
         """Cut one block and write it, durable when this returns; names are those of the dense model."""
         plan = part if isinstance(part, Plan) else self._plan_of(part)
+        if plan.rotations:
+            self._write(self._rotated(plan, layer), path)
+            return
         cut = Cut(plan, self.source.model, self._anatomy)
         prefix = f"{self.source.name}.{layer}."
         names = [*self.source.block_names(layer), *(name for name in cut.touched if name.startswith(prefix))]
         left = [name for name in dict.fromkeys(names) if not cut.removal.takes(name)]
-        tensors = {name: self._made(cut, name, layer) for name in left}
+        self._write({name: self._made(cut, name, layer) for name in left}, path)
+
+    def _write(self, tensors: Mapping[str, Made], path: Path) -> None:
         if self._format == "packed":
             ready: dict[str, Tensor] = {}
             for name in in_order(tensors):
@@ -47,6 +53,13 @@ class BlockCutter:
             write_tensors(path, ready, durable=True)
         else:
             write_tensors(path, tensors, durable=True)
+
+    def _rotated(self, plan: Plan, layer: int) -> dict[str, Made]:
+        dense = self.source.block_tensors(layer)
+        for name, tensor in dense.items():
+            self.source.check(name, tensor, layer)
+        rotation = Rotation(self.source.model, plan.rotations, self.source.tensor, self.source.device)
+        return {name: Made.of(tensor) for name, tensor in rotation.block(layer, dense).items()}
 
     def _made(self, cut: Cut, name: str, layer: int) -> Made:
         if name in self.source.block_names(layer):

@@ -333,6 +333,7 @@ def _part_tensors(part: Decision, provenance: Provenance) -> dict[str, Any]:
         values=part.values,
         biases=part.biases,
         scores=part.scores,
+        rotations=part.rotations,
     ).tensors()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from secateur.models.rotation import Rotation
 from secateur.models.saving import write_config
 from secateur.models.shards import write_shards
 from secateur.models.sources import Source, stored_names
@@ -39,7 +40,7 @@ class CheckpointWriter:
         self._source, self._plan, self._folder, self._limit = source, plan, folder, max_shard_size
         self._block_file = block_file
         self.target = cut_skeleton(plan, source)
-        self._cut = Cut(plan, source.model)
+        self._changed = changed_outside(plan, source)
         self.kept = kept_layers(plan, len(source.blocks))
 
     def write(self, finished: Container[str], done: Callable[[str, int, int], None]) -> tuple[bool, dict[str, Tally]]:
@@ -74,15 +75,25 @@ class CheckpointWriter:
                 # a bias that the stock class wants in every layer once the config asks for it
                 shape, dtype = tuple(shapes[name].shape), shapes[name].dtype
                 found[name] = Made(dtype, shape, lambda s=shape, d=dtype: torch.zeros(s, dtype=d))
-            elif name in self._cut.touched:
-                found[name] = Made(shapes[name].dtype, tuple(shapes[name].shape), partial(self._outside, name))
+            elif name in self._changed:
+                found[name] = Made(shapes[name].dtype, tuple(shapes[name].shape), partial(self._changed[name], name))
             else:
                 found[name] = self._source.origin(name)
         return found, packed
 
-    def _outside(self, name: str) -> Tensor:
-        old = self._source.tensor(name)
-        return self._cut.tensor(name, old, old)
+
+def changed_outside(plan: Plan, source: Source) -> dict[str, Callable[[str], Tensor]]:
+    """What makes the tensors that lie in no block and aren't as they were, by their names."""
+    if plan.rotations:
+        rotation = Rotation(source.model, plan.rotations, source.tensor, source.device)
+        return dict.fromkeys(rotation.changed, rotation.outside)
+    cut = Cut(plan, source.model)
+
+    def made(name: str) -> Tensor:
+        old = source.tensor(name)
+        return cut.tensor(name, old, old)
+
+    return {name: made for name in cut.touched if not name.startswith(f"{source.name}.")}
 
 
 def kept_layers(plan: Plan, layers: int) -> list[int]:

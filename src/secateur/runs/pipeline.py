@@ -172,7 +172,8 @@ def _write_cut(
 ) -> tuple[bool, Mapping[str, Tally]]:
     """The blocks that aren't written yet, then the checkpoint; whether stock transformers loads it, and its tallies."""
     kept, written = kept_layers(plan, cutter.layers), step.written()
-    cutter.expect(layer for layer in kept if layer not in written)
+    # rotated blocks are read as a whole
+    cutter.expect(layer for layer in kept if layer not in written and not plan.rotations)
     for done, layer in enumerate(kept, start=1):
         if layer not in written:
             cutter.write(layer, plan, step.file("weights", layer))

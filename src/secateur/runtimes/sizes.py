@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from secateur.errors import UnsupportedModelError
 from secateur.models.decoders import DecoderBlock, matrix_roles, typed_blocks
+from secateur.models.layout import rotated_parts
 from secateur.models.sources import stored_names
 
 if TYPE_CHECKING:
@@ -89,9 +91,14 @@ class Sizes:
 def sizes_of(source: Source) -> Sizes:
     """Read off the sizes of a decoder; of its weights only biases are looked at.
 
-    Raises UnsupportedModelError for a family without a table entry.
+    Raises UnsupportedModelError for a family without a table entry, and for a model that was rotated.
     """
     model = source.model
+    if rotated_parts(model) is not None:
+        raise UnsupportedModelError(
+            "the blocks turn their hidden states from one basis to another (slicegpt), for which the runtime would need"
+            " a product between its residual connections; transformers runs the folder, and onnxruntime its ONNX form"
+        )
     blocks, roles = tuple(typed_blocks(model)), matrix_roles(model)
     live: set[str] = set()
     zero: set[str] = set()

@@ -93,7 +93,7 @@ def check_masks(checkpoint: Checkpoint, found: Trace, base: Source | None) -> Fi
             left = torch.ones(weight.shape, dtype=torch.bool)
             # from the last step back: what a later one removes has no value of an earlier one any more
             for masked in reversed(masks):
-                untouched = len(masks) == 1 and not masked.cuts and not found.renamed
+                untouched = len(masks) == 1 and not masked.cuts and not found.renamed and not found.rotated
                 source = base if untouched and not found.trained else None
                 mask, values = masked.expected()
                 values = None if found.trained else values

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CorruptFileError, PlanError
-from secateur.plans import read_document, unpack_bits
+from secateur.plans import KINDS, check_basis, read_document, unpack_bits
 from secateur.reading import check_links
 from secateur.tensorfiles import Stored, read_header
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_KINDS = ("keep", "scores", "mask", "value", "bias")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def open_plan(folder: Path) -> StoredPlan:
         header = read_header(path)
     except CorruptFileError as error:
         raise PlanError(str(error)) from None
-    parts: dict[str, dict[str, Stored]] = {kind: {} for kind in _KINDS}
+    parts: dict[str, dict[str, Stored]] = {kind: {} for kind in KINDS}
     for name, stored in header.items():
         kind, _, rest = name.partition("/")
         if kind not in parts:
@@ -94,6 +93,8 @@ def check_plan(plan: StoredPlan) -> None:
         values = plan.parts["value"].get(name)
         if values is not None and (values.dtype not in _FLOATS or values.numel != ones):
             raise PlanError(f"values of {name} don't match its mask")
+    for name, stored in plan.parts["rotation"].items():
+        check_basis(name, stored.read())
     for kind in ("value", "bias"):
         for name, stored in plan.parts[kind].items():
             if kind == "value" and name not in plan.document.masks:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.models.decoders import decoder_anatomy, decoder_blocks
+from secateur.models.rotation import rotate_model
 from secateur.models.surgery import Removal, remove_units
 from secateur.models.weightless import weightless_copy
 from secateur.verification.findings import Finding
@@ -55,6 +56,8 @@ class Trace:
     model: PreTrainedModel | None = None
     renamed: bool = False
     head_unit: str = "kv"
+    rotated: bool = False
+    """Whether hidden states were turned, so that no weight is one of the base model."""
     trained: bool = False
     """Whether the model was trained after a cut, so that what is kept has other values."""
 
@@ -75,6 +78,11 @@ def trace(plans: Sequence[StoredPlan], blocks: str, base: PreTrainedModel | None
             masked = Masked(plan, name)
             # new values replace what was zero before
             found.masks[name] = [masked] if masked.has_values else [*found.masks.get(name, []), masked]
+        if plan.parts["rotation"]:
+            # nothing that was zero before is so in another basis
+            found.masks, found.rotated = {}, True
+            if found.model is not None:
+                rotate_model(found.model, {name: stored.read() for name, stored in plan.parts["rotation"].items()})
         removed = {group: plan.removed(group) for group in plan.groups}
         for group, units in plan.groups.items():
             if found.units.get(group, units) != units:

@@ -1,0 +1,78 @@
+"""SliceGPT beside methods that remove heads, neurons and blocks, on one model with one protocol.
+
+    python benchmarks/slicing.py smollm2-135m --calibration wikitext2_valid.txt --evaluation wikitext2_test.txt
+
+Nothing is trained. Rows that are there already are not made again; ``--rows slicegpt`` makes those of one method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+from common import finished_rows, write_result
+
+import secateur as sc
+from secateur.models.fingerprint import display_name
+
+TEXT = """
+`asked` is the fraction of the hidden size for `slicegpt`, of blocks for `shortgpt`, and of the weights of the blocks
+for the others. `blocks` is the fraction of the blocks' weights that really left, the products between the bases counted
+in, and `model` that of all parameters: a head that was tied to the embedding gets a table of its own when hidden states
+are rotated, which a small model with a large vocabulary pays for. `seconds` decide and cut.
+"""
+METHODS = ("slicegpt", "flap", "wanda_sp", "shortgpt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.2, 0.25, 0.3])
+    parser.add_argument("--rows", nargs="+", default=list(METHODS), help="methods")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=40, help="evaluation windows of 512 tokens")
+    arguments = parser.parse_args()
+    name = f"slicing-{Path(arguments.model).name}"
+    rows = finished_rows(name)
+    model, tokenizer = sc.load(arguments.model)
+    total = sum(p.numel() for p in model.parameters())
+
+    def perplexity(one: Any) -> float:
+        task = f"perplexity:{arguments.evaluation}"
+        return next(iter(sc.evaluate({"one": one}, tokenizer, [task], windows=arguments.windows))).values["one"]
+
+    setting = {
+        "model": display_name(model),
+        "parameters": total,
+        "calibration": f"{Path(arguments.calibration).name}, {arguments.samples} windows of 512 tokens",
+        "evaluation": f"{Path(arguments.evaluation).name}, {arguments.windows} windows of 512 tokens",
+        "seed": "0 (random turns among the directions that stay)",
+    }
+    wanted = [("dense", 0.0), *((method, s) for method in arguments.rows for s in arguments.sparsities)]
+    for method, sparsity in wanted:
+        if any((row["method"], row["asked"]) == (method, sparsity) for row in rows):
+            continue
+        started, cut, removed, seconds = time.perf_counter(), model, 0.0, 0.0
+        if sparsity:
+            made = sc.prune(
+                model, tokenizer, method=method, sparsity=sparsity, calibration=arguments.calibration,
+                samples=arguments.samples, length=512,
+            )  # fmt: skip
+            cut, removed, seconds = made.model, made.report.achieved, time.perf_counter() - started
+        row = {"method": method, "asked": sparsity, "blocks": f"{removed:.1%}"}
+        row["model"] = f"{1 - sum(p.numel() for p in cut.parameters()) / total:.1%}"
+        rows.append({**row, "perplexity": perplexity(cut), "seconds": seconds})
+        rows.sort(key=lambda row: (row["asked"] > 0, [*METHODS, row["method"]].index(row["method"]), row["asked"]))
+        print(rows[-1] if len(rows) == 1 else row, flush=True)
+        write_result(name, f"SliceGPT on {Path(arguments.model).name}", setting, rows, TEXT)
+        del cut
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
