@@ -109,14 +109,20 @@ def operators_page() -> str:
 
 def allocators_page(allocators: list[dict[str, Any]]) -> str:
     """All allocators on one page: a table, then each with its equations, source and options."""
-    rows = ["| allocator | looks at | in one line |", "| --- | --- | --- |"]
+    rows = ["| allocator | looks at | for | in one line |", "| --- | --- | --- | --- |"]
     for allocator in allocators:
-        cells = [f"[`{allocator['name']}`](#{allocator['name']})", LOOKS[allocator["observes"]], one_line(allocator)]
+        cells = [
+            f"[`{allocator['name']}`](#{allocator['name']})",
+            LOOKS[allocator["observes"]],
+            allocator["follows"],
+            one_line(allocator),
+        ]
         rows.append("| " + " | ".join(escape(cell) for cell in cells) + " |")
     parts = [
         NOTE.replace("of the method", "of the allocator"),
         "# Allocators",
-        "An allocator gives every matrix of a language model its own sparsity; all together lose what is asked for. "
+        "An allocator gives every matrix of a language model its own sparsity, or every block where heads and neurons "
+        "leave; all together lose what is asked for. "
         "[Where the sparsity goes](guides/where-the-sparsity-goes.md) shows how to use one and which to take.",
         "\n".join(rows),
     ]

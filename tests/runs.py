@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from secateur.allocators import chosen_allocation
 from secateur.engine import decide
 from secateur.methods import make_method
 from secateur.models.fingerprint import fingerprint
@@ -29,17 +30,26 @@ def tokens_of(ids: torch.Tensor) -> Tokens:
 
 
 def plan_for(method: str, model: Any, ids: torch.Tensor, *, dtype: torch.dtype = torch.float32, **options: Any) -> Plan:
-    """The plan of ``method`` with these options, calibrated on ``ids``."""
+    """The plan of ``method`` with these options, calibrated on ``ids``; ``spread`` names an allocator."""
+    spread = options.pop("spread", None)
     chosen = make_method(method, {**QUICK.get(method, {}), **options})
+    allocation = chosen_allocation(spread, chosen)
     steps: list[tuple[str, int, int]] = []
-    decision = decide(
+    keeper = decide(
         chosen,
         Source(model),
         tokens_of(ids),
         dtype=dtype,
         batch_tokens=2 * ids.shape[1],
         progress=lambda *step: steps.append(step),
-    ).whole
-    provenance = Provenance(method=method, options=chosen.options(), model=fingerprint(Source(model)))
+        allocator=allocation.allocator if allocation else None,
+    )
+    decision = keeper.whole
+    provenance = Provenance(
+        method=method,
+        options=chosen.options(),
+        model=fingerprint(Source(model)),
+        allocation=allocation.provenance if allocation else None,
+    ).allocated(keeper.allocated())
     parts = {k: getattr(decision, k) for k in ("groups", "keep", "masks", "values", "biases", "scores", "rotations")}
     return Plan(provenance=(provenance,), **parts)

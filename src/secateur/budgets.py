@@ -105,14 +105,13 @@ class Budgets:
 
 def _counted(name: str, fraction: float, anatomy: Anatomy, kinds: Sequence[str]) -> Budget:
     """A budget of something that can be counted: parameters, MACs and bytes of the blocks, or bytes of the KV cache."""
-    units = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "kv_bytes": "bytes/token"}
-    dense = (
-        sum(g.cost.kv_bytes * g.units for g in anatomy if g.kind == "kv_head")
-        if name == "kv_bytes"
-        else getattr(anatomy.blocks, name)
-    )
+    units = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "kv_bytes": "bytes/token", "neurons": "neurons"}
+    dense = {
+        "kv_bytes": sum(g.cost.kv_bytes * g.units for g in anatomy if g.kind == "kv_head"),
+        "neurons": sum(g.units for g in anatomy.of_kind("neuron")),
+    }.get(name) or getattr(anatomy.blocks, name)
     saved = {
-        g.name: float(getattr(g.cost, name)) * np.arange(g.units, -1, -1, dtype=np.float64)
+        g.name: float(getattr(g.cost, name, 1)) * np.arange(g.units, -1, -1, dtype=np.float64)
         for g in anatomy.of_kind(*kinds)
     }
     return Budget(name, fraction, float(dense), saved, units[name])

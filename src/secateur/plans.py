@@ -97,7 +97,10 @@ class ExampleInputs(BaseModel):
 
 
 class Allocation(BaseModel):
-    """How the sparsity was spread: the allocator, its options, and the fraction that every matrix lost, by module."""
+    """How the sparsity was spread: the allocator, its options, and the fraction that every matrix lost, by module.
+
+    Where heads and neurons left, ``sparsities`` are the fractions of them that blocks were to lose, by ``layers.3``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

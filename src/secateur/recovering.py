@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.errors import DataError, NonFiniteError, UsageError
 from secateur.evaluation.perplexity import window_losses
 from secateur.healing.recovery import Curve, RecoveryOptions
+from secateur.healing.recovery.capacity import ranks_by_module
 from secateur.healing.recovery.trainer import Keeper, Windows, recover
 from secateur.models.decoders import decoder_blocks, is_linear
 from secateur.models.fingerprint import display_name
@@ -86,14 +87,16 @@ def recover_decoder(
         return perplexity(one, windows.held_out)
 
     name, blocks = decoder_blocks(model)
+    modules = [f"{name}.{path}" for path, module in blocks.named_modules() if is_linear(module)]
     curve = recover(
         model,
         windows,
         options,
         teacher=teacher.model if teacher is not None and compared else None,
         layers=layers_left(plans, teacher.model if teacher is not None else model, len(blocks)),
-        modules=[f"{name}.{path}" for path, module in blocks.named_modules() if is_linear(module)],
+        modules=modules,
         masks=masks_left(plans, model, keep_zeros=options.keep_zeros),
+        lora_ranks=ranks_of(plans, options, name, modules),
         keeper=keeper,
         measure=measure,
         ranks=ranks,
@@ -153,6 +156,17 @@ def check_teacher(
             f"the hidden states of the teacher {name} have {theirs.hidden_size} entries and the model's"
             f" {mine.hidden_size}: leave hidden out of the loss"
         )
+
+
+def ranks_of(
+    plans: Sequence[Plan], options: RecoveryOptions, blocks: str, modules: Sequence[str]
+) -> dict[str, int] | None:
+    """Ranks of adapters by module, where the options ask for ranks that differ. Raises UsageError."""
+    if options.train != "lora" or options.ranks == "uniform":
+        return None
+    allocations = [p.allocation for plan in plans for p in plan.provenance if p.allocation is not None]
+    shares = allocations[-1].sparsities if allocations else {}
+    return ranks_by_module(shares, blocks, modules, options.rank)
 
 
 def layers_left(plans: Sequence[Plan], dense: PreTrainedModel, left: int) -> list[int]:

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import secateur as sc
+from secateur.allocate import UniformAllocator
 from secateur.allocators import Part, describe_allocator, get_allocator, list_allocators, parse_allocator
 from secateur.errors import OptionError, UsageError
-from secateur.methods import WeightMethod, get_method, list_methods, make_method
+from secateur.methods import UnitMethod, WeightMethod, get_method, list_methods, make_method
 from secateur.models.decoders import matrix_roles
+from secateur.report.build import removed_fraction
 
 ALLOCATORS = list_allocators()
 ONE_PER_BLOCK = [name for name in ALLOCATORS if get_allocator(name).measures and name not in ("global", "search")]
@@ -134,6 +136,37 @@ def test_every_method_for_weights_follows_to_the_weight(method, deep, tiny_token
     assert given == {name.removesuffix(".weight"): made.sparsity(name) for name in made.masks}
 
 
+SHARING = [name for name in ALLOCATORS if get_allocator(name).shares]
+FOLLOWING = [m for m in list_methods() if issubclass(get_method(m), UnitMethod)]
+FOLLOWING = [m for m in FOLLOWING if isinstance(make_method(m).allocator(), UniformAllocator)]
+
+
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("method", ["wanda_sp", "cfsp"])
+def test_heads_and_neurons_follow_shares_of_blocks(name, method, deep, tiny_tokenizer):
+    made = plan(deep, tiny_tokenizer, name, method, sparsity=0.4)
+    anatomy = sc.anatomy(deep)
+    assert removed_fraction(made, anatomy) == pytest.approx(0.4, abs=2 * anatomy["layers.0.mlp"].cost.params / 40_000)
+    allocation = made.provenance[0].allocation
+    assert allocation is not None and allocation.allocator == name
+    assert (len(set(allocation.sparsities.values())) > 1) == (name != "uniform")
+    neuron = anatomy["layers.0.mlp"].cost.params
+    for layer in range(4):
+        mine = [g for g in anatomy if g.layer == layer and g.name in made.keep]
+        gone = sum(len(made.removed(g.name)) * g.cost.params for g in mine)
+        size = sum(g.units * g.cost.params for g in mine)
+        assert abs(gone - allocation.sparsities[f"layers.{layer}"] * size) <= neuron / 2 + 1
+    again = plan(deep, tiny_tokenizer, name, method, sparsity=0.4)
+    assert not again.diff(made) and again.provenance == made.provenance
+
+
+@pytest.mark.parametrize("method", FOLLOWING)
+def test_every_method_whose_blocks_lose_alike_follows(method, deep, tiny_tokenizer):
+    made = plan(deep, tiny_tokenizer, "progression:slope=1", method, sparsity=0.4)
+    sizes = [sum(len(kept) for n, kept in made.keep.items() if f".{layer}.mlp" in n) for layer in range(4)]
+    assert sizes[0] > sizes[3]
+
+
 def test_a_slope_is_tried_out(deep, tiny_tokenizer):
     found = plan(deep, tiny_tokenizer, "progression:beta=auto", "magnitude")
     zeros, weights = removed(found)
@@ -153,7 +186,11 @@ def test_a_repairing_method_follows_too(deep, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("method", "options", "allocate", "message"),
     [
-        ("flap", {}, "owl", "flap removes heads and neurons: take a method for weights that doesn't"),
+        ("flap", {}, "owl", "gives single matrices their sparsity, and flap removes heads and neurons"),
+        ("wanda_sp", {}, "progression:beta=auto", "take an allocator that gives blocks theirs"),
+        ("flap", {}, "cfsp", "flap with these options spreads the sparsity over blocks itself"),
+        ("wanda_sp", {"budget": "kv_bytes"}, "cfsp", "leaves the numbers of heads and neurons to an integer programme"),
+        ("tyr", {}, "cfsp", "tyr finds the numbers of heads and neurons itself"),
         ("shortgpt", {}, "erk", "shortgpt removes whole blocks"),
         ("icbs", {}, "owl", "icbs searches at one sparsity: take a method for weights that doesn't"),
         ("wanda", {"scope": "global"}, "owl", "wanda with scope=global spreads the sparsity itself"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from secateur.errors import OptionError, nearest
 
-BUDGETS = ("params", "macs", "bytes", "kv_bytes", "latency")
+BUDGETS = ("params", "macs", "bytes", "kv_bytes", "latency", "neurons")
 
 
 def parse_budgets(text: str, sparsity: float) -> dict[str, float]:

@@ -24,17 +24,22 @@ def fit_sparsities(wished: ArrayLike, sizes: ArrayLike, sparsity: float, *, most
     ``sizes`` are the weights of every part. The shift is the smallest change (in least squares, weighted by size) that
     meets the whole.
     """
+    return within(wished, sizes, sparsity, max(most, sparsity))
+
+
+def within(wished: ArrayLike, sizes: ArrayLike, sparsity: float, most: ArrayLike) -> NDArray[np.float64]:
+    """``fit_sparsities`` with a bound that may be another for every part; below the target where all are at theirs."""
     wish, weights = np.asarray(wished, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
-    most = max(most, sparsity)
+    most = np.asarray(most, dtype=np.float64)
 
     def shifted(by: float) -> NDArray[np.float64]:
         return np.clip(wish + by, 0.0, most)
 
     target = sparsity * weights.sum()
     plain = wish + (target - (weights * wish).sum()) / weights.sum()
-    if plain.min() >= 0 and plain.max() <= most:
+    if plain.min() >= 0 and bool((plain <= most).all()):
         return plain
-    low, high = -float(wish.max()), most - float(wish.min())
+    low, high = -float(wish.max()), float(most.max() - wish.min())
     while low < (middle := (low + high) / 2) < high:
         low, high = (low, middle) if (weights * shifted(middle)).sum() >= target else (middle, high)
     return shifted(high)

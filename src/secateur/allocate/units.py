@@ -10,7 +10,7 @@ Laws: the budget is met within one bundle; nothing is kept less for a smaller sp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -105,6 +105,16 @@ def layer_part(groups: Sequence[Group], layer: int, limits: Limits) -> tuple[int
     return sum(cost for place, cost in costs if place == layer), sum(cost for _, cost in costs)
 
 
+def largest_share(groups: Sequence[Group], limits: Limits) -> float:
+    """The fraction of what these groups cost that can leave at most."""
+    kept = whole = 0
+    for group in groups:
+        ordered = bundles(group, torch.zeros(group.units), limits)
+        kept += sum(bundle.cost for bundle in ordered[: least_bundles(group, ordered, limits)])
+        whole += sum(bundle.cost for bundle in ordered)
+    return 1 - kept / whole if whole else 0.0
+
+
 def refusal(asked: float, removable: float, total: int, limits: Limits) -> BudgetError:
     """The error of a budget that can't be met."""
     most = removable / total if total else 0.0
@@ -156,11 +166,13 @@ class UniformAllocator:
 
     Each group loses floor(share * units). With ``fill`` the rest of the layer's budget, which coarse units such as
     key-value heads leave over, comes out of the group with the smallest units; without, it stays (the published
-    rule, which removes nothing from three heads at 20 %).
+    rule, which removes nothing from three heads at 20 %). ``shares`` are the sparsities of layers that lose another
+    share.
     """
 
     sparsity: float
     fill: bool = True
+    shares: Mapping[int, float] = field(default_factory=dict, kw_only=True)
 
     def allocate(self, scores: Scores, groups: Sequence[Group], total: int, limits: Limits) -> Kept:
         layers: dict[int, list[Group]] = {}
@@ -169,8 +181,9 @@ class UniformAllocator:
         chosen: list[Bundle] = []
         for layer, members in layers.items():
             own, whole = layer_part(groups, layer, limits)
+            alike = replace(self, sparsity=self.shares.get(layer, self.sparsity))
             # exact for integers, so that equal layers get what an equal division gives
-            chosen += self._layer(scores, members, total * own / whole, limits)
+            chosen += alike._layer(scores, members, total * own / whole, limits)
         return kept_units(chosen, groups)
 
     def _layer(self, scores: Scores, groups: Sequence[Group], share: float, limits: Limits) -> list[Bundle]:

@@ -7,8 +7,10 @@ sparsities, and runs the method with them, matrix by matrix.
 from secateur.allocators.base import (
     Allocator,
     BlockWeights,
+    Follower,
     Measuring,
     Part,
+    block_shares,
     check_follows,
     matrix_sparsities,
     of_blocks,
@@ -28,9 +30,11 @@ from secateur.allocators.registry import (
 __all__ = [
     "Allocator",
     "BlockWeights",
+    "Follower",
     "Measuring",
     "Part",
     "allocator",
+    "block_shares",
     "check_follows",
     "chosen_allocation",
     "describe_allocator",

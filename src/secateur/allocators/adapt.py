@@ -14,7 +14,7 @@ Differs from it: importances are taken once, from the dense model, and not anew 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from secateur.allocate import fit_sparsities
 from secateur.allocate.shares import MOST
 from secateur.allocators.base import Allocator, BlockWeights, Part, Wishes, of_blocks, sizes_of
 from secateur.allocators.registry import allocator
-from secateur.methods import WeightMethod, option
+from secateur.methods import option
 from secateur.observe import Similarity
 
 
@@ -39,8 +39,9 @@ class Adapt(Allocator):
     observes: ClassVar[str] = "blocks"
     statistics: ClassVar = {"similarity": Similarity}
     measures: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
 
-    def measure(self, block: BlockWeights, method: WeightMethod) -> Tensor:
+    def measure(self, block: BlockWeights, method: Any) -> Tensor:
         return torch.tensor(-block.seen[""]["similarity"].mean, dtype=torch.float64)
 
     def sparsities(self, parts: Sequence[Part], measured: Sequence[Tensor], sparsity: float) -> Wishes:

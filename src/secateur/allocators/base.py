@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from secateur.allocate import mixed_patterns, parse_pattern, removed_counts
+from secateur.allocate import UniformAllocator, mixed_patterns, parse_pattern, removed_counts, within
 from secateur.errors import UsageError
-from secateur.methods import Method, Seen, Target, WeightMethod, check_for_decoders
+from secateur.methods import Method, Seen, Target, UnitMethod, WeightMethod, check_for_decoders
 from secateur.observe import Statistic
 from secateur.options import check_options
 from secateur.plans import Allocation
@@ -21,13 +21,16 @@ from secateur.plans import Allocation
 Wishes = NDArray[np.float64]
 """sparsities, [parts] float64"""
 
+Follower = WeightMethod | UnitMethod
+"""What can follow an allocator."""
+
 
 @dataclass(frozen=True)
 class Part:
-    """A matrix of the blocks, as an allocator sees it.
+    """A matrix of the blocks, as an allocator sees it, or all heads and neurons of a block.
 
     ``role`` is ``q``, ``k``, ``v``, ``qkv``, ``o``, ``gate``, ``up``, ``gate_up`` or ``down``; empty where the model's
-    family is unknown. ``shape`` is (outputs, inputs).
+    family is unknown, and for a block. ``shape`` is (outputs, inputs), of a block (what its units cost, 1).
     """
 
     module: str
@@ -74,7 +77,8 @@ class Allocator:
 
     ``observes`` says what its statistics see: the ``inputs`` of every matrix, input and output of ``blocks``, or
     ``nothing``. An allocator that looks at no block at all has ``measures`` false; one that ``tries`` whole models
-    out is a ``Trying``.
+    out is a ``Trying``. One that ``shares`` gives a block its sparsity whatever is in it, so that heads and neurons can
+    follow it too.
     """
 
     name: ClassVar[str] = ""
@@ -82,6 +86,7 @@ class Allocator:
     statistics: ClassVar[Mapping[str, type[Statistic]]] = {}
     measures: ClassVar[bool] = False
     tries: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self, self.name or type(self).__name__)
@@ -99,18 +104,18 @@ class Allocator:
         """The options as plain values, for provenance."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
-    def needed_statistics(self, method: WeightMethod) -> Mapping[str, type[Statistic]]:
+    def needed_statistics(self, method: Any) -> Mapping[str, type[Statistic]]:
         """What must be observed when ``method`` is to prune; by default the statistics of the class."""
         return self.statistics
 
-    def check(self, method: WeightMethod) -> None:
+    def check(self, method: Any) -> None:
         """Raises UsageError, in one sentence, when ``method`` can't follow this allocator."""
 
     def for_pattern(self, m: int) -> Allocator:
         """The allocator to ask when N:M patterns with this M are to be mixed."""
         return self
 
-    def measure(self, block: BlockWeights, method: WeightMethod) -> Tensor:
+    def measure(self, block: BlockWeights, method: Any) -> Tensor:
         """The numbers that ``sparsities`` needs of one block, float64 of any shape; stored with the run."""
         raise NotImplementedError(f"{type(self).__name__} must define measure() where it measures")
 
@@ -127,7 +132,7 @@ class Measuring:
     """An allocator at work for a method, with the words that the engine asks of whatever observes the model."""
 
     allocator: Allocator
-    method: WeightMethod
+    method: Follower
 
     sequential: ClassVar[bool] = False
     in_sequence: ClassVar[bool] = False
@@ -169,16 +174,19 @@ class Measuring:
         return "LayerMethod" if self.allocator.observes == "blocks" else "WeightMethod"
 
 
-def check_follows(allocator: Allocator, method: Method) -> WeightMethod:
+def check_follows(allocator: Allocator, method: Method) -> Follower:
     """``method`` as one that follows ``allocator``. Raises UsageError, in one sentence, when it can't."""
+    if isinstance(method, UnitMethod):
+        return _check_units(allocator, method)
     if not isinstance(method, WeightMethod):
         check_for_decoders(method)
         does = {
             "weights": "searches at one sparsity",
             "layers": "removes whole blocks",
             "sublayers": "removes attentions and MLPs",
-            "channels": "removes channels",
-        }.get(method.descriptor.object, "removes heads and neurons")
+            "vocabulary": "removes tokens",
+            "hidden_states": "rotates hidden states",
+        }.get(method.descriptor.object, "finds the numbers of heads and neurons itself")
         raise UsageError(
             f"allocator {allocator.name} gives matrices their sparsity, and {method.name} {does}: take a method for"
             " weights that doesn't ('secateur methods --object weights' lists them)"
@@ -187,6 +195,27 @@ def check_follows(allocator: Allocator, method: Method) -> WeightMethod:
         raise UsageError(
             f"{method.name} with scope=global spreads the sparsity itself and can't follow allocator {allocator.name}:"
             " leave one of them out"
+        )
+    allocator.check(method)
+    return method
+
+
+def _check_units(allocator: Allocator, method: UnitMethod) -> UnitMethod:
+    if not allocator.shares:
+        raise UsageError(
+            f"allocator {allocator.name} gives single matrices their sparsity, and {method.name} removes heads and"
+            " neurons: take an allocator that gives blocks theirs ('secateur allocators' says which do)"
+        )
+    if method.programmed:
+        raise UsageError(
+            f"{method.name} with these budgets leaves the numbers of heads and neurons to an integer programme and"
+            f" can't follow allocator {allocator.name}: leave one of them out"
+        )
+    if not isinstance(method.allocator(), UniformAllocator):
+        raise UsageError(
+            f"{method.name} with these options spreads the sparsity over blocks itself and can't follow allocator"
+            f" {allocator.name}: leave it out, or let every block lose the same share ('secateur describe"
+            f" {method.name}' lists the options)"
         )
     allocator.check(method)
     return method
@@ -233,3 +262,16 @@ def with_sparsity(method: WeightMethod, part: Part, sparsity: float) -> WeightMe
     if n == 0:
         return dataclasses.replace(method, pattern="", sparsity=0.0)
     return dataclasses.replace(method, pattern=f"{n}:{m}")
+
+
+def block_shares(
+    allocator: Allocator, parts: Sequence[Part], measured: Sequence[Tensor], most: Sequence[float], sparsity: float
+) -> dict[str, float]:
+    """The fraction of the units that every block loses, by the name of its part; all together lose ``sparsity``.
+
+    ``most`` is what every block can lose at most; all together can lose more than is asked for. Raises BudgetError.
+    """
+    sizes = sizes_of(parts)
+    wished = allocator.sparsities(parts, measured, sparsity)
+    found = within(wished, sizes, sparsity, most)
+    return {part.module: float(share) for part, share in zip(parts, found, strict=True)}

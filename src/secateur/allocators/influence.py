@@ -11,7 +11,7 @@ How it becomes a sparsity is the map of OWL (arXiv:2310.05175), with the same de
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from secateur.allocate import fit_sparsities
 from secateur.allocators.base import Allocator, BlockWeights, Part, Wishes, of_blocks, sizes_of, spread_over
 from secateur.allocators.registry import allocator
-from secateur.methods import WeightMethod, option
+from secateur.methods import option
 from secateur.observe import Similarity
 
 
@@ -34,8 +34,9 @@ class Influence(Allocator):
     observes: ClassVar[str] = "blocks"
     statistics: ClassVar = {"similarity": Similarity}
     measures: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
 
-    def measure(self, block: BlockWeights, method: WeightMethod) -> Tensor:
+    def measure(self, block: BlockWeights, method: Any) -> Tensor:
         return torch.tensor(1.0 - block.seen[""]["similarity"].mean, dtype=torch.float64)
 
     def sparsities(self, parts: Sequence[Part], measured: Sequence[Tensor], sparsity: float) -> Wishes:

@@ -58,6 +58,8 @@ class Progression(Allocator):
         0.2, "what q and k lose more, and v and o less, as a fraction of min(S, 1 - S)", ge=-1, le=1
     )
 
+    shares: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.beta, str) and self.beta != "auto":

@@ -60,11 +60,13 @@ def parse_allocator(text: str) -> Allocator:
 
 
 def chosen_allocation(text: str | None, method: Method) -> Measuring | None:
-    """The allocator that ``text`` names, at work for ``method``; None without one.
+    """The allocator that ``text`` names, at work for ``method``; by default the method's own, None without one.
 
     Raises UsageError, also when ``method`` can't follow it, and OptionError.
     """
-    if text is None:
+    if text is None and not getattr(method, "programmed", False):
+        text = method.spread
+    if not text:
         return None
     found = parse_allocator(text).working()
     return Measuring(found, check_follows(found, method))
@@ -79,5 +81,6 @@ def describe_allocator(name: str) -> dict[str, Any]:
         "summary": doc.split("\n")[0],
         "doc": doc,
         "observes": cls.observes,
+        "follows": "weights, units" if cls.shares else "weights",
         "options": describe_options(cls),
     }

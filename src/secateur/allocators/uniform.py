@@ -6,6 +6,7 @@ that the whole is met.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +19,8 @@ from secateur.allocators.registry import allocator
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Allocator):
     """It has no options."""
+
+    shares: ClassVar[bool] = True
 
     def sparsities(self, parts: Sequence[Part], measured: Sequence[Tensor], sparsity: float) -> Wishes:
         return np.full(len(parts), sparsity)

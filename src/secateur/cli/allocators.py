@@ -29,7 +29,7 @@ def allocators(
         return
     every = [describe_allocator(one) for one in list_allocators()]
     if json:
-        print_json([{key: one[key] for key in ("name", "summary", "observes")} for one in every])
+        print_json([{key: one[key] for key in ("name", "summary", "observes", "follows")} for one in every])
         return
     from secateur.report.tables import allocators_table
 

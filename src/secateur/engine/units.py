@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from secateur.allocate import Allocator, UniformAllocator
 from secateur.allocate.units import Limits, layer_part
 from secateur.budgets import (
     Budgets,
@@ -18,6 +20,7 @@ from secateur.budgets import (
     windows_for,
     write_losses,
 )
+from secateur.engine.allocation import shared
 from secateur.engine.refits import few_tokens_noted, refit_groups
 from secateur.engine.run import Run
 from secateur.errors import UnsupportedModelError
@@ -53,9 +56,12 @@ def decide_units(method: UnitMethod, run: Run, scoring: Callable[[], Scoring] | 
     groups = run.anatomy.of_kind(*method.kinds)
     if all(fraction == 1 for fraction in method.asked.values()):
         return
-    total = Limits(budget=method.budget).cost(run.anatomy.blocks)
+    total = method.counted(run.anatomy)
     # refused before anything is observed
     budgets = _budgets(run, method, groups) if method.programmed else None
+    allocator = method.allocator()
+    if isinstance(allocator, UniformAllocator) and (shares := shared(run, method, groups, total, limits_of(method))):
+        allocator = replace(allocator, shares=shares)
     scored = scoring() if scoring is not None else partial(_scores, run, method)
     for layer in run.blocks("calibrate" if run.observed else "score"):
         members = [g for g in groups if g.layer == layer]
@@ -65,7 +71,7 @@ def decide_units(method: UnitMethod, run: Run, scoring: Callable[[], Scoring] | 
         # a block without any units is one that has lost both of its sub-layers
         if method.in_sequence and members:
             own, whole = layer_part(groups, layer, limits_of(method))
-            _allocate(run, method, members, part.scores, total * own // whole, part)
+            _allocate(method, allocator, members, part.scores, total * own // whole, part)
             _revise(run, method, members, seen, part)
             _compensate(run, method, members, seen, part)
             if method.refits:
@@ -78,16 +84,22 @@ def decide_units(method: UnitMethod, run: Run, scoring: Callable[[], Scoring] | 
         del block, seen
     if not method.in_sequence:
         whole = Decision(scores=scored([g for g in groups if g.layer < 0], {}))
-        run.keeper.close(_allocate_all(run, method, groups, total, budgets, whole))
+        run.keeper.close(_allocate_all(run, method, allocator, groups, total, budgets, whole))
 
 
 def _allocate_all(
-    run: Run, method: UnitMethod, groups: list[Group], total: int, budgets: Budgets | None, part: Decision
+    run: Run,
+    method: UnitMethod,
+    allocator: Allocator,
+    groups: list[Group],
+    total: int,
+    budgets: Budgets | None,
+    part: Decision,
 ) -> Iterator[Decision]:
     """``part`` has the scores of groups that lie in no single block."""
     scores = {**run.keeper.scores(), **part.scores}
     if budgets is None:
-        _allocate(run, method, groups, scores, total, part)
+        _allocate(method, allocator, groups, scores, total, part)
     else:
         _meet(run, budgets, method, groups, scores, part)
     revises = type(method).revise is not UnitMethod.revise
@@ -109,9 +121,14 @@ def _scores(run: Run, method: UnitMethod, groups: list[Group], seen: SeenByModul
 
 
 def _allocate(
-    run: Run, method: UnitMethod, groups: list[Group], scores: Mapping[str, Tensor], total: int, part: Decision
+    method: UnitMethod,
+    allocator: Allocator,
+    groups: list[Group],
+    scores: Mapping[str, Tensor],
+    total: int,
+    part: Decision,
 ) -> None:
-    kept = method.allocator().allocate({g.name: scores[g.name] for g in groups}, groups, total, limits_of(method))
+    kept = allocator.allocate({g.name: scores[g.name] for g in groups}, groups, total, limits_of(method))
     _keep(groups, kept, part)
 
 

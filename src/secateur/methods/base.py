@@ -41,6 +41,7 @@ from secateur.methods.views import (
 from secateur.observe import Cross, Gram, Moments, Statistic
 from secateur.options import check_options, option
 from secateur.search import Descent, Evolution
+from secateur.structure import Anatomy
 from secateur.structure.lexicon import Lexicon
 from secateur.timing import Workload
 
@@ -61,6 +62,8 @@ class Method:
     """For methods that don't prune decoders: why, and what to do; ``{name}`` is the method's."""
     costly: ClassVar[bool] = False
     """Whether even a small language model takes a minute or more, whatever the data."""
+    spread: ClassVar[str] = ""
+    """The allocator, with its options, that the method follows where nobody asks for another."""
 
     def __post_init__(self) -> None:
         check_options(self, self.name or type(self).__name__)
@@ -241,8 +244,8 @@ class UnitMethod(StructuredMethod):
 
     budget: str = option(
         "params",
-        "what the sparsity is a fraction of (params, macs, bytes, kv_bytes, latency), or fractions of the dense model"
-        " that may stay, all of them together (latency=0.7,kv_bytes=0.5)",
+        "what the sparsity is a fraction of (params, macs, bytes, kv_bytes, latency, and neurons where nothing else"
+        " leaves), or fractions of the dense model that may stay, all of them together (latency=0.7,kv_bytes=0.5)",
     )
     uniform: bool = option(False, "the best widths that are equal in every layer, so that the checkpoint stays plain")
     variants: str = option(
@@ -306,11 +309,17 @@ class UnitMethod(StructuredMethod):
         Workload.parse(self.workload)
         if "kv_bytes" in self.asked and self.heads == "query":
             raise OptionError("budget kv_bytes needs heads=kv: single query heads leave the KV cache as it is")
+        if "neurons" in self.asked and set(self.kinds) != {"neuron"}:
+            raise OptionError(f"{self.name}: a budget of neurons is for methods that remove nothing else")
 
     @cached_property
     def asked(self) -> Mapping[str, float]:
         """Budget → fraction of the dense model that may stay."""
         return parse_budgets(self.budget, self.sparsity)
+
+    def counted(self, anatomy: Anatomy) -> int:
+        """What the sparsity is a fraction of, in units of the budget: the linear weights of all blocks."""
+        return int(getattr(anatomy.blocks, self.budget, 1))
 
     @property
     def programmed(self) -> bool:
@@ -380,6 +389,18 @@ class CoupledMethod(UnitMethod):
         write them, and what reads them. The whole blocks of a model are a group without parts.
         """
         raise NotImplementedError(f"{type(self).__name__} must define score_coupled()")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronMethod(UnitMethod):
+    """Removes FFN neurons and leaves attention alone; a budget of ``neurons`` counts nothing else."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("neuron",)
+
+    def counted(self, anatomy: Anatomy) -> int:
+        if self.budget == "neurons":
+            return sum(group.units for group in anatomy.of_kind(*self.kinds))
+        return super().counted(anatomy)
 
 
 @dataclass(frozen=True, kw_only=True)

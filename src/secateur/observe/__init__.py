@@ -3,6 +3,7 @@
 from secateur.observe.statistics import (
     Amplitudes,
     Angle,
+    Change,
     Contributions,
     Cross,
     Gram,
@@ -19,6 +20,7 @@ from secateur.observe.statistics import (
 __all__ = [
     "Amplitudes",
     "Angle",
+    "Change",
     "Contributions",
     "Cross",
     "Gram",

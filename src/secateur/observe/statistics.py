@@ -514,6 +514,38 @@ class Angle(Accumulator):
         return self.total / max(self.tokens, 1)
 
 
+class Change(Accumulator):
+    """Sums over tokens of what a block changes in its input, float64: mean over channels of squares and of sizes."""
+
+    def __init__(self) -> None:
+        self.squares = 0.0
+        self.sizes = 0.0
+        self.tokens = 0
+
+    def update(self, x_BTC: Tensor) -> None:
+        """Input and output of the block, concatenated along channels."""
+        before, after = (half.float() for half in x_BTC.chunk(2, dim=-1))
+        change = (after - before).double()
+        self.squares += float(change.square().mean(dim=-1).sum())
+        self.sizes += float(change.abs().mean(dim=-1).sum())
+        self.tokens += change.shape[:-1].numel()
+
+    def merge(self, other: Change) -> None:
+        self.squares += other.squares
+        self.sizes += other.sizes
+        self.tokens += other.tokens
+
+    @property
+    def square(self) -> float:
+        """Mean squared change of an entry."""
+        return self.squares / max(self.tokens, 1)
+
+    @property
+    def absolute(self) -> float:
+        """Mean size of the change of an entry."""
+        return self.sizes / max(self.tokens, 1)
+
+
 @contextmanager
 def _bfloat16_factors() -> Iterator[None]:
     """Let float32 products use bfloat16 factors where the machine has them; sums stay float32.

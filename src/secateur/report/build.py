@@ -17,6 +17,7 @@ BUDGET_WORDS = {
     "bytes": "bytes",
     "kv_bytes": "bytes of the KV cache",
     "channels": "channels",
+    "neurons": "FFN neurons",
     "latency": "latency",
 }
 

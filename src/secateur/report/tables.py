@@ -187,9 +187,12 @@ def allocators_table(allocators: Iterable[Mapping[str, Any]]) -> Table:
     table = _table()
     table.add_column("allocator", no_wrap=True, style="bold")
     table.add_column("observes", no_wrap=True)
+    table.add_column("for", no_wrap=True)
     table.add_column("what it does")
     for allocator in allocators:
-        table.add_row(_plain(allocator["name"]), allocator["observes"], _plain(_after_name(allocator)))
+        table.add_row(
+            _plain(allocator["name"]), allocator["observes"], allocator["follows"], _plain(_after_name(allocator))
+        )
     return table
 
 

@@ -46,6 +46,11 @@ class RecoveryOptions:
     decay: float = option(0.0, "weight decay of AdamW", ge=0)
     clip: float = option(1.0, "largest norm of the gradients of a step; 0: any", ge=0)
     rank: int = option(8, "rank of the adapters", ge=1)
+    ranks: str = option(
+        "uniform",
+        "the same rank everywhere, or (importance) ranks that follow what an allocator let every block keep (IG-LoRA)",
+        choices=("uniform", "importance"),
+    )
     alpha: float = option(16.0, "adapters count alpha / rank times", gt=0)
     dropout: float = option(0.05, "fraction of an adapter's inputs that is left out", ge=0, lt=1)
     targets: str = option("", "modules that get adapters, joined by +: q_proj+v_proj (default: all of the blocks)")
