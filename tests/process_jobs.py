@@ -56,3 +56,18 @@ def _at_step(number: int, sent: int) -> None:
             os.kill(os.getpid(), sent)
 
     healing.StateKeeper.finished = signalled  # type: ignore[method-assign]
+
+
+def die_in_the_second_stage() -> None:
+    """Killed in the middle of the training of the second of several stages."""
+    from secateur.runs import healing
+
+    healing.SECONDS_BETWEEN_STATES = 0.0
+    finished = healing.StateKeeper.finished
+
+    def killed(self: Any, curve: Any, state: Any, *, last: bool) -> None:
+        finished(self, curve, state, last=last)
+        if "step-2" in str(self._step.path) and curve.steps == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    healing.StateKeeper.finished = killed  # type: ignore[method-assign]

@@ -17,9 +17,11 @@ Steps run one after the other; each plans on the result of the step before.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,7 +63,8 @@ class CalibrationSpec(BaseModel):
 class Step(BaseModel):
     """One method and how much it removes; ``options`` are the method's own, ``allocate`` says where it is removed.
 
-    ``heal`` is a repair (``refit``), a training (``lora:steps=300``), or both (``refit+lora``).
+    ``heal`` is a repair (``refit``), a training (``lora:steps=300``), or both (``refit+lora``). With ``stages`` that
+    many steps stand for this one: each removes a part, and ``growth`` says which share of the training it has.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -73,6 +76,8 @@ class Step(BaseModel):
     allocate: str | None = None
     heal: str | None = None
     target: str | None = None
+    stages: int | None = Field(default=None, ge=1)
+    growth: Literal["linear", "constant", "cosine"] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -128,6 +133,43 @@ class Recipe(BaseModel):
         repair, _ = split_heal(step.heal)
         return api.method_options(step.method, step.options, *wanted, seed, heal=repair, target=step.target)
 
+    def staged(self) -> Recipe:
+        """The same with a step for every stage. Raises UsageError for stages that a method can't have."""
+        if all(step.stages is None and step.growth is None for step in self.steps):
+            return self
+        return self.model_copy(update={"steps": [one for step in self.steps for one in self._stages(step)]})
+
+    def _stages(self, step: Step) -> list[Step]:
+        from secateur.healing.recovery import stages_of
+        from secateur.methods import StructuredMethod
+
+        if step.stages is None:
+            if step.growth is not None:
+                raise UsageError("growth says how stages share the training: give their number with --stages (stages)")
+            return [step]
+        method, _ = self.words(step)
+        if not isinstance(method, StructuredMethod) or "=" in method.budget or method.budget in ("kv_bytes", "latency"):
+            what = "has another" if isinstance(method, StructuredMethod) else "removes something else"
+            raise UsageError(
+                "stages are for methods that remove heads and neurons, with one budget that is counted, and"
+                f" {step.method} {what}"
+            )
+        left = [1 - method.sparsity * stage / step.stages for stage in range(step.stages + 1)]
+        heals = stages_of(step.heal, growing(step.stages, step.growth or "linear")) if step.heal else None
+        options = {key: value for key, value in step.options.items() if key != "sparsity"}
+        return [
+            step.model_copy(
+                update={
+                    "sparsity": 1 - left[stage + 1] / left[stage],
+                    "heal": heals[stage] if heals else None,
+                    "stages": None,
+                    "growth": None,
+                    "options": options,
+                }
+            )
+            for stage in range(step.stages)
+        ]
+
     def words(self, step: Step) -> tuple[Method, Measuring | None]:
         """The method of a step with its options, and its allocator. Raises UsageError."""
         from secateur.allocators import chosen_allocation
@@ -145,12 +187,17 @@ class Recipe(BaseModel):
     def check_methods(self) -> None:
         """Look every method, allocator and option up, before anything is loaded. Raises UsageError."""
         from secateur.allocate import parse_pattern
-        from secateur.methods import check_for_decoders
+        from secateur.healing.recovery import check_guided, split_heal
+        from secateur.methods import UnitMethod, check_for_decoders
 
         for number, step in enumerate(self.steps, start=1):
             try:
-                method, _ = self.words(step)
+                method, allocation = self.words(step)
                 check_for_decoders(method)
+                training = split_heal(step.heal)[1]
+                if training is not None and training.ranks == "importance":
+                    follows = allocation is not None and isinstance(method, UnitMethod)
+                    check_guided(follows=follows)
                 if pattern := getattr(method, "pattern", ""):
                     parse_pattern(pattern)
             except UsageError as error:
@@ -209,9 +256,22 @@ def make_recipe(data: Mapping[str, Any], where: str) -> Recipe:
     if "sweep" in data:
         raise RecipeError(f"{where} describes a sweep: run it with 'secateur sweep'")
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(data).staged()
     except ValidationError as error:
         raise RecipeError(f"{where}: {explain(error.errors()[0], _MODELS)}") from None
+
+
+def growing(stages: int, growth: str) -> list[float]:
+    """The fraction of all training that each stage has: more and more, ``linear`` or as a ``cosine``, or ``constant``.
+
+    Source: Adapt-Pruner, arXiv:2502.03460, and its official code.
+    """
+    if growth == "linear":
+        return [2 * k / (stages * (stages + 1)) for k in range(1, stages + 1)]
+    if growth == "cosine":
+        ends = [1 - math.cos(k * math.pi / (2 * stages)) for k in range(stages + 1)]
+        return [after - before for before, after in pairwise(ends)]
+    return [1 / stages] * stages
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:
@@ -233,7 +293,7 @@ def _followed_by(first: Report, second: Report) -> Report:
     later = {renumbered[cut.layer]: cut for cut in second.layers}
     return replace(
         second,
-        method=f"{first.method}+{second.method}",
+        method=first.method if first.method.endswith(second.method) else f"{first.method}+{second.method}",
         options={first.method: first.options, second.method: second.options},
         requested=f"{first.requested}, then {second.requested}",
         achieved=_compose(first.achieved, second.achieved),

@@ -193,7 +193,7 @@ def _text(
     return load_tokens(
         options.data or source,
         tokenizer,
-        samples=options.steps * options.batch + options.held_out,
+        samples=options.whole * options.batch + options.held_out,
         length=options.length,
         seed=options.seed,
         text_field=text_field,

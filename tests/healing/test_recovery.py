@@ -126,6 +126,27 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 1e-3
 
 
+def test_a_schedule_that_stays_at_its_peak():
+    options = RecoveryOptions(schedule="wsd", steps=200, warmup=0.05, cooldown=0.1, lr=2e-5, floor=0.1)
+    rates = [learning_rate(step, options) for step in (0, 5, 10, 100, 180, 190, 200)]
+    assert rates == pytest.approx([0, 1e-5, 2e-5, 2e-5, 2e-5, 1.1e-5, 2e-6])
+    # whatever the stages
+    part = RecoveryOptions(schedule="wsd", steps=30, done=170, total=200, warmup=0.05, cooldown=0.1, lr=2e-5, floor=0.1)
+    assert [learning_rate(step, part) for step in (180, 190, 200)] == pytest.approx([2e-5, 1.1e-5, 2e-6])
+    with pytest.raises(OptionError, match="170 steps done and 31 more exceed a total of 200"):
+        RecoveryOptions(steps=31, done=170, total=200)
+
+
+def test_stages_of_a_training_are_one_training():
+    whole = weights(trained := make_tiny("llama")) and train(trained, train="norms", steps=6, seed=3)
+    parts = make_tiny("llama")
+    losses = []
+    for done, steps in ((0, 2), (2, 4)):
+        losses += train(parts, train="norms", steps=steps, done=done, total=6, seed=3).losses
+    # the optimiser begins anew, so that only the data and the random numbers are the same
+    assert losses[:3] == pytest.approx(whole.losses[:3], abs=1e-6) and len(losses) == len(whole.losses)
+
+
 def test_every_window_comes_once_before_any_comes_again():
     options = RecoveryOptions(steps=10, batch=3)
     seen = torch.cat([windows_of(step, options, 5) for step in range(10)])

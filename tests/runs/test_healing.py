@@ -167,6 +167,27 @@ def test_killed_and_interrupted_processes_go_on(pruned, cli, tmp_path):
     assert same_weights(tmp_path / "out", tmp_path / "whole")
 
 
+def test_pruning_and_training_in_turns_killed_in_the_middle_ends_in_the_same_bytes(tiny_checkpoint, tmp_path, cli):
+    heal = "full:steps=6,batch=1,length=32,held_out=2,loss=ce,schedule=wsd"
+
+    def words(out):
+        return ["prune", tiny_checkpoint, "--method", "adapt_pruner", "--sparsity", "0.3", "--set", "steps=8",
+                "--stages", "2", "--heal", heal, "--samples", "4", "--length", "32", "--no-report", "--no-estimate",
+                "--no-measure", "--out", tmp_path / out]  # fmt: skip
+
+    assert cli(*words("whole")).code == 0
+    with Forked(words("out"), before=process_jobs.die_in_the_second_stage) as process:
+        assert process.wait() == -signal.SIGKILL
+    resumed = cli(*words("out"), "--resume")
+    assert resumed.code == 0, resumed.err
+    assert same_weights(tmp_path / "out", tmp_path / "whole")
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf8"))
+    assert report["method"] == "adapt_pruner" and report["achieved"] == pytest.approx(0.3, abs=0.01)
+    # two and four of the six steps, one after the other
+    assert [len(section["losses"]) for section in report["recoveries"]] == [2, 4]
+    assert [(s["options"]["done"], s["options"]["total"]) for s in report["recoveries"]] == [(0, 6), (2, 6)]
+
+
 def test_a_damaged_state_is_named(pruned, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(healing, "save_model", lambda *_, **__: (_ for _ in ()).throw(Crash()))

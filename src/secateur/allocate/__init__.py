@@ -9,7 +9,7 @@ from secateur.allocate.masks import MaskRule, NofM, PerMatrix, PerRow, lowest_of
 from secateur.allocate.programme import Budget, ProgrammeAllocator, choose, measured_losses, score_losses
 from secateur.allocate.schedules import NEVER, RAMPS, Constant, Cosine, Exponential, Polynomial, Schedule, Updates
 from secateur.allocate.selection import SCOPES, fewest_kept, highest_live, keep_highest, kept_counts
-from secateur.allocate.shares import fit_sparsities, mixed_patterns, removed_counts, within
+from secateur.allocate.shares import MOST, fit_sparsities, mixed_patterns, normalised, removed_counts, within
 from secateur.allocate.units import (
     Allocator,
     GlobalAllocator,
@@ -24,6 +24,7 @@ __all__ = [
     "NEVER",
     "RAMPS",
     "SCOPES",
+    "MOST",
     "Allocator",
     "Budget",
     "Constant",
@@ -64,6 +65,7 @@ __all__ = [
     "mask_rule",
     "measured_losses",
     "mixed_patterns",
+    "normalised",
     "of_masks",
     "parse_pattern",
     "removed_counts",

@@ -88,3 +88,11 @@ def mixed_patterns(sparsities: ArrayLike, sizes: Sequence[int], n: int, m: int) 
         residual = np.where(movable, sign * (found - wish), -np.inf)
         found[int(residual.argmax())] -= sign
     return found.tolist()
+
+
+def normalised(importance: ArrayLike) -> NDArray[np.float64]:
+    """Importances of the blocks with mean 0 and largest absolute value 1; all 0 where they are equal."""
+    centred = np.asarray(importance, dtype=np.float64) - np.mean(np.asarray(importance))
+    largest = np.abs(centred).max()
+    # what rounding leaves of equal values is no difference
+    return centred / largest if largest > 1e-12 else np.zeros_like(centred)

@@ -9,7 +9,8 @@ get the same sparsity; equal cosines give all blocks the same.
 Source: "Adapt-Pruner: Adaptive Structural Pruning for Efficient Small Language Model Training", 2025, arXiv:2502.03460;
 official code research4pan/AdaptPruner, which removes heads and neurons this way. Amplitude and steps are those of its
 shipped runs.
-Differs from it: importances are taken once, from the dense model, and not anew after every step.
+Differs from it: importances are taken once, from the dense model, and not anew after every step, as the method
+`adapt_pruner` does.
 """
 
 from collections.abc import Sequence
@@ -20,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.allocate import fit_sparsities
-from secateur.allocate.shares import MOST
+from secateur.allocate import MOST, fit_sparsities, normalised
 from secateur.allocators.base import Allocator, BlockWeights, Part, Wishes, of_blocks, sizes_of
 from secateur.allocators.registry import allocator
 from secateur.methods import option
@@ -57,11 +57,3 @@ class Adapt(Allocator):
     def after(self, steps: float, importance: Wishes) -> Wishes:
         """Sparsities [parts] after this many steps, the last one in part: with fixed importances all are the same."""
         return np.clip(steps * (1 / self.steps - self.amplitude * importance), 0.0, MOST)
-
-
-def normalised(importance: Sequence[float]) -> Wishes:
-    """Importances of the blocks with mean 0 and largest absolute value 1; all 0 where they are equal."""
-    centred = np.asarray(importance) - np.mean(importance)
-    largest = np.abs(centred).max()
-    # what rounding leaves of equal values is no difference
-    return centred / largest if largest > 1e-12 else np.zeros_like(centred)

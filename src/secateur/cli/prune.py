@@ -83,6 +83,22 @@ def prune(
     allocate: Allocate = None,
     heal: Heal = None,
     target: Aim = None,
+    stages: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Remove in N parts, and train after each on its share of the steps of --heal (Adapt-Accel).",
+        ),
+    ] = None,
+    growth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="linear|constant|cosine",
+            help="How the training grows from stage to stage (default linear).",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -191,7 +207,7 @@ def prune(
     everything = {str(parameter.name) for parameter in context.command.params}
     only_for("a language model", context, everything - _NETWORK_ONLY, "traced networks")
     step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": joined(budget), "allocate": allocate}
-    step |= {"heal": heal, "target": target}
+    step |= {"heal": heal, "target": target, "stages": stages, "growth": growth}
     calibrate = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
         "model": model,

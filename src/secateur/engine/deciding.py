@@ -10,6 +10,7 @@ import torch
 
 from secateur.allocators import Allocator, check_follows
 from secateur.engine.coupled import decide_coupled
+from secateur.engine.gradual import decide_gradually
 from secateur.engine.layers import check_layers, decide_layers
 from secateur.engine.refits import refit
 from secateur.engine.rotations import check_rotation, decide_rotations
@@ -25,6 +26,7 @@ from secateur.errors import UsageError
 from secateur.keeping import Keeper
 from secateur.methods import (
     CoupledMethod,
+    IterativeMethod,
     LayerMethod,
     Method,
     RotationMethod,
@@ -109,6 +111,7 @@ _decide.register(WeightMethod, decide_weights)
 _decide.register(SearchMethod, decide_searched)
 _decide.register(UnitMethod, decide_units)
 _decide.register(CoupledMethod, decide_coupled)
+_decide.register(IterativeMethod, decide_gradually)
 _decide.register(SupernetMethod, decide_supernet)
 _decide.register(TrainedMethod, decide_trained)
 _decide.register(LayerMethod, decide_layers)

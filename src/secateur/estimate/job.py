@@ -12,6 +12,7 @@ from secateur.allocators import Measuring
 from secateur.estimate.sizes import BlockSizes, Inputs
 from secateur.methods import (
     CoupledMethod,
+    IterativeMethod,
     LayerMethod,
     Method,
     SearchMethod,
@@ -141,6 +142,13 @@ class Job:
             return 0
         descent = self.method.descent()
         return len(step_slots(matrices, descent.steps, descent.min_steps)) * descent.epochs
+
+    @property
+    def round_tokens(self) -> int:
+        """Tokens on which a method looks at the whole model, forward and back, before it goes on; 0 for others."""
+        if not isinstance(self.method, IterativeMethod):
+            return 0
+        return min(self.method.step_windows or self.samples, self.samples) * self.length
 
     @property
     def sparsity(self) -> float:

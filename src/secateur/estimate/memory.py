@@ -61,11 +61,13 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
     stages = [_entering(sizes, job), _observing(sizes, job, block), _deciding(sizes, job, block), _ending(sizes, job)]
     stages += [_trying(sizes, job), _leaving_out(sizes, job)]
     if job.searched_tokens:
-        stages.append(_searching(sizes, job, block))
+        stages.append({**_backward(sizes, job, block, job.searched_tokens), "decision": 2 * sizes.linear})
     if job.walks_back:
         stages += [_turning(sizes, job), _descending(job, sizes, block)]
     if isinstance(job.method, TrainedMethod):
         stages.append(_training(sizes, job, job.method, block))
+    if job.round_tokens:
+        stages.append(_backward(sizes, job, block, job.round_tokens))
     most = max(stages, key=lambda stage: sum(stage.values()))
     parts = {name: size for name, size in {**steady, **most}.items() if size}
     device: dict[str, int] = {}
@@ -194,14 +196,13 @@ def _leaving_out(sizes: Sizes, job: Job) -> dict[str, int]:
     }
 
 
-def _searching(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
-    """A copy of the whole model and one of its matrices, masks, and the graph of the windows that run together."""
+def _backward(sizes: Sizes, job: Job, block: BlockSizes, looked_at: int) -> dict[str, int]:
+    """A copy of the whole model, the gradients of its matrices, and the graph of the windows that run together."""
     entries = sum(b.entries for b in sizes.blocks) + sizes.outside_entries
-    tokens = min(job.searched_tokens, max(1, job.batch_tokens // job.length) * job.length)
+    tokens = min(looked_at, max(1, job.batch_tokens // job.length) * job.length)
     graph = tokens * (len(sizes.blocks) * _graph(sizes, block) * job.dtype.itemsize + 16 * sizes.vocabulary)
     return {
         "whole model": (entries + sizes.linear) * job.dtype.itemsize,
-        "decision": 2 * sizes.linear,
         "at work": graph,
     }
 

@@ -7,7 +7,7 @@ from secateur.estimate.job import Job
 from secateur.estimate.machine import Machine
 from secateur.estimate.memory import adapter_entries, spills, state_bytes
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.methods import StructuredMethod, TrainedMethod, WeightMethod
+from secateur.methods import IterativeMethod, StructuredMethod, TrainedMethod, WeightMethod
 
 # passes over memory of isfinite (four results, each read again) and of a conversion, in entries read or written
 _CHECKS, _CONVERSIONS = 8, 2
@@ -39,6 +39,10 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
     matrices = [outputs * inputs for block in sizes.blocks for outputs, inputs in block.matrices]
     searched = job.search_steps(matrices) * job.searched_tokens
     found["forwards"] += searched * (2 * (sizes.linear + sizes.head) + sizes.linear + 2 * sizes.head)
+    # the gradient of every weight of the blocks takes as much as that of the inputs
+    if isinstance(job.method, IterativeMethod):
+        looked_at = job.method.rounds() * job.round_tokens
+        found["forwards"] += looked_at * (2 * (sizes.linear + sizes.head) + 4 * sizes.linear + 2 * sizes.head)
     for block in sizes.blocks:
         deciding = job.repeats * list(job.needs(block, sizes.hidden))
         for needs in (*deciding, *job.later_needs(block, sizes.hidden)):

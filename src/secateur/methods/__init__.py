@@ -8,6 +8,7 @@ from secateur.healing.recovery.adapted import Adapted
 from secateur.methods.base import (
     ChannelMethod,
     CoupledMethod,
+    IterativeMethod,
     LayerMethod,
     Method,
     NeuronMethod,
@@ -73,6 +74,7 @@ __all__ = [
     "Fitting",
     "Gone",
     "GradualMethod",
+    "IterativeMethod",
     "LayerMethod",
     "Method",
     "NeuronMethod",

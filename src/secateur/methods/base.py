@@ -404,6 +404,43 @@ class NeuronMethod(UnitMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
+class IterativeMethod(StructuredMethod):
+    """Takes heads and neurons out of the whole model, a few in every step, by what is left of it by then.
+
+    A round looks at the model, forward and back, on calibration windows of its own, and ``refresh`` steps follow it.
+    The model and its gradients lie in memory.
+    """
+
+    step_windows: int = option(0, "calibration windows of a round, drawn anew; 0: all of them", unit="windows", ge=0)
+    refresh: int = option(1, "steps from one look at the model to the next", unit="steps", ge=1)
+    seed: int = option(0, "seed of the windows of every round", ge=0)
+
+    @property
+    def uses_data(self) -> bool:
+        return True
+
+    def cuts(self, layer: int, layers: int) -> bool:
+        """Whether a block may lose something, the one with this number of so many."""
+        return True
+
+    def importance(self, before_BTD: Tensor, after_BTD: Tensor) -> float:
+        """How much a block counts that makes the one of the other, float32, summed over tokens."""
+        raise NotImplementedError(f"{type(self).__name__} must define importance()")
+
+    def salience(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """Score of every entry of a weight, float32 shaped like it; a unit has the sum of all that leave with it."""
+        raise NotImplementedError(f"{type(self).__name__} must define salience()")
+
+    def advance(self, sparsities: NDArray[np.float64], importance: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sparsities of blocks after one more step, [blocks] in [0, 1)."""
+        raise NotImplementedError(f"{type(self).__name__} must define advance()")
+
+    def rounds(self) -> int:
+        """How often the model is looked at, roughly; for estimates."""
+        raise NotImplementedError(f"{type(self).__name__} must define rounds()")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SupernetMethod(StructuredMethod):
     """Cuts every group to several levels, and searches on the whole model how many units each group loses.
 

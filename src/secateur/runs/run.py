@@ -103,6 +103,7 @@ def run(
 
 def run_recipe(recipe: Recipe, options: Options) -> Report:
     """``run`` with whole options; ``measure`` completes the report before it is written."""
+    recipe = recipe.staged()
     ranks = join()
     with ranks.together():
         return _run_on(ranks, recipe, options if ranks.main else replace(options, progress=lambda *_: None))
@@ -149,6 +150,7 @@ def planned(recipe: Recipe, options: Options) -> Iterator[list[Plan]]:
     """
     if recipe.model is None:
         raise UsageError("a plan needs a model: give it in the recipe")
+    recipe = recipe.staged()
     recipe.check_methods()
     source, tokenizer = _open(recipe, options, ALONE)
     with tempfile.TemporaryDirectory(prefix="secateur-") as temporary:

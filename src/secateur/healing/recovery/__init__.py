@@ -4,7 +4,8 @@ One trainer for every method: ``options`` says how, ``trained`` what (adapters, 
 ``losses`` towards what, and ``trainer`` does it, in steps that can be interrupted and repeated to the bit.
 """
 
+from secateur.healing.recovery.capacity import check_guided
 from secateur.healing.recovery.curve import Curve
-from secateur.healing.recovery.options import RecoveryOptions, make_recovery, parse_recovery, split_heal
+from secateur.healing.recovery.options import RecoveryOptions, make_recovery, parse_recovery, split_heal, stages_of
 
-__all__ = ["Curve", "RecoveryOptions", "make_recovery", "parse_recovery", "split_heal"]
+__all__ = ["Curve", "RecoveryOptions", "check_guided", "make_recovery", "parse_recovery", "split_heal", "stages_of"]

@@ -36,10 +36,15 @@ def ranks_by_module(shares: Mapping[str, float], blocks: str, modules: Sequence[
     """
     layers = {name: int(name.removeprefix(f"{blocks}.").partition(".")[0]) for name in modules}
     wanted = [f"layers.{layer}" for layer in range(max(layers.values()) + 1)]
-    if set(shares) != set(wanted):
+    check_guided(follows=set(shares) == set(wanted))
+    ranks = guided_ranks([1 - shares[name] for name in wanted], rank)
+    return {name: ranks[layer] for name, layer in layers.items()}
+
+
+def check_guided(*, follows: bool) -> None:
+    """Raises UsageError where ranks can't follow, since no allocator gave every block a share."""
+    if not follows:
         raise UsageError(
             "ranks=importance follows what an allocator gave every block, and no plan of this model says that: prune"
             " with --method cfsp, or with --allocate cfsp and a method for heads and neurons, or leave it out"
         )
-    ranks = guided_ranks([1 - shares[name] for name in wanted], rank)
-    return {name: ranks[layer] for name, layer in layers.items()}

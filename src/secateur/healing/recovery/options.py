@@ -12,7 +12,7 @@ are so few that two cores bear them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,13 @@ class RecoveryOptions:
     temperature: float = option(1.0, "temperature of the logits that kl compares", gt=0)
     lr: float = option(0.0, "peak learning rate; 0: 1e-3 for lora and norms, 1e-4 for full", ge=0)
     warmup: float = option(0.1, "fraction of the steps in which the learning rate rises", ge=0, le=1)
+    schedule: str = option(
+        "cosine", "behind the warm-up: half a cosine, or (wsd) constant and a linear fall", choices=("cosine", "wsd")
+    )
+    cooldown: float = option(0.1, "fraction of the steps in which a wsd falls", ge=0, le=1)
+    floor: float = option(0.0, "what a wsd falls to, as a fraction of the peak", ge=0, le=1)
+    done: int = option(0, "steps of the same training that earlier stages have done", unit="steps", ge=0)
+    total: int = option(0, "steps of all stages together; 0: there is one", unit="steps", ge=0)
     decay: float = option(0.0, "weight decay of AdamW", ge=0)
     clip: float = option(1.0, "largest norm of the gradients of a step; 0: any", ge=0)
     rank: int = option(8, "rank of the adapters", ge=1)
@@ -66,6 +73,13 @@ class RecoveryOptions:
         check_options(self, "heal")
         if self.loss:
             _terms(self.loss)
+        if self.done + self.steps > self.whole:
+            raise OptionError(f"heal: {self.done} steps done and {self.steps} more exceed a total of {self.total}")
+
+    @property
+    def whole(self) -> int:
+        """Steps of the training that these are part of, or all of."""
+        return self.total or self.done + self.steps
 
     @property
     def peak_rate(self) -> float:
@@ -116,6 +130,27 @@ def parse_recovery(text: str) -> RecoveryOptions:
     if recovery is None or before is not None:
         raise UsageError(f"training is one of {', '.join(KINDS)}, with options behind a colon, got '{text}'")
     return recovery
+
+
+def stages_of(text: str, fractions: Sequence[float]) -> list[str]:
+    """A ``heal`` text for every stage of a training, which has these fractions of its steps; alike without a training.
+
+    Raises UsageError when a stage would have no step.
+    """
+    repair, training = split_heal(text)
+    if training is None:
+        return [text] * len(fractions)
+    ends = [round(training.steps * sum(fractions[: stage + 1])) for stage in range(len(fractions))]
+    found, done = [], 0
+    own = text[len(repair) + 1 :] if repair else text
+    kept = [pair for pair in own.partition(":")[2].split(",") if pair and pair.partition("=")[0].strip() != "steps"]
+    for end in ends:
+        if end <= done:
+            raise UsageError(f"{training.steps} steps of training are too few for {len(fractions)} stages: give more")
+        pairs = [*kept, f"steps={end - done}", f"done={done}", f"total={training.steps}"]
+        found.append(f"{repair + '+' if repair else ''}{training.train}:{','.join(pairs)}")
+        done = end
+    return found
 
 
 def split_heal(text: str | None, seed: int = 0) -> tuple[str | None, RecoveryOptions | None]:

@@ -73,11 +73,21 @@ class Windows:
 
 
 def learning_rate(step: int, options: RecoveryOptions) -> float:
-    """Of the step with this number, from 0: rises linearly to its peak, and falls as half a cosine towards 0."""
-    warm = round(options.warmup * options.steps)
+    """Of the step with this number, from 0, among those of all stages: rises linearly to its peak, then as scheduled.
+
+    A ``cosine`` begins above 0 and falls as half a cosine towards 0. A ``wsd`` (warm-up, stable, decay; Adapt-Pruner,
+    arXiv:2502.03460) begins at 0, stays at the peak, and falls linearly in the end.
+    """
+    steps = options.whole
+    warm = round(options.warmup * steps)
+    if options.schedule == "wsd":
+        rising = step / warm if warm else 1.0
+        cool = round(options.cooldown * steps)
+        falling = 1 - (1 - options.floor) * (step - (steps - cool)) / cool if cool else 1.0
+        return options.peak_rate * min(1.0, rising, falling)
     if step < warm:
         return options.peak_rate * (step + 1) / warm
-    return options.peak_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
+    return options.peak_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def windows_of(step: int, options: RecoveryOptions, available: int) -> Tensor:
@@ -204,6 +214,8 @@ class _Loop:
     def _step(self, step: int) -> float:
         """One step of the optimiser; the mean loss of its windows, over all ranks."""
         options, ranks = self._options, self._ranks
+        # later stages go on with data, learning rate and random numbers
+        step += options.done
         mine = windows_of(step, options, len(self._ids_NT)).tensor_split(ranks.size)[ranks.rank]
         parts = mine.split(self._micro)
         # of dropout: the same numbers whenever and wherever this step is done
