@@ -65,7 +65,8 @@ def _numbers(cut: Cut, node: fx.Node, old: list[Any]) -> list[Any]:
     """
     shape = cut.shape(cut.trace.value(node))
     found = [_size_of(o, n) for o, n in zip(old, shape[len(shape) - len(old) :], strict=True)]
-    if found.count(-1) > 1:
+    # an expansion may have several, of dimensions that stay as they are
+    if found.count(-1) > max(1, old.count(-1)):
         raise Unfit("more than one of its sizes is computed from what is cut")
     return found
 
