@@ -46,8 +46,8 @@ def sparsifier(module: nn.Module, optimizer: Any, method: str, **options: Any) -
     rhythm |= {"rounds": 4} if known.get("rounds", {}).get("default", 1) > 1 else {}
     data, inputs = [batch(0)], (batch(0)[0],)
     return sc.Sparsifier(
-        module, optimizer, method=method, data=data, example_inputs=inputs, **{**rhythm, **options}
-    )  # fmt: skip
+        module, optimizer, method=method, **{"data": data, "example_inputs": inputs, **rhythm, **options}
+    )
 
 
 def train(

@@ -56,16 +56,20 @@ def test_a_resumed_training_is_the_uninterrupted_one(method, tmp_path):
     torch.save(state, tmp_path / "c")
     # another network, in a process that has drawn other numbers
     torch.rand(7)
-    kept = torch.load(tmp_path / "c", weights_only=True)
-    other = network(seed=1)
-    other_optimizer = sgd(other)
-    second = sparsifier(other, other_optimizer, method, sparsity=0.8)
-    other.load_state_dict(kept["model"])
-    other_optimizer.load_state_dict(kept["optimizer"])
-    second.load_state_dict(kept["masks"])
-    train(other, other_optimizer, second, first=6)
-    assert same(whole, other) and second.log == pruned.log
-    assert all(torch.equal(mask, second.masks[name]) for name, mask in pruned.masks.items())
+    for early in (True, False):
+        kept = torch.load(tmp_path / "c", weights_only=True)
+        other = network(seed=1)
+        other_optimizer = sgd(other)
+        second = sparsifier(other, other_optimizer, method, sparsity=0.8) if early else None
+        other.load_state_dict(kept["model"])
+        other_optimizer.load_state_dict(kept["optimizer"])
+        if second is None:
+            second = sparsifier(other, other_optimizer, method, sparsity=0.8, data=None, resume=kept["masks"])
+        else:
+            second.load_state_dict(kept["masks"])
+        train(other, other_optimizer, second, first=6)
+        assert same(whole, other) and second.log == pruned.log
+        assert all(torch.equal(mask, second.masks[name]) for name, mask in pruned.masks.items())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -213,7 +213,7 @@ def test_an_average_of_weights_takes_the_masks_and_norms_are_taken_again():
     )
     train(module, optimizer, pruned, seen=lambda step: average.update_parameters(module))
     assert average.module[4].weight[~pruned.masks["4.weight"]].any()
-    pruned.apply(average.module)
+    pruned.apply(average)
     torch.optim.swa_utils.update_bn([batch(number) for number in range(4)], average)
     for name, mask in pruned.masks.items():
         assert not average.module.get_parameter(name)[~mask].any() and average.module.get_parameter(name)[mask].any()

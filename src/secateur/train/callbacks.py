@@ -44,11 +44,8 @@ class SparsifierCallback(TrainerCallback):
             arguments["data"] = list(islice(parts["train_dataloader"], self._start_batches))
             arguments.setdefault("loss", loss_of_model)
         if state.global_step:
-            # masks come from the checkpoint, and what they are at the start doesn't matter
-            arguments |= {"masks": {}} if issubclass(method, StartingMethod) else {}
+            arguments["resume"] = self._checkpoint(args, state.global_step)
         self.sparsifier = Sparsifier(model, optimizer, **arguments)
-        if state.global_step:
-            self.sparsifier.load(self._checkpoint(args, state.global_step))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Behind the optimizer and before gradients go."""
@@ -63,6 +60,8 @@ class SparsifierCallback(TrainerCallback):
         """Sparsity beside the loss."""
         if logs is not None and self.sparsifier is not None:
             logs["sparsity"] = self.sparsifier.sparsity
+            # the history has its own copy
+            state.log_history[-1]["sparsity"] = self.sparsifier.sparsity
 
     def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Let go of the optimizer; ``sparsifier.plan()`` still gives the masks."""

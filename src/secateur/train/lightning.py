@@ -37,9 +37,7 @@ def lightning_callback(**arguments: Any) -> Any:
             given = dict(arguments)
             if "steps" in get_method(given.get("method", "gmp")).option_fields():
                 given.setdefault("steps", int(trainer.estimated_stepping_batches))
-            self.sparsifier = Sparsifier(pl_module, trainer.optimizers[0], **given)
-            if self._state is not None:
-                self.sparsifier.load_state_dict(self._state)
+            self.sparsifier = Sparsifier(pl_module, trainer.optimizers[0], resume=self._state, **given)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             # nothing happens where the optimizer hasn't stepped

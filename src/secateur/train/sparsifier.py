@@ -47,10 +47,13 @@ class Sparsifier:
     ``method`` is a training method, and ``options`` are its own: ``secateur describe gmp`` lists them. ``include`` and
     ``exclude`` are patterns of parameter or module names (``head.*``): further weights that are pruned, and those that
     stay. ``masks`` are boolean by name, True = live, or a plan that has some: the training begins with them.
-    ``schedule`` is a function step → sparsity in place of the method's. Methods that prune before training look at
-    ``data``, batches (inputs, class indices), or ``loss(module, batch)``, or at ``example_inputs``. Over several ranks
-    scores are averaged within ``process_group``. Without an ``optimizer`` every call of ``step`` counts, and nothing
-    that optimizers remember is known.
+    ``resume`` is what ``state_dict`` gave or ``save`` wrote: no masks are made then, and weights that the model has
+    from that time stay. ``schedule`` is a function step → sparsity in place of the method's.
+
+    Methods that prune before training look at ``data``, batches (inputs, class indices) or of whatever
+    ``loss(module, batch)`` takes, or at ``example_inputs``. Over several ranks scores are averaged within
+    ``process_group``. Without an ``optimizer`` every call of ``step`` counts, and nothing that optimizers remember is
+    known.
 
     Raises UsageError, DataError or NonFiniteError before anything is changed.
     """
@@ -64,6 +67,7 @@ class Sparsifier:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         masks: Mapping[str, Tensor] | Plan | None = None,
+        resume: Mapping[str, Any] | str | Path | None = None,
         schedule: Schedule | None = None,
         data: Any = None,
         loss: Loss | None = None,
@@ -85,6 +89,9 @@ class Sparsifier:
         self._updates = self.method.updates()
         self._schedule = _checked(schedule) if schedule is not None else self.method.schedule()
         self._needed = set(self.method.needed()) if not isinstance(self.method, StartingMethod) else set()
+        if resume is not None:
+            # nothing is dead until the state says what is
+            masks = {}
         self._check_target(masks)
         self._watched = None
         self._masks: Masks = self._first_masks(masks, Given(data, loss, example_inputs, example_kwargs))
@@ -101,6 +108,10 @@ class Sparsifier:
         self._set(self._masks)
         self._warn_of_collapse(self._masks, dict.fromkeys(self._layers, 1))
         self._hold()
+        if isinstance(resume, str | Path):
+            self.load(resume)
+        elif resume is not None:
+            self.load_state_dict(resume)
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
@@ -223,7 +234,8 @@ class Sparsifier:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave, with the model and the optimizer that were saved with it.
 
-        Raises UsageError when it belongs to another method, schedule or model.
+        Load their states afterwards, or make this object with ``resume``: a method that begins at a random mask has
+        laid it on the weights already. Raises UsageError when it belongs to another method, schedule or model.
         """
         found = checkpoints.read_state(state, self.method, self._masks, self._pace())
         self._step, self._dense_steps = int(found.counters["step"]), int(found.counters["dense_steps"])

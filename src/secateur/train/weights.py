@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from secateur.errors import UsageError
 from secateur.models.decoders import is_linear
@@ -37,9 +38,9 @@ class Layer:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module behind torch.compile and data parallelism, whose parameters have their own names."""
+    """The module behind torch.compile, data parallelism and averages, whose parameters have their own names."""
     while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
+        if isinstance(model, DistributedDataParallel | DataParallel | AveragedModel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
