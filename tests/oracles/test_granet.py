@@ -35,6 +35,23 @@ def test_by_hand():
     assert one_update([9, 9, 0.1, 0.2, 0.7]) == ([1, 1, 0, 0, 1], [3, -1, 0, 0, 0])
 
 
+def test_what_the_ramp_took_grows_at_zero_and_what_the_exchange_took_keeps_its_value():
+    module = nn.Linear(6, 1, bias=False)
+    module.weight.data.copy_(torch.tensor([[6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]))
+    options = {"sparsity": 0.5, "fraction": 0.3, "decay": "constant", "begin": 0, "end": 1, "every": 1, "steps": 1}
+    pruned = sc.Sparsifier(module, method="granet", **options)
+    # 1, 2 and 3 leave by the ramp, then 4 in the exchange, and what has left last has no gradient
+    module.weight.grad = torch.tensor([[0.0, 0.0, 0.0, 0.0, 9.0, 0.0]])
+    pruned.step()
+    assert module.weight[0].tolist() == [6, 5, 0, 0, 0, 0] and pruned.masks["weight"][0].tolist()[4]
+    again = nn.Linear(6, 1, bias=False)
+    again.weight.data.copy_(torch.tensor([[6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]))
+    other = sc.Sparsifier(again, method="granet", **options)
+    again.weight.grad = torch.tensor([[0.0, 0.0, 9.0, 0.0, 0.0, 0.0]])
+    other.step()
+    assert again.weight[0].tolist() == [6, 5, 4, 0, 0, 0]
+
+
 def test_the_ramp_and_the_decay():
     method = make_method("granet", {"end": 80, "every": 8, "steps": 160})
     assert [round(method.schedule()(8 * k), 4) for k in range(11)] == RAMP

@@ -322,6 +322,10 @@ def test_a_state_of_another_training_is_refused(method, changes, message):
         other.load_state_dict(state)
     with pytest.raises(UsageError, match="this is no state of a Sparsifier"):
         other.load_state_dict({"model": 1})
+    optimizer = sgd(module := network())
+    with pytest.raises(UsageError, match=message):
+        sparsifier(module, optimizer, method, resume=state, **changes)
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_bad_input_is_one_sentence_and_changes_nothing():

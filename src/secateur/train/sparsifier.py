@@ -108,10 +108,8 @@ class Sparsifier:
         self._set(self._masks)
         self._warn_of_collapse(self._masks, dict.fromkeys(self._layers, 1))
         self._hold()
-        if isinstance(resume, str | Path):
-            self.load(resume)
-        elif resume is not None:
-            self.load_state_dict(resume)
+        if resume is not None:
+            self._resume(resume)
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
@@ -270,6 +268,14 @@ class Sparsifier:
                 " asked for: ask for more, or begin with these zeros by masks="
             )
 
+    def _resume(self, given: Mapping[str, Any] | str | Path) -> None:
+        try:
+            self.load_state_dict(checkpoints.read_state_file(given) if isinstance(given, str | Path) else given)
+        except BaseException:
+            if self._watched is not None:
+                self._watched.release()
+            raise
+
     def _first_masks(self, given: Mapping[str, Tensor] | Plan | None, told: Given) -> Masks:
         ones = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in self._layers.items()}
         if given is not None:
@@ -359,14 +365,13 @@ class Sparsifier:
         parts = {name: self._part(name, self._masks[name], self._step) for name in self._layers}
         scores = scored(parts, self.method.score, self._reduce, "scores")
         target = self._schedule(self._step)
-        masks = self._masks
+        thin = self._masks
         if target > self._reached:
-            masks, self._reached = thinned(self.method, self._layers, parts, scores, target), target
-        masks, moved = exchanged(self.method, parts, masks, scores, self._step, self._reduce)
-        before = self._masks
+            thin, self._reached = thinned(self.method, self._layers, parts, scores, target), target
+        masks, moved = exchanged(self.method, parts, thin, scores, self._step, self._reduce)
         self._warn_of_collapse(masks, self._kept)
-        # what wasn't live before begins at zero, so what has left is zeroed first, and what has come is zero
-        self._set({name: before[name] & mask for name, mask in masks.items()})
+        # what grows begins at zero, unless it has left in the same exchange
+        self._set({name: thin[name] & mask for name, mask in masks.items()})
         self._hold()
         self._set(masks)
         self._log.append(Update(self._step, target, self.sparsity, moved))
