@@ -1,0 +1,215 @@
+"""What a compressed KV cache costs in perplexity, and what it holds.
+
+    python benchmarks/kv_cache.py --model smollm2-135m --evaluation TEST.txt --windows 64
+
+Every window of the text is a prefix, which is read dense and then compressed, and a continuation, whose perplexity is
+measured on what is left of the prefix, in one forward. The prefix is read once for all settings. ``--study`` takes a
+part: ``tokens`` (evictions), ``channels`` (ThinK beside other scores of channels), ``elements`` (Mustafar) or
+``together``. The result is written after every row; a second call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import finished_rows, write_result
+from torch import Tensor
+from torch.nn import functional as F
+
+import secateur as sc
+from secateur.cache import CompressedCache
+from secateur.cache.layer import CompressedLayer, Steps
+from secateur.methods import CacheMethod, Prompt
+from secateur.methods.cache.mustafar import Mustafar
+from secateur.methods.cache.think import ThinK
+from secateur.methods.cachespec import parse_cache_spec
+from secateur.progress import Progress
+
+EVICTIONS = (
+    "random_kv",
+    "streaming_llm",
+    "streaming_llm,sinks=0",
+    "knorm",
+    "keydiff",
+    "lagkv",
+    "tova",
+    "h2o",
+    "snapkv",
+    "pyramidkv",
+    "expected_attention",
+    "chunkkv",
+    "criticalkv",
+    "adakv",
+    "adakv,of=expected_attention",
+    "key_rerotation",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyNormChannels(ThinK):
+    """Channels by the norm of keys alone."""
+
+    def channel_score(self, prompt: Prompt) -> Tensor:
+        return prompt.keys.float().square().mean(dim=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarianceChannels(ThinK):
+    """Channels by the variance of keys."""
+
+    def channel_score(self, prompt: Prompt) -> Tensor:
+        return prompt.keys.float().var(dim=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomChannels(ThinK):
+    """Channels by chance."""
+
+    def channel_score(self, prompt: Prompt) -> Tensor:
+        generator = torch.Generator().manual_seed(prompt.layer)
+        drawn = torch.rand(prompt.keys.shape[1], prompt.keys.shape[3], generator=generator)
+        return drawn.expand(prompt.keys.shape[0], -1, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomElements(Mustafar):
+    """Elements by chance."""
+
+    def element_mask(self, x: Tensor, side: str) -> Tensor:
+        return self._largest(torch.rand(x.shape, generator=torch.Generator().manual_seed(x.shape[-2])), self.sparsity)
+
+
+def settings(study: str, sparsities: list[float]) -> Iterator[tuple[str, tuple[CacheMethod, ...]]]:
+    """(name, methods) of every row."""
+
+    def spec(text: str) -> tuple[str, tuple[CacheMethod, ...]]:
+        return text, parse_cache_spec(text)
+
+    if study in ("tokens", "all"):
+        for r in sparsities:
+            for name in EVICTIONS:
+                method, comma, rest = name.partition(",")
+                yield spec(f"{method}:{r}{comma}{rest}")
+    if study in ("channels", "all"):
+        arms = {"think": ThinK, "key norm": KeyNormChannels, "variance": VarianceChannels, "random": RandomChannels}
+        for r in (0.25, 0.4, 0.5, 0.6, 0.75):
+            for name, arm in arms.items():
+                label = f"think:{r}" if arm is ThinK else f"channels by {name}:{r}"
+                yield label, (arm(sparsity=r),)
+        for r in (0.3, 0.5):
+            yield spec(f"think:{r},target=value")
+    if study in ("elements", "all"):
+        for s in (0.5, 0.7):
+            for sides in (f"k={s},v=0", f"k=0,v={s}", f"k=0,v={s},direction=channel,block=32", f"k={s},v={s}"):
+                yield spec(f"mustafar:{sides}" if "block" in sides else f"mustafar:{sides},block=1")
+            yield f"elements by chance:{s}", (RandomElements(sparsity=s, block=1),)
+        yield spec("think:0.7")
+    if study in ("together", "all"):
+        for text in ("snapkv:0.5+think:0.4", "snapkv:0.5+mustafar:0.5", "adakv:0.5+mustafar:0.5"):
+            yield spec(text)
+
+
+class Recording(CompressedLayer):
+    """Keeps what its attention was called with."""
+
+    def compress(self, query: Tensor, mask: Tensor | None, call: Any, arguments: dict[str, Any]) -> None:
+        self.recorded = (query, mask, call, arguments)
+
+
+@dataclass
+class Window:
+    """A prefix that was read, layer by layer, and what follows it, [1, tokens] int64."""
+
+    layers: list[Recording]
+    after: Tensor
+
+
+def read(model: Any, ids: Tensor, prefix: int) -> Window:
+    """Read the prefix dense."""
+    cache = sc.compressed_cache("knorm:0.5", model)
+    cache.layers = [Recording(layer.index, layer.layers, layer.steps) for layer in cache.layers]
+    with torch.no_grad():
+        model(ids[:, :prefix], cache=cache, logits_to_keep=1)
+    return Window(cache.layers, ids[:, prefix:])
+
+
+def measured(model: Any, window: Window, methods: tuple[CacheMethod, ...]) -> tuple[Tensor, dict[str, Any]]:
+    """Loss of every token of the continuation in nats, and the report of the cache behind the prefix."""
+    cache = CompressedCache(methods, model)
+    for layer, read_layer in zip(cache.layers, window.layers, strict=True):
+        layer.lazy_initialization(read_layer.keys, read_layer.values)
+        layer.keys, layer.values = read_layer.keys.clone(), read_layer.values.clone()
+        layer.seen = layer.prompt = read_layer.seen
+        if not Steps.of(methods).nothing:
+            layer.compress(*read_layer.recorded)
+    report = cache.report()
+    # the first token is predicted by the prefix, which is dense: what is compressed shows from the second on
+    with torch.no_grad():
+        logits = model(window.after[:, :-1], cache=cache).logits
+    return F.cross_entropy(logits[0].float(), window.after[0, 1:], reduction="none"), report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--prefix", type=int, default=1024, help="tokens that are compressed")
+    parser.add_argument("--after", type=int, default=256, help="tokens that are measured")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--sparsities", default="0.25,0.5,0.75,0.9", help="of evictions")
+    parser.add_argument("--study", default="all", choices=("tokens", "channels", "elements", "together", "all"))
+    arguments = parser.parse_args()
+    name = f"kv-cache-{Path(arguments.model).name}"
+    model, tokenizer = sc.load(arguments.model)
+    ids = tokenizer(Path(arguments.evaluation).read_text(encoding="utf8"), return_tensors="pt").input_ids
+    length = arguments.prefix + arguments.after
+    starts = [w * length for w in range(arguments.windows) if (w + 1) * length <= ids.shape[1]]
+    with Progress() as progress:
+        windows = []
+        for done, start in enumerate(starts, start=1):
+            windows.append(read(model, ids[:, start : start + length], arguments.prefix))
+            progress("prefixes", done, len(starts))
+    rows = finished_rows(name)
+    setting = {
+        "model": arguments.model,
+        "evaluation": f"{Path(arguments.evaluation).name}, first {len(windows)} windows",
+        "protocol": f"{arguments.prefix} tokens compressed, the next {arguments.after} measured without the first",
+        "dtype": "float32",
+    }
+    sparsities = [float(piece) for piece in arguments.sparsities.split(",")]
+    for label, methods in [("dense", parse_cache_spec("knorm:0")), *settings(arguments.study, sparsities)]:
+        if any(row["cache"] == label for row in rows):
+            continue
+        found = [measured(model, window, methods) for window in windows]
+        reports = [report for _, report in found]
+        loss = float(torch.cat([losses for losses, _ in found]).mean())
+        dense = math.log(rows[0]["perplexity"]) if rows else loss
+        held, whole = (sum(report[f"bytes_{kind}"] for report in reports) for kind in ("held", "dense"))
+        rows.append(
+            {
+                "cache": label,
+                "perplexity": math.exp(loss),
+                "increase %": 100 * math.expm1(loss - dense),
+                "bytes held %": 100 * held / whole,
+                "ideal %": 100 * sum(report["bytes_ideal"] for report in reports) / whole,
+            }
+        )
+        print(rows[-1], flush=True)
+        write_result(name, "Perplexity behind a compressed prefix", setting, rows, TEXT)
+
+
+TEXT = """
+Perplexity of what follows a prefix whose KV cache was compressed at its end, and what the cache behind the prefix
+holds, as a fraction of the dense one: measured, with indices and bitmaps, and the kept numbers alone (ideal). Rows of
+one part of the study are comparable with each other and with `dense`; the prefix is plain text, so that nothing in it
+is a question. `key_rerotation` is around `streaming_llm`, wrappers without `of` around `snapkv`.
+"""
+
+if __name__ == "__main__":
+    main()
