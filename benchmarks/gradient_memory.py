@@ -2,10 +2,10 @@
 
     python benchmarks/gradient_memory.py [--model MODEL]
 
-Every row is a process of its own, and its peak the kernel's high-water mark of resident memory, of which what a process
-has before it reads any weight is taken off. A training step is one backward of a model in memory, with the gradients of
-all its weights, on the windows that LLM-Pruner looks at; LLM-Pruner and LoRAPrune read a checkpoint, in float32.
-Without a model a random Llama is taken that has the proportions of one of 7 billion parameters.
+Every row is a process of its own, and its peak the kernel's high-water mark of resident memory. What the same command
+takes on a model of next to no size is taken off: that is the libraries. A training step is one backward of a model in
+memory, with the gradients of all its weights, on the windows that LLM-Pruner looks at; LLM-Pruner and LoRAPrune read a
+checkpoint, in float32. Without a model a random Llama is taken that has the proportions of one of 7 billion parameters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ TITLE = "Memory of gradients"
 PRUNING = ("prune", "--samples", str(WINDOWS), "--length", str(LENGTH), "--dry-run", "--quiet", "--no-estimate")
 TRAINING = ("--set", "steps=4", "--set", "every=1", "--set", "batch=1", "--set", "checkpointing=true")
 ROWS: dict[str, tuple[str, ...]] = {
-    "process": (),
     "training step": (),
     "llm_pruner": (*PRUNING, "--method", "llm_pruner"),
     "llm_pruner, param_mix": (*PRUNING, "--method", "llm_pruner", "--set", "criterion=param_mix"),
@@ -42,27 +41,38 @@ LIMITS = (
 )
 
 
+SIZES = {
+    "random-llama": {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 16, "num_attention_heads": 8},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="", help="name or folder; a random Llama when it is left out")
-    parser.add_argument("--child", choices=("make", "process", "training step"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("make", "training step"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, arguments.model)
         return
     with tempfile.TemporaryDirectory() as folder:
-        model, log = arguments.model or str(Path(folder) / "random-llama"), Path(folder) / "log"
+        model, tiny = arguments.model or f"{folder}/random-llama", f"{folder}/tiny"
         name = f"gradient-memory-{Path(model).name}"
-        if not arguments.model:
-            # in a process of its own: the marks of others would begin at what this one has had
-            measured(command("make", model), log=log, environment=os.environ)
+
+        def peak(what: str, of: str) -> int:
+            return measured(command(what, of), log=Path(folder) / "log", environment=os.environ).peak_bytes
+
+        # in processes of their own: the marks of others would begin at what this one has had
+        for made in [tiny] if arguments.model else [tiny, model]:
+            peak("make", made)
         rows = finished_rows(name)
         for what in ROWS:
             if not any(row["what"] == what for row in rows):
-                run = measured(command(what, model), log=log, environment=os.environ)
-                rows.append({"what": what, "peak MB": round(run.peak_bytes / 1e6), "seconds": round(run.seconds)})
+                whole, libraries = peak(what, model) / 1e6, peak(what, tiny) / 1e6
+                row = {"what": what, "peak MB": round(whole), "libraries MB": round(libraries)}
+                rows.append({**row, "difference MB": round(whole - libraries)})
                 print(rows[-1], flush=True)
-        write_result(name, TITLE, setting(model), told(rows), text(rows))
+        write_result(name, TITLE, setting(model), rows, text(rows))
 
 
 def command(what: str, model: str) -> list[str]:
@@ -91,10 +101,7 @@ def random_llama(folder: str) -> None:
     from secateur.observe.calibration import builtin_text
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048, hidden_size=1024, intermediate_size=2752, num_hidden_layers=16, num_attention_heads=8
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=2048, **SIZES[Path(folder).name])).save_pretrained(folder)
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([builtin_text("calibration")], vocab_size=2048, show_progress=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
@@ -102,42 +109,24 @@ def random_llama(folder: str) -> None:
 
 def child(what: str, model: str) -> None:
     """What runs in a process that isn't a command of secateur's."""
-    import accelerate  # noqa: F401
-    import peft  # noqa: F401
-    import torch
-    from transformers import AutoModelForCausalLM  # noqa: F401
-
-    import secateur as sc
-    from secateur.observe.calibration import load_tokens
-
     if what == "make":
         random_llama(model)
         return
-    if what == "process":
-        # the library's own threads and buffers
-        torch.ones(256, 256).matmul(torch.ones(256, 256))
-        return
+    import secateur as sc
+    from secateur.observe.calibration import load_tokens
+
     loaded, tokenizer = sc.load(model)
     ids = load_tokens("builtin", tokenizer, samples=WINDOWS, length=LENGTH, seed=0).ids
     loaded(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert all(p.grad is not None for p in loaded.parameters())
 
 
-def told(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with what they take on top of a process that has read nothing."""
-    base = next(row["peak MB"] for row in rows if row["what"] == "process")
-    return [{**row, "above the process MB": row["peak MB"] - base} for row in rows]
-
-
 def text(rows: list[dict[str, Any]]) -> str:
     """What the rows show."""
-    above = {row["what"]: row["above the process MB"] for row in told(rows)}
-    lines = [
-        "Peak memory of one process each, in all and on top of what a process has that has read no weights.",
-        "",
-    ]
+    taken = {row["what"]: row["difference MB"] for row in rows}
+    lines = ["Peak memory of one process each: in all, of the same command on a tiny model, and the difference.", ""]
     for mine, other, limit in LIMITS:
-        found = above[mine] / above[other]
+        found = taken[mine] / taken[other]
         says = "within" if found <= limit else "above"
         lines.append(f"- `{mine}` takes {found:.2f} times what `{other}` does, {says} the {limit} that were wanted.")
     return "\n".join(lines)

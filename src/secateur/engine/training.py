@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ def decide_trained(method: TrainedMethod, run: Run) -> None:
     _check_last(method, run, groups)
     for _ in run.blocks("check"):
         pass
+    run.source.release()
     whole = run.source.whole(torch.float32)
     shrinking = Shrinking(
         groups,
@@ -48,7 +50,7 @@ def decide_trained(method: TrainedMethod, run: Run) -> None:
         gradients=method.needs_gradient,
     )
     matrices = [m.module for m in run.anatomy.matrices]
-    recover(
+    curve = recover(
         whole,
         Windows(tokens.ids, tokens.ids[:0]),
         method.recovery("bfloat16" if run.dtype == torch.bfloat16 else "float32"),
@@ -57,7 +59,21 @@ def decide_trained(method: TrainedMethod, run: Run) -> None:
         keeper=_States(run.keeper),
         progress=lambda _, done, total: run.progress("train", done, total),
     )
-    run.keeper.close(_decided(run, groups, shrinking.kept, whole, targets(method.targets, matrices)))
+    told = Decision(notes=[_told(method, curve, tokens.ids.shape[1])])
+    decided = _decided(run, groups, shrinking.kept, whole, targets(method.targets, matrices))
+    run.keeper.close(chain([told], decided))
+
+
+def _told(method: TrainedMethod, curve: Curve, length: int) -> str:
+    """What a plan says of the training."""
+    part = max(1, curve.steps // 10)
+    means = [sum(losses) / part for losses in (curve.losses[:part], curve.losses[-part:])]
+    events = [step for step in range(1, method.steps + 1) if method.removed_at(step) is not None]
+    return (
+        f"trained on {curve.steps * method.batch * length} tokens, while units left at {len(events)} of {method.steps}"
+        f" steps, from {events[0]} to {events[-1]}: loss {means[0]:.3f} in the first tenth of the steps,"
+        f" {means[1]:.3f} in the last"
+    )
 
 
 def _kept_after(
@@ -116,7 +132,8 @@ def _decided(run: Run, groups: list[Group], kept: Kept, whole: nn.Module, traine
         for matrix in run.anatomy.matrices:
             if matrix.layer == layer and matrix.module in trained:
                 weight: Tensor = whole.get_submodule(matrix.module).weight.detach()  # type: ignore[assignment]
-                weight_OI = weight.T if matrix.transposed else weight
-                everything = torch.ones(weight_OI.shape, dtype=torch.bool, device=weight.device)
-                run.put(part, matrix.module, weight_OI, everything, matrix.transposed, layer)
+                part.masks[matrix.tensor] = torch.ones(weight.shape, dtype=torch.bool)
+                # no copy where nothing is converted: all of them together are as large as the model
+                dtype = run.source.origin(matrix.tensor).dtype
+                part.values[matrix.tensor] = weight.flatten().to("cpu", dtype)
         yield part

@@ -509,6 +509,8 @@ class TrainedMethod(StructuredMethod):
     checkpointing: bool = option(False, "compute activations again for the gradients instead of keeping them")
     seed: int = option(0, "seed of adapters, dropout and the order of the windows", ge=0)
 
+    costly: ClassVar[bool] = True
+
     beta: float = option(0.9, "how much of the scores stays from one step to the next", ge=0, lt=1)
     normalised: bool = option(True, "let all projections of a unit weigh the same")
 

@@ -173,6 +173,9 @@ class Source:
     def expect(self, names: Iterable[str]) -> None:
         """These tensors will be asked for, once each and in this order: read them ahead."""
 
+    def release(self) -> None:
+        """Forget the block that is held, and what was read ahead."""
+
     def close(self) -> None:
         """Stop reading ahead."""
 
@@ -258,7 +261,6 @@ class CheckpointSource(Source):
         return self._held[1]
 
     def release(self) -> None:
-        """Forget the block that is held, and what was read ahead."""
         self._held, self._ahead = (-1, {}), {}
         self.expect(())
 

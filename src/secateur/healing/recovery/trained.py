@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.errors import UsageError, nearest, require_extra
+from secateur.errors import NonFiniteError, UsageError, nearest, require_extra
 from secateur.healing.recovery.options import RecoveryOptions
 from secateur.rowmasks import clear_masked, pack_rows, unpack_rows
 
@@ -78,7 +78,7 @@ class Norms(Trained):
 class Lora(Trained):
     """Low-rank adapters at ``modules``, of peft; ``ranks`` are those of single modules where they differ.
 
-    Raises UsageError for targets that there aren't, and MissingExtraError without peft.
+    Raises UsageError for targets that there aren't, MissingExtraError without peft, and at the end NonFiniteError.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Lora(Trained):
         peft = require_extra("peft", "train", "training adapters")
         from peft.tuners.lora import LoraModel
 
-        names = targets(options.targets, modules)
+        names = self._names = targets(options.targets, modules)
         weights = [model.get_submodule(name) for name in names]
         config = peft.LoraConfig(
             r=options.rank,
@@ -117,12 +117,16 @@ class Lora(Trained):
     def finish(self, *, learnt: bool = True) -> None:
         with torch.no_grad():
             if learnt:
-                self._tuner.merge_and_unload(progressbar=False, safe_merge=True)
+                # in place: copies of the weights leave holes as large as these
+                self._tuner.merge_and_unload(progressbar=False)
             else:
                 self._tuner.unload()
         with suppress(AttributeError):
             del self._model.peft_config
         super().finish()
+        for name in self._names if learnt else ():
+            if not bool(torch.isfinite(self._model.get_submodule(name).weight).all()):
+                raise NonFiniteError(f"{name}: the trained weights hold NaN or inf: try a lower learning rate")
 
 
 def targets(asked: str, modules: Collection[str]) -> list[str]:
@@ -166,8 +170,8 @@ class MaskedAdapter:
         return result + F.linear(layer.lora_dropout[active_adapter](x), change.T if layer.fan_in_fan_out else change)
 
     @staticmethod
-    def merge_safe(layer: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight + MaskedAdapter.change(layer, active_adapter).to(orig_weight.dtype)
+    def merge_unsafe(layer: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += MaskedAdapter.change(layer, active_adapter)
 
 
 STRATEGIES: dict[str, type[Any]] = {"lora": Lora, "full": Full, "norms": Norms}
