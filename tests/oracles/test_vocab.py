@@ -16,7 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import secateur as sc
 from families import FAMILY_CONFIGS, make_tiny, tiny_ids
 from runs import plan_for
-from secateur.errors import BudgetError, OptionError, PlanMismatchError, SecateurError, UnsupportedModelError
+from secateur.errors import (
+    BudgetError,
+    OptionError,
+    PlanMismatchError,
+    SecateurError,
+    UnsupportedModelError,
+    UsageError,
+)
 from secateur.methods import make_method
 from secateur.models.saving import plain
 from secateur.models.vocabulary import cut_tokenizer, lexicon_of
@@ -274,6 +281,8 @@ def test_what_cannot_be_cut_is_refused(tiny_llama, tiny_tokenizer, tmp_path):
     with pytest.raises(UnsupportedModelError, match="secateur cuts vocabularies of fast tokenizers"):
         lexicon_of(Slow(), 2)  # type: ignore[arg-type]
     plan = sc.plan(tiny_llama, tiny_tokenizer, sparsity=0.4, **tokens)
+    with pytest.raises(UsageError, match="the model embeds 308 tokens: give the model's own tokenizer"):
+        sc.plan(sc.apply(plan, tiny_llama), tiny_tokenizer, method="wanda", samples=4, length=32)
     tiny_llama.config.eos_token_id = int(plan.removed(VOCABULARY)[0])
     with pytest.warns(UserWarning), pytest.raises(PlanMismatchError, match="its config names it as eos_token_id"):
         sc.apply(plan, _other(tiny_llama))
@@ -332,6 +341,14 @@ def test_a_teacher_with_all_tokens_is_refused(tiny_llama, tiny_tokenizer):
         sc.prune(
             tiny_llama, tiny_tokenizer, method="vocab", sparsity=0.4, heal="lora:steps=1,loss=kl", samples=4, length=32
         )
+
+
+def test_training_reads_what_is_left(tiny_llama, tiny_tokenizer):
+    made = sc.prune(tiny_llama, tiny_tokenizer, method="vocab", sparsity=0.4, samples=4, length=32)
+    healed = sc.heal(
+        made.model, tiny_tokenizer, plan=made.plan, steps=1, options={"batch": 1, "length": 32, "train": "norms"}
+    )
+    assert healed.model.config.vocab_size == 308 and healed.plans[0].provenance[0].recoveries
 
 
 def test_an_unknown_vocabulary_loses_whatever_is_read_least():

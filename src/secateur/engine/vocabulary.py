@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from secateur.engine.run import Run
-from secateur.errors import BudgetError, DataError, UnsupportedModelError
+from secateur.errors import BudgetError, UnsupportedModelError
 from secateur.keeping import Decision
 from secateur.methods import VocabularyMethod
 from secateur.models.vocabulary import lexicon_of, named_tokens
@@ -28,7 +28,7 @@ def check_vocabulary(method: VocabularyMethod, model: PreTrainedModel, anatomy: 
 
 
 def decide_vocabulary(method: VocabularyMethod, run: Run) -> None:
-    """The tokens that stay. Raises UnsupportedModelError, BudgetError, DataError."""
+    """The tokens that stay. Raises UnsupportedModelError, BudgetError."""
     group = run.anatomy[VOCABULARY]
     # refused before anything is read
     lexicon = _lexicon(method, run, group)
@@ -36,8 +36,6 @@ def decide_vocabulary(method: VocabularyMethod, run: Run) -> None:
         pass
     assert run.tokens is not None  # it uses data
     counts = torch.bincount(run.tokens.ids.flatten(), minlength=group.units)
-    if len(counts) > group.units:
-        raise DataError(f"the calibration text has token {len(counts) - 1}, the model embeds {group.units} tokens")
     gone = _leaving(method, method.order(lexicon, counts.tolist()), group, lexicon)
     if gone:
         kept = complement(torch.tensor(gone), group.units)

@@ -129,7 +129,19 @@ def load_tokens(
     body = torch.stack([stream[start : start + width] for start in starts])
     head = torch.tensor(bos, dtype=torch.int64).expand(len(starts), -1)
     ids = torch.cat([head, body], dim=1)
+    if model is not None:
+        _check_ids(model, ids)
     return Tokens(ids, _info(name, ids, seed), join=found.join, bos=bool(bos))
+
+
+def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise UsageError when the tokenizer has tokens that the model doesn't embed."""
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    if table is not None and int(ids.max()) >= table.shape[0]:
+        raise UsageError(
+            f"the text has token {int(ids.max())}, and the model embeds {table.shape[0]:,} tokens: give the model's own"
+            " tokenizer; of a model whose vocabulary was cut, it is the result's"
+        )
 
 
 def source_name(source: str | Path) -> str:

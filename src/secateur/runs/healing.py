@@ -21,6 +21,7 @@ from secateur.models.hub import plain_name
 from secateur.models.loading import load_model
 from secateur.models.saving import save_model, write_model
 from secateur.models.sources import Source
+from secateur.models.vocabulary import fitted
 from secateur.plans import Plan, find_plans
 from secateur.ranks import ALONE, Ranks, join
 from secateur.reading import read_json
@@ -142,7 +143,7 @@ def _in_memory(job: _Job, model: Any, tokenizer: Any, plans: Sequence[Plan], tea
     trained = model if inplace else copy.deepcopy(model)
     recovered = recover_decoder(
         trained,
-        tokenizer,
+        fitted(tokenizer, plans),
         job.options,
         plans=plans,
         teacher=chosen,
