@@ -22,7 +22,8 @@ TEXT = """
 `asked` is the fraction of the hidden size for `slicegpt`, of blocks for `shortgpt`, and of the weights of the blocks
 for the others. `blocks` is the fraction of the blocks' weights that really left, the products between the bases counted
 in, and `model` that of all parameters: a head that was tied to the embedding gets a table of its own when hidden states
-are rotated, which a small model with a large vocabulary pays for. `seconds` decide and cut.
+are rotated, which a small model with a large vocabulary pays for. `windows` are those of calibration and of evaluation.
+`seconds` decide and cut.
 """
 METHODS = ("slicegpt", "flap", "wanda_sp", "shortgpt")
 
@@ -49,13 +50,15 @@ def main() -> None:
     setting = {
         "model": display_name(model),
         "parameters": total,
-        "calibration": f"{Path(arguments.calibration).name}, {arguments.samples} windows of 512 tokens",
-        "evaluation": f"{Path(arguments.evaluation).name}, {arguments.windows} windows of 512 tokens",
+        "calibration": f"{Path(arguments.calibration).name}, windows of 512 tokens",
+        "evaluation": f"{Path(arguments.evaluation).name}, windows of 512 tokens",
         "seed": "0 (random turns among the directions that stay)",
     }
+    # rows of a shorter protocol are not those of a longer one
+    windows = f"{arguments.samples}, {arguments.windows}"
     wanted = [("dense", 0.0), *((method, s) for method in arguments.rows for s in arguments.sparsities)]
     for method, sparsity in wanted:
-        if any((row["method"], row["asked"]) == (method, sparsity) for row in rows):
+        if any((row["method"], row["asked"], row["windows"]) == (method, sparsity, windows) for row in rows):
             continue
         started, cut, removed, seconds = time.perf_counter(), model, 0.0, 0.0
         if sparsity:
@@ -64,11 +67,12 @@ def main() -> None:
                 samples=arguments.samples, length=512,
             )  # fmt: skip
             cut, removed, seconds = made.model, made.report.achieved, time.perf_counter() - started
-        row = {"method": method, "asked": sparsity, "blocks": f"{removed:.1%}"}
+        row = {"method": method, "asked": sparsity, "windows": windows, "blocks": f"{removed:.1%}"}
         row["model"] = f"{1 - sum(p.numel() for p in cut.parameters()) / total:.1%}"
         rows.append({**row, "perplexity": perplexity(cut), "seconds": seconds})
-        rows.sort(key=lambda row: (row["asked"] > 0, [*METHODS, row["method"]].index(row["method"]), row["asked"]))
-        print(rows[-1] if len(rows) == 1 else row, flush=True)
+        order = ["dense", *METHODS]
+        rows.sort(key=lambda row: (row["windows"], order.index(row["method"]), row["asked"]))
+        print(row, flush=True)
         write_result(name, f"SliceGPT on {Path(arguments.model).name}", setting, rows, TEXT)
         del cut
         gc.collect()

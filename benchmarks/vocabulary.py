@@ -23,7 +23,8 @@ from secateur.observe.calibration import load_tokens
 TEXT = """
 `parameters` is the fraction of all parameters that leave with the tokens. Perplexities are of the same text in the
 tokens of each model, per token of the dense tokenizer, so that they can be compared; `more tokens` is how much longer
-the text of all windows is in the tokens that are left. `seconds` count tokens, decide and cut, tokenizer included.
+the text of all windows is in the tokens that are left. `windows` are those of calibration and of evaluation. `seconds`
+count tokens, decide and cut, tokenizer included.
 """
 
 
@@ -53,12 +54,14 @@ def main() -> None:
         "tokens of the vocabulary": model.config.vocab_size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "method": "vocab, defaults",
-        "calibration": f"{Path(arguments.calibration).name}, at most {arguments.samples} windows of 512 tokens",
-        "evaluation": f"{arguments.windows} windows of 512 tokens of {', '.join(Path(t).name for t in texts.values())}",
+        "calibration": f"{Path(arguments.calibration).name}, windows of 512 tokens",
+        "evaluation": f"windows of 512 tokens of {', '.join(Path(t).name for t in texts.values())}",
         "seeds": "nothing is random",
     }
+    # rows of a shorter protocol are not those of a longer one
+    asked_windows = f"{arguments.samples}, {arguments.windows}"
     for sparsity in [0.0, *arguments.sparsities]:
-        if any(row["sparsity"] == sparsity for row in rows):
+        if any((row["sparsity"], row["windows"]) == (sparsity, asked_windows) for row in rows):
             continue
         started = time.perf_counter()
         cut, own, used = model, tokenizer, 0.0
@@ -70,16 +73,17 @@ def main() -> None:
             cut, own, used = made.model, made.tokenizer, time.perf_counter() - started
         left = sum(p.numel() for p in cut.parameters())
         longer = [sum(map(len, reread(found, tokenizer, own))) / found.ids.numel() - 1 for found in windows.values()]
-        row = {"sparsity": sparsity, "tokens": cut.config.vocab_size, "parameters": 1 - left / setting["parameters"]}
+        row = {"sparsity": sparsity, "windows": asked_windows, "tokens": cut.config.vocab_size}
+        row["parameters"] = f"{1 - left / setting['parameters']:.1%}"
         found = perplexities(cut, own)
-        dense = found if not rows else {column: rows[0][column] for column in found}
+        dense = next((r for r in rows if r["sparsity"] == 0 and r["windows"] == asked_windows), found)
         for column, more in zip(found, longer, strict=True):
             text = column.partition(", ")[2]
             row |= {column: found[column], f"change, {text}": f"{found[column] / dense[column] - 1:+.2%}"}
             row[f"more tokens, {text}"] = f"{more:.2%}"
         rows.append({**row, "seconds": used})
-        rows.sort(key=lambda row: row["sparsity"])
-        print(rows[-1], flush=True)
+        rows.sort(key=lambda row: (row["windows"], row["sparsity"]))
+        print(row, flush=True)
         write_result(name, f"Vocabulary of {Path(arguments.model).name} cut to English", setting, rows, TEXT)
 
 
