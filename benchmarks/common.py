@@ -18,12 +18,22 @@ def finished_rows(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf8"))["rows"] if path.exists() else []
 
 
-def write_result(name: str, title: str, setting: dict[str, Any], rows: list[dict[str, Any]], text: str) -> None:
-    """``docs/results/<name>.json`` and ``.md``; ``text`` says what the table shows, in Markdown."""
+def write_result(
+    name: str,
+    title: str,
+    setting: dict[str, Any],
+    rows: list[dict[str, Any]],
+    text: str,
+    leave_out: tuple[str, ...] = (),
+) -> None:
+    """``docs/results/<name>.json`` and ``.md``; ``text`` says what the table shows, in Markdown.
+
+    The table leaves out what only the JSON should hold.
+    """
     about = {"date": datetime.date.today().isoformat(), **setting, "machine": machine(), "versions": library_versions()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf8")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in leave_out))
     lines = [f"# {title}", "", text.strip(), "", *_table(columns, rows), "", "How it was made:", ""]
     lines += [f"- {key}: {_flat(value)}" for key, value in about.items()]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf8")

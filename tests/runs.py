@@ -19,6 +19,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "tyr": {"levels": 3, "iterations": 1, "generations": 1, "offspring": 2},
     "loraprune": {"steps": 4, "every": 1, "batch": 2},
     "adapt_pruner": {"steps": 4},
+    "prunenet": {"episodes": 2},
 }
 
 

@@ -338,3 +338,27 @@ def test_time_is_work_over_rates(sizes):
     assert slow_disk["read"] == pytest.approx(sizes.stored - found["forwards"], rel=1e-3)
     faster = seconds(sizes, job("wanda"), replace(machine, flops=2e3))
     assert faster["forwards"] == pytest.approx(found["forwards"] / 2)
+
+
+def test_work_of_what_looks_at_the_whole_model_again_and_again(sizes):
+    gradual = replace(job("adapt_pruner", sparsity=0.2, step_windows=2, refresh=2), format="dense")
+    head, linear = 512 * 32, 2 * LINEAR
+    # five rounds of two windows, forward and back to every weight of the blocks and every input
+    assert flops(sizes, gradual)["forwards"] == 5 * 32 * (2 * (linear + head) + 4 * linear + 2 * head)
+    peak = memory(sizes, gradual, 0)
+    assert peak.process["whole model"] == 4 * (linear + 2 * 2 * 32 + 2 * 512 * 32 + 32 + linear)
+    assert checkpoint_bytes(sizes, gradual) == sizes.stored - int(0.2 * 4 * linear)
+
+
+def test_work_of_a_policy(sizes):
+    # singular values of 64 x 32 in four episodes and at the beginning, and of o_proj, which counts along
+    found = flops(sizes, job("prunenet", episodes=4))
+    assert found == {"solving": 2 * 5 * 4 * (64 * 32 * 32 + 32 * 32 * 32)}
+    assert not job("prunenet").observes
+
+
+def test_a_method_with_shares_of_its_own_looks_at_blocks_before(sizes):
+    method = make_method("cfsp")
+    plain = replace(job("cfsp"), allocation=chosen_allocation(None, method))
+    once = TOKENS * (2 * LINEAR + 2 * 16 * 32)
+    assert flops(sizes, plain)["forwards"] == 4 * once == 2 * flops(sizes, job("cfsp"))["forwards"]

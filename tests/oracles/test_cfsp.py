@@ -187,6 +187,8 @@ def test_adapters_get_these_ranks_and_keep_their_scale(make_llama, tiny_tokenize
         ({"sparsity": 1.0}, OptionError, r"sparsity must lie in \[0, 1\)"),
         ({"sparsity": 0.99, "budget": "neurons"}, BudgetError, "can't leave: at most 97.5% can"),
         ({"sparsity": 0.7}, BudgetError, "of the heads and neurons can't leave"),
+        # half of one bundle rounds to none of it
+        ({"sparsity": 0.6, "budget": "neurons", "round_to": 40}, BudgetError, "neurons can't leave: at most 0.0% can"),
         ({"metric": "three"}, OptionError, "metric must be one of"),
         ({"c": 0.0}, OptionError, "c must lie in"),
     ],

@@ -21,11 +21,15 @@ class Due:
     time: float
 
 
-def due(group: Group, worst_first: Iterable[Bundle], gone: int, before: float, after: float) -> list[Due]:
+def due(
+    group: Group, worst_first: Iterable[Bundle], gone: int, before: float, after: float, *, further: bool = False
+) -> list[Due]:
     """What leaves ``group``, of which ``gone`` units have left, when its sparsity goes from ``before`` to ``after``.
 
-    ``worst_first`` are the bundles that may leave.
+    ``worst_first`` are the bundles that may leave. ``further`` also names those that would, if it went on like this.
     """
+    if further and after <= before:
+        return []
     channels = group.columns.shape[1] // group.parts
     whole, left = group.units * channels, (group.units - gone) * channels
     # what sums of fractions lose is no channel
@@ -34,7 +38,7 @@ def due(group: Group, worst_first: Iterable[Bundle], gone: int, before: float, a
     count = 0
     for bundle in worst_first:
         count += len(bundle.units) * channels
-        if count > number:
+        if count > number and not further:
             break
         reached = (whole - left + count) / whole
         found.append(Due(bundle, (reached - before) / (after - before) if after > before else 0.0))

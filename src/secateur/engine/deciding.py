@@ -12,6 +12,7 @@ from secateur.allocators import Allocator, check_follows
 from secateur.engine.coupled import decide_coupled
 from secateur.engine.gradual import decide_gradually
 from secateur.engine.layers import check_layers, decide_layers
+from secateur.engine.policies import decide_by_policy
 from secateur.engine.refits import refit
 from secateur.engine.rotations import check_rotation, decide_rotations
 from secateur.engine.run import Progress, Run
@@ -29,6 +30,7 @@ from secateur.methods import (
     IterativeMethod,
     LayerMethod,
     Method,
+    PolicyMethod,
     RotationMethod,
     SearchMethod,
     StructuredMethod,
@@ -112,6 +114,7 @@ _decide.register(SearchMethod, decide_searched)
 _decide.register(UnitMethod, decide_units)
 _decide.register(CoupledMethod, decide_coupled)
 _decide.register(IterativeMethod, decide_gradually)
+_decide.register(PolicyMethod, decide_by_policy)
 _decide.register(SupernetMethod, decide_supernet)
 _decide.register(TrainedMethod, decide_trained)
 _decide.register(LayerMethod, decide_layers)

@@ -55,7 +55,6 @@ class _Steps:
         assert run.tokens is not None
         self._method, self._run, self._groups, self._limits = method, run, groups, limits
         self._target, self._ids = target, run.tokens.ids
-        self._finest = min(limits.cost(g.cost) * g.balance for g in groups)
         self._model: Any = run.source.whole(run.dtype).requires_grad_(False)
         self._layers = sorted({g.layer for g in groups})
         self._sparsities = np.zeros(len(self._layers))
@@ -67,13 +66,24 @@ class _Steps:
     def _removed(self) -> int:
         return sum(len(self._gone[g.name]) * self._limits.cost(g.cost) for g in self._groups)
 
+    def _costs(self) -> list[int]:
+        """What one bundle costs, of every group that can still lose one."""
+        found = []
+        for group in self._groups:
+            size = group.balance if group.balance > 1 or group.kind != "neuron" else self._limits.round_to
+            if group.units - len(self._gone[group.name]) - size >= self._limits.min_keep * group.balance:
+                found.append(size * self._limits.cost(group.cost))
+        return found
+
     def finish(self) -> None:
         """Go on until nothing that could leave brings the model nearer to its target."""
-        while self._target - self._removed > self._finest / 2:
+        while (costs := self._costs()) and self._target - self._removed > min(costs) / 2:
             before = self._removed
-            self._round()
+            self._round(min(costs), max(costs))
             self._idle = 0 if self._removed > before else self._idle + 1
             if self._idle > _IDLE:
+                if self._target - self._removed <= max(costs) / 2:
+                    break
                 raise BudgetError(
                     f"{self._method.name} stops at {self._removed / self._target * self._method.sparsity:.1%} removed:"
                     " the blocks that still have units gain as much as a step takes; lower amplitude, or ask for less"
@@ -101,19 +111,23 @@ class _Steps:
             for step in noted.values():
                 self._leave(group, torch.tensor(step["gone"].get(group.name, []), dtype=torch.int64))
 
-    def _round(self) -> None:
+    def _round(self, finest: int, coarsest: int) -> None:
         importance, scores = self._look()
         gone: dict[str, list[int]] = {}
         for _ in range(self._method.refresh):
             after = self._method.advance(self._sparsities, importance)
-            for bundle in self._due(scores, after):
+            found = self._due(scores, after, finest)
+            if not found and self._target - self._removed < coarsest:
+                # what is due is too large for what is left to remove: others make up for it
+                found = self._due(scores, after, finest, further=True)
+            for bundle in found:
                 gone.setdefault(bundle.group, []).extend(bundle.units.tolist())
             self._sparsities = after
         moved = bool(gone)
         entry = {"sparsities": self._sparsities.tolist(), "gone": gone, "idle": 0 if moved else self._idle + 1}
         self._run.keeper.note(_STEP, self._rounds, entry)
 
-    def _due(self, scores: dict[str, Tensor], after: np.ndarray) -> list[Bundle]:
+    def _due(self, scores: dict[str, Tensor], after: np.ndarray, finest: int, *, further: bool = False) -> list[Bundle]:
         """What leaves in one step, and is out of the model when this returns."""
         every = []
         for group in self._groups:
@@ -126,9 +140,9 @@ class _Steps:
                 count += len(bundle.units)
                 if count <= group.units - len(gone):
                     left.append(bundle)
-            worst_first = reversed(left[least:])
-            every += due(group, worst_first, len(gone), float(self._sparsities[place]), float(after[place]))
-        found = taken(every, self._removed, self._target, self._finest)
+            step = (float(self._sparsities[place]), float(after[place]))
+            every += due(group, reversed(left[least:]), len(gone), *step, further=further)
+        found = taken(every, self._removed, self._target, finest)
         for group in self._groups:
             for bundle in found:
                 if bundle.group == group.name:

@@ -26,7 +26,7 @@ from secateur.engine.run import Run
 from secateur.errors import UnsupportedModelError
 from secateur.healing import BiasHealer, find
 from secateur.keeping import Decision, SeenByModule
-from secateur.methods import StructuredMethod, UnitMethod
+from secateur.methods import Seen, StructuredMethod, UnitMethod
 from secateur.models.decoders import unknown_family
 from secateur.models.sources import check_finite
 from secateur.observe import Moments
@@ -62,7 +62,7 @@ def decide_units(method: UnitMethod, run: Run, scoring: Callable[[], Scoring] | 
     allocator = method.allocator()
     if isinstance(allocator, UniformAllocator) and (shares := shared(run, method, groups, total, limits_of(method))):
         allocator = replace(allocator, shares=shares)
-    scored = scoring() if scoring is not None else partial(_scores, run, method)
+    scored = scoring() if scoring is not None else partial(score_units, run, method)
     for layer in run.blocks("calibrate" if run.observed else "score"):
         members = [g for g in groups if g.layer == layer]
         readers = [g.reader for g in members if g.reader]
@@ -111,10 +111,17 @@ def _allocate_all(
     yield part
 
 
-def _scores(run: Run, method: UnitMethod, groups: list[Group], seen: SeenByModule) -> dict[str, Tensor]:
+def score_units(
+    run: Run,
+    method: UnitMethod,
+    groups: list[Group],
+    seen: SeenByModule,
+    more: Callable[[Group], Seen] = lambda group: {},
+) -> dict[str, Tensor]:
+    """The method's scores of groups, by the weights that read them; ``more`` is what it sees of a group beside data."""
     found = {}
     for group in groups:
-        scores = method.score(run.group_target(group), seen.get(group.reader or "", {}))
+        scores = method.score(run.group_target(group), {**seen.get(group.reader or "", {}), **more(group)})
         check_finite(scores, group.name, group.layer, "scores")
         found[group.name] = scores.float().cpu()
     return found

@@ -40,7 +40,7 @@ from secateur.methods.views import (
 )
 from secateur.observe import Cross, Gram, Moments, Statistic
 from secateur.options import check_options, option
-from secateur.search import Descent, Evolution
+from secateur.search import Descent, Episodes, Evolution
 from secateur.structure import Anatomy
 from secateur.structure.lexicon import Lexicon
 from secateur.timing import Workload
@@ -401,6 +401,26 @@ class NeuronMethod(UnitMethod):
         if self.budget == "neurons":
             return sum(group.units for group in anatomy.of_kind(*self.kinds))
         return super().counted(anatomy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyMethod(NeuronMethod):
+    """Scores neurons by a policy that learns from weights.
+
+    ``seen`` has the ``policy`` and the ``writer``, the weight whose rows the neurons are, [neurons, inputs] float32.
+    """
+
+    policy: str = option("", "folder of the policy: used when it is there, else learnt and written (default: nowhere)")
+    matrix: str = option("gate", "the weight that the policy looks at, where FFNs have two", choices=("gate", "up"))
+    seed: int = option(42, "seed of the policy and of what is drawn", ge=0)
+
+    def options(self) -> dict[str, Any]:
+        # where a policy lies on this machine says nothing about the plan
+        return {name: value for name, value in super().options().items() if name != "policy"}
+
+    def episodes_of(self) -> Episodes:
+        """How the policy learns."""
+        raise NotImplementedError(f"{type(self).__name__} must define episodes_of()")
 
 
 @dataclass(frozen=True, kw_only=True)

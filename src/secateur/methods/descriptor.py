@@ -30,6 +30,7 @@ DESCRIPTOR_VALUES: dict[str, tuple[str, ...]] = {
         "attention",
         "position",
         "frequency",
+        "policy",
     ),
     "allocation": ("uniform", "global", "erk", "by_layer", "by_head"),
     "recovery": ("none", "bias", "least_squares", "fresh_weights", "training"),
