@@ -801,7 +801,8 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("method", DECODER_METHODS)
 def test_dry_run_writes_nothing(cli, room: Room, method: str) -> None:
-    arguments = room.prune("--sparsity", 0.5, "--dry-run", method=method)
+    # more than this the smallest model can't give with every method
+    arguments = room.prune("--sparsity", 0.1, "--dry-run", method=method)
     before = listing(room.path)
     run = cli(*arguments)
     assert (run.code, run.err) == (0, "")

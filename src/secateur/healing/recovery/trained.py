@@ -125,7 +125,7 @@ class Lora(Trained):
             del self._model.peft_config
         super().finish()
         for name in self._names if learnt else ():
-            if not bool(torch.isfinite(self._model.get_submodule(name).weight).all()):
+            if not bool(torch.isfinite(self._model.get_parameter(f"{name}.weight")).all()):
                 raise NonFiniteError(f"{name}: the trained weights hold NaN or inf: try a lower learning rate")
 
 
