@@ -22,7 +22,18 @@ from processes import measured
 
 WINDOWS, LENGTH = 10, 64
 TITLE = "Memory of gradients"
-PRUNING = ("prune", "--samples", str(WINDOWS), "--length", str(LENGTH), "--dry-run", "--quiet", "--no-estimate")
+PRUNING = (
+    "prune",
+    "--samples",
+    str(WINDOWS),
+    "--length",
+    str(LENGTH),
+    "--dtype",
+    "float32",
+    "--dry-run",
+    "--quiet",
+    "--no-estimate",
+)
 TRAINING = ("--set", "steps=4", "--set", "every=1", "--set", "batch=1", "--set", "checkpointing=true")
 ROWS: dict[str, tuple[str, ...]] = {
     "training step": (),

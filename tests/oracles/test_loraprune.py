@@ -11,7 +11,7 @@ import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for
 from secateur.engine.training import _kept_after
-from secateur.errors import BudgetError, DataError, OptionError, UsageError
+from secateur.errors import BudgetError, DataError, NonFiniteError, OptionError, UsageError
 from secateur.healing.recovery import RecoveryOptions
 from secateur.healing.recovery.shrinking import Shrinking
 from secateur.healing.recovery.trainer import Callback, Windows, recover
@@ -250,6 +250,21 @@ def test_frozen_weights_have_no_gradients():
 
 
 # bad input
+
+
+def test_a_training_whose_last_step_breaks_the_weights_says_so():
+    class Breaking(Callback):
+        def begin(self, model):
+            self.model = model
+
+        def on_pre_optimizer_step(self, step):
+            if step == 6:
+                for name, p in self.model.named_parameters():
+                    if "layers.1.mlp.up_proj.lora_B" in name:
+                        p.grad.fill_(float("nan"))
+
+    with pytest.raises(NonFiniteError, match=r"layers.1.mlp.up_proj: the trained weights hold NaN or inf"):
+        trained(make_tiny("llama"), callback=Breaking())
 
 
 def test_bad_input_is_refused_before_anything_is_trained():
