@@ -306,6 +306,21 @@ def test_what_leaves_is_made_up_for_as_with_other_methods():
     assert bias.biases and refit.values and not plain.biases
 
 
+def test_plans_of_other_sizes_share_their_scores(tmp_path, monkeypatch, tiny_llama, tiny_tokenizer):
+    walks = []
+    real = BackwardWalk._climb
+    monkeypatch.setattr(BackwardWalk, "_climb", lambda self: (walks.append(1), real(self))[1])
+
+    def planned(sparsity, **options):
+        text = {"samples": 2, "length": 16, "dtype": "float32", "statistics": tmp_path}
+        return sc.plan(tiny_llama, tiny_tokenizer, method="llm_pruner", sparsity=sparsity, options=options, **text)
+
+    small, large = planned(0.2), planned(0.4, scope="global", first=1)
+    assert len(walks) == 1
+    assert all(torch.equal(small.scores[name], large.scores[name]) for name in small.scores)
+    assert len(planned(0.2, criterion="vectorize").keep) == len(small.keep) and len(walks) == 2
+
+
 # bad input
 
 

@@ -107,6 +107,17 @@ def test_a_crash_before_any_line_of_the_journal(case, dense, tmp_path, monkeypat
     assert not run_path(tmp_path / "out").exists()
 
 
+def test_a_training_of_another_length_does_not_go_on(dense, tmp_path, monkeypatch):
+    job = recipe(dense, tmp_path / "out", CASES["loraprune"])
+    with monkeypatch.context() as patch:
+        crash_after(patch, 3)
+        with pytest.raises(Crash):
+            sc.run(job)
+    job["steps"] = [{**CASES["loraprune"], "options": {**CASES["loraprune"]["options"], "steps": 6}}]
+    with pytest.raises(OutputError, match=r"can't go on: its recipe differs in steps"):
+        sc.run(job, resume=True)
+
+
 def test_two_steps_resume_in_the_second(dense, tmp_path, monkeypatch):
     steps = [CASES["flap"], CASES["wanda"]]
     sc.run(recipe(dense, tmp_path / "whole", *steps))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +22,7 @@ from secateur.methods import Coupled, CoupledMethod, Part
 from secateur.models.sources import check_finite
 from secateur.observe.backward import BackwardWalk, Slopes
 from secateur.structure import Group, Slices
+from secateur.tensorfiles import read_header, write_tensors
 
 
 def decide_coupled(method: CoupledMethod, run: Run) -> None:
@@ -46,6 +51,9 @@ def _scores_after_rounds(method: CoupledMethod, run: Run, groups: list[Group]) -
             f"{method.name}: {method.rounds} rounds need a calibration window each, of every rank, and there are"
             f" {len(tokens.ids)}: add samples"
         )
+    stored = _stored(method, run)
+    if stored is not None and run.ranks.on_main(stored.is_file):
+        return {name: tensor.read() for name, tensor in read_header(stored).items()}
     windows = tokens.ids.tensor_split(method.rounds)
     total = Limits(budget=method.budget).cost(run.anatomy.blocks)
     kept: Kept = {}
@@ -59,7 +67,21 @@ def _scores_after_rounds(method: CoupledMethod, run: Run, groups: list[Group]) -
         if number + 1 < method.rounds:
             allocator = method.partway((number + 1) / method.rounds).allocator()
             kept = allocator.allocate(scores, groups, total, limits_of(method))
+    if stored is not None and run.ranks.main:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        temporary = stored.with_suffix(f".{os.getpid()}.part")
+        write_tensors(temporary, scores, durable=True)
+        os.replace(temporary, stored)
     return scores
+
+
+def _stored(method: CoupledMethod, run: Run) -> Path | None:
+    """The file of the scores of the dense model, which are the same however much is asked for."""
+    if run.statistics is None or method.rounds > 1:
+        return None
+    own = {name: value for name, value in method.options().items() if name not in method.asking}
+    digest = hashlib.sha256(json.dumps([method.name, own], sort_keys=True).encode()).hexdigest()
+    return run.statistics / f"scores-{digest[:16]}.safetensors"
 
 
 def _descended(

@@ -110,6 +110,9 @@ class LLMPruner(CoupledMethod):
     fill: bool = option(True, "meet the budget exactly by taking what coarse heads leave over from the neurons")
     seed: int = option(0, "seed of random scores", ge=0)
 
+    asking: ClassVar = (
+        *CoupledMethod.asking, "ratio", "scope", "first", "last", "first_mlp", "last_mlp", "fill", "heal", "target",
+    )  # fmt: skip
     descriptor: ClassVar = Descriptor(
         object="heads_and_neurons",
         granularity="structured_group",
