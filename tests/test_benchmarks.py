@@ -338,3 +338,32 @@ def test_runtimes_are_compared_round_by_round(study):
     assert columns["cut"]["prefill there × dense"] == columns["cut"]["decode there × dense"] == 2
     assert columns["dense"]["prefill there × dense"] == 1
     assert (columns["dense"]["prefill there"], columns["dense"]["decode there"]) == (2, 0.5)
+
+
+def test_memory_of_gradients_is_told_beside_what_was_wanted(study):
+    module = study("gradient_memory")
+    taken = dict(zip(module.ROWS, [1000, 300, 1400, 550, 1000], strict=True))
+    said = module.text([{"what": what, "difference MB": size} for what, size in taken.items()])
+    assert "`llm_pruner` takes 0.30 times what `training step` does, within the 1.3 that were wanted." in said
+    assert "`llm_pruner, param_mix` takes 1.40 times what `training step` does, above the 1.3" in said
+    assert "`loraprune` takes 0.55 times what `loraprune, true gradients` does, within the 0.6" in said
+    command = module.command("loraprune, true gradients", "MODEL")
+    assert command[1:5] == ["-m", "secateur", "prune", "MODEL"] and "metric=grad" in command
+
+
+def test_what_studies_of_pruning_by_gradients_say(study):
+    rows = [
+        {"criterion": name, "healed": healed, "perplexity": value}
+        for name, healed, value in (
+            ("dense", False, 10.0),
+            ("param_first", False, 40.0),
+            ("param_first", True, 20.0),
+            ("random", False, 80.0),
+            ("random", False, 120.0),
+        )
+    ]
+    said = study("llm_pruner").text(rows)
+    assert "`random` has 2.50 times the perplexity of `param_first`" in said
+    assert "Training closes 50% of the gap" in said and "vectorize" not in said
+    ways = [{"way": "lora", "perplexity": 20.0}, {"way": "grad", "perplexity": 19.5}]
+    assert "`grad` has 0.975 times the perplexity of `lora`" in study("loraprune").text(ways)
