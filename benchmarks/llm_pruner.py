@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument("--criteria", default=",".join(CRITERIA))
     parser.add_argument("--seeds", default="0,1,2", help="of random scores")
     parser.add_argument("--steps", type=int, default=300, help="of recovery; 0 leaves it out")
+    parser.add_argument(
+        "--dtype", default="float32", help="of what plans look at; weights and perplexities are float32"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window that is trained on")
     arguments = parser.parse_args()
@@ -51,7 +54,7 @@ def main() -> None:
         "evaluation": f"{Path(arguments.evaluation).name}, first {arguments.windows} windows of {LENGTH} tokens",
         "recovery": f"lora, cross-entropy, {arguments.steps} steps of {arguments.batch} x {arguments.length} tokens",
         "seeds of random scores": arguments.seeds,
-        "dtype": "float32",
+        "dtype": f"float32; plans in {arguments.dtype}",
     }
 
     def perplexity(one: Any) -> float:
@@ -86,6 +89,7 @@ def main() -> None:
             samples=arguments.samples,
             length=128,
             seed=seed,
+            dtype=arguments.dtype,
         )
         row = {"criterion": criterion, "seed": seed, "removed": f"{removed_fraction(plan, sc.anatomy(model)):.4f}"}
         seconds = time.perf_counter() - started

@@ -41,6 +41,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5, help="steps from one pruning to the next")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--windows", type=int, default=40, help="windows that are evaluated")
+    parser.add_argument(
+        "--dtype", default="float32", help="of what plans look at; weights and perplexities are float32"
+    )
     parser.add_argument("--ways", default=";".join((*METRICS, ONCE)), help="rows to run, joined by ;")
     parser.add_argument("--seeds", default="0,1,2")
     arguments = parser.parse_args()
@@ -57,7 +60,7 @@ def main() -> None:
         "units leave every": f"{arguments.every} steps",
         "evaluation": f"{Path(arguments.evaluation).name}, first {arguments.windows} windows of {LENGTH} tokens",
         "seeds": arguments.seeds,
-        "dtype": "float32",
+        "dtype": f"float32; plans in {arguments.dtype}",
     }
 
     def perplexity(one: Any) -> float:
@@ -70,7 +73,7 @@ def main() -> None:
         print(row, flush=True)
         write_result(name, TITLE, setting, rows, text(rows))
 
-    text_of = {"calibration": arguments.calibration, "length": length}
+    text_of = {"calibration": arguments.calibration, "length": length, "dtype": arguments.dtype}
     training = {"steps": steps, "batch": batch, "lr": arguments.lr}
     if not rows:
         add({"way": "dense", "seed": 0, "perplexity": perplexity(model)})
