@@ -155,6 +155,8 @@ class BackwardWalk(BlockWalk):
                 slope.update(found.detach(), len(entering), squared=self._single)
             self._down[batch] = entering
         self._down.turn()
+        # nobody asks for what entered this block any more
+        self._into[layer] = Activations()
         return slopes
 
     def open_changed(self, layer: int) -> nn.Module:
