@@ -158,6 +158,33 @@ def test_a_sliced_model_is_the_dense_one_with_projected_hidden_states(family):
             torch.testing.assert_close(basis @ basis.T, vectors @ vectors.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama-tied-bias", "qwen3"])
+def test_a_head_can_be_sliced_too(family, tmp_path):
+    model = exact(family)
+    plan = sliced(model, slice_head=True)
+    cut = sc.apply(plan, model)
+    with projected(model, plan.rotations), torch.no_grad():
+        last = plan.rotations["layers.2.mlp"].double()
+        # what enters the final norm is what the last block gives
+        seen: list[torch.Tensor] = []
+        handle = model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model(IDS)
+        handle.remove()
+        reference = model.lm_head(model.model.norm(seen[0] @ last @ last.T))
+    assert cut.lm_head.weight.shape == (96, 24)
+    close = EXACT if family.startswith("llama") else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(logits(cut), reference, **close)
+    cut = cut.float()
+    folder = sc.save(cut, None, tmp_path / "cut", plan=plan)
+    stock = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    for other in (sc.load(folder)[0], stock):
+        torch.testing.assert_close(logits(other), logits(cut), rtol=1e-5, atol=1e-5)
+    linear = [sum(m.weight.numel() for m in decoder_blocks(one)[1].modules() if is_linear(m)) for one in (model, cut)]
+    assert removed_fraction(plan, decoder_anatomy(model)) == pytest.approx(1 - linear[1] / linear[0])
+    with pytest.raises(UnsupportedModelError, match="the final norm shifts what the head reads"):
+        sliced(exact("gpt_neox"), slice_head=True)
+
+
 def test_directions_are_turned_among_themselves_without_effect():
     model = exact("llama")
     plans = [sliced(model, orientation=how) for how in ("pca", "random")]
@@ -229,18 +256,22 @@ def test_widths_are_rounded_down_and_shortcuts_are_counted(tiny_llama, tiny_toke
     assert rotated_parts(result.model)["width"] == 16
 
 
-def run(folder: Path, out: Path, *steps, **more):
+def run(folder: Path, out: Path, *steps, options=None, **more):
     calibration = {"samples": 8, "length": 64}
-    steps = [{"method": "slicegpt", "sparsity": 0.25}, *steps]
+    steps = [{"method": "slicegpt", "sparsity": 0.25, "options": options or {}}, *steps]
     recipe = {"model": str(folder), "out": str(out), "calibration": calibration, "steps": steps, "dtype": "float32"}
     return sc.run(recipe, **more)
 
 
-def test_a_streamed_run_gives_what_memory_gives_and_the_plan_gives_it_again(tiny_checkpoint, tmp_path, cli):
+@pytest.mark.parametrize(("options", "bases"), [({}, 4), ({"slice_head": True}, 5)])
+def test_a_streamed_run_gives_what_memory_gives_and_the_plan_gives_it_again(
+    tiny_checkpoint, tmp_path, cli, options, bases
+):
     out = tmp_path / "out"
-    run(tiny_checkpoint, out)
+    run(tiny_checkpoint, out, options=options)
     dense, tokenizer = sc.load(tiny_checkpoint)
-    made = sc.prune(dense, tokenizer, method="slicegpt", sparsity=0.25, samples=8, length=64, dtype="float32")
+    asked = {"sparsity": 0.25, "samples": 8, "length": 64, "dtype": "float32"}
+    made = sc.prune(dense, tokenizer, method="slicegpt", options=options, **asked)
     cut, _ = sc.load(out)
     states = cut.state_dict(), made.model.state_dict()
     assert states[0].keys() == states[1].keys()
@@ -250,7 +281,7 @@ def test_a_streamed_run_gives_what_memory_gives_and_the_plan_gives_it_again(tiny
     assert cli("plan", "apply", out, tiny_checkpoint, "--out", again).code == 0
     for name in ("model.safetensors", "config.json"):
         assert (again / name).read_bytes() == (out / name).read_bytes()
-    assert "24 of 32 directions kept, in 4 bases" in cli("plan", "show", out).out
+    assert f"24 of 32 directions kept, in {bases} bases" in cli("plan", "show", out).out
     loaded = sc.Plan.load(out / "plan")
     assert all(torch.equal(loaded.rotations[name], basis) for name, basis in made.plan.rotations.items())
 

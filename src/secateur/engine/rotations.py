@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def check_rotation(method: RotationMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
     """Raises UnsupportedModelError, BudgetError."""
-    check_rotatable(model)
+    check_rotatable(model, head=method.slice_head)
     size = model.config.hidden_size
     if method.sparsity and method.width(size) < 1:
         raise BudgetError(
@@ -71,7 +71,8 @@ class _Finder:
 
     def __post_init__(self) -> None:
         model = self.run.source.model
-        self.names, self.blocks, self.parallel = signals(model), typed_blocks(model), is_parallel(model)
+        self.names = signals(model, head=self.method.slice_head)
+        self.blocks, self.parallel = typed_blocks(model), is_parallel(model)
         self.turn: Callable[[Tensor], Tensor] = centred if is_centred(model) else lambda x: x
 
     def enter(self) -> Tensor:
@@ -81,14 +82,13 @@ class _Finder:
     def block(self, layer: int) -> dict[str, Tensor]:
         """The bases behind the sub-layers of a block, which then has been gone through."""
         block, found = self.walk.open(layer), {}
-        last = layer + 1 == len(self.blocks)
         projected: Callable[[Tensor], Tensor] | None = None
         if not self.parallel:
             name = f"layers.{layer}.attention"
             found[name] = basis = self._basis(name, self._between(block, layer), layer)
             projected = _projection(basis)
-        if not last:
-            name = f"layers.{layer}.mlp"
+        name = f"layers.{layer}.mlp"
+        if name in self.names:
 
             def behind(batch: int) -> Tensor:
                 hidden = self.walk.hidden[batch]

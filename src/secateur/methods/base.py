@@ -621,6 +621,8 @@ class RotationMethod(Method):
     sparsity: float = option(0.25, "fraction of the hidden size removed; shortcuts give some of it back", ge=0, lt=1)
     round_to: int = option(8, "the directions that stay are a multiple of this, rounded down", unit="directions", ge=1)
 
+    slice_head: bool = option(False, "let the head read fewer directions too, with the final norm's scale folded in")
+
     def width(self, size: int) -> int:
         """How many of so many directions stay."""
         return int((1 - self.sparsity) * size) // self.round_to * self.round_to

@@ -40,7 +40,7 @@ def layout_of(model: PreTrainedModel) -> dict[str, Any]:
     if (parts := rotated_parts(model)) is not None:
         layout["rotated"] = parts
         # the sizes of embeddings follow from these, and the norms have none
-        given = {*parts["embeddings"]}
+        given = {*parts["embeddings"], parts["final_norm"]} - {""}
         layers = range(model.config.num_hidden_layers)
         given |= {f"{parts['blocks']}.{layer}.{norm}" for layer in layers for norm in parts["norms"]}
         theirs = {name: module for name, module in theirs.items() if name not in given}

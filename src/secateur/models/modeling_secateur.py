@@ -140,7 +140,7 @@ def rotate(base_model, parts):
     """Change the blocks of a stock ``base_model``, in place, to those of a rotated one; weights are new.
 
     ``parts`` says where they are, how wide the hidden states have become (``width``) and how wide they were
-    (``size``), which the last block restores.
+    (``size``), which the last block restores unless the head is sliced too, and the ``final_norm`` with it.
     """
     width, size = parts["width"], parts["size"]
     for name in parts["embeddings"]:
@@ -163,7 +163,11 @@ def rotate(base_model, parts):
             setattr(block.get_submodule(path), leaf, PlainNorm(size, eps))
         if not parts["parallel"]:
             block.attention_shortcut = shortcut(width)
-        block.mlp_shortcut = shortcut(size if layer + 1 == len(blocks) else width)
+        restores = layer + 1 == len(blocks) and not parts["final_norm"]
+        block.mlp_shortcut = shortcut(size if restores else width)
+    if parts["final_norm"]:
+        norm = base_model.get_submodule(parts["final_norm"])
+        setattr(base_model, parts["final_norm"], PlainNorm(size, norm.variance_epsilon))
 
 
 def resize(base_model, layout):
@@ -253,6 +257,10 @@ class _Pruned:
             if name in dense.__dict__:  # settled while the stock model was built
                 setattr(config, name, getattr(dense, name))
         resize(self.base_model, config.secateur)
+        parts = config.secateur.get("rotated", {})
+        head = self.get_output_embeddings()
+        if parts.get("final_norm") and head is not None:
+            _resize_linear(head, (head.weight.shape[0], parts["width"]), head.bias is not None)
         adopt(self, config)
 
     @classmethod

@@ -10,7 +10,8 @@ that what a sub-layer reads and adds may be turned by any Q. In rows x, weights 
 
 M is the identity; where the norms are layer norms, it subtracts the mean over the hidden entries, from the embedding
 too, so that RMSNorm takes their place. The last block gives hidden states of the original basis to the final norm and
-the head, which stay as they are: the head gets a table of its own where it was tied to the embedding.
+the head, which stay as they are, unless there is a basis for it too: then the head reads as the sub-layers do. The head
+gets a table of its own where it was tied to the embedding.
 
 Source: S. Ashkboos et al., "SliceGPT", arXiv:2401.15024, §3 and appendix A; the bases come with the plan.
 """
@@ -35,10 +36,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDING = "embedding"
+# of the families whose norms have no shift, relative to the base model
+FINAL_NORM = "norm"
 
 
-def check_rotatable(model: PreTrainedModel) -> Family:
-    """The family of a model whose hidden states may change their basis. Raises UnsupportedModelError."""
+def check_rotatable(model: PreTrainedModel, *, head: bool = False) -> Family:
+    """The family of a model whose hidden states, up to those of the head, may change their basis.
+
+    Raises UnsupportedModelError.
+    """
     family = family_of(model)
     if family is None:
         raise UnsupportedModelError(unknown_family(model).replace("heads and neurons", "norms and residuals"))
@@ -47,6 +53,8 @@ def check_rotatable(model: PreTrainedModel) -> Family:
         reason = "the model has been rotated already"
     if reason is None and not all(block.has_attention and block.has_mlp for block in typed_blocks(model)):
         reason = "some of its sub-layers have left; rotate first"
+    if reason is None and head and is_centred(model):
+        reason = "the final norm shifts what the head reads, which has no bias for it (leave slice_head out)"
     if reason is not None:
         raise UnsupportedModelError(f"hidden states of {type(model).__name__} must stay in one basis: {reason}")
     return family
@@ -57,13 +65,13 @@ def is_parallel(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "use_parallel_residual", False))
 
 
-def signals(model: PreTrainedModel) -> list[str]:
-    """The names of the bases: of what enters the first block, and behind every sub-layer but the last."""
+def signals(model: PreTrainedModel, *, head: bool = False) -> list[str]:
+    """The names of the bases: of what enters the first block, and behind sub-layers, the last only for a ``head``."""
     layers = range(len(decoder_blocks(model)[1]))
     names = [f"layers.{layer}.{part}" for layer in layers for part in ("attention", "mlp")]
     if is_parallel(model):
         names = names[1::2]
-    return [EMBEDDING, *names[:-1]]
+    return [EMBEDDING, *(names if head else names[:-1])]
 
 
 def is_centred(model: PreTrainedModel) -> bool:
@@ -93,7 +101,8 @@ def rotate_model(model: PreTrainedModel, rotations: Mapping[str, Tensor]) -> Non
 class Bases:
     """What turns the hidden states before and behind the sub-layers of a block, [hidden, width] float64.
 
-    ``after`` is None in the last block. Where there is only one residual connection, ``between`` is ``after``.
+    ``after`` is None in the last block of a model whose head isn't sliced. Where there is only one residual connection,
+    ``between`` is ``after``.
     """
 
     before: Tensor
@@ -114,10 +123,13 @@ class Rotation:
         read: Callable[[str], Tensor],
         device: torch.device,
     ) -> None:
-        self.family, self._read, self._rotations = check_rotatable(model), read, rotations
+        self._last = signals(model, head=True)[-1]
+        self.slices_head = self._last in rotations
+        self.family, self._read = check_rotatable(model, head=self.slices_head), read
+        self._rotations = rotations
         self.parallel, self.centred = is_parallel(model), is_centred(model)
         self._blocks = typed_blocks(model)
-        wanted, size = signals(model), model.config.hidden_size
+        wanted, size = signals(model, head=self.slices_head), model.config.hidden_size
         shapes = {name: tuple(rotations[name].shape) for name in rotations}
         if set(shapes) != set(wanted) or len(set(shapes.values())) != 1 or shapes[EMBEDDING][0] != size:
             raise PlanMismatchError("the plan's bases are not those of this model's hidden states")
@@ -132,7 +144,7 @@ class Rotation:
         self._device = device
         self.head = f"{full[id(head)]}.weight" if head is not None else ""
         self.changed = [f"{self.prefix}{name}.weight" for name in self.embeddings]
-        self.changed += [self.head] if self.head and self._tied else []
+        self.changed += [self.head] if self.head and (self._tied or self.slices_head) else []
         """what changes outside the blocks, or becomes a tensor of its own"""
         self.parts = {
             "blocks": self.family.blocks,
@@ -143,6 +155,8 @@ class Rotation:
             "embeddings": self.embeddings,
             "width": shapes[EMBEDDING][1],
             "size": size,
+            # the norm before a head that is sliced
+            "final_norm": FINAL_NORM if self.slices_head else "",
         }
 
     def basis(self, name: str) -> Tensor:
@@ -152,8 +166,8 @@ class Rotation:
     def bases(self, layer: int) -> Bases:
         """Those of one block."""
         before = self.basis(f"layers.{layer - 1}.mlp" if layer else EMBEDDING)
-        last = layer + 1 == len(self._blocks)
-        after = None if last else self.basis(f"layers.{layer}.mlp")
+        dense = layer + 1 == len(self._blocks) and not self.slices_head
+        after = None if dense else self.basis(f"layers.{layer}.mlp")
         return Bases(before, after if self.parallel else self.basis(f"layers.{layer}.attention"), after)
 
     def block(self, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -185,7 +199,11 @@ class Rotation:
     def outside(self, name: str) -> Tensor:
         """One of ``changed``."""
         if name == self.head:
-            return self._read(self._table)
+            table = self._read(self._table if self._tied else self.head)
+            if not self.slices_head:
+                return table
+            scale = self._read(f"{self.prefix}{FINAL_NORM}.weight").double()
+            return ((table.double() * scale) @ self.basis(self._last).to(table.device)).to(table.dtype)
         tensor = self._read(name)
         wide = tensor.double()
         wide = centred(wide) if self.centred else wide

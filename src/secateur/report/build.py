@@ -132,7 +132,7 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
 def _rotated_size(layer: int, plan: Plan, anatomy: Anatomy) -> int:
     """Linear weights of a rotated block, the products between its bases counted in."""
     size, width = next(iter(plan.rotations.values())).shape
-    last, parallel = layer + 1 == anatomy.num_layers, f"layers.{layer}.attention" not in plan.rotations
+    last, parallel = f"layers.{layer}.mlp" not in plan.rotations, f"layers.{layer}.attention" not in plan.rotations
     readers = {group.reader: group.kind for group in anatomy.groups if group.layer == layer}
     left = width * (size if last else width) + (0 if parallel else width * width)
     for matrix in anatomy.matrices:
