@@ -83,7 +83,7 @@ def main() -> None:
                 tokenizer,
                 method="adapt_pruner",
                 sparsity=sparsity,
-                options={"amplitude": amplitude, "refresh": arguments.refresh},
+                options={"amplitude": amplitude, "refresh": arguments.refresh, "step_windows": 0},
                 calibration=arguments.calibration,
                 samples=arguments.samples,
                 length=64,
@@ -103,7 +103,7 @@ def main() -> None:
             "sparsity": 0.3,
             "stages": stages,
             "heal": f"full:steps={arguments.steps},{training}",
-            "options": {"refresh": arguments.refresh},
+            "options": {"refresh": arguments.refresh, "step_windows": 0},
         }
         job = {
             "model": arguments.model,

@@ -3,10 +3,10 @@
     python benchmarks/prunenet.py --evaluation TEST.txt [--model MODEL] [--only ROW …]
 
 The result is written after every row; a second call goes on where the first stopped. Policies are kept in ``--work``
-and found again. Only FFN neurons leave, and the sparsity is a fraction of these. No text is read but for evaluation:
-the first ``--windows`` windows of 512 tokens. ``distance`` is the mean over blocks of the Kolmogorov-Smirnov distance
-of the singular values of ``gate_proj`` before and after, and ``reward`` the sum of its inverses, by which a policy is
-selected.
+and found again. Only FFN neurons leave, and the sparsity is a fraction of these. No text is read but for the
+evaluation: the first ``--windows`` windows of 512 tokens. ``distance`` is the Kolmogorov-Smirnov distance of the
+singular values of ``gate_proj`` before and after, mean over blocks, and ``reward`` the sum of the inverses, by which a
+policy is selected.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from secateur.errors import BudgetError, OptionError, UsageError
 from secateur.healing.recovery.capacity import guided_ranks, ranks_by_module
 from secateur.methods import Target, make_method
 from secateur.observe import Change, SumSquares
+from secateur.recipes import make_recipe
 
 IDS = tiny_ids()
 D, F = 6, 10
@@ -196,6 +197,13 @@ def test_adapters_get_these_ranks_and_keep_their_scale(make_llama, tiny_tokenize
 def test_mistakes_in_a_sentence(options, error, message):
     with pytest.raises(error, match=message):
         plan_for("cfsp", make_tiny("llama"), IDS, **options)
+
+
+def test_ranks_that_follow_nothing_are_refused_before_anything_is_done():
+    for step in ({"method": "flap"}, {"method": "wanda", "allocate": "owl"}):
+        with pytest.raises(UsageError, match="follows what an allocator gave every block"):
+            make_recipe({"steps": [{**step, "heal": "lora:ranks=importance"}]}, "test").check_methods()
+    make_recipe({"steps": [{"method": "cfsp", "heal": "lora:ranks=importance"}]}, "test").check_methods()
 
 
 def test_a_model_without_ffns_that_are_known(make_llama):

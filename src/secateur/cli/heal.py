@@ -61,8 +61,8 @@ def heal(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="rank, alpha, dropout and targets of adapters; micro, warmup, decay, clip, temperature, dtype "
-            "(bfloat16), checkpointing, held_out, measure, keep_zeros; repeatable.",
+            help="rank, ranks (importance), alpha, dropout and targets of adapters; micro, schedule (wsd), warmup, "
+            "decay, clip, temperature, dtype (bfloat16), checkpointing, held_out, measure, keep_zeros; repeatable.",
         ),
     ] = None,
     seed: Seed = None,

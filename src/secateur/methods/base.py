@@ -431,7 +431,7 @@ class IterativeMethod(StructuredMethod):
     The model and its gradients lie in memory.
     """
 
-    step_windows: int = option(0, "calibration windows of a round, drawn anew; 0: all of them", unit="windows", ge=0)
+    step_windows: int = option(8, "calibration windows of a round, drawn anew; 0: all of them", unit="windows", ge=0)
     refresh: int = option(1, "steps from one look at the model to the next", unit="steps", ge=1)
     seed: int = option(0, "seed of the windows of every round", ge=0)
 

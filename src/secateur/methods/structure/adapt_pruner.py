@@ -14,11 +14,11 @@ With `--stages` pruning and training alternate (Adapt-Accel); published are stag
     secateur prune MODEL --method adapt_pruner --stages 6 --heal full:steps=300,loss=ce,schedule=wsd
 
 Source: "Adapt-Pruner: Adaptive Structural Pruning for Efficient Small Language Model Training", 2025, arXiv:2502.03460;
-official code research4pan/AdaptPruner, whose shipped runs have these defaults and 512 windows of 64 tokens. Differs
-from the official code: equal importances are 0 (theirs: 0/0); `euclidean` and `manhattan` distances count for a block
-(theirs: against it, `official_sign`); key-value heads collect the scores of their own query heads; a budget counts the
-blocks; units that have left are zero, and not cut, until the end.
-Units by other scores follow such shares with the allocator `adapt`, which looks at the dense model once.
+official code research4pan/AdaptPruner, whose shipped runs have these defaults, and 512 windows of 64 tokens for every
+step. Differs from the official code: equal importances are 0 (theirs: 0/0); `euclidean` and `manhattan` distances count
+for a block (theirs: against it, `official_sign`); key-value heads collect the scores of their own query heads; a budget
+counts the blocks; units that have left are zero, and not cut, until the end. Units by other scores follow such shares
+with the allocator `adapt`, which looks at the dense model once.
 """
 
 from collections.abc import Callable
@@ -52,6 +52,7 @@ class AdaptPruner(IterativeMethod):
     first: int = option(0, "blocks at the beginning that stay whole", unit="blocks", ge=0)
     last: int = option(0, "blocks at the end that stay whole", unit="blocks", ge=0)
 
+    costly: ClassVar[bool] = True
     descriptor: ClassVar = Descriptor(
         object="heads_and_neurons",
         granularity="structured_group",

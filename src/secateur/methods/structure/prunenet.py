@@ -53,6 +53,7 @@ class PruneNet(PolicyMethod):
         "sample", "draw the neurons that stay, or take those of largest alpha", choices=("sample", "topk")
     )
 
+    costly: ClassVar[bool] = True
     descriptor: ClassVar = Descriptor(
         object="heads_and_neurons",
         granularity="structured_group",
