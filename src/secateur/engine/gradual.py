@@ -16,7 +16,7 @@ from secateur.allocate.gradual import due, taken
 from secateur.allocate.units import Bundle, Limits, bundles, largest_share, least_bundles, refusal
 from secateur.criteria.groups import reduce_slices
 from secateur.engine.run import Run, complement
-from secateur.errors import BudgetError, NonFiniteError, UsageError
+from secateur.errors import NonFiniteError, UsageError
 from secateur.keeping import Decision
 from secateur.methods import IterativeMethod
 from secateur.models.decoders import decoder_blocks
@@ -24,8 +24,8 @@ from secateur.search import token_loss
 from secateur.structure import Group
 
 _STEP = "removal"
-# rounds that may pass without a unit that leaves: a key-value head takes many small steps
-_IDLE = 60
+# rounds without a unit that leaves, after which blocks lose alike: a key-value head takes many small steps
+_PATIENCE = 20
 
 
 def decide_gradually(method: IterativeMethod, run: Run) -> None:
@@ -59,7 +59,7 @@ class _Steps:
         self._layers = sorted({g.layer for g in groups})
         self._sparsities = np.zeros(len(self._layers))
         self._gone = {g.name: torch.zeros(0, dtype=torch.int64) for g in groups}
-        self._rounds = self._idle = 0
+        self._rounds = self._idle = self._even = 0
         self._resume()
 
     @property
@@ -68,26 +68,20 @@ class _Steps:
 
     def _costs(self) -> list[int]:
         """What one bundle costs, of every group that can still lose one."""
-        found = []
-        for group in self._groups:
-            size = group.balance if group.balance > 1 or group.kind != "neuron" else self._limits.round_to
-            if group.units - len(self._gone[group.name]) - size >= self._limits.min_keep * group.balance:
-                found.append(size * self._limits.cost(group.cost))
-        return found
+        return [self._size(g) * self._limits.cost(g.cost) for g in self._groups if self._can_lose(g)]
+
+    def _can_lose(self, group: Group) -> bool:
+        left = group.units - len(self._gone[group.name])
+        return left - self._size(group) >= self._limits.min_keep * group.balance
+
+    def _size(self, group: Group) -> int:
+        """The units of a bundle."""
+        return self._limits.round_to if group.kind == "neuron" else group.balance
 
     def finish(self) -> None:
         """Go on until nothing that could leave brings the model nearer to its target."""
         while (costs := self._costs()) and self._target - self._removed > min(costs) / 2:
-            before = self._removed
             self._round(min(costs), max(costs))
-            self._idle = 0 if self._removed > before else self._idle + 1
-            if self._idle > _IDLE:
-                if self._target - self._removed <= max(costs) / 2:
-                    break
-                raise BudgetError(
-                    f"{self._method.name} stops at {self._removed / self._target * self._method.sparsity:.1%} removed:"
-                    " the blocks that still have units gain as much as a step takes; lower amplitude, or ask for less"
-                )
             self._rounds += 1
             self._run.progress(_STEP, min(self._removed, int(self._target)), int(self._target))
 
@@ -95,6 +89,11 @@ class _Steps:
         """What is left."""
         low, high = float(self._sparsities.min()), float(self._sparsities.max())
         part = Decision(notes=[f"{self._rounds} looks at the model; nominal sparsities {low:.3f} to {high:.3f}"])
+        if self._even:
+            part.notes.append(
+                "blocks that could lose something gained as much as a step takes before the budget was met: in"
+                f" {self._even} step{'s' if self._even > 1 else ''} all lost alike"
+            )
         for group in self._groups:
             part.groups[group.name] = group.units
             part.keep[group.name] = complement(self._gone[group.name], group.units)
@@ -106,7 +105,7 @@ class _Steps:
             return
         self._rounds = max(noted) + 1
         last = noted[self._rounds - 1]
-        self._sparsities, self._idle = np.array(last["sparsities"]), last["idle"]
+        self._sparsities, self._idle, self._even = np.array(last["sparsities"]), last["idle"], last["even"]
         for group in self._groups:
             for step in noted.values():
                 self._leave(group, torch.tensor(step["gone"].get(group.name, []), dtype=torch.int64))
@@ -116,6 +115,9 @@ class _Steps:
         gone: dict[str, list[int]] = {}
         for _ in range(self._method.refresh):
             after = self._method.advance(self._sparsities, importance)
+            if self._at_rest(after):
+                after = np.minimum(self._sparsities + self._method.step, 1.0)
+                self._even += 1
             found = self._due(scores, after, finest)
             if not found and self._target - self._removed < coarsest:
                 # what is due is too large for what is left to remove: others make up for it
@@ -123,9 +125,15 @@ class _Steps:
             for bundle in found:
                 gone.setdefault(bundle.group, []).extend(bundle.units.tolist())
             self._sparsities = after
-        moved = bool(gone)
-        entry = {"sparsities": self._sparsities.tolist(), "gone": gone, "idle": 0 if moved else self._idle + 1}
+        self._idle = 0 if gone else self._idle + 1
+        entry = {"sparsities": self._sparsities.tolist(), "gone": gone, "idle": self._idle, "even": self._even}
         self._run.keeper.note(_STEP, self._rounds, entry)
+
+    def _at_rest(self, after: np.ndarray) -> bool:
+        """Whether no block that can still lose something is about to, so that the budget would never be met."""
+        left = {g.layer for g in self._groups if self._can_lose(g)}
+        moving = [after[i] > self._sparsities[i] + 1e-12 for i, layer in enumerate(self._layers) if layer in left]
+        return self._idle >= _PATIENCE or not any(moving)
 
     def _due(self, scores: dict[str, Tensor], after: np.ndarray, finest: int, *, further: bool = False) -> list[Bundle]:
         """What leaves in one step, and is out of the model when this returns."""

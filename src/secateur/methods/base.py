@@ -455,6 +455,11 @@ class IterativeMethod(StructuredMethod):
         """The sparsities of blocks after one more step, [blocks] in [0, 1)."""
         raise NotImplementedError(f"{type(self).__name__} must define advance()")
 
+    @property
+    def step(self) -> float:
+        """What a step takes from every block where ``advance`` comes to rest before the budget is met."""
+        raise NotImplementedError(f"{type(self).__name__} must define step")
+
     def rounds(self) -> int:
         """How often the model is looked at, roughly; for estimates."""
         raise NotImplementedError(f"{type(self).__name__} must define rounds()")

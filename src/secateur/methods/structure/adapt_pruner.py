@@ -17,8 +17,9 @@ Source: "Adapt-Pruner: Adaptive Structural Pruning for Efficient Small Language 
 official code research4pan/AdaptPruner, whose shipped runs have these defaults, and 512 windows of 64 tokens for every
 step. Differs from the official code: equal importances are 0 (theirs: 0/0); `euclidean` and `manhattan` distances count
 for a block (theirs: against it, `official_sign`); key-value heads collect the scores of their own query heads; a budget
-counts the blocks; units that have left are zero, and not cut, until the end. Units by other scores follow such shares
-with the allocator `adapt`, which looks at the dense model once.
+counts the blocks, and is met: where every block that could still lose something gains as much as a step takes, all lose
+a step alike (theirs: stops short); units that have left are zero, and not cut, until the end. Units by other scores
+follow such shares with the allocator `adapt`, which looks at the dense model once.
 """
 
 from collections.abc import Callable
@@ -73,7 +74,11 @@ class AdaptPruner(IterativeMethod):
         return (weight * gradient).abs()
 
     def advance(self, sparsities: NDArray[np.float64], importance: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.clip(sparsities + 1 / self.steps - self.amplitude * normalised(importance), 0.0, MOST)
+        return np.clip(sparsities + self.step - self.amplitude * normalised(importance), 0.0, MOST)
+
+    @property
+    def step(self) -> float:
+        return 1 / self.steps
 
     def rounds(self) -> int:
         return max(1, round(self.sparsity * self.steps / self.refresh))
