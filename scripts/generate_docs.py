@@ -190,6 +190,8 @@ def how_to_set(method: dict[str, Any]) -> str:
 def descriptor_table(method: dict[str, Any]) -> str:
     rows = ["| | |", "| --- | --- |"]
     rows += [f"| {label} | {plain(method['descriptor'][key])} |" for key, label in WORDS.items()]
+    if issubclass(get_method(method["name"]), TrainingMethod):
+        return "\n".join(rows)
     order = "block by block, each one sees what the cut ones before it give" if method["sequential"] else "dense model"
     rows.append(f"| calibration runs on | {order if method['descriptor']['data'] != 'none' else 'nothing'} |")
     return "\n".join(rows)

@@ -84,9 +84,9 @@ class TrainingMethod(Method):
     seed: int = option(0, "seed of random masks, growth and ties", ge=0)
 
     instead: ClassVar[str] = (
-        "prunes while a network is trained, and this is no training: put secateur.Sparsifier(model, optimizer,"
-        " method='{name}') into your training loop, or take a method that prunes a trained model"
-        " ('secateur methods' shows them all)"
+        "prunes while a network is trained or before, and nothing is trained here: put"
+        " secateur.Sparsifier(model, optimizer, method='{name}') into your training loop, or take a method that prunes"
+        " a trained model ('secateur methods' shows them all)"
     )
     skips: ClassVar[bool] = False
     """Whether the optimizer's step is taken back where masks change."""
