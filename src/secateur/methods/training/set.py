@@ -2,7 +2,7 @@
 
 Starts at a random mask by ERK. At an update, in every layer, the fraction zeta of the live weights that are smallest in
 magnitude leave, and as many positions that are drawn among the dead ones begin at zero. The number of weights of a
-layer never changes. By default `end` is the end of the training.
+layer never changes. By default `end` is three quarters of `steps`, so that what grew last is trained.
 
 Source: D. Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
 network science", Nature Communications 2018, arXiv:1707.04780 (zeta = 0.3, once per epoch); as a baseline in
@@ -29,7 +29,6 @@ class SET(DynamicMethod):
     growth: str = option("random", "what grows first among dead weights", choices=tuple(GROWTHS))
     split_signs: bool = option(False, "positive and negative weights lose the same fraction each")
 
-    ends: ClassVar = 1.0
     descriptor: ClassVar = Descriptor(
         object="weights",
         granularity="element",
