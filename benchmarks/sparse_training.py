@@ -37,7 +37,7 @@ the start, the random masks and the order of the data. `weights` are those that 
 - `while training`: a perceptron 64-256-128-10 (He's start), 1500 steps of SGD at 0.1 without momentum on batches of 64
   of 1000 digits; updates every 20 steps, the last at step 1000. `one shot` is the dense network pruned by global
   magnitude in the end, and not trained further.
-- `small dense`: the same training of dense perceptrons with as few weights.
+- `small dense`: the same training of dense perceptrons 64-h-h-10 with as few weights.
 - `before training`: a perceptron 64-256-128-128-10 with one mask, found before the first step.
 - `pictures`: a ResNet-20 on CIFAR-10 at half its size, see below for the number of steps and pictures.
 """
@@ -220,16 +220,13 @@ def trained(
 
 
 def small(sparsity: float) -> nn.Module:
-    """A dense perceptron of the same proportions with as many weights as are left of the large one."""
-    wanted = (1 - sparsity) * sum(a * b for a, b in pairwise(MLP))
+    """A dense perceptron 64-h-h-10 with about as many weights as are left of the large one."""
+    wanted = (1 - sparsity) * _weights(MLP)
+    return perceptron(*min(((64, h, h, 10) for h in range(1, 257)), key=lambda s: abs(_weights(s) - wanted)))
 
-    def sizes(factor: float) -> tuple[int, ...]:
-        return 64, max(round(256 * factor), 1), max(round(128 * factor), 1), 10
 
-    def weights(factor: float) -> int:
-        return sum(a * b for a, b in pairwise(sizes(factor)))
-
-    return perceptron(*sizes(min((k / 1000 for k in range(1, 1001)), key=lambda f: abs(weights(f) - wanted))))
+def _weights(sizes: tuple[int, ...]) -> int:
+    return sum(a * b for a, b in pairwise(sizes))
 
 
 def accuracy(network: nn.Module, data: Data) -> float:
