@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur
+import secateur as sc
 import secateur.structure.graphcut
 from families import make_tiny
 from secateur import timing
@@ -367,3 +368,28 @@ def test_what_studies_of_pruning_by_gradients_say(study):
     assert "Training closes 50% of the gap" in said and "vectorize" not in said
     ways = [{"way": "lora", "perplexity": 20.0}, {"way": "grad", "perplexity": 19.5}]
     assert "`grad` has 0.975 times the perplexity of `lora`" in study("loraprune").text(ways)
+
+
+def test_a_prefix_is_read_once_and_compressed_in_many_ways(study):
+    kv_cache, model = study("kv_cache"), make_tiny("llama")
+    ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(0))
+    window = kv_cache.read(model, ids, 24)
+    with torch.no_grad():
+        logits = model(ids).logits[0, 24:-1]
+    dense, report = kv_cache.measured(model, window, kv_cache.parse_cache_spec("knorm:0"))
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 25:], reduction="none")
+    assert torch.allclose(dense, expected, atol=1e-5) and report["bytes_held"] == report["bytes_dense"]
+    labels = [label for label, _ in kv_cache.settings("all", [0.5])]
+    assert len(labels) == len(set(labels)) and "snapkv:0.5" in labels and "channels by random:0.4" in labels
+    for methods in (
+        kv_cache.parse_cache_spec("knorm:0.5"),
+        (kv_cache.RandomElements(sparsity=0.5, window=4, block=1),),
+    ):
+        found, report = kv_cache.measured(model, window, methods)
+        assert not torch.allclose(found, dense, atol=1e-3) and report["bytes_held"] < report["bytes_dense"]
+        alone = sc.compressed_cache("knorm:0.5", model)
+        if len(found) and methods[0].name == "knorm":
+            with torch.no_grad():
+                model(ids[:, :24], cache=alone)
+                logits = model(ids[:, 24:-1], cache=alone).logits[0]
+            assert torch.allclose(found, torch.nn.functional.cross_entropy(logits, ids[0, 25:], reduction="none"))

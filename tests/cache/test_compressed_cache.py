@@ -196,6 +196,18 @@ def test_a_long_prompt_holds_as_little_as_it_says():
         assert report["bytes_held"] / report["bytes_dense"] <= limit
 
 
+def test_a_padded_batch_stays_rectangular(model):
+    mask = WHOLE.clone()
+    mask[1, :5] = 0
+    cache = sc.compressed_cache("knorm:0.5", model)
+    with torch.no_grad():
+        model(IDS, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), cache=cache)
+    for layer in cache.layers:
+        # 9 of 19 tokens and 3 of padding beside 12 of 24, so that the model's own attention can go on
+        assert layer.store is None and layer.kept.shape == (2, 2, 12) and layer.padding == [0, 3]
+        assert bool((layer.kept[1, :, :3] < 5).all()) and bool((layer.kept[1, :, 3:] >= 5).all())
+
+
 def test_heads_of_different_lengths_hold_the_bytes_of_their_budget(model):
     for entry in behind(model, "adakv(knorm:0.5)").report()["layers"]:
         assert [sum(heads) for heads in entry["tokens_kept"]] == [24, 24] and entry["tokens_kept"][0] != [12, 12]
