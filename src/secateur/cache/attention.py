@@ -86,7 +86,7 @@ def base_attention(module: nn.Module, name: str) -> Callable[..., Any]:
 
 def mixed_attention(
     query_BHTE: Tensor,
-    store: Store,
+    store: Store | None,
     tail: tuple[Tensor, Tensor],
     tail_positions_BKn: Tensor,
     visible: Visible,
@@ -102,16 +102,23 @@ def mixed_attention(
     keys, values = tail
     grouped = query_BHTE.reshape(batch, keys.shape[1], -1, width)
     out = torch.empty(*grouped.shape[:-1], values.shape[-1], dtype=query_BHTE.dtype, device=query_BHTE.device)
-    for span, b, k in store.spans():
-        queries = grouped[b, k]
-        positions = torch.cat([store.text_positions(span), tail_positions_BKn[b, k]], dim=-1)
-        logits = torch.cat([store.keys.logits(queries, span), queries @ keys[b, k].mT], dim=-1) * scaling
+    everything = (None, slice(None), slice(None))
+    for span, b, k in [everything] if store is None else store.spans():
+        queries, positions = grouped[b, k], tail_positions_BKn[b, k]
+        logits = queries @ keys[b, k].mT
+        if store is not None and span is not None:
+            positions = torch.cat([store.text_positions(span), positions], dim=-1)
+            logits = torch.cat([store.keys.logits(queries, span), logits], dim=-1)
+        logits = logits * scaling
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logits = _masked(logits, visible.at(positions, b), new)
         weights = logits.softmax(dim=-1, dtype=torch.float32).to(query_BHTE.dtype)
         old = positions.shape[-1] - keys.shape[2]
-        out[b, k] = store.values.mix(weights[..., :old], span) + weights[..., old:] @ values[b, k]
+        mixed = weights[..., old:] @ values[b, k]
+        if store is not None and span is not None:
+            mixed = mixed + store.values.mix(weights[..., :old], span)
+        out[b, k] = mixed
     return out.view(batch, heads, new, -1).transpose(1, 2)
 
 

@@ -46,6 +46,10 @@ class Call:
         self._base = self._base or base_attention(self.module, self.implementation)
         return self._base(*arguments, **keywords)
 
+    @property
+    def is_flash(self) -> bool:
+        return self.implementation.startswith("flash")
+
     def warn_once(self, message: str) -> None:
         """One warning per cache, not one per layer."""
         if message not in self.warned:

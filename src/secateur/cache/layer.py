@@ -163,17 +163,13 @@ class CompressedLayer(DynamicLayer):
                     self.compress(query, mask, call, arguments)
             return out
         visible = Visible(mask, query.shape[2], self.seen)
-        if self.store is None:
-            out = self._attend_dense(query, visible, call, arguments)
+        # flash kernels mask padding of rectangles that begin with it, and not of what was evicted
+        if self.store is not None or (call.is_flash and self.kept is not None and mask is not None):
+            tail, scaling = (self.keys, self.values), _scaling(query, arguments)
+            softcap = arguments.get("softcap")
+            out = mixed_attention(query, self.store, tail, self.tail_positions(), visible, scaling, softcap), None
         else:
-            tail = (self.keys, self.values)
-            scaling = _scaling(query, arguments)
-            out = (
-                mixed_attention(
-                    query, self.store, tail, self.tail_positions(), visible, scaling, arguments.get("softcap")
-                ),
-                None,
-            )
+            out = self._attend_dense(query, visible, call, arguments)
         if self.steps.elements is not None:
             with torch.no_grad():
                 self._prune_elements(self.steps.elements)
@@ -184,7 +180,9 @@ class CompressedLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor | None]:
         mask = visible.mask
         if self.kept is not None:
-            mask = visible.at(self.tail_positions()) if mask is not None or visible.new > 1 else None
+            # without a mask, a flash kernel is causal from the end, where the new tokens are
+            whole = mask is None and (visible.new == 1 or call.is_flash)
+            mask = None if whole else visible.at(self.tail_positions())
             if mask is not None:
                 mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
         return call.base(call.module, query, self.keys, self.values, mask, **arguments)
