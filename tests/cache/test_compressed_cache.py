@@ -343,6 +343,12 @@ def test_a_prompt_as_short_as_the_window_stays_whole_and_says_so(model):
         assert cache.report()["bytes_held"] == cache.report()["bytes_dense"]
 
 
+def test_a_bitmap_that_doesnt_pay_says_so(model):
+    with pytest.warns(UserWarning, match="less of the keys than its bitmap takes"):
+        cache = behind(model, "mustafar:k=0.03,v=0,window=4,block=4")
+    assert cache.report()["bytes_held"] > cache.report()["bytes_dense"]
+
+
 def test_keys_that_are_no_numbers_are_named():
     model = make_tiny("llama")
     model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("nan")

@@ -104,7 +104,6 @@ def compress_cache(model: PreTrainedModel, spec: str) -> Iterator[Compressing]:
         made.cache = CompressedCache(methods, module)
         return args, {**kwargs, name: made.cache}
 
-    made.cache = None
     CompressedCache(methods, model)  # what can't be done is said before anything is
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
     try:

@@ -111,15 +111,15 @@ def _explains(rope: Rope, positions: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return all(bool(((a - b.float()).abs() < 0.02).all()) for a, b in zip(expected, (cos, sin), strict=True))
 
 
-_active: list[Call] = []
-"""calls under way, the innermost last; attention modules don't call each other, so there is at most one per thread"""
+_active: dict[nn.Module, Call] = {}
+"""calls under way; a module is in one at a time, whatever other threads do with other models"""
 
 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
 ) -> tuple[Tensor, Tensor | None]:
     """What is registered as ``secateur_cache`` in the attention interface of transformers."""
-    call = _active[-1]
+    call = _active[module]
     call.used = True
     return call.layer.attend(query, attention_mask, call, **arguments)
 
@@ -196,12 +196,12 @@ def _hooks(
         base_attention(module, call.implementation)
         layer.call = call
         config._attn_implementation_internal = IMPLEMENTATION
-        _active.append(call)
+        _active[module] = call
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if not _active or _active[-1].module is not module:
+        call = _active.pop(module, None)
+        if call is None:
             return
-        call = _active.pop()
         call.layer.call = None
         module.config._attn_implementation_internal = call.implementation  # type: ignore[union-attr]
         if result is not None and not call.used:

@@ -342,6 +342,10 @@ class CompressedLayer(DynamicLayer):
     # -- elements, at the end of the prompt and while decoding -----------------------------------------------------
 
     def _start_elements(self, method: CacheElementMethod) -> None:
+        for side in ("keys", "values"):
+            # one bit for every element
+            if 0 < 8 * self.keys.element_size() * method.side_sparsity(side) < 1 and self.call is not None:
+                self.call.warn_once(f"{method.name} removes less of the {side} than its bitmap takes: the cache grows")
         if self.store is not None:
             recent = min(method.window, self._shortest())
             store, older = self._as_store(recent)
