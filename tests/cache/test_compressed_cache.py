@@ -68,6 +68,18 @@ def test_several_tokens_at_a_time_are_one_after_the_other(model, spec):
     assert at_once.get_seq_length() == 27
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
+def test_half_precision_stays_what_it_is(dtype, rounding):
+    model = make_tiny("llama").to(dtype)
+    more = tiny_ids(windows=2, length=1, seed=5)
+    for spec in SPECS:
+        cache = behind(model, spec)
+        expected = reference_logits(model, cache, more, WHOLE)
+        logits = feed(model, cache, more)
+        assert logits.dtype == dtype and torch.allclose(logits, expected, atol=rounding)
+        assert all(t.dtype == dtype for n, t in cache.layers[0].tensors().items() if n.startswith("tail.k"))
+
+
 def test_a_second_turn_with_padding_sees_what_stays(model):
     mask = WHOLE.clone()
     mask[1, :5] = 0

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+import secateur as sc
 from cache_prompts import prompt_of, random_prompt
+from families import make_tiny, tiny_ids
 from secateur.cache.attention import Visible, mixed_attention
 from secateur.cache.rows import DenseRows, Span, ThinRows
 from secateur.cache.store import Store
@@ -92,6 +94,17 @@ def test_channels_that_no_query_uses_leave_without_loss():
     thin = ThinRows.encode(prompt.keys.flatten(0, 2), torch.tensor([12, 12]), channels.flatten(0, 1))
     logits = thin.logits(queries[:, ::2], Span(0, 24, 0, (1, 2)))
     assert torch.allclose(logits, queries[:, ::2] @ prompt.keys.mT, atol=1e-6)
+
+
+def test_elements_that_are_stored():
+    model = make_tiny("llama", num_hidden_layers=1)
+    cache = sc.compressed_cache("think:0.4,recent=5", model)
+    with torch.no_grad():
+        model(tiny_ids(windows=1, length=24), cache=cache)
+    layer = cache.layers[0]
+    stored = layer.store.keys.elements + layer.keys.numel()
+    assert stored == 2 * ((24 - 5) * (8 - int(8 * 0.4)) + 5 * 8)
+    assert layer.store.values.elements + layer.values.numel() == 2 * 24 * 8
 
 
 def test_values_leave_by_their_own_size():
