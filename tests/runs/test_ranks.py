@@ -22,7 +22,7 @@ import secateur as sc
 from ranks import run_ranks
 from secateur.allocate.masks import PerMatrix, PerRow
 from secateur.errors import UsageError
-from secateur.methods.base import WeightMethod
+from secateur.methods import WeightMethod
 from secateur.methods.weights.sparsegpt import SparseGPT
 from secateur.plans import Plan
 from secateur.ranks import Ranks, join, started_as_main

@@ -5,25 +5,7 @@ lazy: a name resolves to a module the first time it is asked for.
 """
 
 from secateur.healing.recovery.adapted import Adapted
-from secateur.methods.base import (
-    ChannelMethod,
-    CoupledMethod,
-    IterativeMethod,
-    LayerMethod,
-    Method,
-    NeuronMethod,
-    PolicyMethod,
-    RotationMethod,
-    SearchMethod,
-    StructuredMethod,
-    SublayerMethod,
-    SupernetMethod,
-    TrainedMethod,
-    UnitMethod,
-    VocabularyMethod,
-    WeightMethod,
-    check_for_decoders,
-)
+from secateur.methods.base import Method, check_for_decoders
 from secateur.methods.caching import (
     CacheChannelMethod,
     CacheElementMethod,
@@ -33,6 +15,8 @@ from secateur.methods.caching import (
     Rope,
     WrapperMethod,
 )
+from secateur.methods.channels import ChannelMethod
+from secateur.methods.depth import LayerMethod, SublayerMethod
 from secateur.methods.descriptor import Descriptor
 from secateur.methods.during import (
     Blocks,
@@ -43,7 +27,18 @@ from secateur.methods.during import (
     Trained,
     TrainingMethod,
 )
+from secateur.methods.masking import SearchMethod, WeightMethod
 from secateur.methods.registry import describe, get_method, list_methods, make_method, register
+from secateur.methods.units import (
+    CoupledMethod,
+    IterativeMethod,
+    NeuronMethod,
+    PolicyMethod,
+    StructuredMethod,
+    SupernetMethod,
+    TrainedMethod,
+    UnitMethod,
+)
 from secateur.methods.views import (
     Consumer,
     Coupled,
@@ -57,6 +52,7 @@ from secateur.methods.views import (
     Trials,
     Whole,
 )
+from secateur.methods.width import RotationMethod, VocabularyMethod
 from secateur.options import option
 
 __all__ = [

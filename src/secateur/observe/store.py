@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,7 +45,10 @@ def kind_of(method: object) -> str:
     own = getattr(method, "kind", None)
     if isinstance(own, str):
         return own
-    return next(base.__name__ for base in type(method).__mro__ if base.__module__ == "secateur.methods.base")
+    # contracts stand in modules of the room itself, methods in rooms of their own
+    return next(
+        base.__name__ for base in type(method).__mro__ if re.fullmatch(r"secateur\.methods\.\w+", base.__module__)
+    )
 
 
 def write_seen(path: Path, seen: SeenByModule) -> None:
