@@ -355,6 +355,20 @@ def test_a_prompt_as_short_as_the_window_stays_whole_and_says_so(model):
         assert cache.report()["bytes_held"] == cache.report()["bytes_dense"]
 
 
+def test_attention_weights_and_dropout_arent_dropped_in_silence():
+    model = make_tiny("llama", attention_dropout=0.1)
+    model.set_attn_implementation("eager")
+    rectangle, ragged = behind(model, "knorm:0.5"), behind(model, "adakv(knorm:0.5)")
+    with torch.no_grad():
+        weights = model(IDS[:, :1], cache=rectangle, output_attentions=True).attentions
+        assert weights[0].shape == (2, 4, 1, 13) and torch.allclose(weights[0].sum(-1), torch.ones(2, 4, 1))
+        with pytest.raises(UsageError, match="leave output_attentions out"):
+            model(IDS[:, :1], cache=ragged, output_attentions=True)
+    model.train()
+    with pytest.raises(UsageError, match=r"call model.eval\(\) first"):
+        feed(model, behind(model, "think:0.5,recent=4"), IDS[:, :1])
+
+
 def test_a_bitmap_that_doesnt_pay_says_so(model):
     with pytest.warns(UserWarning, match="less of the keys than its bitmap takes"):
         cache = behind(model, "mustafar:k=0.03,v=0,window=4,block=4")

@@ -165,6 +165,7 @@ class CompressedLayer(DynamicLayer):
         visible = Visible(mask, query.shape[2], self.seen)
         # flash kernels mask padding of rectangles that begin with it, and not of what was evicted
         if self.store is not None or (call.is_flash and self.kept is not None and mask is not None):
+            _refuse_extras(call, arguments)
             tail, scaling = (self.keys, self.values), _scaling(query, arguments)
             softcap = arguments.get("softcap")
             out = mixed_attention(query, self.store, tail, self.tail_positions(), visible, scaling, softcap), None
@@ -425,6 +426,17 @@ def _encoded(method: CacheElementMethod, rows: Tensor, side: str) -> Rows:
 def _scaling(query: Tensor, arguments: dict[str, Any]) -> float:
     given = arguments.get("scaling")
     return query.shape[-1] ** -0.5 if given is None else given
+
+
+def _refuse_extras(call: Call, arguments: dict[str, Any]) -> None:
+    """What the model's own attention would do beside its output, and the one over the store doesn't."""
+    if arguments.get("dropout"):
+        raise UsageError("a compressed cache is for inference, without dropout: call model.eval() first")
+    if arguments.get("output_attentions") and call.implementation == "eager":
+        raise UsageError(
+            "attention weights aren't kept where channels or elements were removed, or heads hold different tokens:"
+            " leave output_attentions out"
+        )
 
 
 def _refuse_unknown(layer: int, arguments: dict[str, Any]) -> None:
