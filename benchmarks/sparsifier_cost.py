@@ -36,6 +36,10 @@ step without masks: forward, backward and optimizer. `hold` is what `sparsifier.
 dead weights, and what the optimizer remembers of them, are zeroed. `update` is what it takes where they do; with `rigl`
 also the copy from which the optimizer's step is taken back. `per cent` is the mean over a period of {every} steps with
 one update, in per cent of `step`. `bits at rest` are those of the saved masks per weight.
+
+Every row is far below 5 % of a step: zeroing is one pass over the weights and over what the optimizer remembers, and a
+step goes through them many times. An update of the GPT takes up to two thirds of a step, for random numbers, partitions
+and copies. The machine was busy with other work meanwhile, which CPU time doesn't count.
 """
 
 

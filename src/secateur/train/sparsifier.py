@@ -216,8 +216,8 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs beside model and optimizer; masks take one bit per weight.
 
-        Tensors, numbers and text only, which torch reads with ``weights_only``. What is random follows from the seed among
-        the options and the step.
+        Tensors, numbers and text only, which torch reads with ``weights_only``. What is random follows from the seed
+        among the options and the step.
         """
         return checkpoints.state_of(
             self.method,
