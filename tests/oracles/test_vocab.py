@@ -252,6 +252,13 @@ def test_perplexities_are_about_the_same_text(tiny_llama, tiny_tokenizer):
         [tiny_llama, few.model], tiny_tokenizer, ["perplexity:builtin"], tokenizers={"pruned": few.tokenizer}, **asked
     )
     values = table["perplexity"].values
+    # and the same when it stands alone
+    alone = {"pruned": few.model}
+    own = {"tokenizers": {"pruned": few.tokenizer}, **asked}
+    again = sc.evaluate(alone, tiny_tokenizer, ["perplexity:builtin"], **own)
+    assert again["perplexity"].values["pruned"] == values["pruned"]
+    with pytest.raises(UsageError, match="give it as the first"):
+        sc.evaluate(alone, tiny_tokenizer, ["perplexity:self"], **own)
     assert values["dense"] == pytest.approx(512)
     # some tokens are read as two: that costs log(461) once more each
     assert 461 <= values["pruned"] < 461**1.1

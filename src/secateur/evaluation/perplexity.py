@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from secateur.errors import NonFiniteError
+from secateur.errors import NonFiniteError, UsageError
 from secateur.evaluation.base import Settings
 from secateur.observe.calibration import Tokens, check_length, evaluating, load_tokens, source_name, start_token
 from secateur.report import Metric
@@ -61,6 +61,11 @@ class Perplexity:
         """
         for model in models.values():
             check_length(model, settings.length)
+        first, model = next(iter(models.items()))
+        # the windows are in the tokens of the dense model, which a model with others doesn't embed
+        other = first in settings.tokenizers
+        if other and self.source == "self":
+            raise UsageError("text that a model writes by itself is that of the dense model: give it as the first")
         tokens = load_tokens(
             self.source,
             tokenizer,
@@ -69,7 +74,7 @@ class Perplexity:
             seed=settings.seed,
             split="evaluation",
             text_field=settings.text_field,
-            model=next(iter(models.values())),
+            model=None if other else model,
             allow_fewer=True,
         )
         losses = {name: self._losses(name, model, tokens, tokenizer, settings) for name, model in models.items()}
