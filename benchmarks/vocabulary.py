@@ -36,8 +36,10 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.15, 0.25, 0.35, 0.5])
     parser.add_argument("--samples", type=int, default=4000, help="calibration windows of 512 tokens")
     parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--note", default="", help="what the table shows, for the page")
     arguments = parser.parse_args()
     name = f"vocabulary-{Path(arguments.model).name}"
+    title = f"Vocabulary of {Path(arguments.model).name} cut to English"
     rows = finished_rows(name)
     model, tokenizer = sc.load(arguments.model)
     texts = {f"perplexity, {Path(text).stem}": text for text in arguments.evaluation}
@@ -84,7 +86,8 @@ def main() -> None:
         rows.append({**row, "seconds": used})
         rows.sort(key=lambda row: (row["windows"], row["sparsity"]))
         print(row, flush=True)
-        write_result(name, f"Vocabulary of {Path(arguments.model).name} cut to English", setting, rows, TEXT)
+        write_result(name, title, setting, rows, TEXT + arguments.note)
+    write_result(name, title, setting, rows, TEXT + arguments.note)
 
 
 if __name__ == "__main__":
