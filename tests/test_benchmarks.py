@@ -254,10 +254,14 @@ def test_rows_of_the_obspa_study_are_means_over_seeds(study, monkeypatch):
     obspa, written = study("obspa"), []
     monkeypatch.setattr(obspa, "write_result", lambda *given: written.append(given))
     row = {"network": "n", "macs": 0.2, "method": "obspa, noise", "achieved": 0.2, "seconds": 1.0, "images": 9}
+    earlier = [{"network": "n", "top-1 %": 1.0}, {"network": "another", "top-1 %": 2.0}]
+    monkeypatch.setattr(obspa, "finished_rows", lambda name: earlier)
     obspa.write([{**row, "seed": s, "top1": t, "calibration": 4} for s, t in ((0, 70.0), (1, 80.0))])
     ((name, _, setting, table, _),) = written
     assert name == "obspa" and setting["seeds"] == [0, 1]
-    assert table[0]["top-1 %"] == 75.0 and table[0]["over seeds"] == "70.0 to 80.0"
+    # a network that was measured again has no rows of before
+    assert [row["network"] for row in table] == ["another", "n"]
+    assert table[1]["top-1 %"] == 75.0 and table[1]["over seeds"] == "70.0 to 80.0"
 
 
 def test_what_is_asked_of_a_language_model_is_compared_with_what_it_takes(study, monkeypatch):
