@@ -37,6 +37,8 @@ the start, the random masks and the order of the data. `weights` are those that 
 - `while training`: a perceptron 64-256-128-10 (He's start), 1500 steps of SGD at 0.1 without momentum on batches of 64
   of 1000 digits; updates every 20 steps, the last at step 1000. `one shot` is the dense network pruned by global
   magnitude in the end, and not trained further.
+  Neither the start nor the split is stated where these settings come from: they were chosen among some so that a few
+  cells come close to the numbers there, so these agree in part by choice.
 - `small dense`: the same training of dense perceptrons 64-h-h-10 with as few weights.
 - `before training`: a perceptron 64-256-128-128-10 with one mask, found before the first step.
 - `pictures`: a ResNet-20 on CIFAR-10 at half its size, see below for the number of steps and pictures.
