@@ -66,6 +66,13 @@ TITLE = "CFSP: scores of neurons, and shares of blocks"
 TEXT = """
 Perplexity after a fraction of the FFN neurons has left, without training. `densest` are the four blocks that keep most,
 and `sparsest` the four that keep least.
+
+- What neurons do counts, and not how large their weights are: activations alone, Wanda-sp and eq. 8 lie close together,
+  and magnitude and chance far away, at 20 % and more so at 50 %.
+- Shares of blocks gain more than the choice of a score. They protect the first two blocks and the last one.
+- FLAP, with its own way to rank the neurons of all blocks and a bias, keeps up at 20 % and not at 50 %, where it takes
+  most from the first and the last block.
+- The published score and eq. 8 of the paper are the same within what such windows can tell.
 """
 
 

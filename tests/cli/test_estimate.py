@@ -59,6 +59,15 @@ def test_a_recipe_is_estimated_as_a_whole(cli, tiny_checkpoint, tmp_path):
     assert "flap: where it goes" in run.out and "magnitude: where it goes" in run.out
 
 
+def test_stages_are_steps_and_a_policy_takes_no_years(cli, tiny_checkpoint):
+    how = ("--stages", 3, "--heal", "lora:steps=6,batch=1,length=32")
+    staged = json.loads(cli("estimate", tiny_checkpoint, "--method", "adapt_pruner", *how, *QUICK, "--json").out)
+    assert [step["method"] for step in staged["steps"]] == ["adapt_pruner"] * 3
+    policy = json.loads(cli("estimate", tiny_checkpoint, "--method", "prunenet", "--json").out)
+    # operations, but no text
+    assert set(policy["steps"][0]["flops"]) == {"solving"} and 0 < policy["steps"][0]["seconds"]["decide"] < 60
+
+
 def test_too_little_memory_is_refused_with_what_there_is_shown(cli, tiny_checkpoint):
     run = cli("estimate", tiny_checkpoint, "--method", "magnitude", "--memory", "1MB", "--json")
     assert run.code == 1

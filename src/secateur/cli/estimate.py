@@ -16,6 +16,7 @@ from secateur.cli.options import (
     Budget,
     ComputeDevice,
     ComputeDtype,
+    Growth,
     Heal,
     Json,
     Length,
@@ -28,6 +29,7 @@ from secateur.cli.options import (
     Revision,
     Samples,
     Sparsity,
+    Stages,
     StoredFormat,
     TrustRemoteCode,
     Uniform,
@@ -54,6 +56,8 @@ def estimate(
     allocate: Allocate = None,
     heal: Heal = None,
     target: Aim = None,
+    stages: Stages = None,
+    growth: Growth = None,
     uniform: Uniform = False,
     recipe: RecipeFile = None,
     options: MethodOptions = None,
@@ -78,7 +82,7 @@ def estimate(
 ) -> None:
     load_plugins(plugin)
     step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": joined(budget), "allocate": allocate}
-    step |= {"heal": heal, "target": target}
+    step |= {"heal": heal, "target": target, "stages": stages, "growth": growth}
     top = {
         "model": model,
         "revision": revision,

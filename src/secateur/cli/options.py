@@ -86,6 +86,24 @@ Aim = Annotated[
         help="What least squares aim at: outputs on the inputs as they are now, or those of the dense model.",
     ),
 ]
+Stages = Annotated[
+    int | None,
+    typer.Option(
+        "--stages",
+        metavar="N",
+        min=1,
+        help="Remove in N parts, and train after each on its share of the steps of --heal (Adapt-Accel).",
+    ),
+]
+Growth = Annotated[
+    str | None,
+    typer.Option(
+        "--growth",
+        metavar="linear|constant|cosine",
+        help="How the training grows from stage to stage (default linear).",
+        show_default=False,
+    ),
+]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE", help="YAML recipe; options given here override it.")
 ]

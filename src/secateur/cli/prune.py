@@ -20,6 +20,7 @@ from secateur.cli.options import (
     Calibration,
     ComputeDevice,
     ComputeDtype,
+    Growth,
     Heal,
     Ignore,
     Inputs,
@@ -39,6 +40,7 @@ from secateur.cli.options import (
     Samples,
     Seed,
     Sparsity,
+    Stages,
     StoredFormat,
     TrustRemoteCode,
     Uniform,
@@ -83,22 +85,8 @@ def prune(
     allocate: Allocate = None,
     heal: Heal = None,
     target: Aim = None,
-    stages: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Remove in N parts, and train after each on its share of the steps of --heal (Adapt-Accel).",
-        ),
-    ] = None,
-    growth: Annotated[
-        str | None,
-        typer.Option(
-            metavar="linear|constant|cosine",
-            help="How the training grows from stage to stage (default linear).",
-            show_default=False,
-        ),
-    ] = None,
+    stages: Stages = None,
+    growth: Growth = None,
     out: Annotated[
         str | None,
         typer.Option(

@@ -57,9 +57,10 @@ def try_machine(sizes: Sizes, job: Job, files: Iterable[Path] = (), place: Path 
     width = max((inputs.channels for inputs in sizes.blocks[0].inputs), default=sizes.hidden)
     trial = min(_TRIAL, _TRIAL_PER_BYTE * sizes.stored)
     moved = _move_rate(job.device, trial)
-    flops = _product_rate(width, job.dtype, job.device, trial) if job.observes else 1.0
+    multiplies = job.observes or any(job.solve_flops(block) for block in sizes.blocks)
+    flops = _product_rate(width, job.dtype, job.device, trial) if multiplies else 1.0
     float32 = flops
-    if job.observes and job.dtype != torch.float32:
+    if multiplies and job.dtype != torch.float32:
         float32 = _product_rate(width, torch.float32, job.device, trial)
     return Machine(
         flops=flops,
