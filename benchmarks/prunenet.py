@@ -31,6 +31,12 @@ TITLE = "PruneNet: a policy from weights alone"
 TEXT = """
 Perplexity after a fraction of the FFN neurons has left, without training and without data. `below random` counts the
 blocks whose distance is below the mean of the random draws at that sparsity.
+
+- What the policy draws has the reward of a random draw. At 30 % its perplexities lie within the spread of chance, and
+  at 20 % a little below; that it beats chance, as published, can't be told from so few draws.
+- It has learnt something: the neurons of largest alpha have a higher reward than the best of 20 random subsets.
+- The reward doesn't tell what a model loses. The longest rows of `gate_proj` have by far the highest, and the worst
+  perplexity.
 """
 
 
@@ -123,7 +129,7 @@ class Study:
         setting = {
             "model": Path(self.arguments.model).name,
             "evaluation": f"{Path(self.arguments.evaluation).name}, first {self.arguments.windows} windows of 512",
-            "policy": "20 episodes, seed 42, as the method has it by default",
+            "policy": "20 episodes, seed 0",
         }
         write_result(self.name, TITLE, setting, shown, TEXT, leave_out=("by block",))
 
