@@ -10,7 +10,7 @@ import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for
 from secateur.allocate import normalised
-from secateur.allocate.gradual import due, taken
+from secateur.allocate.iterative import due, taken
 from secateur.allocate.units import Limits, bundles
 from secateur.errors import BudgetError, OptionError, UsageError
 from secateur.methods import make_method

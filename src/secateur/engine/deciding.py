@@ -10,7 +10,7 @@ import torch
 
 from secateur.allocators import Allocator, check_follows
 from secateur.engine.coupled import decide_coupled
-from secateur.engine.gradual import decide_gradually
+from secateur.engine.iterative import decide_iteratively
 from secateur.engine.layers import check_layers, decide_layers
 from secateur.engine.policies import decide_by_policy
 from secateur.engine.refits import refit
@@ -113,7 +113,7 @@ _decide.register(WeightMethod, decide_weights)
 _decide.register(SearchMethod, decide_searched)
 _decide.register(UnitMethod, decide_units)
 _decide.register(CoupledMethod, decide_coupled)
-_decide.register(IterativeMethod, decide_gradually)
+_decide.register(IterativeMethod, decide_iteratively)
 _decide.register(PolicyMethod, decide_by_policy)
 _decide.register(SupernetMethod, decide_supernet)
 _decide.register(TrainedMethod, decide_trained)

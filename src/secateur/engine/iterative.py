@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.allocate.gradual import due, taken
+from secateur.allocate.iterative import due, taken
 from secateur.allocate.units import Bundle, Limits, bundles, largest_share, least_bundles, refusal
 from secateur.criteria.groups import reduce_slices
 from secateur.engine.run import Run, complement
@@ -28,7 +28,7 @@ _STEP = "removal"
 _PATIENCE = 20
 
 
-def decide_gradually(method: IterativeMethod, run: Run) -> None:
+def decide_iteratively(method: IterativeMethod, run: Run) -> None:
     """Kept units, by steps that go on behind the last one that was noted. Raises UsageError, BudgetError."""
     groups = [g for g in run.anatomy.of_kind(*method.kinds) if method.cuts(g.layer, run.layers)]
     if method.sparsity == 0:
