@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from accelerate.state import AcceleratorState
 
 import secateur
 from gguf_files import shorten
@@ -94,6 +95,12 @@ def small_built_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def fresh_accelerator() -> None:
+    """Accelerate has one state per process, which a page sets as it likes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
 def clean_registry() -> Iterator[None]:
     """Plugins of one page don't reach the next."""
     yield
@@ -141,6 +148,7 @@ def test_examples_run(
     page: Path,
     small_built_in: Path,
     clean_registry: None,
+    fresh_accelerator: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -162,7 +162,7 @@ def evaluate_networks(
             tasks,
             seed=seed,
             progress=progress,
-            **next(iter(opened.values())).arguments(),
+            **next(iter(opened.values())).called(),
         )
     if json:
         print_json(table.to_dict())

@@ -237,7 +237,8 @@ def _copies(source: Source) -> int:
 
 
 def _groups(anatomy: Anatomy) -> list[Group]:
-    return [g for g in anatomy.groups if g.kind != "layer" and g.frozen is None]
+    """Those that lie in a block: a request is timed block by block."""
+    return [g for g in anatomy.groups if g.kind != "layer" and g.layer >= 0 and g.frozen is None]
 
 
 def _kinds(anatomy: Anatomy) -> list[str]:
