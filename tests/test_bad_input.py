@@ -23,6 +23,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 import secateur as sc
 from forking import Forked
+from runs import QUICK
 from secateur import errors
 from secateur.methods import get_method, list_methods
 from secateur.observe import calibration
@@ -802,7 +803,8 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 @pytest.mark.parametrize("method", DECODER_METHODS)
 def test_dry_run_writes_nothing(cli, room: Room, method: str) -> None:
     # more than this the smallest model can't give with every method
-    arguments = room.prune("--sparsity", 0.1, "--dry-run", method=method)
+    quick = [word for option in QUICK.get(method, {}).items() for word in ("--set", "=".join(map(str, option)))]
+    arguments = room.prune("--sparsity", 0.1, *quick, "--dry-run", method=method)
     before = listing(room.path)
     run = cli(*arguments)
     assert (run.code, run.err) == (0, "")
