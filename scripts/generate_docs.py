@@ -256,6 +256,7 @@ from torch import nn
 
 import secateur as sc
 
+torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 batch = torch.randn(32, 16), torch.arange(32) % 4

@@ -12,7 +12,7 @@ import secateur as sc
 
 pytestmark = pytest.mark.model
 SMALL = {"samples": 8, "length": 128}
-ENOUGH = {"samples": 8, "length": 256}
+ENOUGH = {"samples": 7, "length": 256}
 MEASURED = {"length": 128, "windows": 4}
 
 
