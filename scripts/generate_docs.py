@@ -260,7 +260,7 @@ torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 batch = torch.randn(32, 16), torch.arange(32) % 4
-sparsifier = sc.Sparsifier(net, optimizer, method="{method["name"]}", sparsity=0.8{rhythm}{told})
+sparsifier = sc.Sparsifier(net, optimizer, method="{method["name"]}", sparsity=0.5{rhythm}{told})
 for _ in range(20):
     optimizer.zero_grad()
     nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
