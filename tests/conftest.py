@@ -31,29 +31,6 @@ torch.set_num_threads(1)
 LONGEST = ("test_random_networks", "test_docs", "test_end_to_end", "test_ranks", "test_channel_methods", "test_sweep")
 
 
-# Coverage slows a test by a third. What these run, other tests run in smaller pieces: whole commands, and the same code
-# with many networks and families.
-UNCOVERED = (
-    "test_docs",
-    "test_end_to_end",
-    "test_ray",
-    "test_examples",
-    "test_checkpoints",
-    "test_methods",
-    "test_cache_methods",
-    "test_training_methods",
-    "test_sublayers",
-    "test_streaming",
-    "test_modeling_file",
-    "test_channel_methods",
-    "test_fitted_networks",
-    "test_adapters_agree",
-    "test_found_by_breadth",
-    "test_fuzz",
-    "test_process",
-)
-
-
 def pytest_configure() -> None:
     # made once per process and kept, and a socket's path may be 108 bytes long: not within the folder of some test
     multiprocessing.util.get_temp_dir()
@@ -61,9 +38,6 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-    for item in items:
-        if item.path.stem in UNCOVERED:
-            item.add_marker(pytest.mark.no_cover)
 
 
 def build_tokenizer(vocab_size: int = 512, **arguments: object) -> PreTrainedTokenizerFast:

@@ -11,14 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
 
 from secateur.errors import UsageError
 
 
 def pack_rows(mask: Tensor) -> Tensor:
     """Boolean mask of a weight → uint8 [rows, ceil(columns / 8)] on the CPU."""
-    rows = mask.cpu().reshape(mask.shape[0], -1).numpy()
-    return torch.from_numpy(np.packbits(rows, axis=1, bitorder="little"))
+    return pack_bits(mask.cpu().reshape(mask.shape[0], -1))
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """[rows, columns] bool → uint8 [rows, ceil(columns / 8)] on the device of the mask."""
+    whole = F.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).to(torch.uint8)
+    return (whole << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack_rows(packed: Tensor, shape: tuple[int, ...]) -> Tensor:

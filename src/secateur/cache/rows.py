@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from secateur.rowmasks import pack_bits, unpack_rows
 
 # Shapes: N rows, E head dimension, C channels that stay; of a span: b sequences, k key-value heads, n rows of each
 # segment, M queries of each key-value head.
@@ -34,6 +35,12 @@ class Span:
     def view(self, rows: Tensor) -> Tensor:
         """[N, x] → the rows of this span, [b, k, n, x]."""
         return rows[self.start : self.stop].unflatten(0, (*self.shape, -1))
+
+
+def runs(starts: Tensor, counts: Tensor) -> Tensor:
+    """starts[0], starts[0] + 1, ... ``counts[0]`` of them, then those of the next run; int64."""
+    before = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return starts.repeat_interleave(counts) + torch.arange(int(counts.sum()), device=counts.device) - before
 
 
 class Rows(ABC):
@@ -173,9 +180,7 @@ class BitmapRows(Rows):
     def encode(cls, dense: Tensor) -> BitmapRows:
         """``dense`` [N, E], of which everything that isn't zero stays."""
         mask = dense != 0
-        padded = F.pad(mask, (0, -dense.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
-        weights = 2 ** torch.arange(8, device=dense.device, dtype=torch.uint8)
-        return cls((padded * weights).sum(dim=-1, dtype=torch.uint8), dense[mask], dense.shape[-1])
+        return cls(pack_bits(mask), dense[mask], dense.shape[-1])
 
     @property
     def count(self) -> int:
@@ -190,8 +195,8 @@ class BitmapRows(Rows):
 
     def mask(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Which elements stay of these rows, [rows, E] bool."""
-        shifts = torch.arange(8, device=self.bits.device, dtype=torch.uint8)
-        return ((self.bits[start:stop, :, None] >> shifts) & 1).flatten(1)[:, : self.width].bool()
+        bits = self.bits[start:stop]
+        return unpack_rows(bits, (len(bits), self.width))
 
     def _counts(self) -> Tensor:
         return self.mask().sum(dim=-1)
@@ -199,12 +204,7 @@ class BitmapRows(Rows):
     def select(self, rows: Tensor, segments: Tensor | None = None) -> BitmapRows:
         counts = self._counts()
         starts = counts.cumsum(0) - counts
-        chosen = counts[rows]
-        # the k-th element of every chosen row lies k places behind the first one
-        ahead = torch.arange(int(chosen.sum()), device=rows.device) - (chosen.cumsum(0) - chosen).repeat_interleave(
-            chosen
-        )
-        return BitmapRows(self.bits[rows], self.values[starts[rows].repeat_interleave(chosen) + ahead], self.width)
+        return BitmapRows(self.bits[rows], self.values[runs(starts[rows], counts[rows])], self.width)
 
     def joined(self, dense: Tensor) -> BitmapRows:
         more = BitmapRows.encode(dense)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from secateur.cache.rows import Rows, Span
+from secateur.cache.rows import Rows, Span, runs
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,8 @@ class Store:
         segments = (index.cpu()[:, None] * heads + torch.arange(heads)).flatten()
         flat = self.lengths.flatten()
         starts = flat.cumsum(0) - flat
-        chosen = flat[segments]
-        ahead = torch.arange(int(chosen.sum())) - (chosen.cumsum(0) - chosen).repeat_interleave(chosen)
         device = next(iter(self.keys.tensors().values())).device
-        rows = (starts[segments].repeat_interleave(chosen) + ahead).to(device)
+        rows = runs(starts[segments], flat[segments]).to(device)
         return replace(
             self,
             lengths=self.lengths[index.cpu()],
