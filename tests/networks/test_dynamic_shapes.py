@@ -7,7 +7,7 @@ from torch.export import Dim
 
 import secateur as sc
 from channel_networks import Residual
-from secateur.errors import UnsupportedModelError, UsageError
+from secateur.errors import DataError, UnsupportedModelError, UsageError
 
 X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 OTHERS = [(2, 5, 8), (7, 5, 8), (3, 9, 8)]
@@ -86,6 +86,16 @@ def test_inputs_by_keyword():
     cut, masked = sc.apply(plan, module), sc.apply(plan, module, mask=True)
     called["x"] = torch.randn(6, 5, 8, dtype=torch.float64)
     assert torch.allclose(cut(**called), masked(**called), atol=1e-12)
+
+
+def test_batches_of_other_sizes_calibrate_and_are_left_unmarked():
+    module, batches = heads(), [torch.randn(size, 5, 8, dtype=torch.float64) for size in (2, 4)]
+    asked = {"example_inputs": (X,), "method": "obspa", "sparsity": 0.3, "dynamic_shapes": ({0: "batch"},)}
+    result = sc.prune(module, data=batches, **asked)
+    assert result.model(torch.randn(7, 5, 8, dtype=torch.float64)).shape == (7, 5, 8)
+    assert not any(name.startswith("_dynamo") for batch in batches for name in vars(batch))
+    with pytest.raises(DataError, match=r"batch 1 of the data: dimension 0 .* size 2 or more"):
+        sc.prune(module, data=[X, X[:1]], **asked)
 
 
 class Fixed(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from secateur.errors import DataError, SecateurError
+from secateur.errors import DataError, SecateurError, UsageError
 from secateur.methods import Noise
 from secateur.networks.example import Example
 from secateur.observe.gradients import batches
@@ -89,9 +89,12 @@ def _call_of(batch: Any, example: Example, where: str) -> Example:
     if len(args) < count or missing:
         wanted = f"{count} inputs" if count else ", ".join(missing)
         raise DataError(f"{where} must hold {wanted}, as the example inputs do")
-    found = Example(args[:count], {name: kwargs[name] for name in names}, example.free)
+    found = Example(args[:count], {name: kwargs[name] for name in names})
     _check(found, example, where)
-    return found
+    try:
+        return found.with_free(example.free)
+    except UsageError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _check(inputs: Example, example: Example, where: str) -> None:
@@ -132,7 +135,7 @@ def _noise(noise: Noise, example: Example) -> Iterator[Example]:
     for _ in range(-(-noise.samples // each)):
         drawn = [_drawn(leaf, noise, generator) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(drawn, spec)
-        yield Example(tuple(args), kwargs, example.free)
+        yield Example(tuple(args), kwargs).with_free(example.free)
 
 
 def _drawn(leaf: Tensor, noise: Noise, generator: torch.Generator) -> Tensor:

@@ -60,8 +60,20 @@ class Example:
         else:
             raise UsageError("dynamic_shapes must be a dict by name, or a tuple with an entry per example input")
         found = {id(leaf): dims for value, entry in pairs for leaf, dims in _free_dims(value, entry)}
+        return self.with_free(tuple(found.get(id(leaf), ()) for leaf in self.leaves()))
+
+    def with_free(self, free: tuple[tuple[int, ...], ...]) -> Example:
+        """The same with these dimensions of every leaf free. Raises UsageError for a dimension of size 1."""
+        if not any(free):
+            return Example(self.args, self.kwargs)
         leaves, spec = tree_flatten((tuple(self.args), dict(self.kwargs or {})))
-        free = tuple(found.get(id(leaf), ()) for leaf in leaves)
+        for leaf, dims in zip(leaves, free, strict=True):
+            for dim in dims:
+                if leaf.shape[dim] < 2:
+                    raise UsageError(
+                        f"dimension {dim} of an input can't stay free with an example of size {leaf.shape[dim]}, which"
+                        " broadcasts: give an example of size 2 or more"
+                    )
         # torch.export marks the tensors themselves, and those of the caller stay as they are
         mine = [leaf.detach() if dims else leaf for leaf, dims in zip(leaves, free, strict=True)]
         args, kwargs = tree_unflatten(mine, spec)
@@ -99,11 +111,6 @@ def _free_dims(value: Any, entry: Any) -> Iterator[tuple[Tensor, tuple[int, ...]
         for dim in dims:
             if not isinstance(dim, int) or not -value.dim() <= dim < value.dim():
                 raise UsageError(f"dynamic_shapes frees dimension {dim} of an input of shape {list(value.shape)}")
-            if value.shape[dim] < 2:
-                raise UsageError(
-                    f"dimension {dim} of an input can't stay free with an example of size {value.shape[dim]}, which"
-                    " broadcasts: give an example of size 2 or more"
-                )
         yield value, tuple(sorted(dim % value.dim() for dim in dims))
     elif isinstance(value, Mapping) and isinstance(entry, Mapping):
         for name, one in entry.items():
