@@ -43,7 +43,7 @@ demo: $(VENV)/.core  ## prune SmolLM2-135M by 20 %, measure it, write the checkp
 test: $(VENV)/.full  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-coverage: $(VENV)/.full  ## all tests, a fifth slower, and the branch coverage, which must be 90 %
+coverage: $(VENV)/.full  ## all tests, in more time, and the branch coverage, which must be 90 %
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=term
 
 lint: $(VENV)/.full  ## ruff, ruff format and pyright

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from common import finished_rows, write_result
+from common import finished_rows, perplexity_of, write_result
 from torch import Tensor
 
 import secateur as sc
@@ -91,9 +91,7 @@ def main() -> None:
     model, tokenizer = sc.load(arguments.model)
 
     def perplexity(one: Any) -> float:
-        task = [f"perplexity:{arguments.evaluation}"]
-        table = sc.evaluate({"model": one}, tokenizer, task, length=512, windows=arguments.windows)
-        return table["perplexity"].values["model"]
+        return perplexity_of(one, tokenizer, arguments.evaluation, windows=arguments.windows)
 
     setting = {
         "model": Path(arguments.model).name,

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import secateur as sc
 from secateur.versions import library_versions, machine
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -16,6 +17,12 @@ def finished_rows(name: str) -> list[dict[str, Any]]:
     """Rows of an earlier, interrupted run of the same study; empty when there was none."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf8"))["rows"] if path.exists() else []
+
+
+def perplexity_of(model: Any, tokenizer: Any, text: str, *, windows: int, length: int = 512) -> float:
+    """Perplexity of a model in memory on the first windows of a text."""
+    table = sc.evaluate({"model": model}, tokenizer, [f"perplexity:{text}"], length=length, windows=windows)
+    return table["perplexity"].values["model"]
 
 
 def write_result(

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import finished_rows, write_result
+from common import finished_rows, perplexity_of, write_result
 
 import secateur as sc
 from secateur.report.build import removed_fraction
@@ -66,8 +66,7 @@ def main() -> None:
     model, tokenizer = sc.load(arguments.model)
 
     def perplexity(one: Any) -> float:
-        table = sc.evaluate({"model": one}, tokenizer, [f"perplexity:{arguments.evaluation}"], length=512, windows=40)
-        return table["perplexity"].values["model"]
+        return perplexity_of(one, tokenizer, arguments.evaluation, windows=40)
 
     setting = {
         "model": Path(arguments.model).name,

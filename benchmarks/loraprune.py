@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import finished_rows, write_result
+from common import finished_rows, perplexity_of, write_result
 
 import secateur as sc
 from secateur.report.build import removed_fraction
@@ -64,9 +64,7 @@ def main() -> None:
     }
 
     def perplexity(one: Any) -> float:
-        task = f"perplexity:{arguments.evaluation}"
-        table = sc.evaluate({"m": one}, tokenizer, [task], length=LENGTH, windows=arguments.windows)
-        return table["perplexity"].values["m"]
+        return perplexity_of(one, tokenizer, arguments.evaluation, windows=arguments.windows)
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)

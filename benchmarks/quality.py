@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from common import finished_rows, write_result
+from common import finished_rows, perplexity_of, write_result
 
 import secateur as sc
 from secateur.report.build import removed_fraction
@@ -60,8 +60,7 @@ def main() -> None:
     anatomy = sc.anatomy(model)
 
     def perplexity(one: Any) -> float:
-        table = sc.evaluate({"model": one}, tokenizer, [f"perplexity:{arguments.evaluation}"], length=512, windows=40)
-        return table["perplexity"].values["model"]
+        return perplexity_of(one, tokenizer, arguments.evaluation, windows=40)
 
     setting = {
         "model": arguments.model,
