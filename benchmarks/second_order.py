@@ -10,6 +10,7 @@ on where the first stopped. ``--only 0.7`` runs the rows of one setting first.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -22,16 +23,24 @@ from typing import Any
 from common import RESULTS, finished_rows, write_result
 from processes import measured
 
-# (method, options) of single weights, at every setting
+# (method, what else is asked) of single weights, at every setting; those that the claims need come first
 WEIGHTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("wanda", {}),
+    ("sparsegpt", {}),
     ("alps", {}),
-    ("sparsegpt", {"heal": "refit"}),
+    ("alps", {"allocate": "progression"}),
     ("wanda", {"heal": "refit"}),
     ("admm", {}),
-    ("sparsegpt", {}),
-    ("wanda", {}),
-    ("wanda", {"heal": "refit", "target": "dense"}),
+    ("wanda", {"allocate": "progression"}),
+    ("sparsegpt", {"allocate": "progression"}),
+    ("sparsegpt", {"heal": "refit"}),
+    ("wanda", {"allocate": "progression", "heal": "refit"}),
+    ("alps", {"allocate": "progression", "target": "dense"}),
+    ("admm", {"allocate": "progression"}),
+    ("sparsegpt", {"allocate": "progression", "heal": "refit"}),
+    ("alps", {"allocate": "owl"}),
     ("alps", {"target": "dense"}),
+    ("wanda", {"heal": "refit", "target": "dense"}),
     ("admm", {"heal": "refit"}),
     ("magnitude", {}),
     ("magnitude", {"heal": "refit"}),
@@ -40,12 +49,13 @@ UNITS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("flap", {}),
     ("flap", {"heal": "refit"}),
     ("osscar", {}),
+    ("osscar", {"allocate": "progression"}),
     ("osscar", {"target": "dense"}),
     ("wanda_sp", {}),
-    ("wanda_sp", {"heal": "bias"}),
     ("wanda_sp", {"heal": "refit"}),
+    ("wanda_sp", {"heal": "bias"}),
 )
-WEIGHT_SETTINGS = ({"sparsity": 0.5}, {"sparsity": 0.7}, {"pattern": "2:4"}, {"sparsity": 0.6})
+WEIGHT_SETTINGS = ({"sparsity": 0.7}, {"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.6})
 UNIT_SETTINGS = ({"sparsity": 0.2}, {"sparsity": 0.3}, {"sparsity": 0.4})
 REFERENCE = {
     ("wanda", "0.5"): "48.4",
@@ -60,10 +70,10 @@ REFERENCE = {
 TEXT = """
 Perplexity after pruning, no training afterwards, with the seconds of the whole plan and the peak memory of its
 process (model, plan and evaluation) beside it. Single weights: fraction of every matrix of the blocks. Heads and
-neurons: fraction of the blocks' linear weights. `refit` is `--heal refit`; `dense` says that least squares aim at what
-the dense model gives (`--target dense`). The reference column holds what plain second implementations gave with the
-same windows. `front` marks rows
-which nothing at the same setting beats in both perplexity and time.
+neurons: fraction of the blocks' linear weights. `refit` is `--heal refit`, `progression` and `owl` are `--allocate`;
+`dense` says that least squares aim at what the dense model gives (`--target dense`). The reference column holds what
+plain second implementations gave with the same windows. `front` marks rows which nothing at the same setting beats in
+both perplexity and processor time.
 
 ![Perplexity against seconds](second-order-smollm2-135m.svg)
 """
@@ -74,6 +84,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--dtype", default="float32", help="of the calibration forwards")
     parser.add_argument("--only", action="append", help="settings to run, as in the table: 0.7, 2:4; repeatable")
     parser.add_argument("--kind", choices=("weights", "units"), help="default: both")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -94,26 +105,43 @@ def main() -> None:
         _write(name, arguments, rows)
 
 
+PARTS = (("weights", WEIGHT_SETTINGS, WEIGHTS), ("units", UNIT_SETTINGS, UNITS))
+
+
 def _wanted(arguments: argparse.Namespace) -> Any:
-    for kind, settings, runs in (("weights", WEIGHT_SETTINGS, WEIGHTS), ("units", UNIT_SETTINGS, UNITS)):
-        for setting in settings:
-            if arguments.only and str(next(iter(setting.values()))) not in arguments.only:
+    for kind, settings, runs in PARTS:
+        for (method, options), setting in itertools.product(runs, settings):
+            if arguments.kind not in (None, kind) or ("pattern" in setting and "allocate" in options):
                 continue
-            for method, options in runs if arguments.kind in (None, kind) else ():
+            if not arguments.only or str(next(iter(setting.values()))) in arguments.only:
                 yield kind, method, options, setting
 
 
+def _place(row: dict[str, Any]) -> tuple[int, ...]:
+    """Where a row stands in the table: by setting, and within one by method."""
+    for place, (kind, settings, runs) in enumerate(PARTS):
+        if row.get("kind") == kind:
+            asked = [str(next(iter(setting.values()))) for setting in settings]
+            return place, asked.index(row["removed"]), [_label(*run) for run in runs].index(row["method"])
+    return (-1,)
+
+
 def _label(method: str, options: dict[str, Any]) -> str:
-    heal = f" + {options['heal']}" if "heal" in options else ""
-    return method + heal + (", dense" if options.get("target") == "dense" else "")
+    words = [method, *(options[key] for key in ("allocate", "heal") if key in options)]
+    return " + ".join(words) + (", dense" if options.get("target") == "dense" else "")
 
 
 def _measure(arguments: argparse.Namespace, method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Perplexity, seconds and peak memory of one row, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        given = ["--model", arguments.model, "--calibration", arguments.calibration, "--evaluation"]
-        given += [arguments.evaluation, "--row", json.dumps({"method": method, "options": options, "folder": folder})]
+        given = ["--model", arguments.model, "--calibration", arguments.calibration, "--dtype", arguments.dtype]
+        given += [
+            "--evaluation",
+            arguments.evaluation,
+            "--row",
+            json.dumps({"method": method, "options": options, "folder": folder}),
+        ]
         run = measured([sys.executable, __file__, *given], log=log, environment=os.environ)
         found = json.loads((Path(folder) / "row.json").read_text(encoding="utf8"))
         return {**found, "peak MB": run.peak_bytes / 1e6}
@@ -132,11 +160,11 @@ def _row(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
             model,
             tokenizer,
             method=row["method"],
-            options=row["options"],
+            **row["options"],
             calibration=arguments.calibration,
             samples=64,
             length=512,
-            dtype="float32",
+            dtype=arguments.dtype,
         )
         found["seconds"] = time.perf_counter() - started
         # what this process was given of the processors, whatever else was running
@@ -162,6 +190,7 @@ def on_front(rows: list[dict[str, Any]], row: dict[str, Any]) -> bool:
 
 
 def _write(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    rows.sort(key=_place)
     for row in rows:
         if "cpu seconds" in row:
             row["front"] = "yes" if on_front(rows, row) else ""
@@ -170,7 +199,7 @@ def _write(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]])
         "calibration": "WikiText-2 validation, file as it is, 64 consecutive windows of 512 tokens",
         "evaluation": "WikiText-2 test, file as it is, first 40 consecutive windows of 512 tokens",
         "seed": 0,
-        "dtype": "float32",
+        "dtype": f"{arguments.dtype} calibration forwards, float32 solvers and evaluation",
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }
     text = TEXT.replace("second-order-smollm2-135m", name)

@@ -185,7 +185,7 @@ def plan(
     from secateur.engine import decide
     from secateur.errors import UsageError
     from secateur.healing.recovery import split_heal
-    from secateur.methods import check_for_decoders, make_method
+    from secateur.methods import check_for_decoders, make_method, settled
     from secateur.models.fingerprint import fingerprint
     from secateur.models.sources import Source
     from secateur.observe.calibration import load_tokens
@@ -210,6 +210,7 @@ def plan(
         network = _open_network(model, chosen, called, ignore, latency_table, progress)
         return network.plan(chosen, Asked(data, loss, ignore, ratios or {}, seed))
     check_for_decoders(chosen)
+    chosen, allocate = settled(chosen, allocate)
     decoder: PreTrainedModel = model  # type: ignore[assignment]
     allocation = chosen_allocation(allocate, chosen)
     tokens = None
@@ -234,7 +235,7 @@ def plan(
     )
     decision = keeper.whole
     provenance = Provenance(
-        method=method,
+        method=chosen.name,
         options=chosen.options(),
         model=mine,
         calibration=tokens.info if tokens is not None else None,

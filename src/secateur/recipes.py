@@ -173,10 +173,10 @@ class Recipe(BaseModel):
     def words(self, step: Step) -> tuple[Method, Measuring | None]:
         """The method of a step with its options, and its allocator. Raises UsageError."""
         from secateur.allocators import chosen_allocation
-        from secateur.methods import make_method
+        from secateur.methods import make_method, settled
 
-        method = make_method(step.method, self.method_options(step))
-        return method, chosen_allocation(step.allocate, method)
+        method, allocate = settled(make_method(step.method, self.method_options(step)), step.allocate)
+        return method, chosen_allocation(allocate, method)
 
     def is_random(self, step: Step) -> bool:
         """Whether another seed may lead to another plan: by the method, or by text that the model writes."""

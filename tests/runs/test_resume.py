@@ -182,6 +182,30 @@ def test_killed_ten_times_at_random_moments(dense, tmp_path):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def test_killed_in_the_middle_of_a_search(dense, tmp_path, monkeypatch):
+    """A real process, really killed, after the first candidates of Tyr's search have been kept."""
+    job = recipe(dense, tmp_path / "out", CASES["tyr"])
+    child = os.fork()
+    if child == 0:
+        add = Journal.add
+
+        def killing(self: Journal, **entry: object) -> None:
+            add(self, **entry)
+            if "value" in entry:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(Journal, "add", killing)
+        try:
+            sc.run(job)
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    sc.run(job, resume=True)
+    sc.run({**job, "out": str(tmp_path / "whole")})
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_a_signal_stops_at_the_next_block(dense, tmp_path, monkeypatch):
     job = recipe(dense, tmp_path / "out", CASES["wanda"])
     add = Journal.add

@@ -16,6 +16,7 @@ from secateur.cli.options import (
     Calibration,
     ComputeDevice,
     ComputeDtype,
+    Effort,
     Json,
     Length,
     MethodName,
@@ -31,7 +32,7 @@ from secateur.cli.options import (
     load_plugins,
 )
 from secateur.cli.output import print_json, show, show_notes, working
-from secateur.cli.prune import given, parse_options
+from secateur.cli.prune import given, own_options
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def curve(
     budget: Budget = None,
     allocate: Allocate = None,
     options: MethodOptions = None,
+    effort: Effort = None,
     calibration: Calibration = None,
     samples: Samples = None,
     length: Length = None,
@@ -97,7 +99,7 @@ def curve(
     if within is not None and not within > 1:
         raise UsageError(f"--within is a factor above 1, got {within:g}: 1.2 allows a fifth more perplexity")
     load_plugins(plugin)
-    step = {"method": method, "budget": budget, "allocate": allocate, "options": parse_options(options or [])}
+    step = {"method": method, "budget": budget, "allocate": allocate, "options": own_options(options, effort=effort)}
     data = {"source": calibration, "samples": samples, "length": length, "seed": seed}
     recipe = {
         "model": model,

@@ -16,6 +16,7 @@ from secateur.cli.options import (
     Budget,
     ComputeDevice,
     ComputeDtype,
+    Effort,
     Growth,
     Heal,
     Json,
@@ -37,7 +38,7 @@ from secateur.cli.options import (
     load_plugins,
 )
 from secateur.cli.output import print_json, show, working
-from secateur.cli.prune import build_recipe, given, parse_options
+from secateur.cli.prune import build_recipe, given, own_options
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def estimate(
     target: Aim = None,
     stages: Stages = None,
     growth: Growth = None,
+    effort: Effort = None,
     uniform: Uniform = False,
     recipe: RecipeFile = None,
     options: MethodOptions = None,
@@ -93,7 +95,7 @@ def estimate(
         "activation_memory": activation_memory,
     }
     data = {"samples": samples, "length": length}
-    own = {**parse_options(options or []), **({"uniform": "true"} if uniform else {})}
+    own = own_options(options, uniform=uniform, effort=effort)
     job = build_recipe(recipe, given(top), given(data), given(step), own)
     if job.model is None:
         raise UsageError("name a model: a hub id, a folder, a .gguf file or smollm2-135m")

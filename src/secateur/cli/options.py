@@ -47,6 +47,15 @@ Uniform = Annotated[
     bool,
     typer.Option("--uniform", help="Heads and neurons: the best widths that are equal in every layer."),
 ]
+Effort = Annotated[
+    str | None,
+    typer.Option(
+        "--effort",
+        metavar="seconds|minutes|hour",
+        help="With --method best: the time that planning may take on a small model (default minutes).",
+        show_default=False,
+    ),
+]
 LatencyTableFile = Annotated[
     Path | None,
     typer.Option(

@@ -20,6 +20,7 @@ from secateur.cli.options import (
     Calibration,
     ComputeDevice,
     ComputeDtype,
+    Effort,
     Growth,
     Heal,
     Ignore,
@@ -87,6 +88,7 @@ def prune(
     target: Aim = None,
     stages: Stages = None,
     growth: Growth = None,
+    effort: Effort = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -211,7 +213,7 @@ def prune(
         "activation_memory": activation_memory,
         "latency_table": str(latency_table) if latency_table else None,
     }
-    own = {**parse_options(options or []), **({"uniform": "true"} if uniform else {})}
+    own = own_options(options, uniform=uniform, effort=effort)
     ranks = join()
     with ranks.together(), working(quiet or not ranks.main) as progress:
         load_plugins(plugin)
@@ -282,6 +284,14 @@ def parse_options(pairs: list[str]) -> dict[str, str]:
             raise UsageError(f"--set {key} is given twice")
         options[key] = value
     return options
+
+
+def own_options(pairs: list[str] | None, *, uniform: bool = False, effort: str | None = None) -> dict[str, str]:
+    """The options of the method: those of --set, and those that have a flag of their own. Raises UsageError."""
+    options, flags = parse_options(pairs or []), given({"uniform": "true" if uniform else None, "effort": effort})
+    if twice := [name for name in flags if name in options]:
+        raise UsageError(f"--{twice[0]} and --set {twice[0]} say the same: give one of them")
+    return {**options, **flags}
 
 
 def _override(old: dict[str, Any], step: dict[str, Any], options: dict[str, str]) -> dict[str, Any]:

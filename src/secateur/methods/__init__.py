@@ -28,6 +28,7 @@ from secateur.methods.during import (
     TrainingMethod,
 )
 from secateur.methods.masking import SearchMethod, WeightMethod
+from secateur.methods.presets import Combination, Preset, settled
 from secateur.methods.registry import describe, get_method, list_methods, make_method, register
 from secateur.methods.units import (
     CoupledMethod,
@@ -57,6 +58,9 @@ from secateur.options import option
 
 __all__ = [
     "Blocks",
+    "Combination",
+    "Preset",
+    "settled",
     "CacheChannelMethod",
     "CacheElementMethod",
     "CacheMethod",
