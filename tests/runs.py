@@ -8,7 +8,7 @@ import torch
 
 from secateur.allocators import chosen_allocation
 from secateur.engine import decide
-from secateur.methods import make_method
+from secateur.methods import make_method, settled
 from secateur.models.fingerprint import fingerprint
 from secateur.models.sources import Source
 from secateur.observe.calibration import Tokens
@@ -35,7 +35,7 @@ def tokens_of(ids: torch.Tensor) -> Tokens:
 def plan_for(method: str, model: Any, ids: torch.Tensor, *, dtype: torch.dtype = torch.float32, **options: Any) -> Plan:
     """The plan of ``method`` with these options, calibrated on ``ids``; ``spread`` names an allocator."""
     spread = options.pop("spread", None)
-    chosen = make_method(method, {**QUICK.get(method, {}), **options})
+    chosen, spread = settled(make_method(method, {**QUICK.get(method, {}), **options}), spread)
     allocation = chosen_allocation(spread, chosen)
     steps: list[tuple[str, int, int]] = []
     keeper = decide(
@@ -49,7 +49,7 @@ def plan_for(method: str, model: Any, ids: torch.Tensor, *, dtype: torch.dtype =
     )
     decision = keeper.whole
     provenance = Provenance(
-        method=method,
+        method=chosen.name,
         options=chosen.options(),
         model=fingerprint(Source(model)),
         allocation=allocation.provenance if allocation else None,

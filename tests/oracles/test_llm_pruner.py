@@ -1,5 +1,7 @@
 """Oracles of llm_pruner: gradients of a second, naive implementation, the published counts, and what scores must be."""
 
+import math
+
 import pytest
 import torch
 
@@ -49,6 +51,44 @@ def test_scores_of_a_walk_back_through_the_blocks_are_those_of_a_whole_backward(
             s = (w * gradients[part.tensor] - 0.5 * w.square() * squares[part.tensor]).abs()
             total = total + s.movedim(part.dim, 0)[part.index].flatten(1).sum(1)
         torch.testing.assert_close(plan.scores[group.name].double(), total, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`loss_type=None`")
+@pytest.mark.parametrize("family", ["llama-tied-bias", "llama", "granite", "phi3"])
+@pytest.mark.parametrize("criterion", ["param_mix", "vectorize"])
+def test_hidden_channels_score_by_all_their_entries_tables_and_norms_among_them(family, criterion):
+    model = make_tiny(family).double()
+    gradients, squares = naive(model, IDS)
+    asked = {"sparsity": 0.3, "criterion": criterion, "granularity": "channel"}
+    plan = plan_for("llm_pruner", model, IDS, dtype=torch.float64, **asked)
+    width = model.config.hidden_size
+    # everything but what lies within attentions has the width along one of its sides
+    total = torch.zeros(width, dtype=torch.float64)
+    for part in decoder_anatomy(model)["hidden"].slices:
+        w = model.get_parameter(part.tensor).detach()
+        s = w * gradients[part.tensor]
+        if criterion == "param_mix":
+            s = s - 0.5 * w.square() * squares[part.tensor]
+        s = s.movedim(part.dim, 0).reshape(width, -1)
+        if not part.tensor.endswith(".bias"):
+            total += s.sum(1).abs() if criterion == "vectorize" else s.abs().sum(1)
+    torch.testing.assert_close(plan.scores["hidden"].double(), total, rtol=1e-6, atol=0)
+    cut = sc.apply(plan, model)
+    assert cut.config.hidden_size == math.ceil(0.7 * width / 4) * 4
+    assert torch.equal(plan.keep["hidden"], total.topk(cut.config.hidden_size).indices.sort().values)
+
+
+def test_channels_need_no_data_for_magnitudes_and_refuse_what_is_for_heads_and_neurons():
+    model = make_tiny("llama")
+    plan = plan_for("llm_pruner", model, IDS, sparsity=0.25, criterion="l1", granularity="channel")
+    width, slices = model.config.hidden_size, decoder_anatomy(model)["hidden"].slices
+    sizes = [model.get_parameter(s.tensor).detach().movedim(s.dim, 0).reshape(width, -1).abs().sum(1) for s in slices]
+    mean = torch.stack(sizes).mean(0)
+    torch.testing.assert_close(plan.scores["hidden"], mean)
+    with pytest.raises(OptionError, match="granularity=channel goes with neither heal, rounds"):
+        make_method("llm_pruner", {"granularity": "channel", "heal": "refit"})
+    with pytest.raises(UnsupportedModelError, match="hidden channels of GPT2LMHeadModel must stay: its config"):
+        plan_for("llm_pruner", make_tiny("gpt2"), IDS, granularity="channel")
 
 
 def descended(model, ids, *, single=False, limit=None, batch_tokens=32):

@@ -30,6 +30,7 @@ CASES = {
         "options": {"levels": 3, "generations": 2, "offspring": 2, "stage_tokens": "16,64", "survivors": "1"},
     },
     "llm_pruner": {"method": "llm_pruner", "sparsity": 0.3, "options": {"criterion": "param_mix"}},
+    "llm_pruner, channels": {"method": "llm_pruner", "sparsity": 0.25, "options": {"granularity": "channel"}},
     "loraprune": {
         "method": "loraprune",
         "sparsity": 0.3,

@@ -17,6 +17,7 @@ from secateur.allocate.units import (
     RoundedAllocator,
     UniformAllocator,
 )
+from secateur.allocate.width import WidthAllocator, best_channels, kept_channels
 from secateur.allocate.windows import CountedAllocator, RankedAllocator, Window, WindowAllocator
 
 __all__ = [
@@ -46,9 +47,11 @@ __all__ = [
     "Schedule",
     "UniformAllocator",
     "Updates",
+    "WidthAllocator",
     "Window",
     "WindowAllocator",
     "allocate_channels",
+    "best_channels",
     "choose",
     "crop_scores",
     "erk",
@@ -60,6 +63,7 @@ __all__ = [
     "highest",
     "highest_live",
     "keep_highest",
+    "kept_channels",
     "kept_counts",
     "lowest_of_all",
     "mask_rule",

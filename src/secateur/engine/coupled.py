@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from secateur.keeping import Decision, SeenByModule
 from secateur.methods import Coupled, CoupledMethod, Part
 from secateur.models.sources import check_finite
 from secateur.observe.backward import BackwardWalk, Slopes
-from secateur.structure import Group, Slices
+from secateur.structure import HIDDEN, Group, Slices
 from secateur.tensorfiles import read_header, write_tensors
 
 
@@ -32,7 +32,8 @@ def decide_coupled(method: CoupledMethod, run: Run) -> None:
 
 def _scoring(method: CoupledMethod, run: Run) -> Scoring:
     groups = run.anatomy.of_kind(*method.kinds)
-    if not method.needs or run.keeper.finished == run.layers:
+    # hidden channels, which lie in no block, are scored when all blocks have been walked over
+    if not method.needs or (run.keeper.finished == run.layers and HIDDEN not in method.kinds):
         return partial(_score, method, run, {})
     known = _scores_after_rounds(method, run, groups)
 
@@ -90,8 +91,9 @@ def _descended(
     """Scores of all groups of the model that has the ``kept`` units left, by one walk up and back."""
     aside = run.keeper.aside(f"round-{number}")
     scores = dict(aside.scores())
+    wide = [g for g in groups if g.kind == HIDDEN]
     if aside.finished == run.layers:
-        return scores
+        return _combined(method, wide, scores)
     walk = BackwardWalk(
         run.source,
         run.ranks.part(ids),
@@ -105,19 +107,33 @@ def _descended(
     for done in range(aside.finished, run.layers):
         layer = run.layers - 1 - done
         members = [g for g in groups if g.layer == layer]
-        names = dict.fromkeys(piece.tensor for g in members for piece in g.pieces)
+        prefix = f"{run.source.name}.{layer}."
+        entries = [piece for g in wide for piece in g.slices if piece.tensor.startswith(prefix)]
+        names = dict.fromkeys(piece.tensor for piece in [*(p for g in members for p in g.pieces), *entries])
         block = walk.open_changed(layer)
         found = walk.descend(block, layer, [run.inside(name) for name in names])
         slopes = {name: slope for name, slope in zip(names, found.values(), strict=True)}
         # in float32 as the other scores: the working copy may be coarser
         run.ranks.merge({"": slopes})
-        part = Decision(scores=_score(method, run, slopes, members, {}))
+        rows = _rows(method, run, layer, entries, slopes)
+        if layer == 0 and wide:
+            # with the last block, since nothing is kept to go on from behind it
+            outer = [piece for g in wide for piece in g.slices if not piece.tensor.startswith(f"{run.source.name}.")]
+            around = walk.outside([piece.tensor for piece in outer])
+            run.ranks.merge({"": around})
+            rows |= _rows(method, run, layer, outer, around)
+        part = Decision(scores={**_score(method, run, slopes, members, {}), **rows})
         # every rank knows them, and one writes
         scores |= part.scores
         aside.keep(done, part, final=False, walk=walk)
         run.progress("gradients", done + 1, run.layers)
         del block, found, slopes
-    return scores
+    return _combined(method, wide, scores)
+
+
+def _combined(method: CoupledMethod, wide: list[Group], scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The rows of all slices of hidden channels put together; other scores as they are."""
+    return {group.name: _together(method, group, scores) for group in wide} or scores
 
 
 def _without(run: Run, groups: list[Group], kept: Kept, block: nn.Module, layer: int) -> None:
@@ -131,11 +147,28 @@ def _score(
 ) -> dict[str, Tensor]:
     found = {}
     for group in groups:
+        if group.kind == HIDDEN:
+            found[group.name] = _together(method, group, _rows(method, run, 0, group.slices, slopes))
+            continue
         parts = tuple(_part(method, run, group.layer, piece, slopes) for piece in group.pieces)
         scores = method.score_coupled(Coupled(group.name, group.units, parts))
         check_finite(scores, group.name, group.layer, "scores")
         found[group.name] = scores.float().cpu()
     return found
+
+
+def _rows(
+    method: CoupledMethod, run: Run, layer: int, pieces: Sequence[Slices], slopes: Mapping[str, Slopes]
+) -> dict[str, Tensor]:
+    """What hidden channels score by each of these slices, by tensor, biases left out."""
+    parts = (_part(method, run, layer, piece, slopes) for piece in pieces)
+    return {part.tensor: method.rows(part).cpu() for part in parts if part.role != "bias"}
+
+
+def _together(method: CoupledMethod, group: Group, rows: Mapping[str, Tensor]) -> Tensor:
+    scores = method.together([rows[piece.tensor] for piece in group.slices if piece.tensor in rows])
+    check_finite(scores, group.name, 0, "scores")
+    return scores.float()
 
 
 def _part(method: CoupledMethod, run: Run, layer: int, piece: Slices, slopes: Mapping[str, Slopes]) -> Part:

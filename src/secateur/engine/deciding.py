@@ -10,6 +10,7 @@ import torch
 
 from secateur.allocators import Allocator, check_follows
 from secateur.engine.coupled import decide_coupled
+from secateur.engine.hidden import check_hidden, decide_hidden
 from secateur.engine.iterative import decide_iteratively
 from secateur.engine.layers import check_layers, decide_layers
 from secateur.engine.policies import decide_by_policy
@@ -27,6 +28,7 @@ from secateur.errors import UsageError
 from secateur.keeping import Keeper
 from secateur.methods import (
     CoupledMethod,
+    HiddenMethod,
     IterativeMethod,
     LayerMethod,
     Method,
@@ -101,6 +103,7 @@ check_model.register(StructuredMethod, check_units)
 check_model.register(LayerMethod, check_layers)
 check_model.register(SublayerMethod, check_sublayers)
 check_model.register(RotationMethod, check_rotation)
+check_model.register(HiddenMethod, check_hidden)
 check_model.register(VocabularyMethod, check_vocabulary)
 
 
@@ -120,4 +123,5 @@ _decide.register(TrainedMethod, decide_trained)
 _decide.register(LayerMethod, decide_layers)
 _decide.register(SublayerMethod, decide_sublayers)
 _decide.register(RotationMethod, decide_rotations)
+_decide.register(HiddenMethod, decide_hidden)
 _decide.register(VocabularyMethod, decide_vocabulary)

@@ -21,6 +21,7 @@ from secateur.budgets import (
     write_losses,
 )
 from secateur.engine.allocation import shared
+from secateur.engine.hidden import frozen_channels
 from secateur.engine.refits import few_tokens_noted, refit_groups
 from secateur.engine.run import Run
 from secateur.errors import UnsupportedModelError
@@ -30,7 +31,7 @@ from secateur.methods import Seen, StructuredMethod, UnitMethod
 from secateur.models.decoders import unknown_family
 from secateur.models.sources import check_finite
 from secateur.observe import Moments
-from secateur.structure import Anatomy, Group
+from secateur.structure import HIDDEN, Anatomy, Group
 from secateur.structure.surgery import complement
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 def check_units(method: StructuredMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
     """Raises UnsupportedModelError."""
     if not anatomy.of_kind(*method.kinds):
-        raise UnsupportedModelError(unknown_family(model))
+        raise UnsupportedModelError(
+            frozen_channels(model, anatomy) if HIDDEN in method.kinds else unknown_family(model)
+        )
 
 
 Scoring = Callable[[list[Group], SeenByModule], dict[str, Tensor]]

@@ -53,7 +53,7 @@ from secateur.methods.views import (
     Trials,
     Whole,
 )
-from secateur.methods.width import RotationMethod, VocabularyMethod
+from secateur.methods.width import HiddenMethod, RotationMethod, VocabularyMethod
 from secateur.options import option
 
 __all__ = [
@@ -75,6 +75,7 @@ __all__ = [
     "Fitting",
     "Gone",
     "GradualMethod",
+    "HiddenMethod",
     "IterativeMethod",
     "LayerMethod",
     "Method",

@@ -27,6 +27,10 @@ class Preset(Method):
         """What to do instead. Raises OptionError where nothing fits the options."""
         raise NotImplementedError(f"{type(self).__name__} must define combination()")
 
+    @property
+    def uses_data(self) -> bool:
+        return settled(self, None)[0].uses_data
+
 
 def settled(method: Method, allocate: str | None) -> tuple[Method, str | None]:
     """The method that really prunes, and the allocator asked for; of a preset its own unless another one is given."""

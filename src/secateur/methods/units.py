@@ -22,6 +22,7 @@ from secateur.healing.refit import TARGETS, with_statistics
 from secateur.methods.base import Method
 from secateur.methods.views import (
     Coupled,
+    Part,
     Seen,
     Target,
 )
@@ -202,6 +203,14 @@ class CoupledMethod(UnitMethod):
         write them, and what reads them. The whole blocks of a model are a group without parts.
         """
         raise NotImplementedError(f"{type(self).__name__} must define score_coupled()")
+
+    def rows(self, part: Part) -> Tensor:
+        """What every channel of a slice scores, [units, channels of one]; of hidden channels one slice at a time."""
+        raise NotImplementedError(f"{type(self).__name__} must define rows()")
+
+    def together(self, rows: Sequence[Tensor]) -> Tensor:
+        """Score of every unit, [units], from the rows of all slices, in the order of execution."""
+        raise NotImplementedError(f"{type(self).__name__} must define together()")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.errors import OptionError
 from secateur.methods.base import Method
+from secateur.methods.views import Seen, Target
 from secateur.options import option
 from secateur.structure.lexicon import Lexicon
 
@@ -33,6 +34,27 @@ class RotationMethod(Method):
         ``gram`` is x^T x over all calibration tokens, [hidden, hidden] float64; ``number`` counts the bases of a model.
         """
         raise NotImplementedError(f"{type(self).__name__} must define basis()")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenMethod(Method):
+    """Removes hidden channels: entries of the residual stream, in every matrix and norm at once.
+
+    Statistics see what attentions and MLPs read, behind their norms.
+    """
+
+    sparsity: float = option(0.2, "fraction of the hidden channels removed", ge=0, lt=1)
+    round_to: int = option(
+        0,
+        "the channels that stay are a multiple of this, rounded up; 0: of the query heads, which plain checkpoints of"
+        " most families need",
+        unit="channels",
+        ge=0,
+    )
+
+    def score(self, target: Target, seen: Seen) -> Tensor:
+        """Scores of all channels by one of the inputs, [hidden] float, higher = keep; their sum decides."""
+        raise NotImplementedError(f"{type(self).__name__} must define score()")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UnsupportedModelError
-from secateur.models.families import FAMILIES, Family, frozen_heads, frozen_layers
-from secateur.structure import Anatomy, Cost, Frozen, Group, Matrix, Slices
-from secateur.structure.lexicon import VOCABULARY
+from secateur.models.families import FAMILIES, Family, frozen_heads, frozen_layers, frozen_width
+from secateur.models.tokens import vocabulary_group
+from secateur.structure import HIDDEN, Anatomy, Cost, Frozen, Group, Matrix, Slices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,9 +170,9 @@ def decoder_anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:
     matrices = _matrices(name, blocks)
     reason = frozen_layers(model.config)
     groups.append(_layers_group(name, blocks, reason, post_norm=_is_post_norm(model.config)))
-    groups.append(_vocabulary_group(model))
+    groups.append(vocabulary_group(model))
+    groups += [_hidden_group(model)] if family is not None else []
     frozen += [Frozen(g.name, g.frozen) for g in groups if g.frozen]
-    frozen.append(Frozen("hidden size", "shared by every block through the residual stream; slicegpt rotates it first"))
     return Anatomy(
         model_type=model.config.model_type,
         num_layers=len(blocks),
@@ -328,38 +329,60 @@ def _total_cost(model: PreTrainedModel) -> Cost:
     return Cost(count, count if tied else count - embedding.numel(), sum(p.numel() * p.element_size() for p in params))
 
 
-def _vocabulary_group(model: PreTrainedModel) -> Group:
-    """Tokens: rows of the embedding and of the head, once where they are tied."""
+def _hidden_group(model: PreTrainedModel) -> Group:
+    """Hidden channels: an entry of the residual stream, in everything that reads it, scales it or adds to it.
+
+    The slices come in the order of execution.
+    """
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     table: Tensor = embedding.weight
-    names = {id(module): name for name, module in model.named_modules()}
-    held = [(names[id(embedding)], embedding)]
-    if head is not None and head.weight is not table:
-        held.append((names[id(head)], head))
-    rows = torch.arange(len(table))[:, None]
-    slices = [Slices(f"{name}.weight", 0, rows) for name, _ in held]
-    slices += [Slices(f"{names[id(m)]}.bias", 0, rows) for m in (head,) if getattr(m, "bias", None) is not None]
-    # a rotated model has a narrower embedding than head
-    params = sum(module.weight.shape[1] for _, module in held) + (len(slices) - len(held))
+    width = int(table.shape[1])
+    entries = torch.arange(width)[:, None]
+    blocks = typed_blocks(model)
+    inner = {part.tensor: part for block in blocks for part in _hidden_slices(block, entries)}
+    # what else stands within attentions runs over heads
+    attentions = tuple(f"{block.path(block.family.attention)}." for block in blocks if block.has_attention)
+    slices: list[Slices] = []
+    sizes: list[int] = []
+    unknown = []
+    macs = 0
+    for name, tensor in model.named_parameters():
+        if name in inner:
+            macs += tensor.numel() // width if tensor.dim() == 2 else 0
+        elif width not in tensor.shape or name.startswith(attentions):
+            continue
+        elif not (tensor.dim() == 1 or tensor is table or (head is not None and tensor is head.weight)):
+            unknown.append(name)
+            continue
+        slices.append(inner.get(name) or Slices(name, tensor.dim() - 1, entries))
+        sizes.append(tensor.numel() // width)
+    reason = frozen_width(model.config)
+    if reason is None and unknown:
+        reason = f"secateur doesn't know whether {unknown[0]} belongs to the residual stream"
     return Group(
-        name=VOCABULARY,
-        kind="vocab",
+        name=HIDDEN,
+        kind=HIDDEN,
         layer=-1,
-        units=len(table),
-        cost=Cost(params, head.weight.shape[1] if head is not None else 0, params * table.element_size()),
+        units=width,
+        cost=Cost(sum(sizes), macs, sum(sizes) * table.element_size()),
         slices=tuple(slices),
-        frozen=_frozen_vocabulary(model, embedding, head),
+        # several config classes want the hidden size to be a multiple of the heads even where these have a width
+        multiple=math.gcd(width, model.config.get_text_config().num_attention_heads),
+        frozen=reason,
+        inexact="norms take the mean over all hidden channels, so removed ones change their scale",
     )
 
 
-def _frozen_vocabulary(model: PreTrainedModel, embedding: Any, head: Any) -> str | None:
-    if not isinstance(embedding, nn.Embedding) or (head is not None and not isinstance(head, nn.Linear)):
-        kinds = type(embedding).__name__, type(head).__name__
-        return f"secateur knows no tokens in embeddings of the kind {kinds[0]} with a head of the kind {kinds[1]}"
-    sizes = {embedding.weight.shape[0], *([head.weight.shape[0]] if head is not None else [])}
-    if len(sizes) > 1:
-        return "embedding and head have different numbers of tokens"
-    if hasattr(model.config.get_text_config(), "vocab_size_per_layer_input"):
-        return "further embeddings of the tokens stand beside the first"
-    return None
+def _hidden_slices(block: DecoderBlock, entries: Tensor) -> list[Slices]:
+    """What the linear layers of a block hold of the residual stream."""
+    family = block.family
+    slices: list[Slices] = []
+    for there, path, reading, writing in (
+        (block.has_attention, family.attention, family.qkv, family.out),
+        (block.has_mlp, family.mlp, family.up, family.down),
+    ):
+        if there:
+            slices += [_input_slices(block, (path, name), entries) for name in reading]
+            slices += _output_slices(block, (path, writing), entries)
+    return slices

@@ -50,9 +50,13 @@ class Family:
     """modules that make up the MLP one after the other, where it is none itself"""
     one_basis: str = ""
     """why the hidden states must stay in one basis; empty where every sub-layer may have its own"""
+    full_width: str = ""
+    """why hidden channels must stay; empty where they may leave"""
 
 
 _POST_NORMS = "norms behind attentions and FFNs scale what these add, entry by entry"
+_SCALED = "embeddings are scaled by the root of the hidden size, which would become another"
+_HEADS_FOLLOW = "its config gives heads no width of their own: it is the hidden size over the heads"
 _LLAMA = Family(model_type="llama", attention_bias_key="attention_bias", mlp_bias_key="mlp_bias")
 # one flag gives all four projections a bias in these, and none exists for the MLP
 _QWEN3 = Family(model_type="qwen3", attention_bias_key="attention_bias")
@@ -62,8 +66,8 @@ _TABLE = (
     replace(_LLAMA, model_type="granite"),
     replace(_LLAMA, model_type="smollm3"),
     _QWEN3,
-    replace(_QWEN3, model_type="gemma2", one_basis=_POST_NORMS),
-    replace(_QWEN3, model_type="gemma3_text", one_basis=_POST_NORMS),
+    replace(_QWEN3, model_type="gemma2", one_basis=_POST_NORMS, full_width=_SCALED),
+    replace(_QWEN3, model_type="gemma3_text", one_basis=_POST_NORMS, full_width=_SCALED),
     replace(_QWEN3, model_type="olmo2", wide_norms=("q_norm", "k_norm"), one_basis=_POST_NORMS),
     Family(model_type="mistral"),
     Family(model_type="qwen2"),
@@ -88,6 +92,7 @@ _TABLE = (
         kv_heads_key=None,
         ffn_key="n_inner",
         plain_heads=False,
+        full_width=_HEADS_FOLLOW,
         one_basis="its forward gives what leaves the last block the width of the embedding",
     ),
     Family(
@@ -101,6 +106,7 @@ _TABLE = (
         sizes=(),
         kv_heads_key=None,
         plain_heads=False,
+        full_width=_HEADS_FOLLOW,
     ),
     Family(
         model_type="opt",
@@ -113,6 +119,7 @@ _TABLE = (
         kv_heads_key=None,
         ffn_key="ffn_dim",
         plain_heads=False,
+        full_width=_HEADS_FOLLOW,
         norms=("self_attn_layer_norm", "final_layer_norm"),
         positions="decoder.embed_positions",
         chain=("fc1", "activation_fn", "fc2"),
@@ -130,6 +137,7 @@ _TABLE = (
         kv_heads_key="num_kv_heads",
         ffn_key="ffn_hidden_size",
         plain_heads=False,
+        full_width=_HEADS_FOLLOW,
         one_basis="its residual connections come in several forms, none of which the modelling file has",
     ),
 )
@@ -157,6 +165,13 @@ def frozen_hidden(config: Any, family: Family) -> str | None:
     if getattr(config, "add_cross_attention", False):
         return "a cross-attention has a residual connection of its own"
     return None
+
+
+def frozen_width(config: Any) -> str | None:
+    """Why hidden channels must stay in a model of this config, or None."""
+    if "rotated" in (getattr(config, "secateur", None) or {}):
+        return "every sub-layer reads them in a basis of its own"
+    return FAMILIES[config.model_type].full_width or None
 
 
 def frozen_layers(config: Any) -> str | None:

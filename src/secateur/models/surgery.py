@@ -26,7 +26,7 @@ from secateur.models.rotation import rotate_model
 from secateur.models.sources import Source
 from secateur.models.vocabulary import renumber
 from secateur.plans import Fingerprint, Plan
-from secateur.structure import Anatomy, Group
+from secateur.structure import HIDDEN, Anatomy, Group
 from secateur.structure.lexicon import VOCABULARY
 from secateur.structure.surgery import complement, cut_positions, removed_positions, set_parameter, zero_positions
 
@@ -84,6 +84,8 @@ def _follow(model: PreTrainedModel, removal: Removal) -> None:
     blocks = f"{decoder_blocks(model)[0]}."
     if removal.layers:
         _drop_blocks(model, removal.layers)
+    if removal.narrower:
+        _follow_width(model)
     if removal.skipped or any(name.startswith(blocks) for name, _ in removal.positions):
         _follow_sizes(model)
 
@@ -94,7 +96,7 @@ class Removal:
 
     A group of which no unit stays takes its whole sub-layer along, biases too: ``skipped`` are the modules that leave
     with it, as name → ``attention`` or ``mlp``, and ``silent`` those whose outputs vanish. ``tokens`` are those that
-    stay, ascending int64, when the vocabulary is cut.
+    stay, ascending int64, when the vocabulary is cut; ``narrower`` says that hidden channels leave.
     """
 
     positions: Mapping[tuple[str, int], Tensor]
@@ -102,6 +104,7 @@ class Removal:
     silent: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     tokens: Tensor | None = None
+    narrower: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel, anatomy: Anatomy, removed: Mapping[str, Tensor]) -> Removal:
@@ -121,7 +124,8 @@ class Removal:
         positions = removed_positions([group for name, group in groups.items() if name not in whole], removed)
         gone = removed.get(VOCABULARY, torch.empty(0))
         tokens = complement(gone, anatomy[VOCABULARY].units) if len(gone) else None
-        return cls(positions, skipped, tuple(group.reader or "" for group in whole.values()), layers, tokens)
+        silent, narrower = tuple(group.reader or "" for group in whole.values()), len(removed.get(HIDDEN, ())) > 0
+        return cls(positions, skipped, silent, layers, tokens, narrower)
 
     def takes(self, name: str) -> bool:
         """Whether a tensor leaves with a sub-layer."""
@@ -254,6 +258,23 @@ def layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
     """The per-layer config entries that are set, by layer; empty for a uniform model."""
     stored = config.to_dict().get("per_layer_config") or {}
     return {int(layer): dict(entries) for layer, entries in stored.items()}
+
+
+def _follow_width(model: PreTrainedModel) -> None:
+    """Let config and modules say how many hidden channels there are, once everything has been cut to them."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    dense, width = embedding.embedding_dim, embedding.weight.shape[1]
+    if head is not None and head.weight.shape[1] != width:
+        # a head that was tied still has the old table
+        head.weight, head.in_features = embedding.weight, width
+    embedding.embedding_dim = width
+    for holder in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        holder.hidden_size = width
+    for module in model.modules():
+        for name in ("hidden_size", "embed_dim"):
+            if vars(module).get(name) == dense:
+                setattr(module, name, width)
 
 
 def _follow_sizes(model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -67,6 +68,19 @@ class Slopes(Accumulator):
         """The mean over windows of the squared gradient of each: the empirical Fisher information of every entry."""
         assert self.squares is not None, "squares were not taken"
         return self.squares / max(self.windows, 1)
+
+
+class _Known(torch.autograd.Function):
+    """Stands for all blocks: gives what they gave, and hands what came back down through them on to what enters."""
+
+    @staticmethod
+    def forward(ctx: Any, entering: Tensor, leaving: Tensor, slope: Tensor) -> Tensor:
+        ctx.slope = slope
+        return leaving.to(entering)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.slope.to(gradients[0]), None, None
 
 
 class BackwardWalk(BlockWalk):
@@ -158,6 +172,44 @@ class BackwardWalk(BlockWalk):
         # nobody asks for what entered this block any more
         self._into[layer] = Activations()
         return slopes
+
+    def outside(self, names: Sequence[str]) -> Mapping[str, Slopes]:
+        """The slopes of these parameters around the blocks, by their names in the model, once all have been descended.
+
+        A head that is tied to the embedding adds to the slopes of that. Raises NonFiniteError.
+        """
+        assert self._down is not None
+        shell = self._source.shell(self._dtype, whole=True)
+        shell.requires_grad_(False)
+        held = {name: [shell.get_parameter(name)] for name in names}
+        head: Any = shell.get_output_embeddings()  # type: ignore[operator]
+        embedding: Any = shell.get_input_embeddings()  # type: ignore[operator]
+        for parameters in held.values():
+            # the shell has a tied head as a copy
+            if parameters[0] is embedding.weight and all(head.weight is not one[0] for one in held.values()):
+                parameters.append(head.weight)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+        slopes = {name: Slopes() for name in names}
+        for batch, ids in enumerate(self._batches):
+            windows = zip(self.hidden[batch].split(1), self._down[batch].split(1), ids.split(1), strict=True)
+            for leaving, entering, one in windows:
+                gradients = self._around(shell, leaving.clone(), entering.clone(), one, list(chain(*held.values())))
+                for name, parameters in held.items():
+                    found = sum(gradients.pop(0).float() for _ in parameters)
+                    slopes[name].update(found, 1, squared=self._single)  # type: ignore[arg-type]
+        return slopes
+
+    def _around(
+        self, shell: nn.Module, leaving: Tensor, entering: Tensor, ids: Tensor, parameters: list[nn.Parameter]
+    ) -> list[Tensor]:
+        """The gradients of the loss of one window, the blocks being known by what leaves them and comes back down."""
+        with torch.enable_grad():
+            logits = self.head_logits(shell, ids, lambda x: _Known.apply(x, leaving, entering))[0, :-1]  # type: ignore[no-untyped-call]
+            loss = F.cross_entropy(logits.float(), ids[0, 1:].to(logits.device))
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        # the loss need not depend on all
+        return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, found, strict=True)]
 
     def open_changed(self, layer: int) -> nn.Module:
         """A working copy of a block as it ran on the way up."""

@@ -151,8 +151,8 @@ class BlockWalk:
         """
         return self.head_logits(head, self._batches[batch], hidden)
 
-    def head_logits(self, head: nn.Module, ids_BT: Tensor, hidden: Tensor) -> Tensor:
-        """The same for windows of one's own choice."""
+    def head_logits(self, head: nn.Module, ids_BT: Tensor, hidden: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
+        """The same for windows of one's own choice; ``hidden`` may be made of what enters the first block."""
         with _giving(self._source.blocks, hidden, self._as_tuple[0]):
             return head(input_ids=ids_BT, use_cache=False).logits
 
@@ -214,11 +214,15 @@ def _recording(
 
 
 @contextmanager
-def _giving(blocks: nn.ModuleList, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
-    """Blocks that give these hidden states, whatever they are called with."""
+def _giving(blocks: nn.ModuleList, hidden: Tensor | Callable[[Tensor], Tensor], as_tuple: bool) -> Iterator[None]:
+    """Blocks that give these hidden states, whatever they are called with, or what is made of the first one's."""
+    made: list[Tensor] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (hidden, None) if as_tuple else hidden
+        if not made:
+            entering = args[0] if args else kwargs["hidden_states"]
+            made.append(hidden(entering) if callable(hidden) else hidden)
+        return (made[0], None) if as_tuple else made[0]
 
     try:
         for block in blocks:

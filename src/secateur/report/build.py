@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from secateur.plans import Plan
 from secateur.report.report import LayerCut, Metric, Report
-from secateur.structure import Anatomy
+from secateur.structure import HIDDEN, Anatomy
 from secateur.structure.lexicon import VOCABULARY
 from secateur.versions import library_versions, machine
 
@@ -65,7 +65,7 @@ def _requested(plan: Plan) -> str:
             parts.append(f"{options['sublayers']} sub-layers")
         elif p.options.get("min_count"):
             parts.append(f"the tokens that are read fewer than {options['min_count']} times")
-        elif plan.rotations:
+        elif plan.rotations or (HIDDEN in plan.keep and len(plan.provenance) == 1):
             parts.append(f"{100 * options['sparsity']:.1f} % of the hidden size")
         elif p.budgets:
             left = (f"{100 * account.asked:.1f} % of the {BUDGET_WORDS[name]}" for name, account in p.budgets.items())
@@ -126,7 +126,10 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
     )
     refitted = _refitted(layer, plan, anatomy, sizes)
     masked = sum(plan.sparsity(t) * size for t, size in sizes.items() if t in plan.masks and t not in refitted)
-    return cut + masked * (1 - cut / total) if total else 0.0
+    gone = cut + masked * (1 - cut / total) if total else 0.0
+    # every matrix of a block has the hidden channels along one of its sides
+    narrower = len(plan.removed(HIDDEN)) / plan.groups[HIDDEN] if HIDDEN in plan.keep else 0.0
+    return gone + narrower * (total - gone)
 
 
 def _rotated_size(layer: int, plan: Plan, anatomy: Anatomy) -> int:

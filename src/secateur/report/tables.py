@@ -83,7 +83,7 @@ def anatomy_table(anatomy: Anatomy) -> Table:
     # biases and norms, which are no multiplications, would make a block more than the whole of its matrices
     block = anatomy.blocks.macs / max(anatomy.num_layers, 1)
     for group, layers in _folded_groups(anatomy):
-        whole = group.kind == "vocab"
+        whole = group.kind in ("vocab", "hidden")
         share = group.cost.macs * (1 if group.kind == "layer" else group.units) / block if block else 0.0
         table.add_row(
             "all" if group.kind == "layer" else MISSING if whole else ranges(layers),
@@ -281,7 +281,7 @@ def _change_text(metric: Metric, dense: str, model: str) -> Text:
 
 def _group_label(group: UnitGroup) -> str:
     name = group.name if group.kind == "layer" else _LAYER.sub("", group.name, count=1).removeprefix("layers.")
-    label = f"{name} ({group.kind})" if name != f"{group.kind}s" else name
+    label = name if name in (group.kind, f"{group.kind}s") else f"{name} ({group.kind})"
     return label + (" frozen" if group.frozen else "")
 
 

@@ -12,6 +12,9 @@ from functools import cached_property
 
 from torch import Tensor
 
+HIDDEN = "hidden"
+"""The group of the hidden channels of a decoder, and its kind."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -46,11 +49,12 @@ class Group:
     """``units`` coupled units that can leave the model one by one.
 
     ``kind`` is ``neuron``, ``kv_head`` (a key-value head with its query heads), ``head`` (single query heads, one
-    out of each key-value group together) or ``layer``. ``reader`` names the linear module whose input columns are
-    the units (o_proj, down_proj); a ``layer`` group has none. ``cost`` is the cost of one unit. ``balance`` is the
-    number of equal consecutive parts of the units that must lose the same number each (query heads of key-value
-    groups); ``parts`` the query heads of one unit. ``frozen`` says why units must not be cut one by one; ``inexact``
-    why a masked model differs from a cut one.
+    out of each key-value group together), ``layer``, ``vocab`` (tokens) or ``hidden`` (entries of the residual
+    stream). ``reader`` names the linear module whose input columns are the units (o_proj, down_proj); only heads and
+    neurons have one. ``cost`` is the cost of one unit. ``balance`` is the number of equal consecutive parts of the
+    units that must lose the same number each (query heads of key-value groups); ``parts`` the query heads of one unit.
+    Unless a multiple of ``multiple`` stays, stock classes may refuse the checkpoint. ``frozen`` says why units must not
+    be cut one by one; ``inexact`` why a masked model differs from a cut one.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Group:
     reader: str | None = None
     balance: int = 1
     parts: int = 1
+    multiple: int = 1
     frozen: str | None = None
     inexact: str | None = None
 

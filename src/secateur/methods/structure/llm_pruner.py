@@ -8,11 +8,12 @@
     row    sum |s| over one channel of one projection; vectorize: |sum s|; baselines l1, l2: sum |w|^p
     unit   sum over its channels of (the rows of its projections put together by ``grouping``)
     neuron = rows of gate and up and a column of down; head = rows of q, k, v and columns of o, with GQA those of all
-    queries of a key-value head
+    queries of a key-value head; channel of the hidden states = its entries in all matrices and norms, and in the tables
 
 Layers in a window lose the same share, those around it nothing: published are layers 4 to 29 of 32, here the same
 fractions of the depth. A share of a quarter there is a fifth of all parameters. `granularity=layer` keeps the first
-blocks. Biases have no part in a score. Published are 10 windows of 64 tokens, and LoRA afterwards (`--heal lora`).
+blocks, and `channel` makes the hidden states narrower, so that every matrix loses the share. Biases have no part in
+the score of a head or a neuron. Published are 10 windows of 64 tokens, and LoRA afterwards (`--heal lora`).
 
 One block at a time has gradients: they come back through the blocks, so that no more than the activations that enter
 every block is in memory, or on disk. With `rounds` the model is scored again after each part of what leaves.
@@ -25,7 +26,7 @@ parameters (`fill=false`: units are counted). `second` is what reads the units, 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,12 +39,14 @@ from secateur.allocate import (
     GlobalAllocator,
     RankedAllocator,
     UniformAllocator,
+    WidthAllocator,
     Window,
     WindowAllocator,
 )
 from secateur.criteria import random_scores
 from secateur.errors import OptionError
 from secateur.methods import Coupled, CoupledMethod, Descriptor, Part, option, register
+from secateur.structure import HIDDEN
 
 # Shapes: T projections, U units, E channels of one projection (a key-value head's; one of a neuron).
 
@@ -92,7 +95,11 @@ class LLMPruner(CoupledMethod):
         " and l2 mean",
         choices=("auto", *_GROUPINGS),
     )
-    granularity: str = option("block", "what leaves: heads and neurons, or the last blocks", choices=("block", "layer"))
+    granularity: str = option(
+        "block",
+        "what leaves: heads and neurons, the last blocks, or hidden channels",
+        choices=("block", "layer", "channel"),
+    )
     ratio: float = option(0.0, "share of every layer in the window; 0: as the sparsity says", ge=0, lt=1)
     scope: str = option(
         "local", "every layer of the window loses the same share, or all units are ranked", choices=("local", "global")
@@ -126,18 +133,20 @@ class LLMPruner(CoupledMethod):
         super().__post_init__()
         if self.rounds > 1 and self.programmed:
             raise OptionError("llm_pruner: rounds need a budget of params, macs or bytes, without uniform")
-        if self.granularity == "layer" and (self.programmed or self.heal != "none" or self.rounds > 1):
-            raise OptionError("llm_pruner: granularity=layer goes with neither heal, rounds, uniform nor such budgets")
+        if self.granularity != "block" and (self.programmed or self.heal != "none" or self.rounds > 1):
+            raise OptionError(
+                f"llm_pruner: granularity={self.granularity} goes with neither heal, rounds, uniform nor such budgets"
+            )
         if self.ratio and self.programmed:
             raise OptionError("llm_pruner: ratio and a budget both say how much stays: give one of them")
 
     @property
     def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("layer",) if self.granularity == "layer" else CoupledMethod.kinds
+        return {"layer": ("layer",), "channel": (HIDDEN,)}.get(self.granularity, CoupledMethod.kinds)
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return _NEEDS.get(self.criterion, ()) if self.granularity == "block" else ()
+        return _NEEDS.get(self.criterion, ()) if self.granularity != "layer" else ()
 
     def partway(self, fraction: float) -> CoupledMethod:
         return dataclasses.replace(self, sparsity=self.sparsity * fraction, ratio=self.ratio * fraction)
@@ -145,6 +154,8 @@ class LLMPruner(CoupledMethod):
     def allocator(self) -> Allocator:
         if self.granularity == "layer":
             return GlobalAllocator(self.sparsity)
+        if self.granularity == "channel":
+            return WidthAllocator(self.ratio or self.sparsity, 0 if self.round_to == 1 else self.round_to)
         heads = _window(self.first, self.last)
         neurons = _window(
             self.first if self.first_mlp < 0 else self.first_mlp, self.last if self.last_mlp < 0 else self.last_mlp
@@ -157,15 +168,18 @@ class LLMPruner(CoupledMethod):
             return -torch.arange(group.units, dtype=torch.float64)
         if self.criterion == "random":
             return random_scores(group.name, self.seed, (group.units,))
-        rows = [self._rows(part) for part in group.parts if part.role != "bias"]
+        return self.together([self.rows(part) for part in group.parts if part.role != "bias"])
+
+    def together(self, rows: Sequence[Tensor]) -> Tensor:
         lanes = min(row_UW.shape[1] for row_UW in rows)
         grouping = "sum" if self.grouping == "auto" else self.grouping
         if self.grouping == "auto" and self.criterion in _POWERS:
             grouping = "mean"
         return _GROUPINGS[grouping](torch.stack([self._folded(row_UW, lanes) for row_UW in rows])).sum(dim=1)
 
-    def _rows(self, part: Part) -> Tensor:
-        """What every channel of a projection that belongs to a unit scores, [units, channels of one] float64."""
+    def rows(self, part: Part) -> Tensor:
+        if self.criterion == "random":
+            return random_scores(f"{part.tensor}.{part.dim}", self.seed, (len(part.index), 1))
         others = [d for d in range(part.weight.dim()) if d != part.dim]
         salience = self._salience(part)
         whole = self.criterion == "vectorize"

@@ -10,8 +10,8 @@ recipe distils from the dense model afterwards.
 
 Source: S. Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation", 2024,
 arXiv:2407.14679; official code NVIDIA/Model-Optimizer. Differs from it: what whole heads leave over of a layer's share
-comes out of its neurons (`fill`); hidden channels stay. Its score of blocks, the sum of 1 - cos(input, output), ranks
-them as `shortgpt` does.
+comes out of its neurons (`fill`); hidden channels have a method of their own, `minitron_hidden`. Its score of blocks,
+the sum of 1 - cos(input, output), ranks them as `shortgpt` does.
 """
 
 from dataclasses import dataclass
