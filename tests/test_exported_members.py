@@ -28,6 +28,7 @@ EXPORTED = [
     "list_methods",
     "load",
     "plan",
+    "pq_index",
     "prune",
     "push",
     "register",

@@ -37,6 +37,7 @@ _HOMES = {
     "register": "secateur.methods",
     "rule": "secateur.structure.trace",
     "Sparsifier": "secateur.train.sparsifier",
+    "pq_index": "secateur.criteria.sparsity",
     "Plan": "secateur.plans",
     "SecateurError": "secateur.errors",
 }
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from secateur.api import Result, anatomy, apply, convert, densities, evaluate, load, plan, prune, push, save, verify
     from secateur.cache import compress_cache, compressed_cache
     from secateur.comparison import compare
+    from secateur.criteria.sparsity import pq_index
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan
