@@ -18,7 +18,7 @@ from typing import Any
 
 import secateur.structure.rules as rules
 from secateur.allocators import describe_allocator, list_allocators
-from secateur.methods import CacheMethod, TrainingMethod, describe, get_method, list_methods
+from secateur.methods import CacheMethod, RoundsMethod, TrainingMethod, describe, get_method, list_methods
 from secateur.structure.trace import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,6 +180,8 @@ def how_to_set(method: dict[str, Any]) -> str:
     printed = f"`secateur describe {name}` prints this list."
     if issubclass(get_method(name), TrainingMethod):
         return f"Arguments of `secateur.Sparsifier`. {printed}"
+    if issubclass(get_method(name), RoundsMethod):
+        return f"Arguments of `secateur.lottery`. {printed}"
     if issubclass(get_method(name), CacheMethod):
         first = next(iter(option for option in method["options"] if option != "sparsity"), "sparsity")
         value = default_text(method["options"][first]["default"])
@@ -190,7 +192,7 @@ def how_to_set(method: dict[str, Any]) -> str:
 def descriptor_table(method: dict[str, Any]) -> str:
     rows = ["| | |", "| --- | --- |"]
     rows += [f"| {label} | {plain(method['descriptor'][key])} |" for key, label in WORDS.items()]
-    if issubclass(get_method(method["name"]), TrainingMethod):
+    if issubclass(get_method(method["name"]), TrainingMethod | RoundsMethod):
         return "\n".join(rows)
     order = "block by block, each one sees what the cut ones before it give" if method["sequential"] else "dense model"
     rows.append(f"| calibration runs on | {order if method['descriptor']['data'] != 'none' else 'nothing'} |")
@@ -212,6 +214,8 @@ def example(method: dict[str, Any]) -> str:
         return channel_example(method)
     if issubclass(get_method(method["name"]), TrainingMethod):
         return training_example(method)
+    if issubclass(get_method(method["name"]), RoundsMethod):
+        return rounds_example(method)
     if issubclass(get_method(method["name"]), CacheMethod):
         return cache_example(method)
     if method["costly"]:
@@ -242,6 +246,40 @@ print(result.model)
 ```
 
 More in [Prune any PyTorch module](../guides/prune-any-module.md)."""
+
+
+def rounds_example(method: dict[str, Any]) -> str:
+    """Two levels of a small network, trained for a few steps."""
+    start = ', start_at="10%", steps=20' if "start_at" in method["options"] else ""
+    return f"""```python
+import torch
+from torch import nn
+
+import secateur as sc
+
+
+def network():
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+
+
+def train(net, run):
+    order = torch.Generator().manual_seed(run.seed)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in run.steps(20):
+        x = torch.randn(8, 16, generator=order)
+        loss = nn.functional.cross_entropy(net(x), x[:, :4].argmax(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {{"loss": loss.item()}}
+
+
+found = sc.lottery(network, train, method="{method["name"]}", levels=2{start}, controls=["reinit"])
+for row in found.rows("loss"):
+    print(row.level, row.branch, row.remaining, row.mean)
+```
+
+More in [Find a lottery ticket](../guides/find-a-lottery-ticket.md)."""
 
 
 def training_example(method: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ EXPORTED = [
     "heal",
     "list_methods",
     "load",
+    "lottery",
     "plan",
     "pq_index",
     "prune",

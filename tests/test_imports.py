@@ -83,6 +83,7 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"methods", "report"},
     "networks": {"methods", "report", "allocate", "observe", "healing", "structure", "plans"},
     "train": {"networks", "methods", "models", "allocate", "observe", "structure", "plans"},
+    "rounds": {"train", "methods", "criteria", "allocate", "structure", "plans"},
     "api": {
         "engine",
         "recovering",

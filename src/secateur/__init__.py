@@ -37,6 +37,7 @@ _HOMES = {
     "register": "secateur.methods",
     "rule": "secateur.structure.trace",
     "Sparsifier": "secateur.train.sparsifier",
+    "lottery": "secateur.rounds",
     "pq_index": "secateur.criteria.sparsity",
     "Plan": "secateur.plans",
     "SecateurError": "secateur.errors",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan
+    from secateur.rounds import lottery
     from secateur.runs.healing import heal
     from secateur.runs.run import run
     from secateur.structure.trace import rule

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.ahead import Task, ahead
 from secateur.errors import CorruptFileError
@@ -287,3 +287,16 @@ def _read_into(file: Any, view: memoryview, path: Path) -> None:
         if not count:
             raise CorruptFileError(f"{path} is cut short: it ended in the middle of a tensor")
         view = view[count:]
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; a tied tensor appears once, under its first name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    seen = {id(t) for t in tensors.values()}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
+            transient = name.rpartition(".")[2] in module._non_persistent_buffers_set
+            if not transient and id(buffer) not in seen:
+                seen.add(id(buffer))
+                tensors[name] = buffer
+    return tensors

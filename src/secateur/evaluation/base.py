@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.errors import UsageError, nearest
 from secateur.report import Metric
@@ -91,16 +91,3 @@ def whole_numbers(what: str, argument: str, known: Sequence[str]) -> dict[str, i
             raise UsageError(f"{what}: {key} must be a whole number of at least 1, got {value!r}")
         found[key] = int(value)
     return found
-
-
-def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tied tensor appears once, under its first name."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
-    seen = {id(t) for t in tensors.values()}
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
-            transient = name.rpartition(".")[2] in module._non_persistent_buffers_set
-            if not transient and id(buffer) not in seen:
-                seen.add(id(buffer))
-                tensors[name] = buffer
-    return tensors

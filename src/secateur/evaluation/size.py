@@ -23,13 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import UsageError
-from secateur.evaluation.base import Inputs, Settings, is_decoder, stored_tensors
+from secateur.evaluation.base import Inputs, Settings, is_decoder
 from secateur.evaluation.runners import open_runner
 from secateur.kinds import is_onnx
 from secateur.models.sources import Source, stored_names
 from secateur.observe.calibration import cached_forward, check_length, evaluating
 from secateur.report import Metric
 from secateur.report.report import BYTES_ON_DISK
+from secateur.tensorfiles import tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -156,7 +157,7 @@ def count_nonzero(model: nn.Module) -> int:
 
 def count_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and of the buffers that a checkpoint keeps, each in its own dtype."""
-    return sum(t.numel() * t.element_size() for t in stored_tensors(model).values())
+    return sum(t.numel() * t.element_size() for t in tensors_of(model).values())
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
@@ -164,7 +165,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     # safetensors orders by alignment, then name, and pads the header to 8 bytes
-    tensors = sorted(stored_tensors(model).items(), key=lambda item: (-item[1].element_size(), item[0]))
+    tensors = sorted(tensors_of(model).items(), key=lambda item: (-item[1].element_size(), item[0]))
     for name, tensor in tensors:
         end = offset + tensor.numel() * tensor.element_size()
         entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from secateur import timing
-from secateur.evaluation.base import Settings, stored_tensors, whole_numbers
+from secateur.evaluation.base import Settings, whole_numbers
 from secateur.observe.calibration import cached_forward, check_length, evaluating
 from secateur.report import Metric
+from secateur.tensorfiles import tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,7 +108,7 @@ class Speed:
 
 def weight_bytes_per_step(model: PreTrainedModel) -> int:
     """Bytes of weights that a decoding step reads: all but an input embedding that nothing else uses."""
-    tensors = stored_tensors(model)
+    tensors = tensors_of(model)
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     table = _untied_embedding(model)
     return total if table is None else total - table.numel() * table.element_size()

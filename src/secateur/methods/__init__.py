@@ -30,6 +30,7 @@ from secateur.methods.during import (
 from secateur.methods.masking import SearchMethod, WeightMethod
 from secateur.methods.presets import Combination, Preset, settled
 from secateur.methods.registry import describe, get_method, list_methods, make_method, register
+from secateur.methods.rounds import Contest, RoundsMethod, TicketMethod
 from secateur.methods.units import (
     CoupledMethod,
     IterativeMethod,
@@ -67,6 +68,7 @@ __all__ = [
     "Adapted",
     "ChannelMethod",
     "Consumer",
+    "Contest",
     "Coupled",
     "CoupledMethod",
     "Descriptor",
@@ -86,6 +88,7 @@ __all__ = [
     "Prompt",
     "Rope",
     "RotationMethod",
+    "RoundsMethod",
     "PolicyMethod",
     "SearchMethod",
     "Seen",
@@ -95,6 +98,7 @@ __all__ = [
     "SublayerMethod",
     "SupernetMethod",
     "Target",
+    "TicketMethod",
     "Trained",
     "TrainingMethod",
     "TrainedMethod",

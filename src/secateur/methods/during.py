@@ -26,7 +26,8 @@ class Trained:
 
     ``mask`` is boolean, True = live; what isn't is zero. ``gradient`` is that of the last batch, of dead weights too;
     ``momentum`` its exponential mean, ``curvature`` the product of the Hessian with it, ``flow`` the synaptic flow.
-    Each is empty for methods that don't need it.
+    Each is empty for methods that don't need it. ``kind`` of the layer: ``convolution``, ``linear``, or ``output`` for
+    the last one, where it is told.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Trained:
     momentum: Tensor = field(default_factory=lambda: torch.empty(0))
     curvature: Tensor = field(default_factory=lambda: torch.empty(0))
     flow: Tensor = field(default_factory=lambda: torch.empty(0))
+    kind: str = ""
 
     def uniform(self, purpose: str) -> Tensor:
         """Numbers in [0, 1) shaped like the weight, which follow from seed, step, name and purpose alone."""

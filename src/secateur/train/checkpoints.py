@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import CorruptFileError, OutputError, PlanError, UnsupportedModelError, UsageError
 from secateur.files import disk_error, output_file
-from secateur.methods import TrainingMethod
+from secateur.methods import RoundsMethod, TrainingMethod
 from secateur.networks.applying import module_fingerprint
 from secateur.plans import Fingerprint, Plan, Provenance, pack_bits, unpack_bits
 from secateur.versions import library_versions
@@ -35,7 +35,9 @@ class State:
     log: list[dict[str, Any]]
 
 
-def plan_of(model: nn.Module, method: TrainingMethod, masks: Mapping[str, Tensor], step: int) -> Plan:
+def plan_of(
+    model: nn.Module, method: TrainingMethod | RoundsMethod, masks: Mapping[str, Tensor], notes: tuple[str, ...]
+) -> Plan:
     """The masks as a plan of the model as it is now."""
     first = next(model.parameters())
     provenance = Provenance(
@@ -45,7 +47,7 @@ def plan_of(model: nn.Module, method: TrainingMethod, masks: Mapping[str, Tensor
         seed=method.seed,
         dtype=str(first.dtype).removeprefix("torch."),
         versions=library_versions(),
-        notes=(f"masks after {step} steps of training: apply the plan to the trained weights",),
+        notes=notes,
     )
     return Plan(provenance=(provenance,), masks={name: mask.cpu() for name, mask in masks.items()})
 

@@ -198,7 +198,8 @@ class Sparsifier:
 
     def plan(self) -> Plan:
         """The masks as they are now as a plan of the model; ``secateur.apply`` lays it on any copy of it."""
-        return checkpoints.plan_of(self.model, self.method, self._masks, self._step)
+        note = f"masks after {self._step} steps of training: apply the plan to the trained weights"
+        return checkpoints.plan_of(self.model, self.method, self._masks, (note,))
 
     def flops(self, *example_inputs: Any, **example_kwargs: Any) -> flops.Flops:
         """Effective operations on these inputs: of inference with the masks as they are, and of training so far."""

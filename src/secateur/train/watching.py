@@ -65,10 +65,8 @@ class Watched:
         self._before = {}
 
     def mask(self, weight: nn.Parameter, mask: Tensor) -> None:
-        """Zero what the optimizer remembers of dead entries: every state that has an entry for each of the weight's."""
-        for value in self.optimizer.state.get(weight, {}).values():
-            if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                value.mul_(mask)
+        """Zero what the optimizer remembers of dead entries."""
+        mask_state(self.optimizer, weight, mask)
 
     def forget(self) -> None:
         """Let gradients and copies go."""
@@ -94,6 +92,13 @@ class Watched:
         self._stepped = True
         if self._looking():
             self._gradients = {id(w): w.grad for w in self._weights if w.grad is not None}
+
+
+def mask_state(optimizer: Optimizer, weight: nn.Parameter, mask: Tensor) -> None:
+    """Zero what an optimizer remembers of dead entries: every state that has an entry for each of the weight's."""
+    for value in optimizer.state.get(weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+            value.mul_(mask)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
