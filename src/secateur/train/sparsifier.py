@@ -353,7 +353,7 @@ class Sparsifier:
             mean.mul_(smoothing).add_(self._gradient(name), alpha=1.0 - smoothing)
 
     def _part(self, name: str, mask: Tensor, step: int) -> Trained:
-        told: dict[str, Tensor] = {}
+        told: dict[str, Any] = {}
         if step and "gradient" in self._needed:
             told["gradient"] = self._gradient(name)
         if step and "momentum" in self._needed:
