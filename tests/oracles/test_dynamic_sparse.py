@@ -10,7 +10,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.methods import Trained, make_method
-from secateur.train.updating import shared_out
+from secateur.train.updating import exchanged, shared_out
 from sparse_training import network, sgd, sparsifier, train
 
 ALIKE = {"distribution": "uniform"}
@@ -112,6 +112,41 @@ def test_sparse_momentum_moves_weights_where_gradients_are_large():
     assert sum(before.values()) == sum(after.values()) and before != after
     fixed = sparsifier(other := network(), sgd(other), "snfs", sparsity=0.8, redistribute=False)
     assert fixed.method.shares({}) is None
+
+
+def test_the_rates_of_sparse_momentum():
+    method = make_method("snfs", {"steps": 400})
+    # the cosine of the official code ends at 0.005, with the training, and numbers are rounded up
+    assert method.rate(0) == 0.5 and method.rate(200) == pytest.approx(0.2525) and method.rate(400) == 0.005
+    assert (
+        method.exchanged(9, 0.3) == 3
+        and make_method("snfs", {"steps": 9, "every": 1, "decay": "constant"}).rate(9) == 0.5
+    )
+
+    def part(name: str, live: int, momentum: float) -> Trained:
+        mask = torch.arange(100) < live
+        # dead weights have a larger one, which is no part of the mean
+        return Trained(name, torch.ones(100), mask, momentum=torch.where(mask, momentum, 9.0))
+
+    parts = {p.name: p for p in (part("a", 90, 3.0), part("b", 90, 1.0), part("c", 50, 3.0), part("d", 100, 3.0))}
+    assert method.shares(parts) == {"a": 3.0, "b": 1.0, "c": 3.0, "d": 3.0}
+    # nearly dense ones that are to grow lose no more than they have free
+    assert method.exchanged_counts(parts, 0.5) == {"a": 9, "b": 45, "c": 25, "d": 0}
+    even = make_method("snfs", {"steps": 400, "redistribute": False, "growth": "gradient"})
+    assert even.exchanged_counts(parts, 0.5) == {"a": 45, "b": 45, "c": 25, "d": 50}
+
+
+def test_layers_are_shared_out_to_by_the_momentum_before_anything_leaves():
+    """The live weights of b have a mean of 4 before, and of 8 once the small one has gone: then b would get both."""
+    weight = {"a": torch.tensor([[4.0, 3.0, 0.0, 0.0, 0.0]]), "b": torch.tensor([[4.0, 1.0, 0.0, 0.0, 0.0]])}
+    momentum = {"a": torch.tensor([[2.0, 2.0, 9.0, 8.0, 7.0]]), "b": torch.tensor([[8.0, 0.0, 7.0, 5.0, 4.0]])}
+    parts = {n: Trained(n, w, w != 0, step=1, momentum=momentum[n]) for n, w in weight.items()}
+    masks, moved = exchanged(
+        make_method("snfs", {"steps": 2, "every": 1, "decay": "constant"}),
+        parts, {n: p.mask for n, p in parts.items()}, {n: w.abs() for n, w in weight.items()}, 1, lambda t: t,
+    )  # fmt: skip
+    assert moved == 2 and masks["a"].tolist() == [[True, False, True, False, False]]
+    assert masks["b"].tolist() == [[True, False, True, False, False]]
 
 
 def test_what_is_shared_out_fits():

@@ -125,6 +125,10 @@ class TrainingMethod(Method):
         """How many of so many live weights that is."""
         return int(live * rate)
 
+    def exchanged_counts(self, parts: Mapping[str, Trained], rate: float) -> Mapping[str, int]:
+        """The same of all layers."""
+        return {name: self.exchanged(int(part.mask.sum()), rate) for name, part in parts.items()}
+
     def score(self, part: Trained) -> Tensor:
         """Score of every weight, shaped like it, higher = keep."""
         return CRITERIA["magnitude"](part)
@@ -134,7 +138,10 @@ class TrainingMethod(Method):
         raise NotImplementedError(f"{type(self).__name__} must define growing() where it has a rate()")
 
     def shares(self, parts: Mapping[str, Trained]) -> Mapping[str, float] | None:
-        """How what has left is shared out among layers, relative numbers; None gives each layer back what it lost."""
+        """How what leaves is shared out among layers, relative numbers; None gives each layer back what it lost.
+
+        Masks are those before anything leaves.
+        """
         return None
 
     def blocks(self) -> Blocks | None:
@@ -262,6 +269,9 @@ class DynamicMethod(ScheduledMethod):
     decay: str = option("cosine", "how that falls until end", choices=("cosine", "constant"))
     growth: str = option("gradient", "what grows first among dead weights", choices=tuple(GROWTHS))
 
+    least: ClassVar[float] = 0.0
+    """What a fraction that falls ends at."""
+
     def needed(self) -> tuple[str, ...]:
         return looks_at(self.growth)
 
@@ -269,7 +279,11 @@ class DynamicMethod(ScheduledMethod):
         return self.distribution
 
     def rate(self, step: int) -> float:
-        falling = Cosine(self.fraction, 0.0, self.last) if self.decay == "cosine" else Constant(self.fraction)
+        falling = (
+            Cosine(self.fraction, min(self.least, self.fraction), self.last)
+            if self.decay == "cosine"
+            else Constant(self.fraction)
+        )
         return falling(step)
 
     def growing(self, part: Trained) -> Tensor:

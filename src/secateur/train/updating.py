@@ -81,7 +81,8 @@ def exchanged(
 ) -> tuple[Masks, int]:
     """(masks with as many live weights, how many of them are others): the lowest leave, others grow."""
     rate = method.rate(step)
-    counts = {name: method.exchanged(int(mask.sum()), rate) for name, mask in masks.items()}
+    now = {name: replace(part, mask=masks[name]) for name, part in parts.items()}
+    counts = method.exchanged_counts(now, rate)
     if not any(counts.values()):
         return masks, 0
     staying = {
@@ -91,7 +92,7 @@ def exchanged(
         for name, mask in masks.items()
     }
     growing = scored(parts, method.growing, reduce, "growth scores")
-    shares = method.shares({name: replace(part, mask=staying[name]) for name, part in parts.items()})
+    shares = method.shares(now)
     if shares is not None:
         room = {name: mask.numel() - int(mask.sum()) for name, mask in staying.items()}
         counts = shared_out(sum(counts.values()), shares, room)
