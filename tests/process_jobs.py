@@ -43,10 +43,10 @@ def interrupt_training() -> None:
 
 
 def _at_step(number: int, sent: int) -> None:
-    from secateur.runs import healing
+    from secateur.runs import states
 
-    healing.SECONDS_BETWEEN_STATES = 0.0
-    finished = healing.StateKeeper.finished
+    states.SECONDS_BETWEEN_STATES = 0.0
+    finished = states.StateKeeper.finished
 
     def signalled(self: Any, curve: Any, state: Any, *, last: bool) -> None:
         if curve.steps == number and sent == signal.SIGINT:
@@ -55,19 +55,19 @@ def _at_step(number: int, sent: int) -> None:
         if curve.steps == number:
             os.kill(os.getpid(), sent)
 
-    healing.StateKeeper.finished = signalled  # type: ignore[method-assign]
+    states.StateKeeper.finished = signalled  # type: ignore[method-assign]
 
 
 def die_in_the_second_stage() -> None:
     """Killed in the middle of the training of the second of several stages."""
-    from secateur.runs import healing
+    from secateur.runs import states
 
-    healing.SECONDS_BETWEEN_STATES = 0.0
-    finished = healing.StateKeeper.finished
+    states.SECONDS_BETWEEN_STATES = 0.0
+    finished = states.StateKeeper.finished
 
     def killed(self: Any, curve: Any, state: Any, *, last: bool) -> None:
         finished(self, curve, state, last=last)
         if "step-2" in str(self._step.path) and curve.steps == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    healing.StateKeeper.finished = killed  # type: ignore[method-assign]
+    states.StateKeeper.finished = killed  # type: ignore[method-assign]

@@ -13,7 +13,8 @@ from secateur.errors import DataError, NonFiniteError, UsageError
 from secateur.evaluation.perplexity import window_losses
 from secateur.healing.recovery import Curve, RecoveryOptions
 from secateur.healing.recovery.capacity import ranks_by_module
-from secateur.healing.recovery.trainer import Keeper, Windows, recover
+from secateur.healing.recovery.trainer import Windows, recover
+from secateur.loop import Keeper
 from secateur.models.decoders import decoder_blocks, is_linear
 from secateur.models.fingerprint import display_name
 from secateur.models.layout import rotated_parts

@@ -18,7 +18,8 @@ from secateur.errors import DataError, MissingExtraError, NonFiniteError, Option
 from secateur.healing.recovery import Curve, RecoveryOptions, parse_recovery, split_heal
 from secateur.healing.recovery.losses import Objective, cross_entropy, divergence, hidden_distance
 from secateur.healing.recovery.trained import STRATEGIES
-from secateur.healing.recovery.trainer import Keeper, Windows, learning_rate, recover, windows_of
+from secateur.healing.recovery.trainer import Windows, learning_rate, recover
+from secateur.loop import Keeper, examples_of
 from secateur.models.decoders import decoder_blocks, is_linear
 from secateur.recovering import layers_left
 from secateur.train.masks import masks_left
@@ -120,7 +121,7 @@ def test_layers_without_a_plan_are_spread_evenly():
 
 def test_the_learning_rate_rises_and_falls():
     options = RecoveryOptions(steps=100, lr=1.0, warmup=0.1)
-    rates = [learning_rate(step, options) for step in range(100)]
+    rates = [learning_rate(options)(step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5)
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 1e-3
@@ -128,11 +129,11 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_a_schedule_that_stays_at_its_peak():
     options = RecoveryOptions(schedule="wsd", steps=200, warmup=0.05, cooldown=0.1, lr=2e-5, floor=0.1)
-    rates = [learning_rate(step, options) for step in (0, 5, 10, 100, 180, 190, 200)]
+    rates = [learning_rate(options)(step) for step in (0, 5, 10, 100, 180, 190, 200)]
     assert rates == pytest.approx([0, 1e-5, 2e-5, 2e-5, 2e-5, 1.1e-5, 2e-6])
     # whatever the stages
     part = RecoveryOptions(schedule="wsd", steps=30, done=170, total=200, warmup=0.05, cooldown=0.1, lr=2e-5, floor=0.1)
-    assert [learning_rate(step, part) for step in (180, 190, 200)] == pytest.approx([2e-5, 1.1e-5, 2e-6])
+    assert [learning_rate(part)(step) for step in (180, 190, 200)] == pytest.approx([2e-5, 1.1e-5, 2e-6])
     with pytest.raises(OptionError, match="170 steps done and 31 more exceed a total of 200"):
         RecoveryOptions(steps=31, done=170, total=200)
 
@@ -148,13 +149,12 @@ def test_stages_of_a_training_are_one_training():
 
 
 def test_every_window_comes_once_before_any_comes_again():
-    options = RecoveryOptions(steps=10, batch=3)
-    seen = torch.cat([windows_of(step, options, 5) for step in range(10)])
+    seen = torch.cat([examples_of(step, 3, 5, seed=0) for step in range(10)])
     for epoch in seen.split(5):
         assert sorted(epoch.tolist()) == [0, 1, 2, 3, 4]
     assert not torch.equal(seen[:5], seen[5:10])
-    assert torch.equal(windows_of(7, options, 5), seen[21:24])
-    assert not torch.equal(torch.cat([windows_of(s, RecoveryOptions(batch=3, seed=1), 5) for s in range(10)]), seen)
+    assert torch.equal(examples_of(7, 3, 5, seed=0), seen[21:24])
+    assert not torch.equal(torch.cat([examples_of(step, 3, 5, seed=1) for step in range(10)]), seen)
 
 
 # what is trained
@@ -415,7 +415,7 @@ def test_a_text_that_is_no_training_alone():
 def test_a_loss_that_is_not_a_number_leaves_the_model_alone():
     model = make_tiny("llama")
     before = weights(model)
-    with pytest.raises(NonFiniteError, match=r"the loss of step \d is NaN or inf: try a lower --lr than 1e\+30"):
+    with pytest.raises(NonFiniteError, match=r"step \d is NaN or inf: try a lower learning rate \(lr\) than 1e\+30"):
         train(model, lr=1e30, clip=0.0, warmup=0.0)
     assert not changed(before, model) and set(weights(model)) == set(before)
 
@@ -448,7 +448,7 @@ def test_mistakes_in_a_sentence(tiny_llama, tiny_tokenizer, make_llama, make_tok
         sc.plan(tiny_llama, tiny_tokenizer, method="magnitude", heal="lora")
 
 
-@pytest.mark.parametrize(("package", "what"), [("peft", "training adapters"), ("accelerate", "recovery training")])
+@pytest.mark.parametrize(("package", "what"), [("peft", "training adapters"), ("accelerate", "training")])
 def test_without_the_extra(package, what, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     model = make_tiny("llama")

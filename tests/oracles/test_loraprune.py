@@ -14,7 +14,8 @@ from secateur.engine.training import _kept_after
 from secateur.errors import BudgetError, DataError, NonFiniteError, OptionError, UsageError
 from secateur.healing.recovery import RecoveryOptions
 from secateur.healing.recovery.shrinking import Shrinking
-from secateur.healing.recovery.trainer import Callback, Windows, recover
+from secateur.healing.recovery.trainer import Windows, recover
+from secateur.loop import Callback
 from secateur.methods import Adapted, make_method
 from secateur.methods.structure.loraprune import cubic, step_of
 from secateur.models.decoders import decoder_anatomy

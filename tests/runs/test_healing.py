@@ -19,7 +19,7 @@ from forking import Forked
 from ranks import run_ranks
 from secateur.errors import OutputError
 from secateur.plans import Plan
-from secateur.runs import healing
+from secateur.runs import healing, states
 from secateur.runs.folder import Journal
 from secateur.runs.signals import Stopped
 
@@ -33,7 +33,7 @@ class Crash(BaseException):
 
 @pytest.fixture(autouse=True)
 def states_after_every_step(monkeypatch) -> None:
-    monkeypatch.setattr(healing, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(states, "SECONDS_BETWEEN_STATES", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_a_run_trains_what_it_has_cut_and_resumes(tiny_checkpoint, tmp_path, mon
         assert torch.equal(model.get_parameter(name) != 0, mask)
     assert all(finding.ok for finding in sc.verify(tmp_path / "whole"))
     # stopped in the second training
-    finished, calls = healing.StateKeeper.finished, [0]
+    finished, calls = states.StateKeeper.finished, [0]
 
     def stop(self, *arguments, **options) -> None:
         calls[0] += 1
@@ -228,7 +228,7 @@ def test_a_run_trains_what_it_has_cut_and_resumes(tiny_checkpoint, tmp_path, mon
         finished(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(healing.StateKeeper, "finished", stop)
+        patch.setattr(states.StateKeeper, "finished", stop)
         with pytest.raises(Stopped, match=r"stopped after step 2 of the training; .* --resume"):
             sc.run({**job, "out": str(tmp_path / "out")})
     sc.run({**job, "out": str(tmp_path / "out")}, resume=True)

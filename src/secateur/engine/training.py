@@ -18,9 +18,9 @@ from secateur.errors import BudgetError, UsageError
 from secateur.healing.recovery import Curve
 from secateur.healing.recovery.shrinking import Shrinking
 from secateur.healing.recovery.trained import targets
-from secateur.healing.recovery.trainer import Keeper as TrainingKeeper
 from secateur.healing.recovery.trainer import Windows, recover
 from secateur.keeping import Decision, Keeper
+from secateur.loop import Keeper as TrainingKeeper
 from secateur.methods import TrainedMethod
 from secateur.structure import Group
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from secateur.errors import CorruptFileError, ModelLoadError, OutputError, SecateurError, UsageError
+from secateur.errors import ModelLoadError, SecateurError, UsageError
 from secateur.files import check_output
 from secateur.healing.recovery import Curve, RecoveryOptions, make_recovery
-from secateur.healing.recovery.trainer import Keeper
 from secateur.models.fingerprint import display_name, fingerprint
 from secateur.models.hub import plain_name
 from secateur.models.loading import load_model
@@ -27,18 +24,15 @@ from secateur.ranks import ALONE, Ranks, join
 from secateur.reading import read_json
 from secateur.recovering import Recovered, Teacher, recover_decoder
 from secateur.report import Metric, Report
-from secateur.runs.folder import RunFolder, StepFolder
+from secateur.runs.folder import RunFolder
 from secateur.runs.kept import hint, kept
 from secateur.runs.pipeline import Progress, StepResult
 from secateur.runs.signals import StopRequest
-from secateur.tensorfiles import read_header, write_tensors
+from secateur.runs.states import StateKeeper, TrainingFolder
 from secateur.versions import library_versions, machine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SECONDS_BETWEEN_STATES = 30.0
-"""A killed run repeats at most so much of its training."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +168,7 @@ def _of_folder(
         chosen = job.teacher(teacher, ranks)
         folder = RunFolder(out, document, resume=resume, overwrite=overwrite, ranks=ranks)
         with kept(folder, resume, ranks) as stop:
-            step = RecoveryFolder(folder.step(1), stop, hint(out))
+            step = TrainingFolder(folder.step(1), stop, hint(out))
             recovered = recover_decoder(
                 model,
                 tokenizer,
@@ -182,7 +176,7 @@ def _of_folder(
                 plans=plans,
                 teacher=chosen,
                 text_field=job.text_field,
-                keeper=StateKeeper(step, ranks),
+                keeper=StateKeeper(step, Curve.from_json, ranks),
                 ranks=ranks,
                 progress=job.progress if ranks.main else lambda *_: None,
             )
@@ -227,7 +221,7 @@ def heal_step(
 ) -> tuple[StepResult, Recovered] | None:
     """Train what a step of a run has written; the first of the ``ranks`` has the result, in a folder of its own."""
     started = time.perf_counter()
-    step = RecoveryFolder(path, stop, hint)
+    step = TrainingFolder(path, stop, hint)
     if result is not None and ranks.size > 1:
         result.plan.save(path / "plan", overwrite=True)
     place = ranks.on_main(lambda: str(result.folder) if result is not None else "")
@@ -241,7 +235,7 @@ def heal_step(
         teacher=teacher,
         source=calibration,
         text_field=text_field,
-        keeper=StateKeeper(step, ranks),
+        keeper=StateKeeper(step, Curve.from_json, ranks),
         ranks=ranks,
         progress=progress,
     )
@@ -255,67 +249,6 @@ def heal_step(
     ranks.meet()
     seconds = {**result.seconds, "heal": time.perf_counter() - started}
     return StepResult(plan.recovered(recovered.record), step.out, plain, {}, seconds), recovered
-
-
-class RecoveryFolder(StepFolder):
-    """The folder of a training: its journal, and in ``state`` where it is."""
-
-    ROOMS = ("state", "out")
-
-    def __init__(self, path: Path, stop: StopRequest, hint: str) -> None:
-        super().__init__(path, stop, hint)
-        stop.piece = "step"
-
-
-class StateKeeper(Keeper):
-    """Keeps the state of a training in a folder, at most ``SECONDS_BETWEEN_STATES`` old, and stops when asked to.
-
-    The first of the ``ranks`` writes; all read. Raises Stopped after a step, once its state is on the disk.
-    """
-
-    def __init__(self, step: RecoveryFolder, ranks: Ranks = ALONE) -> None:
-        self._step, self._ranks = step, ranks
-        # the first step is kept at once: from then on nothing is lost
-        self._last = float("-inf")
-
-    def restored(self) -> tuple[Curve, Mapping[str, Tensor]] | None:
-        # nobody reads while somebody writes
-        self._ranks.meet()
-        if not self._ranks.main:
-            self._step.reopen()
-        finished = self._step.journal.of("trained")
-        if not finished:
-            return None
-        state, curve = self._files(max(finished))
-        try:
-            tensors = {name: stored.read() for name, stored in read_header(state).items()}
-            found = Curve.from_json(curve.read_text(encoding="utf8")), tensors
-        except (OSError, ValueError, CorruptFileError) as error:
-            raise OutputError(f"{self._step.path} is damaged ({error}): remove the run and begin again") from None
-        self._ranks.meet()
-        return found
-
-    def finished(self, curve: Curve, state: Callable[[], Mapping[str, Tensor]], *, last: bool) -> None:
-        stopping = self._ranks.any(self._step.stopping)
-        old = time.monotonic() - self._last >= SECONDS_BETWEEN_STATES
-        if self._ranks.main and (stopping or last or old):
-            self._write(curve, state())
-        if stopping:
-            self._step.check_stop(f"step {curve.steps} of the training", self._ranks)
-
-    def _write(self, curve: Curve, state: Mapping[str, Tensor]) -> None:
-        file, text = self._files(curve.steps)
-        write_tensors(file, state, durable=True)
-        text.write_text(curve.to_json(), encoding="utf8")
-        self._step.add(trained=curve.steps)
-        for older in file.parent.iterdir():
-            if older not in (file, text):
-                older.unlink(missing_ok=True)
-        self._last = time.monotonic()
-
-    def _files(self, steps: int) -> tuple[Path, Path]:
-        room = self._step.path / "state"
-        return room / f"step-{steps:07d}.safetensors", room / f"step-{steps:07d}.json"
 
 
 def _plans_in(source: str | Path) -> list[Plan]:

@@ -47,7 +47,7 @@ class RecoveryOptions:
         "cosine", "behind the warm-up: half a cosine, or (wsd) constant and a linear fall", choices=("cosine", "wsd")
     )
     cooldown: float = option(0.1, "fraction of the steps in which a wsd falls", ge=0, le=1)
-    floor: float = option(0.0, "what a wsd falls to, as a fraction of the peak", ge=0, le=1)
+    floor: float = option(0.0, "what the learning rate falls to, as a fraction of the peak", ge=0, le=1)
     done: int = option(0, "steps of the same training that earlier stages have done", unit="steps", ge=0)
     total: int = option(0, "steps of all stages together; 0: there is one", unit="steps", ge=0)
     decay: float = option(0.0, "weight decay of AdamW", ge=0)

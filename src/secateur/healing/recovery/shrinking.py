@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError
 from secateur.healing.recovery.adapted import Adapted, adapted
-from secateur.healing.recovery.trainer import Callback
+from secateur.loop import Callback
 from secateur.structure import Group, Slices
 
 _TINY = 1e-8

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from secateur.errors import NonFiniteError, UsageError, nearest, require_extra
 from secateur.healing.recovery.options import RecoveryOptions
+from secateur.loop import Callback
 from secateur.rowmasks import clear_masked, pack_rows, unpack_rows
 
 _ADAPTER = "recovery"
 
 
-class Trained:
+class Trained(Callback):
     """The parameters of ``model`` that are trained; the others have no gradient until ``finish``.
 
     ``masks`` are boolean in the shapes of the weights, True = kept.
@@ -38,7 +39,7 @@ class Trained:
         """By name, in the order of the model."""
         return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
-    def mask_gradients(self) -> None:
+    def on_gradients(self, step: int) -> None:
         """Zero the gradients of masked entries, so that neither the norm nor momentum knows of them."""
         for name, packed in self._masks.items():
             gradient = self._model.get_parameter(name).grad
