@@ -16,6 +16,7 @@ BASE |= {"usercode", "timing", "kinds", "latencytable", "options", "rowmasks", "
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
+        "trainer",
         "estimate",
         "networks",
         "runs",
@@ -32,6 +33,20 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "observe",
         "structure",
+        "plans",
+    },
+    "trainer": {
+        "runs",
+        "recipes",
+        "train",
+        "networks",
+        "methods",
+        "models",
+        "evaluation",
+        "healing",
+        "report",
+        "loop",
+        "observe",
         "plans",
     },
     "comparison": {"sweep", "recipes", "methods", "evaluation", "report", "structure", "plans"},

@@ -21,6 +21,7 @@ from secateur.cli import (
     plan,
     prune,
     sweep,
+    train,
     verify,
 )
 from secateur.cli.examples import help_text
@@ -55,6 +56,7 @@ def options(
 app.command("prune", help=help_text("prune"))(prune.prune)
 app.command("estimate", help=help_text("estimate"))(estimate.estimate)
 app.command("heal", help=help_text("heal"))(heal.heal)
+app.command("train", help=help_text("train"))(train.train)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate", help=help_text("evaluate"))(evaluate.evaluate)
 app.command("sweep", help=help_text("sweep"))(sweep.sweep)

@@ -31,6 +31,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Train a pruned model for a while, so that it makes up for what was removed.",
         "secateur heal pruned --teacher smollm2-135m --steps 10 --batch 2 --length 64 --out healed",
     ),
+    "train": (
+        "Train a network sparse, or dense, as a recipe says: data, network, optimizer, masks, evaluation.",
+        "secateur train train.yaml --out trained",
+    ),
     "verify": (
         "Check that a checkpoint is whole and is what its plan says.",
         "secateur verify pruned --base smollm2-135m",

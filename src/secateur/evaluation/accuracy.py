@@ -8,6 +8,7 @@
     accuracy:FILE.parquet                columns image and label; also a folder of such files
     accuracy:NAME                        a data set of the hub, or the folder in which ``datasets`` has saved one
     accuracy:torchvision:NAME?root=DIR   a data set of torchvision that lies in DIR
+    accuracy:sklearn:digits              797 of the 1797 digits of scikit-learn; 1000 are in split=train
 
 Settings follow a question mark, as in ``accuracy:photos?split=val&size=224&limit=1000``: split, image and label
 (columns), root, size, crop, mean, std, batch, limit. Every model sees the same batches, in evaluation mode.

@@ -62,7 +62,8 @@ def save_network(
 
     ``out`` may be a ``.onnx`` or ``.pt2`` file, a module is exported for it on inputs of the plan's shapes; or a
     folder, for the weights (``model.safetensors``, or ``model.onnx``), the plan, the report, with ``html`` drawn as
-    well, and a README that says how to load it. Only an ONNX model that goes to a file does without a plan.
+    well, and a README that says how to load it. An ONNX model that goes to a file, and a module that was trained and
+    not pruned (the report says so), do without a plan.
     ``factory`` names what makes the dense module.
     Raises UsageError, NonFiniteError, OutputError, and MissingExtraError when an exporter is missing.
     """
@@ -74,11 +75,15 @@ def save_network(
         save_onnx(network, out, overwrite=overwrite)
         return Path(out)
     if not isinstance(plan, Plan):
-        raise UsageError("give the plan with plan=: it knows what the network is called with and where it came from")
-    if suffix == ".onnx" and isinstance(network, nn.Module):
+        if report is None or not report.trainings or suffix in FILES:
+            raise UsageError(
+                "give the plan with plan=: it knows what the network is called with and where it came from"
+            )
+        plan = None
+    elif suffix == ".onnx" and isinstance(network, nn.Module):
         save_onnx(_as_onnx(network, plan), out, overwrite=overwrite)
         return Path(out)
-    if suffix == ".pt2":
+    elif suffix == ".pt2":
         _save_program(network, out, plan)
         return Path(out)
     with output_folder(out, overwrite=overwrite) as folder:
@@ -87,16 +92,18 @@ def save_network(
             from safetensors.torch import save_model
 
             save_model(network, str(folder / WEIGHTS))
-            code = _load_module(str(out), factory)
+            code = _load_module(str(out), factory, plan)
         else:
             save_onnx(network, folder / GRAPH)
             code = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{out}/{GRAPH}")\n'
         if report is not None:
             report.output, report.loading = str(out), code
-        readme = card(
-            name, front={}, loading=f"```python\n{code}```\n", base_name=plan.model.name, plans=[plan], report=report
-        )
-        write_documents(folder, [plan], report, readme, html=html)
+        plans = [] if plan is None else [plan]
+        trained = report is not None and report.trainings
+        base_name = report.model if report is not None and trained else plan.model.name if plan is not None else ""
+        loading = f"```python\n{code}```\n"
+        readme = card(name, front={}, loading=loading, base_name=base_name, plans=plans, report=report)
+        write_documents(folder, plans, report, readme, html=html)
         write_manifest(folder)
     return Path(out)
 
@@ -144,11 +151,17 @@ def _save_program(network: Any, out: str | Path, plan: Plan) -> None:
         torch.export.save(_exported(network, plan), path)
 
 
-def _load_module(out: str, factory: str) -> str:
+def _load_module(out: str, factory: str, plan: Plan | None) -> str:
     source, _, name = factory.rpartition(":")
     module = Path(source).stem if is_file(source) else source
     dense = f"{name}()" if factory else "dense"
     first = f"from {module} import {name}  # what makes the dense module\n" if factory else ""
+    if plan is None or not plan.keep:
+        # nothing was cut, and the zeros are among the weights
+        return (
+            f"from safetensors.torch import load_model\n{first}\nmodule = {dense}  # as it was made for training\n"
+            f'load_model(module, "{out}/{WEIGHTS}")\n'
+        )
     return (
         "import secateur as sc\nfrom safetensors.torch import load_model\n"
         f"{first}\n"

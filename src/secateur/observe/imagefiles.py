@@ -23,6 +23,8 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "cls")
 SPLITS = ("test", "validation", "val", "valid", "train")
 """In the order in which one is taken when none is named."""
 
+_DIGITS_TO_TRAIN = 1000
+
 Row = tuple[Any, Any, str]
 """What holds an image, what holds its label, and where it stands, for messages."""
 
@@ -52,13 +54,15 @@ class Rows:
 
 
 def open_rows(source: str, where: Where) -> Rows:
-    """The rows of a source: folder, ``.npz``, ``.parquet``, ``torchvision:CLASS`` or the name of a data set.
+    """The rows of a source: folder, ``.npz``, ``.parquet``, ``torchvision:CLASS``, ``sklearn:digits`` or a data set.
 
     Raises UsageError, DataError or MissingExtraError.
     """
     path = Path(source).expanduser()
     if source.startswith("torchvision:"):
         return _torchvision(source.removeprefix("torchvision:"), where)
+    if source.startswith("sklearn:"):
+        return _sklearn(source.removeprefix("sklearn:"), where)
     if path.suffix == ".npz":
         return _arrays(path, where)
     if path.suffix == ".parquet":
@@ -261,6 +265,25 @@ def _torchvision(name: str, where: Where) -> Rows:
             yield image, label, f"row {number}"
 
     return Rows(len(loaded), take, split)
+
+
+def _sklearn(name: str, where: Where) -> Rows:
+    """The digits that every scikit-learn carries, 8x8 pixels in [0, 1]; 1000 of 1797 in ``train``, drawn once."""
+    if name != "digits":
+        raise UsageError(f"of scikit-learn's data sets there is sklearn:digits, not sklearn:{name}")
+    sklearn = require_extra("sklearn.datasets", "vision", "sklearn:digits")
+    split = _chosen(("test", "train"), where.split, "sklearn:digits")
+    loaded = sklearn.load_digits()
+    order = np.random.RandomState(0).permutation(len(loaded.target))
+    # RandomState's streams are frozen, and so is the split
+    numbers = order[:_DIGITS_TO_TRAIN] if split == "train" else order[_DIGITS_TO_TRAIN:]
+    x, y = (loaded.images[numbers] / 16).astype(np.float32), loaded.target[numbers]
+
+    def take(chosen: Sequence[int] | None) -> Iterator[Row]:
+        for number in range(len(y)) if chosen is None else chosen:
+            yield x[number], y[number], f"row {number}"
+
+    return Rows(len(y), take, split)
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------

@@ -193,6 +193,8 @@ class ImageSource:
         batch, limit = settings.pop("batch", 64), settings.pop("limit", None)
         if example is not None and len(example) == 4:
             settings = {"channels": example[1], "size": (example[2], example[3]), **settings}
+        elif self.source.startswith("sklearn:"):
+            settings = {"mean": (0.0,), "std": (1.0,), **settings}
         elif not self.source.endswith(".npz"):
             settings.setdefault("size", (224, 224))
         rows = open_rows(self.source, self.where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import re
 import statistics
@@ -21,6 +22,8 @@ _MOST_POINTS = 16
 """groups of up to so many units are drawn unit by unit, larger ones as boxes"""
 _WIDE_RANGE = 50.0
 """positive scores that span more than this factor get a logarithmic axis"""
+_SMOOTHED = 0.05
+"""fraction of the steps over which a loss is averaged"""
 _NAMED_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -208,6 +211,13 @@ def _colorbar() -> dict[str, Any]:
         "nticks": 4,
         "outlinewidth": 0,
     }
+
+
+def running_mean(values: Sequence[float]) -> tuple[list[float], int]:
+    """(mean of every value and of those before it, for the eye; of how many at most)."""
+    window = max(1, round(_SMOOTHED * len(values)))
+    sums = [0.0, *itertools.accumulate(values)]
+    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(values) + 1)], window
 
 
 def axis(title: str, **more: Any) -> dict[str, Any]:

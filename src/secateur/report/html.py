@@ -27,6 +27,7 @@ from secateur.report.numbers import (
 from secateur.report.page import facts_table, figure, page, scrolling, table
 from secateur.report.recovery import recovery_section
 from secateur.report.report import Metric, Report
+from secateur.report.training import training_section
 
 _NOTICEABLE = 0.1
 """a change of speed below this fraction is within what repeated measurements scatter"""
@@ -50,6 +51,7 @@ def render(report: Report) -> str:
         _headline(report),
         _cuts(report, charts),
         _scores(report, charts),
+        *(training_section(training, charts) for training in report.trainings),
         *(recovery_section(recovery, charts) for recovery in report.recoveries),
         _comparison(report),
         _samples(report),
@@ -62,7 +64,7 @@ def render(report: Report) -> str:
 
 def _headline(report: Report) -> str:
     numbers = "".join(_big_number(metric) for metric in _headline_metrics(report.metrics))
-    deed = "zeroed" if any(cut.matrices for cut in report.layers) else "removed"
+    deed = "zeroed" if report.trainings or any(cut.matrices for cut in report.layers) else "removed"
     lede = (
         f'<p class="lede"><strong>{escape(report.method)}</strong> {deed} {percent(report.achieved)}'
         f" {_of_what(report)}; asked for: {escape(report.requested)}.</p>"
@@ -79,13 +81,15 @@ def _headline(report: Report) -> str:
 def _of_what(report: Report) -> str:
     if report.groups:
         return f"of the {BUDGET_WORDS[report.options['budget']]}"
+    if report.trainings:
+        return "of the weights that are pruned"
     masked = any(cut.matrices for cut in report.layers)
     return f"of the {'weights' if masked else 'parameters'} of the decoder blocks"
 
 
 def _headline_metrics(metrics: Sequence[Metric]) -> list[Metric]:
     wanted = (
-        lambda m: "perplexity" in m.name.lower(),
+        lambda m: "perplexity" in m.name.lower() or m.name == "accuracy",
         _is_disk,
         lambda m: m.unit.lower() in ("parameters", "params") or m.name.lower() == "parameters",
         lambda m: _is_speed(m) and "decode" in m.name.lower(),

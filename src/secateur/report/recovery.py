@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from secateur.report.charts import INK, KEEP, MUTED, REMOVED, Chart, axis, frame
+from secateur.report.charts import INK, KEEP, MUTED, REMOVED, Chart, axis, frame, running_mean
 from secateur.report.numbers import format_count, format_value, percent
 from secateur.report.page import facts_table, figure, table
-
-_SMOOTHED = 0.05
-"""fraction of the steps over which the loss is averaged for the eye"""
 
 
 def recovery_section(recovery: Mapping[str, Any], charts: dict[str, Any]) -> str:
@@ -94,8 +91,7 @@ def loss_chart(recovery: Mapping[str, Any]) -> Chart:
     """The training loss of every step, faint, and its running mean."""
     losses = recovery["losses"]
     steps = list(range(1, len(losses) + 1))
-    window = max(1, round(_SMOOTHED * len(losses)))
-    means = [sum(losses[max(0, i - window) : i]) / min(i, window) for i in steps]
+    means, window = running_mean(losses)
     hover = "step %{x}: %{y:.4g}<extra></extra>"
     data = [
         {

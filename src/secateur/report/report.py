@@ -93,6 +93,8 @@ class Report:
     """commit of a model of the hub"""
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     """trainings after the cut: how, and the loss and held-out perplexity by step"""
+    trainings: list[dict[str, Any]] = field(default_factory=list)
+    """trainings from a recipe: the recipe, loss, learning rate and sparsity by step, and what was measured"""
     plain: bool | None = None
     """True when stock transformers loads the checkpoint without remote code"""
 

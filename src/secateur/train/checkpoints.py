@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from secateur.versions import library_versions
 FORMAT = 1
 FILE = "sparsifier.safetensors"
 """What the state is called in the checkpoint of a trainer."""
+_ABOUT = "about"
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,35 @@ def read_state(
 
 def write_state(path: str | Path, state: Mapping[str, Any]) -> Path:
     """One safetensors file, all or nothing; an existing one is replaced. Raises OutputError."""
-    tensors = {f"{kind}/{name}": t.contiguous() for kind in ("masks", "momentum") for name, t in state[kind].items()}
-    about = {key: value for key, value in state.items() if key not in ("masks", "momentum")}
+    tensors, about = _parted(state)
     try:
         with output_file(path) as temporary:
-            save_file(tensors, temporary, {"secateur": json.dumps(about)})
+            save_file(tensors, temporary, {"secateur": about})
     except (OSError, SafetensorError) as error:
         raise OutputError(f"can't write {path}: {disk_error(error)}") from None
     return Path(path)
+
+
+def as_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state as tensors alone, for files of tensors that hold other things as well; ``of_tensors`` is the inverse."""
+    tensors, about = _parted(state)
+    return {**tensors, _ABOUT: torch.tensor(list(about.encode()), dtype=torch.uint8)}
+
+
+def of_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state of which ``as_tensors`` made these."""
+    found: dict[str, Any] = {"masks": {}, "momentum": {}}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind in found:
+            found[kind][name] = tensor
+    return {**json.loads(bytes(tensors[_ABOUT].tolist())), **found}
+
+
+def _parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """Tensors by kind and name, and the rest as JSON."""
+    tensors = {f"{kind}/{name}": t.contiguous() for kind in ("masks", "momentum") for name, t in state[kind].items()}
+    return tensors, json.dumps({key: value for key, value in state.items() if key not in ("masks", "momentum")})
 
 
 def read_state_file(path: str | Path) -> dict[str, Any]:

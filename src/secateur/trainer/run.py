@@ -1,0 +1,116 @@
+"""A training that leaves a folder: kept while it goes on, written as a whole at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import UsageError
+from secateur.files import check_output
+from secateur.loop import Progress
+from secateur.models.saving import save_model
+from secateur.networks.applying import module_fingerprint
+from secateur.networks.saving import save_network
+from secateur.ranks import join
+from secateur.report import Report
+from secateur.runs.folder import RunFolder, run_path
+from secateur.runs.kept import hint, kept
+from secateur.runs.states import StateKeeper, TrainingFolder
+from secateur.trainer.curve import TrainingCurve
+from secateur.trainer.examples import load_examples
+from secateur.trainer.networks import Network, open_network
+from secateur.trainer.recipe import TrainRecipe
+from secateur.trainer.result import report_of
+from secateur.trainer.tracking import check_trackers, tracking
+from secateur.trainer.training import Trained, train
+from secateur.versions import library_versions
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What ``run_training`` returns: the trained network in eval mode, what training gave, and the report."""
+
+    network: Network
+    trained: Trained
+    report: Report
+
+
+def run_training(
+    recipe: TrainRecipe,
+    *,
+    out: str | Path | None = None,
+    html: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> TrainedRun:
+    """Train as the recipe says and write the result to ``out``, or to the folder that it names.
+
+    A language model is written as a checkpoint with its plan, any other network as weights with the plan and the
+    lines that load it. A run that was killed or stopped goes on with ``resume`` and gives the same weights. In
+    processes that torchrun has started, all ranks call this together. Raises UsageError, DataError, ModelError,
+    OutputError, MissingExtraError, NonFiniteError, and Stopped (a KeyboardInterrupt) when a signal came.
+    """
+    out = out or recipe.out
+    if out is None:
+        raise UsageError("give a folder for the trained network with --out (out)")
+    check_output(out, overwrite)
+    check_trackers(recipe.track)
+    ranks = join()
+    with ranks.together():
+        network = open_network(recipe, trust_remote_code=trust_remote_code, progress=progress if ranks.main else None)
+        examples = load_examples(recipe, network.module, network.tokenizer)
+        steps = recipe.length(examples.count)
+        if recipe.sparsifier is not None:
+            recipe.sparsifier.made(steps, recipe.seed)
+        document = {
+            # where the result goes, and who watches, changes nothing
+            "training": recipe.model_dump(exclude={"out", "track"}),
+            "network": module_fingerprint(network.module).model_dump(),
+            "data": examples.fingerprint,
+            "versions": library_versions(),
+            "number of ranks": ranks.size,
+        }
+        folder = RunFolder(out, document, resume=resume, overwrite=overwrite, ranks=ranks)
+        with kept(folder, resume, ranks) as stop:
+            step = TrainingFolder(folder.step(1), stop, hint(out))
+            logs = run_path(out).with_suffix(".logs")
+            names = recipe.track if ranks.main else []
+            with tracking(names, Path(out).name, logs, document["training"], recipe.rate(steps)) as watch:
+                trained = train(
+                    network.module,
+                    examples,
+                    recipe,
+                    keeper=StateKeeper(step, TrainingCurve.from_json, ranks),
+                    watch=watch,
+                    ranks=ranks,
+                    progress=progress if ranks.main else lambda *_: None,
+                )
+            stop.defer(False)
+            report = report_of(recipe, network, examples, trained)
+            ranks.on_main(_writing(recipe, network, trained, report, folder, out, html, overwrite))
+    return TrainedRun(network, trained, report)
+
+
+def _writing(
+    recipe: TrainRecipe,
+    network: Network,
+    trained: Trained,
+    report: Report,
+    folder: RunFolder,
+    out: str | Path,
+    html: bool,
+    overwrite: bool,
+) -> Callable[[], None]:
+    def write() -> None:
+        told: dict[str, Any] = {"plan": trained.plan, "report": report, "html": html, "overwrite": overwrite}
+        if recipe.data.text is not None:
+            save_model(network.module, network.tokenizer, out, format=recipe.format, **told)
+        else:
+            save_network(network.module, out, factory=network.factory, **told)
+        folder.remove()
+
+    return write
