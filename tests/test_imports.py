@@ -36,6 +36,8 @@ ALLOWED: dict[str, set[str]] = {
         "plans",
     },
     "trainer": {
+        "rounds",
+        "sweep",
         "runs",
         "recipes",
         "train",

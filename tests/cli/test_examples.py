@@ -18,6 +18,7 @@ data: {images: "sklearn:digits?split=train", test: "sklearn:digits"}
 steps: 4
 sparsifier: {method: gmp, sparsity: 0.5, every: 1}
 """
+LOTTERY = f"{TRAIN.rpartition('sparsifier')[0]}lottery: {{levels: 2, controls: [shuffle]}}\n"
 
 
 @pytest.mark.parametrize("command", HELP)
@@ -40,6 +41,7 @@ def test_examples_are_one_session(cli, tiny_checkpoint, tmp_path, monkeypatch):
     assert sparse.code == 0, sparse.err
     (tmp_path / "sweep.yaml").write_text(SWEEP, encoding="utf8")
     (tmp_path / "train.yaml").write_text(TRAIN, encoding="utf8")
+    (tmp_path / "lottery.yaml").write_text(LOTTERY, encoding="utf8")
     for _, example in HELP.values():
         words = ["./smollm2-135m" if word == "smollm2-135m" else word for word in shlex.split(example)[1:]]
         run = cli(*words)

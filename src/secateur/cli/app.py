@@ -17,6 +17,7 @@ from secateur.cli import (
     heal,
     inspect,
     latency_table,
+    lottery,
     methods,
     plan,
     prune,
@@ -57,6 +58,7 @@ app.command("prune", help=help_text("prune"))(prune.prune)
 app.command("estimate", help=help_text("estimate"))(estimate.estimate)
 app.command("heal", help=help_text("heal"))(heal.heal)
 app.command("train", help=help_text("train"))(train.train)
+app.command("lottery", help=help_text("lottery"))(lottery.lottery)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate", help=help_text("evaluate"))(evaluate.evaluate)
 app.command("sweep", help=help_text("sweep"))(sweep.sweep)

@@ -35,6 +35,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Train a network sparse, or dense, as a recipe says: data, network, optimizer, masks, evaluation.",
         "secateur train train.yaml --out trained",
     ),
+    "lottery": (
+        "Train, prune and rewind a network level by level, and hold its tickets against controls.",
+        "secateur lottery lottery.yaml --workers 1 --out tickets",
+    ),
     "verify": (
         "Check that a checkpoint is whole and is what its plan says.",
         "secateur verify pruned --base smollm2-135m",

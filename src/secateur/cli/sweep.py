@@ -54,7 +54,7 @@ def sweep(
     if folder is None:
         raise UsageError("give a folder for the results with --out")
     _check(asked)
-    job = make_job(asked, folder, trust_remote_code=trust_remote_code, plugins=_absolute(plugin or []))
+    job = make_job(asked, folder, trust_remote_code=trust_remote_code, plugins=absolute(plugin or []))
     journal, finished = open_journal(folder, job, resume=resume, overwrite=overwrite)
     with working(quiet) as progress, resumable(journal, asked):
         pool, notes = _pool(job, asked, workers, address)
@@ -81,8 +81,8 @@ def _check(asked: Sweep) -> None:
         require_extra("optuna", "sweep", "a search")
 
 
-def _absolute(plugins: Sequence[str]) -> tuple[str, ...]:
-    """Workers may stand in another folder than we do."""
+def absolute(plugins: Sequence[str]) -> tuple[str, ...]:
+    """Plugins as workers find them, who may stand in another folder than we do."""
     return tuple(str(Path(plugin).absolute()) if Path(plugin).is_file() else plugin for plugin in plugins)
 
 

@@ -1,4 +1,8 @@
-"""Where points run: one after the other in this process, or on the workers of a Ray."""
+"""Where work is done: one piece after the other in this process, or on the workers of a Ray.
+
+The pieces are the points of a sweep, unless another ``worker`` is named: what makes, of the job, something whose
+``run`` takes the ``point`` of a task and returns an outcome. A job knows its ``device``, ``directory`` and ``plugins``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from secateur.errors import UsageError, require_extra
 from secateur.sweep.axes import Point
 from secateur.sweep.records import Record
-from secateur.sweep.worker import Failure, Job, Worker
+from secateur.sweep.worker import Failure, Worker
 
 if TYPE_CHECKING:
     from secateur.structure import Anatomy
@@ -53,11 +57,11 @@ class Pool(Protocol):
 
 
 class InSequence:
-    """One point after the other, in this process."""
+    """One piece after the other, in this process."""
 
-    def __init__(self, job: Job) -> None:
-        self._worker = Worker(job)
-        self._waiting: deque[Task] = deque()
+    def __init__(self, job: Any, worker: Callable[[Any], Any] = Worker) -> None:
+        self._worker = worker(job)
+        self._waiting: deque[Any] = deque()
 
     def check(self, points: Iterable[Point]) -> None:
         """See ``Worker.check``."""
@@ -89,11 +93,11 @@ class RayPool:
     Raises MissingExtraError without Ray, and UsageError when nothing answers at ``address``.
     """
 
-    def __init__(self, job: Job, size: int, address: str | None = None) -> None:
+    def __init__(self, job: Any, size: int, address: str | None = None, worker: Callable[[Any], Any] = Worker) -> None:
         # Ray sends statistics of its use over the network unless told otherwise
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ray: Any = require_extra("ray", "sweep", "a sweep on several workers")
-        self._job = job
+        self._job, self._kind = job, worker
         self._own = not self._ray.is_initialized()
         if self._own:
             with _own_sigterm():
@@ -147,7 +151,7 @@ class RayPool:
     def _worker(self) -> Any:
         gpus = 1 if self._job.device.startswith("cuda") else 0
         remote = self._ray.remote(num_cpus=1, num_gpus=gpus)(_RayWorker)
-        return remote.remote(self._job, self._threads)
+        return remote.remote(self._job, self._threads, self._kind)
 
 
 @contextmanager
@@ -162,9 +166,9 @@ def _own_sigterm() -> Iterator[None]:
 
 
 class _RayWorker:
-    """A Worker in a process of Ray."""
+    """A worker in a process of Ray."""
 
-    def __init__(self, job: Job, threads: int | None) -> None:
+    def __init__(self, job: Any, threads: int | None, kind: Callable[[Any], Any]) -> None:
         import torch
 
         from secateur.methods.plugins import load_plugin
@@ -175,7 +179,7 @@ class _RayWorker:
             torch.set_num_threads(threads)
         for plugin in job.plugins:
             load_plugin(plugin)
-        self._worker = Worker(job)
+        self._worker = kind(job)
 
-    def run(self, point: Point | None) -> Record | Failure:
+    def run(self, point: Any) -> Any:
         return self._worker.run(point)

@@ -86,8 +86,13 @@ def open_network(recipe: TrainRecipe, *, trust_remote_code: bool = False, progre
     """
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        kind = _language if recipe.data.text is not None else _classifier
-        found = kind(recipe, trust_remote_code, progress)
+        return draw_network(recipe, trust_remote_code=trust_remote_code, progress=progress)
+
+
+def draw_network(recipe: TrainRecipe, *, trust_remote_code: bool = False, progress: Progress | None = None) -> Network:
+    """The same; what is random follows from the random numbers of torch as they are."""
+    kind = _language if recipe.data.text is not None else _classifier
+    found = kind(recipe, trust_remote_code, progress)
     try:
         found.module.float().to(recipe.device)
     except (RuntimeError, AssertionError) as error:

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -45,7 +45,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class _Open(BaseModel):
+class Open(BaseModel):
     """Keys that aren't ours are options of what is named."""
 
     model_config = ConfigDict(extra="allow")
@@ -89,7 +89,7 @@ class DataSpec(_Strict):
         return self
 
 
-class OptimizerSpec(_Open):
+class OptimizerSpec(Open):
     """An optimizer of torch by its name; every other key is its own."""
 
     name: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = "sgd"
@@ -132,7 +132,7 @@ class ScheduleSpec(_Strict):
         return self
 
 
-class SparsifierSpec(_Open):
+class SparsifierSpec(Open):
     """A method that prunes while training or before; every other key is its own."""
 
     method: str
@@ -256,10 +256,18 @@ def make_train_recipe(data: Mapping[str, Any], where: str) -> TrainRecipe:
         raise RecipeError(f"{where} prunes a trained model in several steps: run it with 'secateur prune --recipe'")
     if "lottery" in data:
         raise RecipeError(f"{where} asks for lottery tickets: run it with 'secateur lottery'")
+    return checked_recipe(TrainRecipe, data, where)
+
+
+Asked = TypeVar("Asked", bound=TrainRecipe)
+
+
+def checked_recipe(kind: type[Asked], data: Mapping[str, Any], where: str) -> Asked:
+    """A recipe of this kind from plain values. Raises UsageError with the place."""
     try:
-        recipe = TrainRecipe.model_validate(data)
+        recipe = kind.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {explain(error.errors()[0], SPECS)}") from None
+        raise RecipeError(f"{where}: {explain(error.errors()[0], SPECS | {'': kind})}") from None
     try:
         recipe.check()
     except UsageError as error:

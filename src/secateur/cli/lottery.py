@@ -1,0 +1,119 @@
+"""``secateur lottery``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from secateur.cli.options import (
+    ComputeDevice,
+    Json,
+    Overwrite,
+    Plugins,
+    Quiet,
+    TrustRemoteCode,
+    check_resume,
+    load_plugins,
+)
+from secateur.cli.output import print_json, show, show_notes, working
+from secateur.cli.prune import given
+from secateur.cli.sweep import DEFAULT_WORKERS, absolute
+from secateur.errors import UsageError
+
+if TYPE_CHECKING:
+    from secateur.sweep.pools import Pool
+    from secateur.trainer.lottery import LotteryJob, LotteryWorker
+
+
+def lottery(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe of a training with the key 'lottery'.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for levels and results (default: the recipe's).")
+    ] = None,
+    device: ComputeDevice = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDR", help="Ray cluster to use (default: a Ray on this machine).")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help=f"Processes that train at the same time (default {DEFAULT_WORKERS}, or one per GPU); 1 without "
+            "--address trains in sequence and without Ray.",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the lottery in the folder.")] = False,
+    overwrite: Overwrite = False,
+    plugin: Plugins = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    check_resume(resume, overwrite)
+    load_plugins(plugin)
+    from secateur.trainer.lottery import (
+        LotteryWorker,
+        check_complete,
+        check_folder,
+        load_lottery_recipe,
+        make_job,
+        open_folder,
+        run_lottery,
+    )
+    from secateur.trainer.lotteryresults import columns, document, write_results
+
+    asked = load_lottery_recipe(recipe, **given({"device": device}))
+    folder = out or (Path(asked.out) if asked.out else None)
+    if folder is None:
+        raise UsageError("give a folder for levels and results with --out (out)")
+    job = make_job(asked, folder, plugins=absolute(plugin or []), trust_remote_code=trust_remote_code)
+    worker = LotteryWorker(job)
+    with working(quiet) as progress:
+        check_folder(folder, resume=resume, overwrite=overwrite)
+        worker.check()
+        open_folder(asked, folder, resume=resume, overwrite=overwrite)
+        pool, notes = _pool(job, worker, workers, address)
+        try:
+            found = run_lottery(asked, pool, worker, progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; trainings that are done are in {folder}: --resume goes on with the rest"
+            ) from None
+        finally:
+            pool.close()
+    found.notes[:0] = notes
+    show_notes([*found.notes, *write_results(found, folder)], quiet)
+    if json:
+        print_json({"output": str(folder), **document(found)})
+    elif found.entries:
+        from secateur.report.tables import rows_table
+
+        show(rows_table(*columns(found)), f"masks, results and lottery.html are in {folder}")
+    check_complete(found)
+
+
+def _pool(job: LotteryJob, own: LotteryWorker, workers: int | None, address: str | None) -> tuple[Pool, list[str]]:
+    """Where trainings run, and what to say about it. Raises UsageError when nothing answers at ``address``."""
+    from secateur.sweep.pools import InSequence, RayPool
+    from secateur.trainer.lottery import LotteryWorker as Kind
+
+    if workers == 1 and address is None:
+        return InSequence(job, lambda job: own), []
+    if address is None and importlib.util.find_spec("ray") is None:
+        note = "Ray is not installed, so the trainings ran in sequence: pip install 'secateur[sweep]'"
+        return InSequence(job, lambda job: own), [note]
+    return RayPool(job, workers or _default_workers(job), address, Kind), []
+
+
+def _default_workers(job: LotteryJob) -> int:
+    if job.device.startswith("cuda"):
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    from secateur.trainer.lottery import trials_of
+
+    return max(1, min(DEFAULT_WORKERS, len(trials_of(job.recipe.lottery))))
