@@ -56,11 +56,15 @@ class Call:
             self.warned.add(message)
             warnings.warn(message, stacklevel=2)
 
+    def hidden(self) -> Tensor | None:
+        """The input of the attention, [B, T, hidden]; None where the module isn't called with one of that name."""
+        return self.arguments.get("hidden_states")
+
     def positions(self, batch: int, tokens: int, device: torch.device) -> Tensor:
-        """Positions of the rotary embedding, [B, S] int64."""
+        """Positions of the rotary embedding of the last ``tokens`` of the text, [B, T] int64."""
         given = self.arguments.get("position_ids")
         if given is None or given.dim() != 2:
-            given = torch.arange(tokens, device=device)[None]
+            given = torch.arange(self.layer.seen - tokens, self.layer.seen, device=device)[None]
         return given.to(device).expand(batch, -1)
 
     def reader(self) -> Tensor | None:
@@ -192,7 +196,8 @@ def _hooks(
         if not isinstance(layer, CompressedLayer):
             return
         config: Any = module.config
-        call = Call(module, layer, config._attn_implementation, kwargs, rotary, cache.warned)
+        arguments = kwargs if "hidden_states" in kwargs or not args else {**kwargs, "hidden_states": args[0]}
+        call = Call(module, layer, config._attn_implementation, arguments, rotary, cache.warned)
         base_attention(module, call.implementation)
         layer.call = call
         config._attn_implementation_internal = IMPLEMENTATION

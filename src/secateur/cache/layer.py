@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from secateur.cache.attention import Visible, left_padding, mixed_attention
+from secateur.cache.eviction import Eviction
 from secateur.cache.rows import BitmapRows, DenseRows, Rows, ThinRows
 from secateur.cache.store import Store
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
@@ -44,8 +44,8 @@ class CompressedLayer(DynamicLayer):
     """One layer: ``keys`` and ``values`` [B, K, t, E] are the dense tail, ``store`` holds the rows before it.
 
     ``kept`` [B, K, rows] int32 are the positions of the first rows of the tail where tokens were evicted; those behind
-    them follow each other up to ``seen``, the number of tokens that the layer was given. ``padding`` counts the rows of
-    every sequence that are padding, at its beginning.
+    them follow each other up to ``seen``, the number of tokens that the layer was given. Some of the first ``settled``
+    ones may be gone. ``padding`` counts the rows of every sequence that are padding, at its beginning.
     """
 
     keys: Any  # tensors once there is something; the base class says that they may be None
@@ -61,6 +61,8 @@ class CompressedLayer(DynamicLayer):
         self.kept: Tensor | None = None
         self.seen = 0
         self.prompt = 0
+        self.settled = 0
+        self.eviction = Eviction(self.steps.tokens) if self.steps.tokens is not None else None
         self.padding: list[int] = []
         self.cut: list[int] = []
         self.call: Call | None = None
@@ -92,11 +94,14 @@ class CompressedLayer(DynamicLayer):
         if limit <= 0:
             self.reset()
             return
-        if self.evicted and limit < self.prompt:
+        if self.evicted and limit < self.settled:
+            whose = "of the prompt " if self.settled == self.prompt else ""
             raise UsageError(
-                f"tokens of the prompt were evicted, so that at most the {self.seen - self.prompt} tokens that came"
-                f" after it can be cropped, got {-tokens_to_remove}"
+                f"tokens {whose}were evicted, so that at most the {self.seen - self.settled} tokens that came"
+                f" after that can be cropped, got {-tokens_to_remove}"
             )
+        if self.eviction is not None:
+            self.eviction.crop(-tokens_to_remove)
         own = self.keys.shape[2] - (self.kept.shape[2] if self.kept is not None else 0)
         leaving = min(-tokens_to_remove, own)
         stay = self.keys.shape[2] - leaving
@@ -123,12 +128,14 @@ class CompressedLayer(DynamicLayer):
         self.store = None if self.store is None else self.store.batch(indices)
         self.padding = [self.padding[i] for i in indices.tolist()] if self.padding else []
         self.cut = [self.cut[i] for i in indices.tolist()] if self.cut else []
+        if self.eviction is not None:
+            self.eviction.select(here)
 
     # -- what it holds ---------------------------------------------------------------------------------------------
 
     @property
     def evicted(self) -> bool:
-        """Whether tokens of the prompt are gone."""
+        """Whether tokens are gone."""
         return self.kept is not None or (self.store is not None and self.store.positions is not None)
 
     def _rows(self) -> int:
@@ -148,7 +155,8 @@ class CompressedLayer(DynamicLayer):
             return {}
         held: dict[str, Tensor] = {"tail.keys": self.keys, "tail.values": self.values}
         held |= {} if self.kept is None else {"tail.positions": self.kept}
-        return held | {f"store.{n}": t for n, t in (self.store.tensors() if self.store else {}).items()}
+        held |= {f"store.{n}": t for n, t in (self.store.tensors() if self.store else {}).items()}
+        return held | (self.eviction.tensors() if self.eviction is not None else {})
 
     # -- attention -------------------------------------------------------------------------------------------------
 
@@ -163,21 +171,25 @@ class CompressedLayer(DynamicLayer):
                     self.compress(query, mask, call, arguments)
             return out
         visible = Visible(mask, query.shape[2], self.seen)
+        keys = self.keys if self.eviction is None else self.eviction.placed_keys(self)
         # flash kernels mask padding of rectangles that begin with it, and not of what was evicted
         if self.store is not None or (call.is_flash and self.kept is not None and mask is not None):
             _refuse_extras(call, arguments)
-            tail, scaling = (self.keys, self.values), _scaling(query, arguments)
+            tail, scaling = (keys, self.values), scaling_of(query, arguments)
             softcap = arguments.get("softcap")
             out = mixed_attention(query, self.store, tail, self.tail_positions(), visible, scaling, softcap), None
         else:
-            out = self._attend_dense(query, visible, call, arguments)
+            out = self._attend_dense(query, keys, visible, call, arguments)
+        if self.eviction is not None and self.eviction.method.every:
+            with torch.no_grad():
+                self.eviction.again(self, query, call, arguments)
         if self.steps.elements is not None:
             with torch.no_grad():
                 self._prune_elements(self.steps.elements)
         return out
 
     def _attend_dense(
-        self, query: Tensor, visible: Visible, call: Call, arguments: dict[str, Any]
+        self, query: Tensor, keys: Tensor, visible: Visible, call: Call, arguments: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         mask = visible.mask
         if self.kept is not None:
@@ -186,7 +198,7 @@ class CompressedLayer(DynamicLayer):
             mask = None if whole else visible.at(self.tail_positions())
             if mask is not None:
                 mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
-        return call.base(call.module, query, self.keys, self.values, mask, **arguments)
+        return call.base(call.module, query, keys, self.values, mask, **arguments)
 
     # -- at the end of the prompt ----------------------------------------------------------------------------------
 
@@ -205,74 +217,19 @@ class CompressedLayer(DynamicLayer):
             values=self.values,
             queries=query,
             positions=call.positions(batch, tokens, self.keys.device),
-            scaling=_scaling(query, arguments),
+            scaling=scaling_of(query, arguments),
             softcap=arguments.get("softcap"),
-            rope=call.rope() if self.steps.tokens is not None and self.steps.tokens.needs_rope else None,
+            rope=call.rope() if self.eviction is not None and self.eviction.method.needs_rope else None,
             reader=call.reader(),
+            hidden=call.hidden(),
         )
-        if self.steps.tokens is not None:
-            self._evict(self.steps.tokens, prompt)
+        if self.eviction is not None:
+            self.eviction.at_the_end(self, prompt)
         if self.steps.channels is not None:
             self._thin(self.steps.channels, prompt, padding or [0] * batch)
         if self.steps.elements is not None:
             self._start_elements(self.steps.elements)
             self._prune_elements(self.steps.elements)
-
-    def _parts(self, prompt: Prompt) -> Iterator[tuple[slice, int, Prompt]]:
-        """The batch as a whole where nothing is padded, or one sequence after the other."""
-        if not any(self.padding):
-            yield slice(None), 0, prompt
-            return
-        for b, padding in enumerate(self.padding):
-            yield slice(b, b + 1), padding, prompt.sample(b, padding)
-
-    def _evict(self, method: EvictionMethod, prompt: Prompt) -> None:
-        keys = prompt.keys
-        keep = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
-        for sequences, padding, part in self._parts(prompt):
-            if part.tokens <= method.protected:
-                self._warn_short(method, part.tokens)
-                keep[sequences, :, padding:] = True
-                continue
-            chosen = method.keep(part)
-            keep[sequences, :, padding:] = chosen
-            moved = method.moved_keys(part, chosen)
-            if moved is not part.keys:
-                keys = keys.clone() if keys is prompt.keys else keys
-                keys[sequences, :, padding:] = moved.to(keys.dtype)
-        if bool(keep.all()):
-            return
-        self._level(keep)
-        self._gather(keys, keep)
-
-    def _level(self, keep: Tensor) -> None:
-        """Keep padding of shorter sequences, so that all of a batch are equally long again, if that is enough."""
-        counts = keep.sum(dim=-1)
-        longest = int(counts.max())
-        missing = [longest - int(count) for count in counts[:, 0]]
-        if not bool((counts == counts[:, :1]).all()) or any(m > p for m, p in zip(missing, self.padding, strict=True)):
-            self.padding = [0] * len(self.padding)
-            return
-        for b, (count, padding) in enumerate(zip(missing, self.padding, strict=True)):
-            keep[b, :, padding - count : padding] = True
-        self.padding = missing
-
-    def _gather(self, keys: Tensor, keep: Tensor) -> None:
-        lengths = keep.sum(dim=-1).cpu()
-        positions = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device).expand_as(keep)[keep]
-        store = Store(lengths, DenseRows(keys[keep]), DenseRows(self.values[keep]), positions)
-        batch, heads, _, width = keys.shape
-        if store.is_ragged:
-            self.store = store
-            self.keys, self.values = (
-                keys.new_empty(batch, heads, 0, width),
-                self.values.new_empty(batch, heads, 0, self.values.shape[-1]),
-            )
-            self.kept = None
-            return
-        shape = (batch, heads, store.rows)
-        self.keys, self.values = _dense(store.keys).view(*shape, -1), _dense(store.values).view(*shape, -1)
-        self.kept = positions.view(shape)
 
     def _as_store(self, recent: int) -> tuple[Store, Tensor]:
         """All rows as a store, and which of them are not among the last ``recent`` of their segment, [N] bool."""
@@ -304,7 +261,7 @@ class CompressedLayer(DynamicLayer):
         recent = min(method.recent, self._shortest())
         store, older = self._as_store(recent)
         if not bool(older.any()):
-            self._warn_short(method, prompt.tokens)
+            self.warn_short(method, prompt.tokens)
             return
         channels = self._channels(method, prompt, padding, store)
         keys, values = _dense(store.keys)[older], _dense(store.values)[older]
@@ -336,7 +293,7 @@ class CompressedLayer(DynamicLayer):
             start += length
         return torch.stack(found)
 
-    def _warn_short(self, method: CacheMethod, tokens: int) -> None:
+    def warn_short(self, method: CacheMethod, tokens: int) -> None:
         if self.call is not None:
             self.call.warn_once(f"{method.name} leaves a prompt of {tokens} tokens as it is: its window is as long")
 
@@ -423,7 +380,8 @@ def _encoded(method: CacheElementMethod, rows: Tensor, side: str) -> Rows:
     return BitmapRows.encode(rows) if method.side_sparsity(side) > 0 else DenseRows(rows.clone())
 
 
-def _scaling(query: Tensor, arguments: dict[str, Any]) -> float:
+def scaling_of(query: Tensor, arguments: dict[str, Any]) -> float:
+    """The factor of the logits that the model's attention is called with."""
     given = arguments.get("scaling")
     return query.shape[-1] ** -0.5 if given is None else given
 

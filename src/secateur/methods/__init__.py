@@ -7,6 +7,7 @@ lazy: a name resolves to a module the first time it is asked for.
 from secateur.healing.recovery.adapted import Adapted
 from secateur.methods.base import Method, check_for_decoders
 from secateur.methods.caching import (
+    BudgetMethod,
     CacheChannelMethod,
     CacheElementMethod,
     CacheMethod,
@@ -62,6 +63,7 @@ __all__ = [
     "Combination",
     "Preset",
     "settled",
+    "BudgetMethod",
     "CacheChannelMethod",
     "CacheElementMethod",
     "CacheMethod",

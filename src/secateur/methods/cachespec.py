@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from secateur.errors import OptionError, UsageError
-from secateur.methods.caching import CacheMethod, EvictionMethod, WrapperMethod
+from secateur.methods.caching import BudgetMethod, CacheMethod, EvictionMethod, WrapperMethod
 from secateur.methods.registry import get_method, list_methods, make_method
 from secateur.options import parse_named
 
@@ -38,6 +38,13 @@ def parse_cache_spec(spec: str) -> tuple[CacheMethod, ...]:
     if {"channels", "elements"} <= set(stages):
         raise UsageError(
             f"{stages['channels']} and {stages['elements']} are alternatives: take one of them, got '{spec}'"
+        )
+    lasting = next((m.name for m in methods if isinstance(m, EvictionMethod) and m.every), None)
+    if lasting and len(methods) > 1:
+        other = next(m for m in methods if m.name != lasting)
+        raise UsageError(
+            f"{lasting} evicts while the model decodes, from rows that are whole, and {other.name} removes"
+            f" {other.stage} of them: take one of them, got '{spec}'"
         )
     return tuple(sorted(methods, key=lambda m: STAGES.index(m.stage)))
 
@@ -72,12 +79,14 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     head, inner, tail = _parentheses(text)
     name, options = _read(head + tail)
     if inner is None:
+        _check_budget(name, options, options, text)
         return name, options
     if not issubclass(get_method(name), WrapperMethod):
         raise UsageError(f"{name} wraps no other method, got '{text.strip()}'")
     if "of" in options:
         raise UsageError(f"say once what {name} wraps, got '{text.strip()}'")
     inside, theirs = _parse(inner)
+    _check_budget(inside, theirs, options, text)
     if "sparsity" in theirs and "sparsity" in options:
         raise UsageError(f"say the sparsity once, inside the parentheses or behind them, got '{text.strip()}'")
     if "sparsity" in theirs:
@@ -86,6 +95,12 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     listed = ",".join(f"{key}={value}" for key, value in theirs.items())
     options["of"] = (f"{inside}({of})" if of else inside) + (f":{listed}" if listed else "")
     return name, options
+
+
+def _check_budget(name: str, theirs: dict[str, Any], options: dict[str, Any], text: str) -> None:
+    """A number of tokens and a fraction say two things; ``options`` are those of the outermost method."""
+    if "sparsity" in options and theirs.get("budget", "0") != "0" and issubclass(get_method(name), BudgetMethod):
+        raise UsageError(f"say what {name} keeps once, as a budget or as a sparsity, got '{text.strip()}'")
 
 
 def _read(text: str) -> tuple[str, dict[str, Any]]:

@@ -1,8 +1,8 @@
 """The contract between a KV cache and the methods that make it smaller.
 
 A method looks at one layer's attention at the end of a prompt, and says which tokens, channels or elements stay. It
-sees sequences without padding, all of the same length; the cache owns layers, padding, storage and everything that
-comes after the prompt.
+sees sequences without padding, all of the same length; the cache owns layers, padding and storage. Tokens may leave
+again while the model decodes: the method then sees what is left of the text in the same words.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.criteria.attention import causal_attention, per_kv_head
-from secateur.errors import UnsupportedModelError
+from secateur.errors import OptionError, UnsupportedModelError
 from secateur.methods.base import Method
 from secateur.options import option
 
-# Shapes: B sequences, S tokens of the prompt, H query heads, K key-value heads (H = K * G), E head dimension, R rotated
-# channels of a head, W queries of a window.
+# Shapes: B sequences, S tokens of the prompt (or what is left of the text), H query heads, K key-value heads
+# (H = K * G), E head dimension, R rotated channels of a head, W queries of a window.
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,13 @@ class Prompt:
     """What the attention of one layer saw of a prompt; sequences of one length, without padding.
 
     ``keys`` and ``values`` are [B, K, S, E], keys and ``queries`` [B, H, S, E] after the rotary embedding, in the
-    model's dtype. ``positions`` [B, S] are those of the rotary embedding. ``reader`` is the weight that reads the
-    heads, [hidden, H * E]. Logits are ``scaling`` * q.k, squeezed by ``softcap`` where the model does so.
+    model's dtype. ``positions`` [B, S] are those of the queries in the rotary embedding. ``reader`` is the weight that
+    reads the heads, [hidden, H * E]; ``hidden`` [B, S, hidden] is the input of the attention. Logits are ``scaling`` *
+    q.k, squeezed by ``softcap`` where the model does so.
+
+    While the model decodes, S are the tokens that are left of the text, of which ``places`` [B, K, S] int64 are the
+    positions; queries, their positions and the hidden states are those of the last W tokens alone. ``carried``
+    [B, K, S] float32 is what the method has made of every token so far (``EvictionMethod.carry``).
     """
 
     layer: int
@@ -77,10 +82,19 @@ class Prompt:
     softcap: float | None = None
     rope: Rope | None = None
     reader: Tensor | None = None
+    hidden: Tensor | None = None
+    places: Tensor | None = None
+    carried: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         return self.keys.shape[2]
+
+    def ages(self) -> Tensor:
+        """How many tokens of the text have seen every token, itself included, [S] or [B, K, S] int64."""
+        if self.places is None:
+            return torch.arange(self.tokens, 0, -1, device=self.keys.device)
+        return self.places[..., -1:] + 1 - self.places
 
     def attention(self, last: int) -> Tensor:
         """Attention probabilities of the ``last`` queries, [B, H, W, S] float32, causal within the window."""
@@ -88,10 +102,12 @@ class Prompt:
 
     def attention_in_parts(self, rows: int = 256) -> Iterator[Tensor]:
         """Attention probabilities of all queries, some rows at a time, so that memory stays linear in the prompt."""
-        for start in range(0, self.tokens, rows):
-            stop = min(start + rows, self.tokens)
-            seen = causal_attention(self.queries[:, :, start:stop], self.keys[:, :, :stop], self.scaling, self.softcap)
-            yield F.pad(seen, (0, self.tokens - stop))
+        count = self.queries.shape[2]
+        for start in range(0, count, rows):
+            stop = min(start + rows, count)
+            seen = self.tokens - count + stop
+            part = causal_attention(self.queries[:, :, start:stop], self.keys[:, :, :seen], self.scaling, self.softcap)
+            yield F.pad(part, (0, self.tokens - seen))
 
     def per_kv_head(self, x_BHx: Tensor) -> Tensor:
         """Mean over the query heads of every key-value head: [B, H, ...] → [B, K, ...]."""
@@ -115,15 +131,18 @@ class Prompt:
             )
         return self.reader.float().mT.reshape(heads, width, -1)
 
-    def sample(self, index: int, padding: int) -> Prompt:
-        """One sequence of a batch without the padding on its left."""
-        one = slice(index, index + 1)
+    def sample(self, index: int, padding: int, unread: int | None = None) -> Prompt:
+        """One sequence of a batch without the padding on its left, of keys and (``unread``, if not as many) queries."""
+        one, read = slice(index, index + 1), slice(padding if unread is None else unread, None)
         return replace(
             self,
             keys=self.keys[one, :, padding:],
             values=self.values[one, :, padding:],
-            queries=self.queries[one, :, padding:],
-            positions=self.positions[one, padding:],
+            queries=self.queries[one, :, read],
+            positions=self.positions[one, read],
+            hidden=None if self.hidden is None else self.hidden[one, read],
+            places=None if self.places is None else self.places[one, :, padding:],
+            carried=None if self.carried is None else self.carried[one, :, padding:],
         )
 
     def head(self, index: int) -> Prompt:
@@ -184,10 +203,32 @@ class EvictionMethod(CacheMethod):
     stage: ClassVar[str] = "tokens"
     local: ClassVar[bool] = False
     """Whether keys and values of the candidates are all that is looked at, so that any of them can be scored again."""
+    again: ClassVar[bool] = True
+    """Whether what is left of a text can be cut again, to any number of tokens, the same for all heads."""
 
     @property
     def is_identity(self) -> bool:
         return self.sparsity == 0
+
+    @property
+    def every(self) -> int:
+        """Tokens of the text after which tokens leave again while the model decodes; 0 where those that stay, stay."""
+        return 0
+
+    @property
+    def sums(self) -> bool:
+        """Whether later tokens change what is carried of a token, so that they can't be taken back."""
+        return False
+
+    @property
+    def remembered(self) -> int:
+        """How many last queries are looked at when tokens leave while decoding, beyond those just read."""
+        return 0
+
+    @property
+    def closes_gaps(self) -> bool:
+        """Whether keys are turned, whenever they are attended to, as if nothing had been between those that stay."""
+        return False
 
     @property
     def protected(self) -> int:
@@ -211,9 +252,41 @@ class EvictionMethod(CacheMethod):
         """Which tokens stay, [B, K, S] bool; heads may keep different numbers."""
         return top(self.score(prompt), self.kept(prompt))
 
+    def keep_again(self, left: Prompt) -> Tensor:
+        """Which of the tokens that are left stay while the model decodes, [B, K, S] bool."""
+        return self.keep(left)
+
+    def carry(self, read: Prompt) -> Tensor | None:
+        """What is kept of every token beside keys and values, [B, K, S] float32; None where nothing is.
+
+        ``read.carried`` is what was kept before the last W tokens came, [B, K, S - W], None before the prompt.
+        """
+        return None
+
     def moved_keys(self, prompt: Prompt, keep: Tensor) -> Tensor:
         """The keys as they are stored, [B, K, S, E]; only what ``keep`` marks is looked at."""
         return prompt.keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetMethod(EvictionMethod):
+    """Keeps a number of tokens, whatever the length of the text: one leaves for every one that comes."""
+
+    budget: int = option(
+        0, "tokens that every head keeps, of the prompt and while decoding (0: sparsity, of the prompt alone)",
+        unit="tokens", ge=0,
+    )  # fmt: skip
+
+    @property
+    def is_identity(self) -> bool:
+        return self.budget == 0 and self.sparsity == 0
+
+    @property
+    def every(self) -> int:
+        return 1 if self.budget else 0
+
+    def kept(self, prompt: Prompt) -> int:
+        return min(prompt.tokens, self.budget) if self.budget else super().kept(prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +294,9 @@ class WrapperMethod(EvictionMethod):
     """Changes how another method's scores become kept tokens; ``of`` names that method, with its options."""
 
     of: str = option("snapkv", "method that gives the scores, with its options (snapkv:window=32)")
+
+    of_budgets: ClassVar[bool] = False
+    """Whether it wraps methods by which tokens leave while decoding."""
 
     @cached_property
     def inner(self) -> EvictionMethod:
@@ -231,7 +307,15 @@ class WrapperMethod(EvictionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.inner
+        if self.inner.every and not self.of_budgets:
+            raise OptionError(
+                f"{self.name}: of must be a method that removes tokens of the prompt alone, got '{self.of}'; behind it,"
+                " decoding(...) keeps a budget"
+            )
+
+    @property
+    def is_identity(self) -> bool:
+        return self.inner.is_identity
 
     @property
     def protected(self) -> int:
@@ -246,6 +330,13 @@ class WrapperMethod(EvictionMethod):
 
     def kept(self, prompt: Prompt) -> int:
         return self.inner.kept(prompt)
+
+    def carry(self, read: Prompt) -> Tensor | None:
+        return self.inner.carry(read)
+
+    @property
+    def sums(self) -> bool:
+        return self.inner.sums
 
     def moved_keys(self, prompt: Prompt, keep: Tensor) -> Tensor:
         return self.inner.moved_keys(prompt, keep)

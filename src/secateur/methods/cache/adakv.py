@@ -24,6 +24,7 @@ class AdaKV(WrapperMethod):
 
     safeguard: float = option(0.2, "fraction of its even share that every head keeps for sure", ge=0, le=1)
 
+    again: ClassVar[bool] = False
     descriptor: ClassVar = Descriptor(
         object="kv_cache", granularity="token", when="inference", score="attention", allocation="by_head", data="none",
         speedup="memory_only",

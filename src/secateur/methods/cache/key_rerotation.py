@@ -8,6 +8,9 @@ keeps, the m-th one, from position p, is turned to the n - m-th position before 
 Attention depends on distances alone, so that this is the cache of the shortened text, whose keys were computed in the
 whole one. It is what StreamingLLM does, and what keeps distances within those that a model was trained on.
 
+Where tokens leave while the model decodes (``key_rerotation(streaming_llm:budget=1024)``), keys are stored as they were
+and turned whenever they are attended to, as in the official code: turning what was turned would add up rounding.
+
 Source: G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", ICLR 2024, arXiv:2309.17453;
 ``KeyRerotationPress`` of NVIDIA kvpress v0.5.4, which moves keys to 0 .. n - 1, and the text that follows to n.
 """
@@ -27,6 +30,8 @@ class KeyRerotation(WrapperMethod):
 
     of: str = option("streaming_llm", "method that chooses the tokens, with its options")
 
+    again: ClassVar[bool] = False
+    of_budgets: ClassVar[bool] = True
     descriptor: ClassVar = Descriptor(
         object="kv_cache", granularity="token", when="inference", score="position", allocation="uniform", data="none",
         speedup="real",
@@ -36,11 +41,26 @@ class KeyRerotation(WrapperMethod):
     def needs_rope(self) -> bool:
         return True
 
+    @property
+    def every(self) -> int:
+        return self.inner.every
+
+    @property
+    def remembered(self) -> int:
+        return self.inner.remembered
+
+    @property
+    def closes_gaps(self) -> bool:
+        return self.every > 0
+
     def keep(self, prompt: Prompt) -> Tensor:
         return self.inner.keep(prompt)
 
+    def keep_again(self, left: Prompt) -> Tensor:
+        return self.inner.keep_again(left)
+
     def moved_keys(self, prompt: Prompt, keep: Tensor) -> Tensor:
-        if prompt.rope is None:
+        if prompt.rope is None or self.closes_gaps:
             return prompt.keys
         from_end = keep.flip(-1).cumsum(dim=-1).flip(-1)
         place = prompt.positions[:, -1:, None] + 1 - from_end

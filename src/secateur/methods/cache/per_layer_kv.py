@@ -24,6 +24,7 @@ class PerLayerKV(WrapperMethod):
 
     sparsities: str = option("", "fraction of the tokens removed in every layer, separated by slashes")
 
+    again: ClassVar[bool] = False
     descriptor: ClassVar = Descriptor(
         object="kv_cache", granularity="token", when="inference", score="attention", allocation="by_layer",
         data="none", speedup="real",

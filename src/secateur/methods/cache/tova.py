@@ -4,9 +4,11 @@
 
 The last token itself stays. Nothing else is protected, neither sinks nor recent tokens.
 
+With ``budget`` every head holds that many tokens, as published: at every step the token leaves to which the newest one
+attends least, which may be the newest itself. Without it a fraction of the prompt leaves at its end.
+
 Source: M. Oren, M. Hassid, N. Yarden, Y. Adi, R. Schwartz, "Transformers are Multi-State RNNs", EMNLP 2024,
-arXiv:2401.06104; official code schwartz-lab-NLP/TOVA; NVIDIA kvpress v0.5.4. Differs from the official code: tokens are
-evicted at the end of the prompt, not at every step after it.
+arXiv:2401.06104; official code schwartz-lab-NLP/TOVA; NVIDIA kvpress v0.5.4, which protects the last token.
 """
 
 from dataclasses import dataclass
@@ -14,13 +16,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.methods import Descriptor, EvictionMethod, Prompt, register
+from secateur.methods import BudgetMethod, Descriptor, Prompt, register
 from secateur.methods.caching import protect
 
 
 @register("tova")
 @dataclass(frozen=True, kw_only=True)
-class TOVA(EvictionMethod):
+class TOVA(BudgetMethod):
     """Options of TOVA."""
 
     descriptor: ClassVar = Descriptor(
@@ -30,8 +32,9 @@ class TOVA(EvictionMethod):
 
     @property
     def protected(self) -> int:
-        return 1
+        return 0 if self.budget else 1
 
     def score(self, prompt: Prompt) -> Tensor:
-        seen_BS = prompt.attention(1)[:, :, 0, :-1].mean(dim=1)
-        return protect(seen_BS[:, None].expand(-1, prompt.keys.shape[1], -1), last=1)
+        seen_BS = prompt.attention(1)[:, :, 0].mean(dim=1)
+        seen_BKS = seen_BS[:, None].expand(-1, prompt.keys.shape[1], -1)
+        return protect(seen_BKS[..., : prompt.tokens - self.protected], last=self.protected)
