@@ -28,6 +28,7 @@ EXPORTED = [
     "list_methods",
     "load",
     "lottery",
+    "load_cache",
     "plan",
     "pq_index",
     "prune",

@@ -99,7 +99,7 @@ ALLOWED: dict[str, set[str]] = {
         "plans",
     },
     "budgets": {"methods", "models", "criteria", "allocate", "observe", "structure", "plans"},
-    "cache": {"methods", "report"},
+    "cache": {"methods", "models", "report"},
     "networks": {"methods", "report", "allocate", "observe", "healing", "structure", "plans"},
     "train": {"networks", "methods", "models", "allocate", "observe", "structure", "plans"},
     "rounds": {"train", "methods", "criteria", "allocate", "structure", "plans"},

@@ -31,6 +31,7 @@ _HOMES = {
     "verify": "secateur.api",
     "compressed_cache": "secateur.cache",
     "compress_cache": "secateur.cache",
+    "load_cache": "secateur.cache",
     "Result": "secateur.api",
     "list_methods": "secateur.methods",
     "describe": "secateur.methods",
@@ -47,7 +48,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from secateur.api import Result, anatomy, apply, convert, densities, evaluate, load, plan, prune, push, save, verify
-    from secateur.cache import compress_cache, compressed_cache
+    from secateur.cache import compress_cache, compressed_cache, load_cache
     from secateur.comparison import compare
     from secateur.criteria.sparsity import pq_index
     from secateur.errors import SecateurError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -57,6 +58,19 @@ class CompressedCache(DynamicCache):
         """Bytes and what stays of every layer: a dict that prints as a table."""
         return cache_report(self)
 
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write this cache to a safetensors file, exactly as it is; ``load_cache`` reads it.
+
+        Raises UsageError for a cache that has read nothing, UnsupportedModelError for layers of a kind that isn't
+        known, and OutputError for a file that exists (unless ``overwrite``) or can't be written.
+        """
+        from secateur.cache.saving import save_cache
+
+        model = self.attachment.model()
+        if model is None:
+            raise UsageError("the model of this cache is gone, so that the cache can't say of which model it is")
+        save_cache(self, cast("PreTrainedModel", model), path, overwrite)
+
     def __repr__(self) -> str:
         names = "+".join(method.name for method in self.methods)
         return f"CompressedCache({names}, {self.get_seq_length()} tokens)"
@@ -70,6 +84,17 @@ def compressed_cache(spec: str, model: PreTrainedModel) -> CompressedCache:
     ``cache`` (``past_key_values`` before transformers 5.24). Raises UsageError or UnsupportedModelError.
     """
     return CompressedCache(parse_cache_spec(spec), _decoder(model))
+
+
+def load_cache(path: str | Path, model: PreTrainedModel, spec: str | None = None) -> CompressedCache:
+    """The cache that ``cache.save(path)`` wrote, for the same model: it goes on as the saved one would, bit for bit.
+
+    ``spec``, if given, must be what the cache was made with. Raises CorruptFileError for a file that is no whole cache,
+    PlanMismatchError for another model, UsageError for another spec.
+    """
+    from secateur.cache.saving import read_cache
+
+    return read_cache(path, _decoder(model), None if spec is None else parse_cache_spec(spec))
 
 
 @dataclass

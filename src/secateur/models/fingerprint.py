@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,33 +19,50 @@ if TYPE_CHECKING:
 # enough to tell two trainings apart, and only a few pages of a large file
 _RUNS, _RUN_LENGTH = 8, 128
 
+Part = Callable[[str, int, int], torch.Tensor]
+"""name of a parameter, first entry, count → these entries, flat"""
+
 
 def fingerprint(source: Source) -> Fingerprint:
     """Architecture, hash of all names and shapes, hash of a sample of every parameter (as float32).
 
     The sample is eight evenly spaced runs of 128 consecutive entries, or the whole of a small tensor.
     """
+    return _fingerprint(source.model, source.part)
+
+
+def memory_fingerprint(model: PreTrainedModel) -> Fingerprint:
+    """The same of a model in memory, of any architecture."""
+    parameters = dict(model.named_parameters())
+
+    def part(name: str, first: int, count: int) -> torch.Tensor:
+        return parameters[name].detach().flatten()[first : first + count]
+
+    return _fingerprint(model, part)
+
+
+def _fingerprint(model: PreTrainedModel, part: Part) -> Fingerprint:
     shapes, weights = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(source.model.named_parameters()):
+    for name, tensor in sorted(model.named_parameters()):
         shapes.update(f"{name}:{list(tensor.shape)};".encode())
-        for sample in _samples(source, name, tensor.numel()):
+        for sample in _samples(part, name, tensor.numel()):
             weights.update(sample.to(torch.float32).cpu().numpy().tobytes())
     return Fingerprint(
-        architecture=type(source.model).__name__,
+        architecture=type(model).__name__,
         shapes=shapes.hexdigest(),
         weights=weights.hexdigest(),
-        num_layers=int(source.model.config.num_hidden_layers),
-        name=display_name(source.model),
-        revision=str(getattr(source.model, "secateur_revision", "")),
+        num_layers=int(model.config.num_hidden_layers),
+        name=display_name(model),
+        revision=str(getattr(model, "secateur_revision", "")),
     )
 
 
-def _samples(source: Source, name: str, count: int) -> Iterator[torch.Tensor]:
+def _samples(part: Part, name: str, count: int) -> Iterator[torch.Tensor]:
     if count <= _RUNS * _RUN_LENGTH:
-        yield source.part(name, 0, count)
+        yield part(name, 0, count)
         return
     for run in range(_RUNS):
-        yield source.part(name, (count - _RUN_LENGTH) * run // (_RUNS - 1), _RUN_LENGTH)
+        yield part(name, (count - _RUN_LENGTH) * run // (_RUNS - 1), _RUN_LENGTH)
 
 
 def display_name(model: PreTrainedModel) -> str:
