@@ -41,3 +41,19 @@ def random_prompt(heads: int = 4, kv_heads: int = 2, tokens: int = 40, width: in
 def kept(keep: Tensor) -> list[list[int]]:
     """Positions that stay, head by head, of the first sequence."""
     return [row.nonzero()[:, 0].tolist() for row in keep[0]]
+
+
+class Letters:
+    """A tokenizer of one token per letter, for models of 96 tokens."""
+
+    chat_template: str | None = None
+    bos_token_id: int | None = None
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": self.encode(text, add_special_tokens=add_special_tokens)}
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [ord(letter) % 96 for letter in text]
+
+    def apply_chat_template(self, chat, **arguments) -> str:
+        return f"<user>{chat[0]['content']}</user><model>"

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import json
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_utils import AttentionInterface
 
 from secateur.cache.layer import CompressedLayer
 from secateur.methods import get_method
+from secateur.methods.surrogates import Surrogate
 
 SMALL = 8
 
@@ -20,7 +28,23 @@ def small_options(name: str) -> str:
     """Options that make windows, blocks and chunks of a method fit prompts of some twenty tokens."""
     fields = get_method(name).option_fields().values()
     small = [f for f in fields if f.metadata["unit"] == "tokens" and f.default > SMALL]
-    return "".join(f",{f.name}={SMALL}" for f in small)
+    if "surrogate" in get_method(name).option_fields():
+        return f",surrogate={random_surrogate()},window={SMALL}"
+    # a budget is more than the window that it holds
+    return "".join(f",{f.name}={2 * SMALL if f.name == 'budget' else SMALL}" for f in small)
+
+
+@cache
+def random_surrogate() -> str:
+    """A folder with a surrogate for the tiny llama."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [((torch.randn(2, 32, generator=generator), torch.zeros(2)),) for _ in range(3)]
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    surrogate = Surrogate(tuple(layers))
+    (folder / "config.json").write_text(json.dumps(surrogate.config()))
+    save_file(surrogate.tensors(), folder / "model.safetensors")
+    return str(folder)
 
 
 def small_spec(name: str, sparsity: float = 0.5) -> str:
@@ -63,12 +87,12 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
     return eager(module, query, key, value, mask, **arguments)
 
 
-def reference_logits(model: nn.Module, cache: Any, new: Tensor, mask: Tensor) -> Tensor:
-    """Logits of ``new`` tokens [B, T], fed one by one, on what ``cache`` holds; it isn't changed. [B, T, V]."""
+def reference_logits(model: nn.Module, held: Any, new: Tensor, mask: Tensor) -> Tensor:
+    """Logits of ``new`` tokens [B, T], fed one by one, on what the cache ``held`` holds, [B, T, V]; it stays."""
     AttentionInterface.register("masked_reference", _attention)
     dense = DynamicCache(config=model.config)
     modules = {m.layer_idx: m for m in model.modules() if "Attention" in type(m).__name__ and hasattr(m, "layer_idx")}
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(held.layers):
         modules[index].there = None
         if isinstance(layer, CompressedLayer):
             keys, values, modules[index].there = as_dense(layer)

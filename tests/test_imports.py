@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
         "trainer",
+        "cache",
         "estimate",
         "networks",
         "runs",
@@ -99,7 +100,7 @@ ALLOWED: dict[str, set[str]] = {
         "plans",
     },
     "budgets": {"methods", "models", "criteria", "allocate", "observe", "structure", "plans"},
-    "cache": {"methods", "models", "report"},
+    "cache": {"methods", "models", "observe", "report"},
     "networks": {"methods", "report", "allocate", "observe", "healing", "structure", "plans"},
     "train": {"networks", "methods", "models", "allocate", "observe", "structure", "plans"},
     "rounds": {"train", "methods", "criteria", "allocate", "structure", "plans"},

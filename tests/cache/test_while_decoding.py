@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from transformers.modeling_utils import AttentionInterface
-from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
 
 import secateur as sc
 from cache_prompts import kept, random_prompt
 from cache_reference import generate
+from decoding_reference import slow
 from families import make_tiny, tiny_ids
 from secateur.errors import OptionError, UsageError
 from secateur.methods.cachespec import parse_cache_spec
@@ -28,14 +26,8 @@ def model():
     return make_tiny("llama")
 
 
-# -- the slow model: the whole text at every step, and for every layer and head what it may still see ----------------
-
-Rule = Callable[[Tensor, Tensor], Tensor]
-"""attention [H, S, S] with zeros for what is hidden, and what is there [K, S] bool → what stays of it"""
-
-
-def h2o(attention: Tensor, there: Tensor) -> Tensor:
-    received = attention.sum(dim=1).unflatten(0, (len(there), -1)).mean(dim=1)
+def h2o(module, there: Tensor) -> Tensor:
+    received = module.rows.sum(dim=1).unflatten(0, (len(there), -1)).mean(dim=1)
     stays = torch.zeros_like(there)
     for head, tokens in enumerate(there):
         left = tokens.nonzero()[:, 0]
@@ -48,80 +40,19 @@ def h2o(attention: Tensor, there: Tensor) -> Tensor:
     return stays
 
 
-def tova(attention: Tensor, there: Tensor) -> Tensor:
-    seen = attention[:, -1].mean(dim=0)
+def tova(module, there: Tensor) -> Tensor:
+    seen = module.rows[:, -1].mean(dim=0)
     left = there[0].nonzero()[:, 0]
     stays = torch.zeros_like(there)
     stays[:, left[seen[left].argsort(descending=True)[:BUDGET]]] = True
     return stays
 
 
-def streaming(attention: Tensor, there: Tensor) -> Tensor:
+def streaming(module, there: Tensor) -> Tensor:
     tokens = there.shape[1]
     stays = torch.zeros_like(there)
     stays[:, :4] = stays[:, max(0, tokens - BUDGET + 4) :] = True
     return stays
-
-
-def slow(model, rule: Rule, turned: bool = False, every: int = 1, start: int = 0) -> Tensor:
-    """Greedy tokens [NEW] without any cache: rows of attention are those of the step at which they were computed.
-
-    ``turned`` gives what is left positions without gaps, at every step.
-    """
-    layers = model.config.num_hidden_layers
-    there = torch.ones(layers, 2, 0, dtype=torch.bool)
-    hidden: list[list[Tensor]] = [[] for _ in range(layers)]  # for every query, what it could see: [K, S]
-    text = IDS[0]
-
-    def attend(module, query, key, value, mask, **arguments):
-        layer, tokens = module.layer_idx, key.shape[2]
-        seen = torch.stack([torch.nn.functional.pad(row, (0, tokens - row.shape[1])) for row in hidden[layer]], dim=1)
-        logits = query @ repeat_kv(key, 2).mT * module.scaling
-        if turned:
-            logits = _without_gaps(model, query, key, seen) * module.scaling
-        logits = logits.masked_fill(~seen.repeat_interleave(2, dim=0)[None], float("-inf"))
-        module.rows = logits.softmax(dim=-1)
-        return (module.rows @ repeat_kv(value, 2)).transpose(1, 2), None
-
-    AttentionInterface.register("slow_reference", attend)
-    before = model.config._attn_implementation
-    model.config._attn_implementation_internal = "slow_reference"
-    try:
-        for step in range(NEW):
-            fresh = len(text) - there.shape[2]
-            there = torch.cat([there, torch.ones(layers, 2, fresh, dtype=torch.bool)], dim=2)
-            for layer in range(layers):
-                for back in range(fresh, 0, -1):
-                    hidden[layer].append(there[layer, :, : len(text) - back + 1])
-            with torch.no_grad():
-                logits = model(text[None], use_cache=False).logits
-            if step >= start and step % every == 0:
-                modules = [block.self_attn for block in model.model.layers]
-                there = torch.stack([rule(m.rows[0], there[n]) for n, m in enumerate(modules)])
-            text = torch.cat([text, logits[0, -1:].argmax(dim=-1)])
-    finally:
-        model.config._attn_implementation_internal = before
-    return text[len(IDS[0]) :]
-
-
-def _without_gaps(model, query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
-    """Logits [1, H, S, S] of queries and keys at their places among what each query sees."""
-    tokens = key.shape[2]
-    cos, sin = model.model.rotary_emb(key, torch.arange(tokens)[None])
-    plain_key, plain_query = (x * cos - rotate_half(x) * sin for x in (key, query))  # turned back
-    place = seen.cumsum(dim=-1) - 1  # [K, S queries, S keys]
-    logits = torch.zeros(1, query.shape[1], tokens, tokens)
-    for q in range(tokens):
-        for k in range(2):
-            keys = _turn(model, plain_key[0, k], place[k, q])
-            mine = slice(2 * k, 2 * k + 2)
-            logits[0, mine, q] = _turn(model, plain_query[0, mine, q], place[k, q, q].expand(2)) @ keys.mT
-    return logits
-
-
-def _turn(model, x: Tensor, positions: Tensor) -> Tensor:
-    cos, sin = model.model.rotary_emb(x[None], positions[None])
-    return x * cos[0] + rotate_half(x) * sin[0]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +67,7 @@ def _turn(model, x: Tensor, positions: Tensor) -> Tensor:
 def test_greedy_generation_equals_a_reference_that_hides_what_was_evicted(model, spec, rule, turned):
     cache = sc.compressed_cache(spec, model)
     found = generate(model, IDS, new=NEW, cache=cache)
-    assert torch.equal(found.tokens[0], slow(model, rule, turned))
+    assert torch.equal(found.tokens[0], slow(model, IDS, NEW, rule, turned=turned))
     for entry in cache.report()["layers"]:
         assert entry["tokens_kept"] == [[BUDGET, BUDGET]]
     dense = generate(model, IDS, new=NEW)
@@ -153,7 +84,7 @@ def test_a_wrapper_evicts_every_few_tokens(model):
             lengths.append(cache.layers[0].keys.shape[2])
     assert lengths == [21, 22, BUDGET, BUDGET + 1, BUDGET + 2, BUDGET, BUDGET + 1, BUDGET + 2, BUDGET]
     found = generate(model, IDS, new=NEW, cache=sc.compressed_cache(f"decoding(h2o):budget={BUDGET},every=3", model))
-    assert torch.equal(found.tokens[0], slow(model, h2o, every=3, start=1))
+    assert torch.equal(found.tokens[0], slow(model, IDS, NEW, h2o, every=3, start=1))
 
 
 @pytest.mark.parametrize("inner", ["knorm", "snapkv:window=4,kernel=3", "expected_attention", "keydiff", "lagkv:lag=4"])
@@ -248,10 +179,10 @@ def test_what_left_meanwhile_cant_be_cropped(model):
         ("key_rerotation(streaming_llm:budget=64):0.5", UsageError, "as a budget or as a sparsity"),
         ("h2o:budget=-1", OptionError, r"budget must lie in \[0, inf\)"),
         ("streaming_llm:budget=4", OptionError, "more than the 4 sinks"),
-        ("adakv(h2o:budget=64)", OptionError, "of the prompt alone"),
+        ("adakv(h2o:budget=64)", OptionError, "a fraction of the prompt"),
         ("decoding(adakv)", OptionError, "equally many tokens"),
         ("decoding(per_layer_kv)", OptionError, "equally many tokens"),
-        ("decoding(decoding)", OptionError, "of the prompt alone"),
+        ("decoding(decoding)", OptionError, "a fraction of the prompt"),
         ("decoding(snapkv:window=64):budget=64", OptionError, "more than the 64 tokens that"),
         ("decoding(keydiff):every=0", OptionError, "every must lie in"),
         ("h2o:budget=64+think:0.4", UsageError, "think removes channels"),

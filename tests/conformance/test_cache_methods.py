@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import secateur as sc
+from cache_prompts import Letters
 from cache_reference import as_dense, generate, reference_logits, small_spec
 from families import FAMILY_CONFIGS, make_tiny, tiny_ids
 from secateur.cache.layer import CompressedLayer
@@ -27,9 +28,13 @@ MASK = torch.ones_like(IDS)
 MASK[1, :5] = 0
 
 
+def made(spec, model):
+    return sc.compressed_cache(spec, model, tokenizer=Letters())
+
+
 def filled(model, spec, ids=IDS, mask=MASK):
     """A cache behind the prompt, and the logits of the prompt; a plain cache without a spec."""
-    cache = sc.compressed_cache(spec, model) if spec else DynamicCache(config=model.config)
+    cache = made(spec, model) if spec else DynamicCache(config=model.config)
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     with torch.no_grad():
         given = {"position_ids": positions} if "falcon" not in model.config.model_type else {}
@@ -49,11 +54,13 @@ def dense(llama):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_removed_is_bit_identical(method, llama, dense):
-    cache = sc.compressed_cache(f"{method}:0", llama)
+    cache = made(f"{method}:0", llama)
     found = generate(llama, IDS, MASK, cache=cache)
     assert torch.equal(found.tokens, dense.tokens) and torch.equal(found.logits, dense.logits)
     report = cache.report()
-    assert report["bytes_held"] == report["bytes_dense"] == report["bytes_ideal"]
+    assert report["bytes_dense"] == report["bytes_ideal"]
+    # what evicts while it decodes remembers queries
+    assert report["bytes_held"] == report["bytes_dense"] or not cache.methods[0].is_identity
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -61,7 +68,7 @@ def test_the_prompt_is_read_dense_and_what_follows_sees_what_stays(method, llama
     spec = small_spec(method)
     cache, prompt = filled(llama, spec)
     assert torch.equal(prompt, filled(llama, None)[1])
-    found = generate(llama, IDS, MASK, cache=sc.compressed_cache(spec, llama))
+    found = generate(llama, IDS, MASK, cache=made(spec, llama))
     # mustafar goes on to prune while it decodes; its own test has a reference for that
     steps = 1 if get_method(method).stage == "elements" else 5
     expected = reference_logits(llama, cache, found.tokens[:, :steps], MASK)
@@ -100,9 +107,9 @@ def test_what_stays_is_what_was_there(method, llama):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_padded_batch_equals_one_by_one(method, llama):
     spec = small_spec(method)
-    together = generate(llama, IDS, MASK, cache=sc.compressed_cache(spec, llama))
+    together = generate(llama, IDS, MASK, cache=made(spec, llama))
     for b, padding in enumerate((0, 5)):
-        alone = generate(llama, IDS[b : b + 1, padding:], cache=sc.compressed_cache(spec, llama))
+        alone = generate(llama, IDS[b : b + 1, padding:], cache=made(spec, llama))
         assert torch.equal(alone.tokens[0], together.tokens[b])
         assert torch.allclose(alone.logits[0], together.logits[b], atol=1e-4, rtol=1e-4)
 
@@ -129,6 +136,6 @@ def test_every_family(family):
             cache, prompt = filled(model, spec)
             assert torch.equal(prompt, plain)
             assert any(isinstance(layer, CompressedLayer) for layer in cache.layers)
-            found = generate(model, IDS, MASK, new=3, cache=sc.compressed_cache(spec, model))
+            found = generate(model, IDS, MASK, new=3, cache=made(spec, model))
             expected = reference_logits(model, cache, found.tokens[:, :1], MASK)
             assert torch.allclose(found.logits[:, 1:2], expected, atol=2e-4, rtol=1e-3), (spec, implementation)

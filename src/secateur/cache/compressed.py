@@ -15,10 +15,12 @@ from secateur.cache.layer import CompressedLayer, Steps
 from secateur.cache.report import CacheReport, cache_report
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.methods.cachespec import parse_cache_spec
-from secateur.methods.caching import CacheMethod
+from secateur.methods.caching import CacheMethod, EvictionMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from secateur.methods.rereading import Reader
 
 
 class CompressedCache(DynamicCache):
@@ -29,7 +31,9 @@ class CompressedCache(DynamicCache):
     prompt.
     """
 
-    def __init__(self, methods: tuple[CacheMethod, ...], model: PreTrainedModel) -> None:
+    def __init__(
+        self, methods: tuple[CacheMethod, ...], model: PreTrainedModel, tokenizer: Reader | None = None
+    ) -> None:
         config = model.config.get_text_config(decoder=True)
         if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
@@ -39,7 +43,7 @@ class CompressedCache(DynamicCache):
         if not attention_modules(model):
             raise UnsupportedModelError(f"{type(model).__name__} has no attention layers that are known")
         super().__init__(config=config)
-        self.methods = methods
+        self.methods, self.tokenizer, self.argument = methods, tokenizer, cache_argument(model.base_model.forward)
         self.attachment = attach(model)
         self.warned: set[str] = set()
         steps, count = Steps.of(methods), len(self.layers)
@@ -53,6 +57,11 @@ class CompressedCache(DynamicCache):
                 f"no layer of this {config.model_type} attends to the whole text, so that there is nothing to compress:"
                 " sliding windows are small already"
             )
+
+    @property
+    def pending(self) -> bool:
+        """Whether the prompt was read, and it isn't decided yet what leaves."""
+        return any(isinstance(layer, CompressedLayer) and layer.pending is not None for layer in self.layers)
 
     def report(self) -> CacheReport:
         """Bytes and what stays of every layer: a dict that prints as a table."""
@@ -76,14 +85,27 @@ class CompressedCache(DynamicCache):
         return f"CompressedCache({names}, {self.get_seq_length()} tokens)"
 
 
-def compressed_cache(spec: str, model: PreTrainedModel) -> CompressedCache:
+def check_tokenizer(methods: tuple[CacheMethod, ...], tokenizer: Reader | None) -> None:
+    """Raises UsageError when a method lets the model read its prompt again, and there is no tokenizer for that."""
+    for method in methods:
+        if isinstance(method, EvictionMethod) and method.rereads and not method.is_identity and tokenizer is None:
+            raise UsageError(
+                f"{method.name} lets the model read its prompt again behind a request in words, and needs the tokenizer"
+                f" for it: compressed_cache('{method.name}', model, tokenizer=tokenizer)"
+            )
+
+
+def compressed_cache(spec: str, model: PreTrainedModel, *, tokenizer: Reader | None = None) -> CompressedCache:
     """An empty cache for one prompt (or a batch) and what follows it, compressed as ``spec`` says.
 
     ``spec`` is ``snapkv:0.5``, ``mustafar:k=0.7,v=0.7``, several joined by ``+``, or a wrapper around another method,
     ``adakv(snapkv:0.5)``; numbers are fractions removed. Give it to ``model.generate`` or to the model itself as
-    ``cache`` (``past_key_values`` before transformers 5.24). Raises UsageError or UnsupportedModelError.
+    ``cache`` (``past_key_values`` before transformers 5.24). ``tokenizer`` is needed by ``kvzip`` alone. Raises
+    UsageError or UnsupportedModelError.
     """
-    return CompressedCache(parse_cache_spec(spec), _decoder(model))
+    methods = parse_cache_spec(spec)
+    check_tokenizer(methods, tokenizer)
+    return CompressedCache(methods, _decoder(model), tokenizer)
 
 
 def load_cache(path: str | Path, model: PreTrainedModel, spec: str | None = None) -> CompressedCache:
@@ -111,12 +133,14 @@ class Compressing:
 
 
 @contextmanager
-def compress_cache(model: PreTrainedModel, spec: str) -> Iterator[Compressing]:
+def compress_cache(model: PreTrainedModel, spec: str, *, tokenizer: Reader | None = None) -> Iterator[Compressing]:
     """Within this context every new cache of the model is a compressed one; also in pipelines, which take no cache.
 
-    ``spec`` as in ``compressed_cache``. Raises UsageError for a cache of another kind that the model is called with.
+    ``spec`` and ``tokenizer`` as in ``compressed_cache``. Raises UsageError for a cache of another kind that the model
+    is called with.
     """
     methods, made = parse_cache_spec(spec), Compressing()
+    check_tokenizer(methods, tokenizer)
     name = cache_argument(_decoder(model).forward)
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -126,10 +150,10 @@ def compress_cache(model: PreTrainedModel, spec: str) -> Iterator[Compressing]:
         if given is not None and (type(given) is not DynamicCache or given.offloading or given.get_seq_length()):
             kind = type(given).__name__ + (" that isn't empty" if type(given) is DynamicCache else "")
             raise UsageError(f"a cache is compressed from the beginning, and the model was called with a {kind}")
-        made.cache = CompressedCache(methods, module)
+        made.cache = CompressedCache(methods, module, tokenizer)
         return args, {**kwargs, name: made.cache}
 
-    CompressedCache(methods, model)  # what can't be done is said before anything is
+    CompressedCache(methods, model, tokenizer)  # what can't be done is said before anything is
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield made

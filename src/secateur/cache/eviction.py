@@ -12,7 +12,8 @@ from torch import Tensor
 from secateur.cache.rows import DenseRows
 from secateur.cache.store import Store
 from secateur.errors import UsageError
-from secateur.methods.caching import EvictionMethod, Prompt, Rope
+from secateur.methods.caching import EvictionMethod
+from secateur.methods.prompts import Prompt, Rope
 
 if TYPE_CHECKING:
     from secateur.cache.hooks import Call
@@ -48,7 +49,8 @@ class Eviction:
             if method.every:
                 part = replace(part, carried=self._carry(method.carry(part), sequences, keep))
             if part.tokens <= method.protected:
-                layer.warn_short(method, part.tokens)
+                if not method.settles:
+                    layer.warn_short(method, part.tokens)
                 keep[sequences, :, padding:] = True
                 continue
             chosen = method.keep(part)
@@ -57,11 +59,14 @@ class Eviction:
             if moved is not part.keys:
                 keys = keys.clone() if keys is prompt.keys else keys
                 keys[sequences, :, padding:] = moved.to(keys.dtype)
-        self._remove(layer, keys, keep)
+        if method.settles:
+            self._settle(layer, keep)
+        else:
+            self.remove(layer, keys, keep)
 
     def again(self, layer: CompressedLayer, query: Tensor, call: Call, arguments: dict[str, Any]) -> None:
         """Remove what leaves of a text behind which these queries [B, H, T, E] stand, which have been answered."""
-        if layer.store is not None:
+        if layer.store is not None and not self.method.settles:
             raise UsageError(
                 f"sequences of this padded batch keep different numbers of tokens by {self.method.name}, so that tokens"
                 " can't leave again while decoding: give the cache one sequence at a time"
@@ -84,7 +89,10 @@ class Eviction:
         keep = blank
         for sequences, padding, part in _parts(replace(left, carried=self.carried), layer.padding, unread):
             keep[sequences, :, padding:] = method.keep_again(part)
-        self._remove(layer, layer.keys, keep)
+        if method.settles:
+            self._settle(layer, keep)
+        else:
+            self.remove(layer, layer.keys, keep)
 
     def placed_keys(self, layer: CompressedLayer) -> Tensor:
         """The keys as they are attended to, [B, K, n, E]: each is as far from the end as it has rows behind it."""
@@ -143,7 +151,7 @@ class Eviction:
 
     # -- what leaves -----------------------------------------------------------------------------------------------
 
-    def _remove(self, layer: CompressedLayer, keys: Tensor, keep: Tensor) -> None:
+    def remove(self, layer: CompressedLayer, keys: Tensor, keep: Tensor) -> None:
         """Keep these rows [B, K, n] bool of ``keys`` and of the layer's values."""
         if bool(keep.all()):
             return
@@ -164,6 +172,17 @@ class Eviction:
         layer.kept = positions.view(shape)
         if self.carried is not None:
             self.carried = self.carried[keep].view(shape)
+
+    def _settle(self, layer: CompressedLayer, keep: Tensor) -> None:
+        """Keep these rows of the tail, whose ``protected`` last ones are looked at again, in whatever numbers."""
+        recent = min(self.method.protected, layer.keys.shape[2])
+        older = layer.keys.shape[2] - recent
+        if bool(keep[:, :, :older].all()):
+            return
+        layer.settled, layer.padding = layer.seen, [max(0, padding - older) for padding in layer.padding]
+        layer.settle(keep, recent)
+        if self.carried is not None:
+            self.carried = self.carried[..., -recent:].clone()
 
     # -- what happens to the whole cache ---------------------------------------------------------------------------
 

@@ -9,11 +9,10 @@ last cache of the model.
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,10 @@ from torch import Tensor, nn
 from secateur.cache.attention import base_attention
 from secateur.cache.layer import CompressedLayer
 from secateur.errors import UnsupportedModelError, UsageError
-from secateur.methods.caching import Rope
+from secateur.methods.prompts import Rope
+
+if TYPE_CHECKING:
+    from secateur.cache.compressed import CompressedCache
 
 IMPLEMENTATION = "secateur_cache"
 _READERS = ("o_proj", "out_proj", "dense", "c_proj")
@@ -49,12 +51,6 @@ class Call:
     @property
     def is_flash(self) -> bool:
         return self.implementation.startswith("flash")
-
-    def warn_once(self, message: str) -> None:
-        """One warning per cache, not one per layer."""
-        if message not in self.warned:
-            self.warned.add(message)
-            warnings.warn(message, stacklevel=2)
 
     def hidden(self) -> Tensor | None:
         """The input of the attention, [B, T, hidden]; None where the module isn't called with one of that name."""
@@ -157,9 +153,26 @@ def attach(model: nn.Module) -> Attachment:
         before, after = _hooks(weakref.ref(made), rotary)
         made.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         made.handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+    made.handles.append(model.base_model.register_forward_hook(_after_the_prompt, with_kwargs=True))  # type: ignore[union-attr]
     weakref.finalize(made, _detach, made.handles)
     _attached[model] = weakref.ref(made)
     return made
+
+
+def _after_the_prompt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """A method that decides on all layers together does so when the decoder has read the prompt."""
+    cache = _cache_of(args, kwargs)
+    if cache is None or not cache.pending:
+        return
+    from secateur.cache.rereading import evict_by_rereading
+
+    evict_by_rereading(cache, module, kwargs.get("input_ids", args[0] if args else None))
+
+
+def _cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompressedCache | None:
+    from secateur.cache.compressed import CompressedCache
+
+    return next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache)), None)
 
 
 def _detach(handles: list[Any]) -> None:
@@ -182,10 +195,8 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 def _hooks(
     attachment: weakref.ref[Attachment], rotary: list[nn.Module]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from secateur.cache.compressed import CompressedCache
-
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache)), None)
+        cache = _cache_of(args, kwargs)
         if cache is None:
             return
         if cache.attachment is not attachment():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from secateur.cache.eviction import Eviction
 from secateur.cache.rows import BitmapRows, DenseRows, Rows, ThinRows
 from secateur.cache.store import Store
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
-from secateur.methods.caching import CacheChannelMethod, CacheElementMethod, CacheMethod, EvictionMethod, Prompt
+from secateur.methods.caching import CacheChannelMethod, CacheElementMethod, CacheMethod, EvictionMethod
+from secateur.methods.prompts import Prompt
 
 if TYPE_CHECKING:
     from secateur.cache.hooks import Call
@@ -62,6 +64,7 @@ class CompressedLayer(DynamicLayer):
         self.seen = 0
         self.prompt = 0
         self.settled = 0
+        self.pending: Prompt | None = None
         self.eviction = Eviction(self.steps.tokens) if self.steps.tokens is not None else None
         self.padding: list[int] = []
         self.cut: list[int] = []
@@ -170,6 +173,11 @@ class CompressedLayer(DynamicLayer):
                 with torch.no_grad():
                     self.compress(query, mask, call, arguments)
             return out
+        if self.pending is not None:
+            raise UnsupportedModelError(
+                f"the decoder of this model isn't called as a whole, so that it can't read its prompt again for layer"
+                f" {self.index}"
+            )
         visible = Visible(mask, query.shape[2], self.seen)
         keys = self.keys if self.eviction is None else self.eviction.placed_keys(self)
         # flash kernels mask padding of rectangles that begin with it, and not of what was evicted
@@ -208,8 +216,7 @@ class CompressedLayer(DynamicLayer):
         for name, tensor in (("keys", self.keys), ("values", self.values)):
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(f"layer {self.index}: {name} hold NaN or inf, so nothing can be ranked by them")
-        padding = left_padding(mask, batch, tokens)
-        self.padding = padding or [0] * batch
+        self.padding = left_padding(mask, batch, tokens) or [0] * batch
         prompt = Prompt(
             layer=self.index,
             layers=self.layers,
@@ -223,10 +230,25 @@ class CompressedLayer(DynamicLayer):
             reader=call.reader(),
             hidden=call.hidden(),
         )
+        if self.eviction is not None and self.eviction.method.rereads:
+            # queries of all layers are held meanwhile, if they are needed at all
+            self.pending = prompt if self.steps.channels is not None else replace(prompt, queries=query[:, :, -1:])
+            return
+        padding = list(self.padding)
         if self.eviction is not None:
             self.eviction.at_the_end(self, prompt)
+        self._prune_rows(prompt, padding)
+
+    def finish(self, keep: Tensor) -> None:
+        """Go on after the prompt was read again, with the tokens that stay [B, K, S] bool."""
+        prompt, padding, self.pending = self.pending, list(self.padding), None
+        assert self.eviction is not None and prompt is not None
+        self.eviction.remove(self, self.keys, keep)
+        self._prune_rows(prompt, padding)
+
+    def _prune_rows(self, prompt: Prompt, padding: list[int]) -> None:
         if self.steps.channels is not None:
-            self._thin(self.steps.channels, prompt, padding or [0] * batch)
+            self._thin(self.steps.channels, prompt, padding)
         if self.steps.elements is not None:
             self._start_elements(self.steps.elements)
             self._prune_elements(self.steps.elements)
@@ -256,6 +278,20 @@ class CompressedLayer(DynamicLayer):
         positions = store.positions
         self.kept = positions[~older].view(batch, heads, recent) if positions is not None else None
         self.store = Store(store.lengths - recent, keys, values, positions[older] if positions is not None else None)
+
+    def settle(self, keep: Tensor, recent: int) -> None:
+        """Move the rows of the tail that ``keep`` [B, K, t] marks into the store, all but the ``recent`` last ones."""
+        older = self.keys.shape[2] - recent
+        keys, values = self.keys[:, :, :older], self.values[:, :, :older]
+        if self.store is None:
+            batch, heads = keys.shape[:2]
+            empty = (DenseRows(side.new_empty(0, side.shape[-1])) for side in (keys, values))
+            nowhere = torch.empty(0, dtype=torch.int32, device=keys.device)
+            self.store = Store(torch.zeros(batch, heads, dtype=torch.int64), *empty, nowhere)
+        positions = self.tail_positions()
+        self.store = self.store.joined(keys, values, positions[:, :, :older], keep[:, :, :older])
+        self.keys, self.values = self.keys[:, :, older:].clone(), self.values[:, :, older:].clone()
+        self.kept = None  # what is left of the tail are the last tokens of the text
 
     def _thin(self, method: CacheChannelMethod, prompt: Prompt, padding: list[int]) -> None:
         recent = min(method.recent, self._shortest())
@@ -294,8 +330,9 @@ class CompressedLayer(DynamicLayer):
         return torch.stack(found)
 
     def warn_short(self, method: CacheMethod, tokens: int) -> None:
+        """Say, once for all layers, that a prompt stays whole."""
         if self.call is not None:
-            self.call.warn_once(f"{method.name} leaves a prompt of {tokens} tokens as it is: its window is as long")
+            warn_once(self.call.warned, short_prompt(method, tokens))
 
     # -- elements, at the end of the prompt and while decoding -----------------------------------------------------
 
@@ -303,7 +340,8 @@ class CompressedLayer(DynamicLayer):
         for side in ("keys", "values"):
             # one bit for every element
             if 0 < 8 * self.keys.element_size() * method.side_sparsity(side) < 1 and self.call is not None:
-                self.call.warn_once(f"{method.name} removes less of the {side} than its bitmap takes: the cache grows")
+                grows = f"{method.name} removes less of the {side} than its bitmap takes: the cache grows"
+                warn_once(self.call.warned, grows)
         if self.store is not None:
             recent = min(method.window, self._shortest())
             store, older = self._as_store(recent)
@@ -368,6 +406,18 @@ class CompressedLayer(DynamicLayer):
             self.store = self.store.joined(keys, values, positions)
         self.keys, self.values = self.keys[:, :, rows:].clone(), self.values[:, :, rows:].clone()
         self.kept = None if self.kept is None else self.kept[:, :, rows:].clone()
+
+
+def warn_once(warned: set[str], message: str) -> None:
+    """One warning per cache, not one per layer; ``warned`` holds those that were given."""
+    if message not in warned:
+        warned.add(message)
+        warnings.warn(message, stacklevel=2)
+
+
+def short_prompt(method: CacheMethod, tokens: int) -> str:
+    """What is said of a prompt that has no more tokens than a method protects."""
+    return f"{method.name} leaves a prompt of {tokens} tokens as it is: its window is as long"
 
 
 def _dense(rows: Rows) -> Tensor:

@@ -25,7 +25,8 @@ from secateur.cache.rows import BitmapRows, DenseRows, Rows, ThinRows
 from secateur.cache.store import Store
 from secateur.errors import CorruptFileError, PlanMismatchError, UnsupportedModelError, UsageError
 from secateur.files import check_output_file, output_file
-from secateur.methods.caching import CacheMethod, Rope
+from secateur.methods.caching import CacheMethod
+from secateur.methods.prompts import Rope
 from secateur.methods.registry import make_method
 from secateur.models.fingerprint import memory_fingerprint
 from secateur.tensorfiles import read_header

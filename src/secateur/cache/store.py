@@ -54,19 +54,19 @@ class Store:
         count = (span.stop - span.start) // (span.shape[0] * span.shape[1])
         return torch.arange(count, device=device).expand(*span.shape, count)
 
-    def joined(self, keys: Tensor, values: Tensor, positions: Tensor | None) -> Store:
-        """With rows [B, K, m, E] behind those of every segment."""
-        batch, heads, more = keys.shape[:3]
-        segments = torch.arange(batch * heads)
-        owner = torch.cat([segments.repeat_interleave(self.lengths.flatten()), segments.repeat_interleave(more)])
+    def joined(self, keys: Tensor, values: Tensor, positions: Tensor | None, keep: Tensor | None = None) -> Store:
+        """With rows [B, K, m, E], or those that ``keep`` [B, K, m] marks, behind those of every segment."""
+        keep = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device) if keep is None else keep
+        more, segments = keep.sum(dim=-1).cpu(), torch.arange(self.lengths.numel())
+        owner = torch.cat([segments.repeat_interleave(n.flatten()) for n in (self.lengths, more)])
         order = owner.argsort(stable=True).to(keys.device)
         together = None
         if self.positions is not None and positions is not None:
-            together = torch.cat([self.positions, positions.flatten().to(torch.int32)])[order]
+            together = torch.cat([self.positions, positions[keep].to(torch.int32)])[order]
         return Store(
             self.lengths + more,
-            self.keys.joined(keys.flatten(0, 2)).select(order),
-            self.values.joined(values.flatten(0, 2)).select(order),
+            self.keys.joined(keys[keep]).select(order),
+            self.values.joined(values[keep]).select(order),
             together,
         )
 

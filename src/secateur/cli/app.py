@@ -8,6 +8,8 @@ import typer
 
 from secateur.cli import (
     allocators,
+    cache,
+    cache_fit,
     compare,
     convert,
     curve,
@@ -70,4 +72,6 @@ app.command("inspect", help=help_text("inspect"))(inspect.inspect)
 app.command("latency-table", help=help_text("latency-table"))(latency_table.latency_table)
 app.command("methods", help=help_text("methods"))(methods.methods)
 app.command("allocators", help=help_text("allocators"))(allocators.allocators)
+app.add_typer(cache.app, name="cache")
+cache.app.command("fit", help=help_text("cache fit"))(cache_fit.fit)
 app.command("describe", help=help_text("describe"))(describe.describe)

@@ -65,6 +65,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Measure what a request takes by the widths of a model's blocks, for budgets of latency.",
         "secateur latency-table smollm2-135m --workload batch=1,prompt=16,new=2 --out latency.csv",
     ),
+    "cache fit": (
+        "Fit the surrogate by which kvzap scores tokens, to a text like those that will be read.",
+        "secateur cache fit smollm2-135m --samples 2 --length 64 --rows 32 --out surrogate",
+    ),
     "sweep": (
         "Prune a model at many settings, and show which of them are worth having.",
         "secateur sweep sweep.yaml --workers 1 --out sweep",

@@ -12,8 +12,7 @@ from secateur.methods.caching import (
     CacheElementMethod,
     CacheMethod,
     EvictionMethod,
-    Prompt,
-    Rope,
+    RereadMethod,
     WrapperMethod,
 )
 from secateur.methods.channels import ChannelMethod
@@ -30,6 +29,7 @@ from secateur.methods.during import (
 )
 from secateur.methods.masking import SearchMethod, WeightMethod
 from secateur.methods.presets import Combination, Preset, settled
+from secateur.methods.prompts import Prompt, Rope
 from secateur.methods.registry import describe, get_method, list_methods, make_method, register
 from secateur.methods.rounds import Contest, RoundsMethod, TicketMethod
 from secateur.methods.units import (
@@ -88,6 +88,7 @@ __all__ = [
     "Part",
     "ScheduledMethod",
     "Prompt",
+    "RereadMethod",
     "Rope",
     "RotationMethod",
     "RoundsMethod",

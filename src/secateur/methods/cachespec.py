@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from secateur.errors import OptionError, UsageError
-from secateur.methods.caching import BudgetMethod, CacheMethod, EvictionMethod, WrapperMethod
+from secateur.methods.caching import CacheMethod, EvictionMethod, WrapperMethod
 from secateur.methods.registry import get_method, list_methods, make_method
 from secateur.options import parse_named
 
@@ -98,9 +98,11 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_budget(name: str, theirs: dict[str, Any], options: dict[str, Any], text: str) -> None:
-    """A number of tokens and a fraction say two things; ``options`` are those of the outermost method."""
-    if "sparsity" in options and theirs.get("budget", "0") != "0" and issubclass(get_method(name), BudgetMethod):
-        raise UsageError(f"say what {name} keeps once, as a budget or as a sparsity, got '{text.strip()}'")
+    """What takes the place of a fraction doesn't stand beside one; ``options`` are those of the outermost method."""
+    cls = get_method(name)
+    other = cls.replaces_sparsity if issubclass(cls, EvictionMethod) else ""
+    if other in theirs and "sparsity" in options:
+        raise UsageError(f"say what {name} keeps once, as a {other} or as a sparsity, got '{text.strip()}'")
 
 
 def _read(text: str) -> tuple[str, dict[str, Any]]:

@@ -8,153 +8,23 @@ again while the model decodes: the method then sees what is left of the text in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from secateur.criteria.attention import causal_attention, per_kv_head
-from secateur.errors import OptionError, UnsupportedModelError
+from secateur.errors import OptionError
 from secateur.methods.base import Method
+from secateur.methods.prompts import Prompt
 from secateur.options import option
 
-# Shapes: B sequences, S tokens of the prompt (or what is left of the text), H query heads, K key-value heads
-# (H = K * G), E head dimension, R rotated channels of a head, W queries of a window.
+if TYPE_CHECKING:
+    from secateur.methods.rereading import Passage, Reader
 
-
-@dataclass(frozen=True)
-class Rope:
-    """The rotary embedding of a layer: channel i of the first half turns with channel i of the second half.
-
-    ``frequencies`` is [R / 2] float32, in radians per position; channels from R on don't turn. ``scale`` is the factor
-    that some variants put on cosines and sines.
-    """
-
-    frequencies: Tensor
-    scale: float = 1.0
-
-    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``x`` [..., E] turned by ``positions`` [...] (negative = back), without the scale; in float32."""
-        angle = positions[..., None].to(torch.float32) * self.frequencies
-        cos, sin = torch.cat([angle.cos()] * 2, dim=-1), torch.cat([angle.sin()] * 2, dim=-1)
-        width = cos.shape[-1]
-        turning, rest = x[..., :width].float(), x[..., width:].float()
-        first, second = turning.chunk(2, dim=-1)
-        turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
-        return torch.cat([turned, rest.expand(*turned.shape[:-1], rest.shape[-1])], dim=-1)
-
-    def mean_rotation(self, positions: Tensor, width: int) -> Tensor:
-        """The mean over ``positions`` of the matrix that turns a vector of that width, [E, E] float32, with scale."""
-        basis = torch.eye(width, device=positions.device)
-        turned = self.turned(basis[None], positions[:, None])
-        rotation = turned.mean(dim=0).mT
-        rotated = 2 * len(self.frequencies)
-        scaled = rotation.clone()
-        scaled[:rotated, :rotated] *= self.scale
-        return scaled
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the attention of one layer saw of a prompt; sequences of one length, without padding.
-
-    ``keys`` and ``values`` are [B, K, S, E], keys and ``queries`` [B, H, S, E] after the rotary embedding, in the
-    model's dtype. ``positions`` [B, S] are those of the queries in the rotary embedding. ``reader`` is the weight that
-    reads the heads, [hidden, H * E]; ``hidden`` [B, S, hidden] is the input of the attention. Logits are ``scaling`` *
-    q.k, squeezed by ``softcap`` where the model does so.
-
-    While the model decodes, S are the tokens that are left of the text, of which ``places`` [B, K, S] int64 are the
-    positions; queries, their positions and the hidden states are those of the last W tokens alone. ``carried``
-    [B, K, S] float32 is what the method has made of every token so far (``EvictionMethod.carry``).
-    """
-
-    layer: int
-    layers: int
-    keys: Tensor
-    values: Tensor
-    queries: Tensor
-    positions: Tensor
-    scaling: float
-    softcap: float | None = None
-    rope: Rope | None = None
-    reader: Tensor | None = None
-    hidden: Tensor | None = None
-    places: Tensor | None = None
-    carried: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        return self.keys.shape[2]
-
-    def ages(self) -> Tensor:
-        """How many tokens of the text have seen every token, itself included, [S] or [B, K, S] int64."""
-        if self.places is None:
-            return torch.arange(self.tokens, 0, -1, device=self.keys.device)
-        return self.places[..., -1:] + 1 - self.places
-
-    def attention(self, last: int) -> Tensor:
-        """Attention probabilities of the ``last`` queries, [B, H, W, S] float32, causal within the window."""
-        return causal_attention(self.queries[:, :, -last:], self.keys, self.scaling, self.softcap)
-
-    def attention_in_parts(self, rows: int = 256) -> Iterator[Tensor]:
-        """Attention probabilities of all queries, some rows at a time, so that memory stays linear in the prompt."""
-        count = self.queries.shape[2]
-        for start in range(0, count, rows):
-            stop = min(start + rows, count)
-            seen = self.tokens - count + stop
-            part = causal_attention(self.queries[:, :, start:stop], self.keys[:, :, :seen], self.scaling, self.softcap)
-            yield F.pad(part, (0, self.tokens - seen))
-
-    def per_kv_head(self, x_BHx: Tensor) -> Tensor:
-        """Mean over the query heads of every key-value head: [B, H, ...] → [B, K, ...]."""
-        return per_kv_head(x_BHx, self.keys.shape[1])
-
-    def unrotated_queries(self) -> Tensor:
-        """The queries before the rotary embedding, [B, H, S, E] float32."""
-        if self.rope is None:
-            return self.queries.float()
-        back = self.rope.turned(self.queries, -self.positions[:, None])
-        width = 2 * len(self.rope.frequencies)
-        return torch.cat([back[..., :width] / self.rope.scale, back[..., width:]], dim=-1)
-
-    def output_weights(self, method: str) -> Tensor:
-        """``reader`` by query heads, [H, E, hidden] float32. Raises UnsupportedModelError where it isn't known."""
-        heads, width = self.queries.shape[1], self.queries.shape[3]
-        if self.reader is None or self.reader.shape[1] != heads * width:
-            raise UnsupportedModelError(
-                f"{method} needs the weight that reads the heads of layer {self.layer}, and the attention of this model"
-                " has none that is known"
-            )
-        return self.reader.float().mT.reshape(heads, width, -1)
-
-    def sample(self, index: int, padding: int, unread: int | None = None) -> Prompt:
-        """One sequence of a batch without the padding on its left, of keys and (``unread``, if not as many) queries."""
-        one, read = slice(index, index + 1), slice(padding if unread is None else unread, None)
-        return replace(
-            self,
-            keys=self.keys[one, :, padding:],
-            values=self.values[one, :, padding:],
-            queries=self.queries[one, :, read],
-            positions=self.positions[one, read],
-            hidden=None if self.hidden is None else self.hidden[one, read],
-            places=None if self.places is None else self.places[one, :, padding:],
-            carried=None if self.carried is None else self.carried[one, :, padding:],
-        )
-
-    def head(self, index: int) -> Prompt:
-        """One key-value head with its queries."""
-        group = self.queries.shape[1] // self.keys.shape[1]
-        one = slice(index, index + 1)
-        return replace(
-            self,
-            keys=self.keys[:, one],
-            values=self.values[:, one],
-            queries=self.queries[:, index * group : (index + 1) * group],
-        )
+# Shapes: B sequences, S tokens of the prompt (or what is left of the text), K key-value heads, E head dimension,
+# C tokens of a passage, n keys of what is read again.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +71,23 @@ class EvictionMethod(CacheMethod):
     sparsity: float = option(0.5, "fraction of the prompt's tokens removed from the cache", ge=0, lt=1)
 
     stage: ClassVar[str] = "tokens"
+    replaces_sparsity: ClassVar[str] = ""
+    """The option that takes the place of the sparsity where it is given."""
     local: ClassVar[bool] = False
     """Whether keys and values of the candidates are all that is looked at, so that any of them can be scored again."""
+    rereads: ClassVar[bool] = False
+    """Whether it is a ``RereadMethod``."""
     again: ClassVar[bool] = True
     """Whether what is left of a text can be cut again, to any number of tokens, the same for all heads."""
 
     @property
     def is_identity(self) -> bool:
         return self.sparsity == 0
+
+    @property
+    def by_sparsity(self) -> bool:
+        """Whether ``sparsity`` says how many tokens leave."""
+        return True
 
     @property
     def every(self) -> int:
@@ -224,6 +103,11 @@ class EvictionMethod(CacheMethod):
     def remembered(self) -> int:
         """How many last queries are looked at when tokens leave while decoding, beyond those just read."""
         return 0
+
+    @property
+    def settles(self) -> bool:
+        """Whether every token is decided on once, when it leaves the ``protected`` last ones, by what is carried."""
+        return False
 
     @property
     def closes_gaps(self) -> bool:
@@ -277,6 +161,12 @@ class BudgetMethod(EvictionMethod):
         unit="tokens", ge=0,
     )  # fmt: skip
 
+    replaces_sparsity: ClassVar[str] = "budget"
+
+    @property
+    def by_sparsity(self) -> bool:
+        return self.budget == 0
+
     @property
     def is_identity(self) -> bool:
         return self.budget == 0 and self.sparsity == 0
@@ -287,6 +177,30 @@ class BudgetMethod(EvictionMethod):
 
     def kept(self, prompt: Prompt) -> int:
         return min(prompt.tokens, self.budget) if self.budget else super().kept(prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RereadMethod(EvictionMethod):
+    """Lets the model read the prompt again before tokens leave, of all layers at once; needs its tokenizer."""
+
+    again: ClassVar[bool] = False
+    rereads: ClassVar[bool] = True
+
+    def passages(self, text: Tensor, tokenizer: Reader) -> list[Passage]:
+        """What is read behind a prompt [S] int64 of one sequence."""
+        raise NotImplementedError(f"{type(self).__name__} must define passages()")
+
+    def reread(self, read: Prompt, passage: slice) -> Tensor:
+        """Scores of the tokens of a passage in one layer, [1, K, C] float32.
+
+        ``read`` holds what the attention saw when it was read again: keys and values [1, K, n, E] of the first
+        ``protected`` tokens, of the ``passage`` and of what was read, with the queries of the latter.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define reread()")
+
+    def keep_of_all(self, scores: list[Tensor]) -> list[Tensor]:
+        """Scores of every layer, [K, S] float32 each → which tokens stay, [K, S] bool each."""
+        raise NotImplementedError(f"{type(self).__name__} must define keep_of_all()")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,10 +221,15 @@ class WrapperMethod(EvictionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.inner.every and not self.of_budgets:
+        if (self.inner.every or not self.inner.by_sparsity) and not self.of_budgets:
             raise OptionError(
-                f"{self.name}: of must be a method that removes tokens of the prompt alone, got '{self.of}'; behind it,"
-                " decoding(...) keeps a budget"
+                f"{self.name}: of must be a method that removes a fraction of the prompt, and nothing while decoding,"
+                f" got '{self.of}'"
+            )
+        if self.inner.rereads:
+            raise OptionError(
+                f"{self.name}: of must be a method that scores one layer after the other, and '{self.of}' decides on"
+                " all of them together"
             )
 
     @property

@@ -57,13 +57,20 @@ class Decoding(WrapperMethod):
         return False
 
     @property
+    def protected(self) -> int:
+        return self.inner.protected if self.sparsity else 0
+
+    @property
     def remembered(self) -> int:
         return 0 if self.inner.local else self.queries
 
     def keep(self, prompt: Prompt) -> Tensor:
-        return self.inner.keep(prompt)
+        return self.inner.keep(prompt) if self.sparsity else self._all(prompt)
 
     def keep_again(self, left: Prompt) -> Tensor:
         if left.tokens <= self.budget:
-            return torch.ones(left.keys.shape[:3], dtype=torch.bool, device=left.keys.device)
+            return self._all(left)
         return replace(self.inner, sparsity=1 - self.budget / left.tokens).keep(left)
+
+    def _all(self, prompt: Prompt) -> Tensor:
+        return torch.ones(prompt.keys.shape[:3], dtype=torch.bool, device=prompt.keys.device)

@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from secateur.errors import OptionError
 from secateur.methods import Descriptor, Prompt, WrapperMethod, option, register
 
 
@@ -36,6 +37,13 @@ class KeyRerotation(WrapperMethod):
         object="kv_cache", granularity="token", when="inference", score="position", allocation="uniform", data="none",
         speedup="real",
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inner.settles:
+            raise OptionError(
+                f"{self.name}: of must be a method whose heads keep equally many tokens while decoding, got '{self.of}'"
+            )
 
     @property
     def needs_rope(self) -> bool:
