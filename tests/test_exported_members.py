@@ -33,6 +33,7 @@ EXPORTED = [
     "pq_index",
     "prune",
     "push",
+    "recommend_cache",
     "register",
     "rule",
     "run",

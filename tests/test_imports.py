@@ -12,7 +12,7 @@ SOURCE = Path(secateur.__file__).parent
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
 BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", "ranks", "ahead"}
-BASE |= {"usercode", "timing", "kinds", "latencytable", "options", "rowmasks", ""}
+BASE |= {"usercode", "timing", "kinds", "latencytable", "options", "rowmasks", "journal", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
         "networks",
         "runs",
         "comparison",
+        "cachestudy",
         "sweep",
         "recipes",
         "api",
@@ -100,7 +101,9 @@ ALLOWED: dict[str, set[str]] = {
         "plans",
     },
     "budgets": {"methods", "models", "criteria", "allocate", "observe", "structure", "plans"},
+    "cachestudy": {"cache", "methods", "evaluation", "models", "observe", "report"},
     "cache": {"methods", "models", "observe", "report"},
+    "rounds": {"train", "methods", "criteria", "allocate", "structure", "plans"},
     "networks": {"methods", "report", "allocate", "observe", "healing", "structure", "plans"},
     "train": {"networks", "methods", "models", "allocate", "observe", "structure", "plans"},
     "rounds": {"train", "methods", "criteria", "allocate", "structure", "plans"},
@@ -155,6 +158,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": set(),
     "latencytable": set(),
     "rowmasks": set(),
+    "journal": {"errors", "files"},
     "ranks": set(),
     "": set(),
 }

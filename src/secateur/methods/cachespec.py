@@ -9,6 +9,7 @@ What stands in parentheses is the method that a wrapper takes its scores from: `
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from secateur.errors import OptionError, UsageError
@@ -47,6 +48,29 @@ def parse_cache_spec(spec: str) -> tuple[CacheMethod, ...]:
             f" {other.stage} of them: take one of them, got '{spec}'"
         )
     return tuple(sorted(methods, key=lambda m: STAGES.index(m.stage)))
+
+
+def at_sparsity(spec: str, sparsity: float) -> str:
+    """The spec with that fraction removed by every step that names none.
+
+    ``snapkv+think:0.4`` → ``snapkv:0.5+think:0.4``.
+
+    Raises UsageError for what can't be read, and for a spec of which every step names its fraction already.
+    """
+    steps = [_at_sparsity(piece.strip(), sparsity) for piece in _split(spec)]
+    if all(before.strip() == after for before, after in zip(_split(spec), steps, strict=True)):
+        raise UsageError(f"'{spec}' says itself how much is removed: leave the number of a step out, as in 'snapkv'")
+    made = "+".join(steps)
+    parse_cache_spec(made)
+    return made
+
+
+def _at_sparsity(step: str, sparsity: float) -> str:
+    if "sparsity" in _parse(step)[1]:
+        return step
+    close = step.rfind(")") + 1
+    name, colon, options = step[close:].partition(":")
+    return f"{step[:close]}{name}:{sparsity:g}" + (f",{options}" if colon else "")
 
 
 def wrapped(wrapper: WrapperMethod) -> EvictionMethod:
@@ -123,15 +147,30 @@ def _parentheses(text: str) -> tuple[str, str | None, str]:
     return text[:start], text[start + 1 : end], text[end + 1 :]
 
 
-def _split(spec: str) -> list[str]:
-    """The steps between plus signs that stand outside of parentheses."""
+def split_presses(text: str) -> list[str]:
+    """``snapkv,adakv(snapkv:window=32,kernel=7),mustafar:k=0.7,v=0.7`` → three presses; an option goes on with the one
+    before it, as long as it is no press with options of its own.
+
+    Raises UsageError.
+    """
+    presses: list[str] = []
+    for piece in _split(text, ","):
+        if presses and re.fullmatch(r"\s*\w+\s*=[^:(]*", piece):
+            presses[-1] += f",{piece.strip()}"
+        else:
+            presses.append(piece.strip())
+    return presses
+
+
+def _split(spec: str, between: str = "+") -> list[str]:
+    """The pieces between plus signs (or commas) that stand outside of parentheses."""
     pieces, depth = [""], 0
     for letter in spec:
         depth += {"(": 1, ")": -1}.get(letter, 0)
-        if letter == "+" and depth == 0:
+        if letter == between and depth == 0:
             pieces.append("")
         else:
             pieces[-1] += letter
     if depth or not all(piece.strip() for piece in pieces):
-        raise UsageError(f"{_WHAT} is NAME or NAME:SPARSITY, joined by '+', got '{spec}'")
+        raise UsageError(f"{_WHAT} is NAME or NAME:SPARSITY, joined by '{between}', got '{spec}'")
     return pieces

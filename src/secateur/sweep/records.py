@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import OutputError
-from secateur.files import write_text
+from secateur.journal import LineJournal
 from secateur.report import Metric
 from secateur.report.numbers import json_ready
 
 DENSE = "dense"
-JOURNAL_VERSION = 1
 _FILE = "journal.jsonl"
 
 
@@ -73,34 +69,23 @@ class Record:
         return cls(**{**data, "metrics": metrics, "notes": tuple(data.pop("notes"))})
 
 
-class Journal:
+class Journal(LineJournal):
     """``journal.jsonl`` in the folder of a sweep: what was asked for, then one line per point, each on disk at once.
 
     ``settings`` is what makes points comparable: model, tasks, windows, versions.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.path = folder / _FILE
-        self.settings = json_ready(dict(settings))
+        super().__init__(folder / _FILE, json_ready(dict(settings)), "a sweep")
 
     @staticmethod
     def exists(folder: Path) -> bool:
         """True when the folder holds a sweep."""
         return (folder / _FILE).is_file()
 
-    def start(self) -> None:
-        """Begin anew. Raises OutputError."""
-        write_text(self.path, _line({"version": JOURNAL_VERSION, "settings": self.settings}))
-
     def add(self, record: Record) -> None:
         """Append one point, and return when it is on the disk. Raises OutputError."""
-        try:
-            with self.path.open("a", encoding="utf8") as file:
-                file.write(_line(record.to_dict()))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(f"can't write {self.path}: {error.strerror or error}; --resume goes on later") from error
+        self.append(record.to_dict())
 
     def resume(self) -> dict[str, Record]:
         """Points that are done, by key; a last line that was cut off by a crash is dropped.
@@ -108,41 +93,7 @@ class Journal:
         Raises OutputError when the sweep in the folder is another one, or the journal is damaged.
         """
         try:
-            text = self.path.read_text(encoding="utf8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise OutputError(f"can't read {self.path}: {error}") from None
-        whole, _, torn = text.rpartition("\n")
-        lines = [self._parse(line, number) for number, line in enumerate(whole.splitlines(), start=1)]
-        if not lines or lines[0].get("version") != JOURNAL_VERSION:
-            raise OutputError(f"{self.path} is not the journal of a sweep; pass --overwrite to begin anew")
-        self._compare(lines[0].get("settings", {}))
-        if torn:
-            # the next line must not be glued to it
-            write_text(self.path, whole + "\n")
-        try:
-            records = [Record.from_dict(line) for line in lines[1:]]
+            records = [Record.from_dict(line) for line in self.lines()]
         except (TypeError, KeyError) as error:
-            raise OutputError(f"{self.path} is damaged ({error}); pass --overwrite to begin anew") from None
+            raise self.damaged(str(error)) from None
         return {record.key: record for record in records if record.done}
-
-    def _parse(self, line: str, number: int) -> dict[str, Any]:
-        try:
-            parsed = json.loads(line)
-        except json.JSONDecodeError:
-            parsed = None
-        if not isinstance(parsed, dict):
-            raise OutputError(f"{self.path}, line {number} is damaged; pass --overwrite to begin anew")
-        return parsed
-
-    def _compare(self, before: Mapping[str, Any]) -> None:
-        for key in {**before, **self.settings}:
-            old, new = before.get(key), self.settings.get(key)
-            if old != new:
-                raise OutputError(
-                    f"{self.path.parent} holds a sweep with other settings ({key}: {old!r} then, {new!r} now): choose "
-                    "another folder, or pass --overwrite"
-                )
-
-
-def _line(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
