@@ -106,7 +106,6 @@ ALLOWED: dict[str, set[str]] = {
     "rounds": {"train", "methods", "criteria", "allocate", "structure", "plans"},
     "networks": {"methods", "report", "allocate", "observe", "healing", "structure", "plans"},
     "train": {"networks", "methods", "models", "allocate", "observe", "structure", "plans"},
-    "rounds": {"train", "methods", "criteria", "allocate", "structure", "plans"},
     "api": {
         "engine",
         "recovering",
