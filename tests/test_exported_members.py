@@ -25,6 +25,7 @@ EXPORTED = [
     "describe",
     "evaluate",
     "heal",
+    "instability",
     "list_methods",
     "load",
     "load_cache",

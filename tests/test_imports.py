@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
         "cache",
         "estimate",
         "networks",
+        "rounds",
         "runs",
         "comparison",
         "cachestudy",
@@ -103,7 +104,7 @@ ALLOWED: dict[str, set[str]] = {
     "budgets": {"methods", "models", "criteria", "allocate", "observe", "structure", "plans"},
     "cachestudy": {"cache", "methods", "evaluation", "models", "observe", "report"},
     "cache": {"methods", "models", "observe", "report"},
-    "rounds": {"train", "methods", "criteria", "allocate", "structure", "plans"},
+    "rounds": {"train", "methods", "report", "criteria", "allocate", "structure", "plans"},
     "networks": {"methods", "report", "allocate", "observe", "healing", "structure", "plans"},
     "train": {"networks", "methods", "models", "allocate", "observe", "structure", "plans"},
     "api": {

@@ -40,6 +40,7 @@ _HOMES = {
     "rule": "secateur.structure.trace",
     "Sparsifier": "secateur.train.sparsifier",
     "lottery": "secateur.rounds",
+    "instability": "secateur.rounds",
     "pq_index": "secateur.criteria.sparsity",
     "Plan": "secateur.plans",
     "SecateurError": "secateur.errors",
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from secateur.errors import SecateurError
     from secateur.methods import describe, list_methods, register
     from secateur.plans import Plan
-    from secateur.rounds import lottery
+    from secateur.rounds import instability, lottery
     from secateur.runs.healing import heal
     from secateur.runs.run import run
     from secateur.structure.trace import rule

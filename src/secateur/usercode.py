@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from secateur.errors import UsageError, nearest
+from secateur.errors import SecateurError, UsageError, nearest
 
 _OBJECT = re.compile(r"(?P<source>[^:]+):(?P<name>[A-Za-z_][\w.]*)")
 
@@ -47,9 +47,11 @@ def load_object(reference: str) -> Any:
 
 
 def call_object(reference: str, made: Callable[..., Any], *arguments: Any) -> Any:
-    """What the user's function returns. Raises UsageError, with the place, when it fails."""
+    """What the user's function returns. Raises UsageError, with the place, when it fails; errors of ours are theirs."""
     try:
         return made(*arguments)
+    except SecateurError:
+        raise
     except Exception as error:
         raise UsageError(f"{reference} failed: {_what_and_where(error)}") from error
 

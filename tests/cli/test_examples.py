@@ -19,6 +19,31 @@ steps: 4
 sparsifier: {method: gmp, sparsity: 0.5, every: 1}
 """
 LOTTERY = f"{TRAIN.rpartition('sparsifier')[0]}lottery: {{levels: 2, controls: [shuffle]}}\n"
+NET = """
+import torch
+from torch import nn
+
+STEPS = 20
+
+
+def network():
+    return nn.Linear(8, 2)
+
+
+def train(net, run):
+    order = torch.Generator().manual_seed(run.seed)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in run.steps(STEPS):
+        x = torch.randn(16, 8, generator=order)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), (x[:, 0] > 0).long()).backward()
+        optimizer.step()
+
+
+def accuracy(net):
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    return {"accuracy": 100 * (net(x).argmax(1) == (x[:, 0] > 0)).float().mean().item()}
+"""
 
 
 @pytest.mark.parametrize("command", HELP)
@@ -42,6 +67,7 @@ def test_examples_are_one_session(cli, tiny_checkpoint, tmp_path, monkeypatch):
     (tmp_path / "sweep.yaml").write_text(SWEEP, encoding="utf8")
     (tmp_path / "train.yaml").write_text(TRAIN, encoding="utf8")
     (tmp_path / "lottery.yaml").write_text(LOTTERY, encoding="utf8")
+    (tmp_path / "net.py").write_text(NET, encoding="utf8")
     for _, example in HELP.values():
         words = ["./smollm2-135m" if word == "smollm2-135m" else word for word in shlex.split(example)[1:]]
         run = cli(*words)

@@ -23,6 +23,7 @@ from secateur.cli import (
     methods,
     plan,
     prune,
+    stability,
     sweep,
     train,
     verify,
@@ -65,6 +66,7 @@ app.add_typer(plan.app, name="plan")
 app.command("evaluate", help=help_text("evaluate"))(evaluate.evaluate)
 app.command("sweep", help=help_text("sweep"))(sweep.sweep)
 app.command("curve", help=help_text("curve"))(curve.curve)
+app.command("stability", help=help_text("stability"))(stability.stability)
 app.command("compare", help=help_text("compare"))(compare.compare)
 app.add_typer(cache.app, name="cache")
 app.command("verify", help=help_text("verify"))(verify.verify)

@@ -77,6 +77,10 @@ HELP: dict[str, tuple[str, str]] = {
         "Show how quality falls with sparsity, where its knee is, and which sparsity to take.",
         "secateur curve smollm2-135m --method magnitude --sparsities 0.2:0.8 --points 3 --windows 4 --out curve",
     ),
+    "stability": (
+        "Train two copies of a network in different orders, and show whether the line between them rises.",
+        "secateur stability net.py:network --train net.py:train --evaluate net.py:accuracy --at 0,10 --out stable",
+    ),
     "compare": (
         "Hold methods against each other at equal budgets, and say which is best and how sure that is.",
         "secateur compare smollm2-135m --methods wanda_sp,random_sp --samples 4 --length 64 --windows 4 --out compared",

@@ -30,7 +30,7 @@ from secateur.plans import Plan
 from secateur.rounds.controls import CONTROLS, control_masks
 from secateur.rounds.levels import FORMAT, TICKET, Entry, Levels
 from secateur.rounds.pruning import next_masks, parts_of
-from secateur.rounds.run import EvaluateFunction, Run, TrainFunction, numbers, seeded, trained
+from secateur.rounds.run import START, EvaluateFunction, Run, TrainFunction, numbers, seeded, trained
 from secateur.structure.exporting import evaluation_mode
 from secateur.tensorfiles import tensors_of
 from secateur.train.checkpoints import plan_of
@@ -214,7 +214,7 @@ class Rounds:
             module = self._filled(tensors_of(self._made))
             if self.method.start() and self.method.rewinds():
                 ones = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self._shapes.items()}
-                run = Run(self.method.seed, 0, "start", 0, self.method.start(), ones)
+                run = Run(self.method.seed, 0, START, 0, self.method.start(), ones)
                 trained(module, self._train, run)
             found = {name: tensor.detach().clone() for name, tensor in tensors_of(module).items()}
             self._levels.put_start(found)

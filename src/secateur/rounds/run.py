@@ -18,6 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from secateur.errors import UsageError
 from secateur.train.watching import mask_state
 
+START = "start"
+"""The branch of the training up to the step that is gone back to."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -66,7 +69,7 @@ class Held:
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         own = dict(model.named_parameters())
         self._dead = {own[name]: (name, mask) for name, mask in masks.items() if not bool(mask.all())}
-        self._weights = {own[name] for name in masks}
+        self._parameters = set(own.values())
         self._steps: dict[int, int] = {}
         self.apply()
 
@@ -89,7 +92,7 @@ class Held:
 
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """As a hook of all optimizers."""
-        own = {p for group in optimizer.param_groups for p in group["params"]} & self._weights
+        own = {p for group in optimizer.param_groups for p in group["params"]} & self._parameters
         broken = getattr(optimizer, "found_inf", None)
         if not own or (broken is not None and float(broken)):
             return
@@ -162,7 +165,7 @@ def _check_steps(run: Run, taken: int, length: int) -> None:
             f"the training function took {taken} steps where it was asked for those from {run.first_step} to {last}:"
             " it must start at run.first_step and stop at run.last_step, as `for step in run.steps(total)` does"
         )
-    if run.last_step and taken == 0 and last > run.first_step:
+    if run.branch == START and not taken:
         raise UsageError(
             f"the training function took no step of an optimizer on its way to step {last}, which is gone back to"
         )
