@@ -220,7 +220,7 @@ def trained(
             for group in optimizer.param_groups:
                 group["lr"] = setting.rate * (1 + math.cos(math.pi * step / setting.steps)) / 2
         optimizer.zero_grad()
-        F.cross_entropy(network(_mirrored(x[index], data.mirrored, order)), y[index]).backward()
+        F.cross_entropy(network(mirrored(x[index], data.mirrored, order)), y[index]).backward()
         optimizer.step()
         if pruned is not None:
             pruned.step()
@@ -251,7 +251,7 @@ def accuracy(network: nn.Module, data: Data) -> float:
     return 100 * right / len(y)
 
 
-def _mirrored(x: Tensor, mirrored: bool, order: torch.Generator) -> Tensor:
+def mirrored(x: Tensor, mirrored: bool, order: torch.Generator) -> Tensor:
     if not mirrored:
         return x
     flip = torch.rand(len(x), generator=order) < 0.5
