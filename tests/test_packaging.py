@@ -21,6 +21,7 @@ else:  # pytest brings it where Python lacks it
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path(secateur.__file__).parent
 DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "lm_eval": "lm-eval", "compressed_tensors": "compressed-tensors"}
+DISTRIBUTION |= {"sklearn": "scikit-learn"}
 # What a file written for the user's Python may import: the shipped modelling file runs inside transformers.
 STANDARD = set(sys.stdlib_module_names) | {"pydoc_data", "secateur"}
 # Arrived with Python 3.11 or later; 3.10 must work.
