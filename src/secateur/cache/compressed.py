@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from secateur.cache.hooks import attach, attention_modules, cache_argument
+from secateur.cache.hooks import attach, attention_modules, cache_argument, check_interface
 from secateur.cache.layer import CompressedLayer, Steps
 from secateur.cache.report import CacheReport, cache_report
 from secateur.errors import UnsupportedModelError, UsageError
@@ -40,8 +40,9 @@ class CompressedCache(DynamicCache):
                 f"{config.model_type} shares its cache between layers or has an encoder: only decoders with one cache"
                 " per layer can be compressed"
             )
-        if not attention_modules(model):
+        if not (modules := attention_modules(model)):
             raise UnsupportedModelError(f"{type(model).__name__} has no attention layers that are known")
+        check_interface(modules[0])
         super().__init__(config=config)
         self.methods, self.tokenizer, self.argument = methods, tokenizer, cache_argument(model.base_model.forward)
         self.attachment = attach(model)

@@ -9,6 +9,7 @@ last cache of the model.
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -192,6 +193,24 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def check_interface(module: nn.Module) -> None:
+    """Raises UnsupportedModelError for an attention that is written out, as Falcon's is.
+
+    There is no place in it at which something else could attend to what is left, short of a second copy of its code;
+    and its attention would go on over rows that it takes for the whole text.
+    """
+    files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+    if not any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files):
+        raise UnsupportedModelError(_by_itself(module))
+
+
+def _by_itself(module: nn.Module) -> str:
+    return (
+        f"{type(module).__name__} computes its attention by itself and doesn't ask transformers' AttentionInterface for"
+        " it, so that nothing can attend to a compressed cache in its place"
+    )
+
+
 def _hooks(
     attachment: weakref.ref[Attachment], rotary: list[nn.Module]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -221,10 +240,7 @@ def _hooks(
         call.layer.call = None
         module.config._attn_implementation_internal = call.implementation  # type: ignore[union-attr]
         if result is not None and not call.used:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} doesn't ask transformers' AttentionInterface for its attention, so that its"
-                " cache can't be compressed"
-            )
+            raise UnsupportedModelError(_by_itself(module))
 
     return before, after
 
