@@ -268,6 +268,10 @@ def test_a_cache_of_another_kind_is_refused(model):
         for cache, kind in ((filled, "that isn't empty"), (static, "StaticCache")):
             with pytest.raises(UsageError, match=kind):
                 feed(model, cache, IDS[:, :1])
+        offloaded = DynamicCache(config=model.config)
+        offloaded.offloading = True
+        with pytest.raises(UsageError, match="DynamicCache that is offloaded"):
+            feed(model, offloaded, IDS)
         quantized = QuantizedCache.__new__(QuantizedCache)
         with pytest.raises(UsageError, match="QuantizedCache"):
             feed(model, quantized, IDS)
@@ -375,11 +379,18 @@ def test_a_bitmap_that_doesnt_pay_says_so(model):
     assert cache.report()["bytes_held"] > cache.report()["bytes_dense"]
 
 
-def test_keys_that_are_no_numbers_are_named():
+@pytest.mark.parametrize(
+    ("side", "value"), [("keys", float("nan")), ("values", float("inf")), ("queries", float("nan"))]
+)
+def test_what_is_no_number_is_named(side, value):
     model = make_tiny("llama")
-    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="layer 1: keys hold NaN"):
-        behind(model, "knorm:0.5")
+    spec, attention = "h2o:budget=9", model.model.layers[1].self_attn
+    cache = behind(model, spec)
+    getattr(attention, {"keys": "k_proj", "values": "v_proj", "queries": "q_proj"}[side]).weight.data[0, 0] = value
+    with pytest.raises(NonFiniteError, match=f"layer 1: {side} hold NaN"):
+        behind(model, spec)
+    with pytest.raises(NonFiniteError, match=f"layer 1: {side} of token 25 hold NaN"):
+        feed(model, cache, IDS[:, :1])
 
 
 def test_padding_on_the_right_is_refused(model):

@@ -149,7 +149,9 @@ def compress_cache(model: PreTrainedModel, spec: str, *, tokenizer: Reader | Non
         if isinstance(given, CompressedCache) or (given is None and kwargs.get("use_cache") is False):
             return args, kwargs
         if given is not None and (type(given) is not DynamicCache or given.offloading or given.get_seq_length()):
-            kind = type(given).__name__ + (" that isn't empty" if type(given) is DynamicCache else "")
+            kind = type(given).__name__
+            if type(given) is DynamicCache:
+                kind += " that is offloaded" if given.offloading else " that isn't empty"
             raise UsageError(f"a cache is compressed from the beginning, and the model was called with a {kind}")
         made.cache = CompressedCache(methods, module, tokenizer)
         return args, {**kwargs, name: made.cache}

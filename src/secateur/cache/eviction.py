@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.cache.rows import DenseRows
 from secateur.cache.store import Store
-from secateur.errors import UsageError
+from secateur.errors import NonFiniteError, UsageError
 from secateur.methods.caching import EvictionMethod
 from secateur.methods.prompts import Prompt, Rope
 
@@ -73,6 +73,12 @@ class Eviction:
             )
         method, (batch, _, new, _) = self.method, query.shape
         left = self._left(layer, query, call.positions(batch, new, query.device), arguments, call)
+        for name, rows in (("keys", layer.keys), ("values", layer.values), ("queries", query)):
+            if not bool(torch.isfinite(rows[:, :, -new:]).all()):
+                raise NonFiniteError(
+                    f"layer {layer.index}: {name} of token {layer.seen} hold NaN or inf, so nothing can be ranked by"
+                    " them"
+                )
         blank = torch.zeros(left.keys.shape[:3], dtype=torch.bool, device=query.device)
         before, self.carried = self.carried, None
         for sequences, _, part in _parts(replace(left, carried=before), layer.padding, [0] * batch):

@@ -213,7 +213,7 @@ class CompressedLayer(DynamicLayer):
     def compress(self, query: Tensor, mask: Tensor | None, call: Call, arguments: dict[str, Any]) -> None:
         """Remove what leaves of a dense prompt, whose attention was called with these queries, mask and arguments."""
         batch, _, tokens = self.keys.shape[:3]
-        for name, tensor in (("keys", self.keys), ("values", self.values)):
+        for name, tensor in (("keys", self.keys), ("values", self.values), ("queries", query)):
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(f"layer {self.index}: {name} hold NaN or inf, so nothing can be ranked by them")
         self.padding = left_padding(mask, batch, tokens) or [0] * batch
@@ -285,9 +285,9 @@ class CompressedLayer(DynamicLayer):
         keys, values = self.keys[:, :, :older], self.values[:, :, :older]
         if self.store is None:
             batch, heads = keys.shape[:2]
-            empty = (DenseRows(side.new_empty(0, side.shape[-1])) for side in (keys, values))
-            nowhere = torch.empty(0, dtype=torch.int32, device=keys.device)
-            self.store = Store(torch.zeros(batch, heads, dtype=torch.int64), *empty, nowhere)
+            none, nowhere = torch.zeros(batch, heads, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
+            empty = [DenseRows(side.new_empty(0, side.shape[-1])) for side in (keys, values)]
+            self.store = Store(none, empty[0], empty[1], nowhere.to(keys.device))
         positions = self.tail_positions()
         self.store = self.store.joined(keys, values, positions[:, :, :older], keep[:, :, :older])
         self.keys, self.values = self.keys[:, :, older:].clone(), self.values[:, :, older:].clone()

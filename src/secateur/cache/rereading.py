@@ -42,40 +42,38 @@ class RereadLayer(CompressedLayer):
     def attend(self, query: Tensor, mask: Tensor | None, call: Call, **arguments: Any) -> tuple[Tensor, Tensor | None]:
         out = super().attend(query, mask, call, **arguments)
         with torch.no_grad():
-            self.look(self.index, self._read(query, call, arguments), self._rows())
+            self.look(self.index, self._read(query, call, arguments), self._passage_rows())
         return out
 
-    def _rows(self) -> slice:  # type: ignore[override]
+    def _passage_rows(self) -> slice:
         return slice(self.first, self.first + self.passage.stop - self.passage.start)
 
     def _read(self, query: Tensor, call: Call, arguments: dict[str, Any]) -> Prompt:
         new = query.shape[2]
         pieces = (slice(self.first), slice(self.passage.start, self.passage.stop), slice(self.prompt, None))
-        sides = {
-            name: torch.cat([side[:, :, piece] for piece in pieces], dim=2)
-            for name, side in (("keys", self.keys), ("values", self.values))
-        }
+        keys, values = (torch.cat([x[:, :, piece] for piece in pieces], dim=2) for x in (self.keys, self.values))
         return Prompt(
             layer=self.index,
             layers=self.layers,
+            keys=keys,
+            values=values,
             queries=query,
             positions=call.positions(1, new, query.device),
             scaling=scaling_of(query, arguments),
             softcap=arguments.get("softcap"),
             reader=call.reader(),
             hidden=call.hidden(),
-            **sides,
         )
 
 
 def _of_one(layer: Any, sequence: int, tokens: int) -> Any:
     """A layer of another kind for one sequence of so many tokens, without its padding; the layer stays as it is."""
-    other = copy.copy(layer)
-    if isinstance(other, DynamicLayer) and other.is_initialized:
+    other: Any = copy.copy(layer)
+    if isinstance(layer, DynamicLayer) and layer.is_initialized:
         one = slice(sequence, sequence + 1)
         other.keys, other.values = other.keys[one, :, -tokens:], other.values[one, :, -tokens:]
         if hasattr(other, "cumulative_length"):
-            other.cumulative_length = tokens  # type: ignore[attr-defined]
+            other.cumulative_length = tokens
     return other
 
 
@@ -135,6 +133,7 @@ def reread_scores(
         for layer in cache.layers
         if isinstance(layer, CompressedLayer)
     }
+    assert cache.tokenizer is not None
     for passage in method.passages(text, cache.tokenizer):
         where = slice(passage.start, passage.stop)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,9 +82,9 @@ def read_surrogate(folder: str) -> Surrogate:
 
 @lru_cache(maxsize=4)
 def _read(path: Path, stamp: int) -> Surrogate:
-    config, stored = read_json(path / CONFIG, CorruptFileError), read_header(path / WEIGHTS)
-    config = config if isinstance(config, dict) else {}
-    sizes, hidden = [config.get(name) for name in ("n_modules", "input_dim", "output_dim")], config.get("hidden_dim")
+    document, stored = read_json(path / CONFIG, CorruptFileError), read_header(path / WEIGHTS)
+    config: dict[str, Any] = document if isinstance(document, dict) else {}
+    sizes, hidden = [config.get(name, 0) for name in ("n_modules", "input_dim", "output_dim")], config.get("hidden_dim")
     if not all(isinstance(size, int) and size > 0 for size in [*sizes, 1 if hidden is None else hidden]):
         raise CorruptFileError(f"{path / CONFIG} doesn't say how large its surrogate is")
     modules, inputs, outputs = sizes
@@ -96,5 +97,7 @@ def _read(path: Path, stamp: int) -> Surrogate:
             if any(p is None or tuple(p.shape) != s for p, s in zip(pair, (shape, shape[:1]), strict=True)):
                 raise CorruptFileError(f"{path / WEIGHTS} doesn't hold the layers that {CONFIG} names: layer {n}")
             steps.append(tuple(p.read().to(torch.float32) for p in pair if p is not None))
+        if not all(bool(torch.isfinite(tensor).all()) for pair in steps for tensor in pair):
+            raise CorruptFileError(f"{path / WEIGHTS} holds NaN or inf in layer {n}")
         layers.append(tuple(steps))
     return Surrogate(tuple(layers))
