@@ -18,6 +18,7 @@ EXPORTED = [
     "anatomy",
     "apply",
     "compare",
+    "compare_caches",
     "compress_cache",
     "compressed_cache",
     "convert",

@@ -31,6 +31,7 @@ _HOMES = {
     "verify": "secateur.api",
     "compressed_cache": "secateur.cache",
     "compress_cache": "secateur.cache",
+    "compare_caches": "secateur.cachestudy",
     "load_cache": "secateur.cache",
     "recommend_cache": "secateur.cachestudy",
     "Result": "secateur.api",
@@ -51,7 +52,7 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from secateur.api import Result, anatomy, apply, convert, densities, evaluate, load, plan, prune, push, save, verify
     from secateur.cache import compress_cache, compressed_cache, load_cache
-    from secateur.cachestudy import recommend_cache
+    from secateur.cachestudy import compare_caches, recommend_cache
     from secateur.comparison import compare
     from secateur.criteria.sparsity import pq_index
     from secateur.errors import SecateurError

@@ -8,7 +8,7 @@ import torch
 import secateur as sc
 from families import make_tiny, tiny_ids
 from secateur.cache.sizes import cache_shape
-from secateur.cachestudy.recommend import first_true
+from secateur.cachestudy.smallest import first_true
 from secateur.errors import BudgetError, UsageError
 
 

@@ -1,23 +1,23 @@
-"""A compression of the KV cache that fits into so many bytes: what fits follows from shapes, what is best from a text."""
+"""A compression of the KV cache that fits into so many bytes: shapes say what fits, and a text what is best of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.cache.sizes import CacheShape, cache_shape, predicted_bytes
-from secateur.errors import BudgetError, UsageError
+from secateur.cachestudy.compare import compare_caches
+from secateur.cachestudy.measuring import QUESTIONS, Protocol
+from secateur.cachestudy.smallest import STEPS, first_true
+from secateur.errors import BudgetError, UnsupportedModelError, UsageError
 from secateur.methods.cachespec import at_sparsity, parse_cache_spec
 from secateur.models.shards import parse_size
 from secateur.report.numbers import format_bytes, percent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-QUESTIONS = ("later", "end")
-STEPS = 100
-"""fractions removed are tried in steps of a hundredth"""
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Recommendation:
 
 def recommend_cache(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     context: int,
     memory: str | int,
@@ -109,6 +110,11 @@ def recommend_cache(
     batch: int = 1,
     question: str = "later",
     presses: Sequence[str] | None = None,
+    text: str | Path | None = None,
+    prefix: int = 1024,
+    after: int = 256,
+    windows: int = 4,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Recommendation:
     """A compression of the KV cache of ``model`` with which a prompt of ``context`` tokens fits into ``memory``.
 
@@ -116,10 +122,11 @@ def recommend_cache(
     of ``batch`` sequences. ``question="end"`` is for prompts that end with what is asked, ``"later"`` for contexts that
     are asked later. ``presses`` are compressions without their fraction removed (``snapkv``, ``snapkv+mustafar:0.5``);
     by default a few that suit the question. For each the smallest fraction is found that fits, from shapes: ``model``
-    may be on the meta device. The first is recommended that removes no more than it is known to bear. Room is needed for
-    what is held, and while the prompt is read for one layer that is dense still; what scores take on the way isn't
-    counted.
-    Raises UsageError, and BudgetError where nothing fits.
+    may be on the meta device. The first is recommended that removes no more than it is known to bear. Room is needed
+    for what is held, and while the prompt is read for one layer that is dense still; what scores take on the way isn't
+    counted. With a ``text``, which takes the ``tokenizer``, that one is recommended of those that fit which costs least
+    perplexity, measured as by ``compare_caches``.
+    Raises UsageError, DataError, and BudgetError where nothing fits.
     """
     for name, value, least in (("context", context, 1), ("new", new, 0), ("batch", batch, 1)):
         if value < least:
@@ -142,7 +149,42 @@ def recommend_cache(
         )
     first = next((one for one in candidates if one.gentle), max(candidates, key=lambda one: one.bytes_held))
     missing = tuple(press for press, candidate in found.items() if candidate is None)
-    return replace(made, spec=first.spec, candidates=candidates, missing=missing)
+    made = replace(made, spec=first.spec, candidates=candidates, missing=missing)
+    if text is None:
+        return made
+    if tokenizer is None:
+        raise UsageError("a text is read with the model's tokenizer: give it too")
+    return _measured(made, model, tokenizer, Protocol(str(text), prefix, after, windows, question=question), progress)
+
+
+def _measured(
+    made: Recommendation,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Protocol,
+    progress: Callable[[str, int, int], None] | None,
+) -> Recommendation:
+    """The same with perplexities, and the best candidate. Raises the error of a candidate where all of them fail."""
+    compared = compare_caches(
+        model,
+        tokenizer,
+        presses=[one.spec for one in made.candidates],
+        text=asked.text,
+        prefix=asked.prefix,
+        after=asked.after,
+        windows=asked.windows,
+        question=asked.question,
+        progress=progress,
+    )
+    dense, *rows = compared.rows
+    candidates = tuple(replace(c, perplexity=row.perplexity) for c, row in zip(made.candidates, rows, strict=True))
+    known = {one.spec: one.perplexity for one in candidates if one.perplexity is not None}
+    if not known:
+        raise UnsupportedModelError(f"none of the candidates could be measured: {rows[0].error}")
+    best = min(known, key=known.__getitem__)
+    return replace(
+        made, spec=best, candidates=candidates, dense_perplexity=dense.perplexity, protocol=asked.describe()[0]
+    )
 
 
 @dataclass(frozen=True)
@@ -177,14 +219,3 @@ def _smallest(rung: Rung, size: _Size, room: int) -> Candidate | None:
     spec = at_sparsity(rung.press, step / STEPS)
     gentle = step / STEPS <= rung.most
     return Candidate(spec, rung.press, step / STEPS, size.held(spec), size.peak(spec), gentle)
-
-
-def first_true(holds: Callable[[int], bool], last: int) -> int | None:
-    """The smallest of 1 .. ``last`` for which something holds that holds for all above it; None where it never does."""
-    if not holds(last):
-        return None
-    low, high = 0, last
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high

@@ -85,6 +85,11 @@ HELP: dict[str, tuple[str, str]] = {
         "Hold methods against each other at equal budgets, and say which is best and how sure that is.",
         "secateur compare smollm2-135m --methods wanda_sp,random_sp --samples 4 --length 64 --windows 4 --out compared",
     ),
+    "cache compare": (
+        "Hold compressions of the KV cache against each other at equal bytes.",
+        "secateur cache compare smollm2-135m --presses streaming_llm,mustafar --prefix 96 --after 16 --windows 2 "
+        "--needle kv:length=240,depths=2 --out caches",
+    ),
     "cache recommend": (
         "Find a compression of the KV cache with which a context fits into so much memory.",
         "secateur cache recommend smollm2-135m --context 8192 --memory 64MiB",

@@ -6,8 +6,8 @@ With ``keys`` above 1 there are as many of them, of which one is asked for (RULE
 
 A case is text in four parts, context, question, lead and answer; the lead is the beginning of the sentence that the
 answer ends, as in RULER, so that a base model knows what is wanted. It is always read behind the compressed cache.
-Question-agnostic, the context alone is compressed, and the question comes later; question-aware, the question is the end
-of what is compressed. The order of methods differs a lot between the two.
+Question-agnostic, the context alone is compressed, and the question comes later; question-aware, the question is the
+end of what is compressed. The order of methods differs a lot between the two.
 
 Source: C.-P. Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", COLM 2024,
 arXiv:2404.06654; N. F. Liu et al., "Lost in the Middle", TACL 2024, arXiv:2307.03172. Texts and words are our own.
@@ -37,153 +37,26 @@ _NOISE = (
     "The rain fell on the fields. The road went on between the hills. A door was open, and nobody came. "
     "The river was slow and brown. There were clouds in the west. Then it was evening, and the lamps were lit."
 )
-_ADJECTIVES = [
-    "amber",
-    "bitter",
-    "brave",
-    "calm",
-    "clever",
-    "cloudy",
-    "crimson",
-    "distant",
-    "eager",
-    "early",
-    "faded",
-    "gentle",
-    "golden",
-    "hidden",
-    "hollow",
-    "icy",
-    "ivory",
-    "jolly",
-    "keen",
-    "late",
-    "little",
-    "lonely",
-    "loud",
-    "lucky",
-    "misty",
-    "modest",
-    "narrow",
-    "noble",
-    "odd",
-    "olive",
-    "pale",
-    "patient",
-    "proud",
-    "quick",
-    "quiet",
-    "rapid",
-    "rusty",
-    "scarlet",
-    "shy",
-    "silent",
-    "silver",
-    "sleepy",
-    "smooth",
-    "solid",
-    "stormy",
-    "strange",
-    "sunny",
-    "sweet",
-    "tall",
-    "tender",
-    "tiny",
-    "velvet",
-    "violet",
-    "warm",
-    "weary",
-    "wild",
-    "windy",
-    "wise",
-    "wooden",
-    "young",
-]
-_NOUNS = [
-    "anchor",
-    "apple",
-    "arrow",
-    "badger",
-    "basket",
-    "beacon",
-    "bell",
-    "bridge",
-    "button",
-    "candle",
-    "canyon",
-    "castle",
-    "cedar",
-    "clock",
-    "comet",
-    "compass",
-    "copper",
-    "cricket",
-    "dolphin",
-    "drum",
-    "falcon",
-    "feather",
-    "fiddle",
-    "forest",
-    "fountain",
-    "garden",
-    "glacier",
-    "hammer",
-    "harbor",
-    "hazel",
-    "heron",
-    "island",
-    "kettle",
-    "ladder",
-    "lantern",
-    "lemon",
-    "lizard",
-    "marble",
-    "meadow",
-    "mirror",
-    "moth",
-    "needle",
-    "ocean",
-    "orchard",
-    "otter",
-    "owl",
-    "paddle",
-    "parrot",
-    "pebble",
-    "pepper",
-    "piano",
-    "pillow",
-    "pine",
-    "planet",
-    "pony",
-    "raven",
-    "ribbon",
-    "rocket",
-    "saddle",
-    "sailor",
-    "salmon",
-    "shadow",
-    "shepherd",
-    "sparrow",
-    "spider",
-    "spoon",
-    "station",
-    "stone",
-    "summit",
-    "thimble",
-    "thunder",
-    "tiger",
-    "tower",
-    "turnip",
-    "valley",
-    "violin",
-    "walnut",
-    "wheel",
-    "whistle",
-    "willow",
-    "window",
-    "winter",
-    "zebra",
-]
+_ADJECTIVES = re.findall(
+    r"\w+",
+    """
+    amber bitter brave calm clever cloudy crimson distant eager early faded gentle golden hidden hollow icy ivory
+    jolly keen late little lonely loud lucky misty modest narrow noble odd olive pale patient proud quick quiet
+    rapid rusty scarlet shy silent silver sleepy smooth solid stormy strange sunny sweet tall tender tiny velvet
+    violet warm weary wild windy wise wooden young
+    """,
+)
+_NOUNS = re.findall(
+    r"\w+",
+    """
+    anchor apple arrow badger basket beacon bell bridge button candle canyon castle cedar clock comet compass copper
+    cricket dolphin drum falcon feather fiddle forest fountain garden glacier hammer harbor hazel heron island
+    kettle ladder lantern lemon lizard marble meadow mirror moth needle ocean orchard otter owl paddle parrot pebble
+    pepper piano pillow pine planet pony raven ribbon rocket saddle sailor salmon shadow shepherd sparrow spider
+    spoon station stone summit thimble thunder tiger tower turnip valley violin walnut wheel whistle willow window
+    winter zebra
+    """,
+)
 
 
 @dataclass(frozen=True)
@@ -209,8 +82,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """``niah:length=1024/4096,depths=5,keys=1,haystack=noise,digits=5,samples=1``, or ``kv`` with length, depths, digits
-    and samples.
+    """``niah:length=1024/4096,depths=5,keys=1,haystack=noise,digits=5,samples=1``, or ``kv`` without keys and haystack.
 
     ``length`` is that of the whole prompt with its answer, in tokens, one or several separated by slashes; ``depths``
     their number, evenly from the beginning to the end; ``samples`` cases are made of each.

@@ -1,0 +1,168 @@
+"""Compressions of the KV cache side by side: which are run, the journal, and what is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.cache.sizes import cache_shape, predicted_bytes
+from secateur.cachestudy.measuring import DENSE, Measurement, Protocol, items, measure_all
+from secateur.cachestudy.results import CacheComparison, Setting, rows_of
+from secateur.cachestudy.smallest import STEPS, first_true
+from secateur.errors import OutputError, UsageError
+from secateur.evaluation.retrieval import Retrieval
+from secateur.files import write_text
+from secateur.journal import LineJournal
+from secateur.methods.cachespec import at_sparsity, parse_cache_spec
+from secateur.models.fingerprint import fingerprint
+from secateur.models.sources import Source
+from secateur.versions import library_versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RATIOS = (0.25, 0.5, 0.75)
+_FILES = ("cache.jsonl", "cache.json", "cache.html")
+
+
+def compare_caches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    presses: Sequence[str],
+    ratios: Sequence[float] = RATIOS,
+    held: Sequence[float] | None = None,
+    text: str | Path = "builtin",
+    prefix: int = 1024,
+    after: int = 256,
+    windows: int = 8,
+    needles: Sequence[str] = (),
+    question: str = "later",
+    seed: int = 0,
+    text_field: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CacheComparison:
+    """Hold compressions of the KV cache against each other, and against the dense cache.
+
+    ``presses`` are compressions without their fraction removed, which is every one of ``ratios`` in turn
+    (``snapkv``, ``snapkv+mustafar``), or the smallest with which a prompt's cache holds at most a fraction ``held`` of
+    the dense bytes; one that names all its fractions (``snapkv:0.5``) is run as it is. Measured are the perplexity of
+    the ``after`` tokens that follow each of ``windows`` compressed prefixes of ``text`` (none with ``windows=0``), and
+    the ``needles``, tasks as ``niah:length=1024/4096,depths=5`` or ``kv:length=1024``. ``question`` says where their
+    question stands: ``later``, behind the compressed context, or at its ``end``. ``out`` is a folder for journal, JSON
+    and page; with ``resume`` what is done there isn't done again.
+    Raises UsageError, DataError or OutputError.
+    """
+    asked = Protocol(str(text), prefix, after, windows, tuple(needles), question, seed, text_field)
+    lengths = [prefix] if windows else [max(Retrieval.parse(needle).lengths) for needle in needles]
+    settings, missing = _settings(model, presses, ratios, held, lengths[0])
+    # all that can be wrong is known before anything is written
+    todo = list(items(model, tokenizer, asked))
+    journal, known = (None, {}) if out is None else _journal(Path(out), model, asked, resume, overwrite)
+    specs = [DENSE, *dict.fromkeys(setting.spec for setting in settings)]
+    found = measure_all(
+        model,
+        todo,
+        specs,
+        known,
+        journal.append if journal else lambda line: None,
+        progress or (lambda stage, done, total: None),
+    )
+    name = str(getattr(model, "secateur_name", "") or type(model).__name__)
+    made = CacheComparison(name, asked, rows_of(settings, found), tuple(found), tuple(missing))
+    if out is not None:
+        _write(made, Path(out))
+    return made
+
+
+def _settings(
+    model: PreTrainedModel, presses: Sequence[str], ratios: Sequence[float], held: Sequence[float] | None, tokens: int
+) -> tuple[list[Setting], list[str]]:
+    """What is run, and what can't be. Raises UsageError."""
+    twice = next((press for press in presses if list(presses).count(press) > 1), None)
+    if not presses or twice is not None:
+        raise UsageError(f"press {twice} is named twice" if twice else "name at least one press, such as snapkv")
+    for name, values in (("ratios", ratios), ("held", held or ())):
+        if not all(0 < value < 1 for value in values):
+            raise UsageError(f"{name} must lie in (0, 1), got {', '.join(f'{v:g}' for v in values)}")
+    shape = cache_shape(model)
+    settings, missing = [], []
+    for press in presses:
+        if _is_whole(press):
+            settings.append(Setting(press, None, press))
+        elif held is None:
+            settings += [Setting(press, ratio, at_sparsity(press, ratio)) for ratio in sorted(set(ratios))]
+        else:
+            dense = shape.dense_bytes(tokens)
+            for most in sorted(set(held), reverse=True):
+
+                def fits(step: int, press: str = press, room: float = most * dense) -> bool:
+                    return predicted_bytes(parse_cache_spec(at_sparsity(press, step / STEPS)), shape, tokens) <= room
+
+                step = first_true(fits, STEPS - 1)
+                if step is None:
+                    missing.append(f"{press} can't get to {most:.0%} of {tokens:,} tokens")
+                else:
+                    settings.append(Setting(press, most, at_sparsity(press, step / STEPS)))
+    if not settings:
+        raise UsageError("nothing is left to compare: " + "; ".join(missing))
+    return settings, missing
+
+
+def _is_whole(press: str) -> bool:
+    """Whether every step names its fraction. Raises UsageError for what can't be read."""
+    try:
+        at_sparsity(press, 0.5)
+    except UsageError:
+        parse_cache_spec(press)
+        return True
+    return False
+
+
+def _journal(
+    folder: Path, model: PreTrainedModel, asked: Protocol, resume: bool, overwrite: bool
+) -> tuple[LineJournal, dict[tuple[str, str], Measurement]]:
+    # more windows, needles and presses may come later: their measurements have names of their own
+    fixed = {key: value for key, value in asdict(asked).items() if key not in ("windows", "needles")}
+    fixed |= {"weights": fingerprint(Source(model)).weights, "dtype": str(model.dtype), "versions": library_versions()}
+    journal = LineJournal(folder / _FILES[0], fixed, "a comparison of caches")
+    if journal.path.is_file():
+        if resume:
+            try:
+                lines = [Measurement(**line) for line in journal.lines()]
+            except TypeError as error:
+                raise journal.damaged(str(error)) from None
+            return journal, {(one.item, one.spec): one for one in lines}
+        if not overwrite:
+            raise OutputError(
+                f"{folder} holds a comparison of caches: pass --resume to go on with it, or --overwrite to begin anew"
+            )
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise OutputError(f"{folder} exists and holds no comparison of caches: choose another folder")
+    journal.start()
+    return journal, {}
+
+
+def _write(made: CacheComparison, folder: Path) -> None:
+    write_text(folder / _FILES[1], json.dumps(made.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    if importlib.util.find_spec("plotly") is not None:
+        from secateur.cachestudy.page import render
+
+        write_text(folder / _FILES[2], render(made))
+
+
+def notes_of(made: CacheComparison, out: Any) -> list[str]:
+    """What the user should know beside the table."""
+    notes = [*made.missing, *(f"{row.spec} failed: {row.error}" for row in made.failed)]
+    if out is not None and importlib.util.find_spec("plotly") is None:
+        notes.append("cache.html needs plotly, which is not installed: pip install 'secateur[report]'")
+    return notes
