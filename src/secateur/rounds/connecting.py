@@ -112,7 +112,7 @@ def connect(
         raise UsageError(f"points must be at least 2, for both ends of the line, got {points}")
     if statistics not in STATISTICS:
         raise UsageError(f"statistics must be one of {', '.join(STATISTICS)}, got '{statistics}'")
-    ends = [{name: t.detach().clone() for name, t in tensors_of(module).items()} for module in (first, second)]
+    one, other = ({name: t.detach().clone() for name, t in tensors_of(module).items()} for module in (first, second))
     between = copy.deepcopy(first)
     norms = [m for m in between.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     batches = list(data) if data is not None and norms and statistics == "recompute" else []
@@ -124,7 +124,7 @@ def connect(
     alphas = [point / (points - 1) for point in range(points)]
     found: dict[str, list[float]] = {}
     for alpha in alphas:
-        _fill(between, interpolate(*ends, alpha))
+        _fill(between, interpolate(one, other, alpha))
         if batches:
             recompute_statistics(between, norms, batches)
         with evaluation_mode(between), torch.no_grad():
