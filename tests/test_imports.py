@@ -106,7 +106,7 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"methods", "models", "observe", "report"},
     "rounds": {"train", "methods", "report", "criteria", "allocate", "structure", "plans"},
     "networks": {"methods", "report", "allocate", "observe", "healing", "structure", "plans"},
-    "train": {"networks", "methods", "models", "allocate", "observe", "structure", "plans"},
+    "train": {"networks", "methods", "models", "criteria", "allocate", "observe", "structure", "plans"},
     "api": {
         "engine",
         "recovering",

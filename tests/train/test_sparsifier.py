@@ -14,7 +14,7 @@ import sparse_ranks
 from conftest import build_llama
 from ranks import run_ranks
 from secateur.errors import CorruptFileError, NonFiniteError, UsageError
-from secateur.train.sparsifier import training_methods
+from secateur.train.asked import training_methods
 from sparse_training import RHYTHM, STEPS, batch, network, same, sgd, sparsifier, train
 
 OPTIMIZERS = {

@@ -17,7 +17,7 @@ from secateur.errors import CorruptFileError, OutputError, PlanError, Unsupporte
 from secateur.files import disk_error, output_file
 from secateur.methods import RoundsMethod, TrainingMethod
 from secateur.networks.applying import module_fingerprint
-from secateur.plans import Fingerprint, Plan, Provenance, pack_bits, unpack_bits
+from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance, pack_bits, unpack_bits
 from secateur.versions import library_versions
 
 FORMAT = 1
@@ -40,18 +40,40 @@ class State:
 def plan_of(
     model: nn.Module, method: TrainingMethod | RoundsMethod, masks: Mapping[str, Tensor], notes: tuple[str, ...]
 ) -> Plan:
-    """The masks as a plan of the model as it is now."""
-    first = next(model.parameters())
-    provenance = Provenance(
+    """The masks of weights as a plan of the model as it is now."""
+    provenance = _provenance(model, method, notes, None)
+    return Plan(provenance=(provenance,), masks={name: mask.cpu() for name, mask in masks.items()})
+
+
+def cutting_plan_of(
+    model: nn.Module,
+    method: TrainingMethod,
+    masks: Mapping[str, Tensor],
+    notes: tuple[str, ...],
+    inputs: ExampleInputs,
+) -> Plan:
+    """The masks of groups, [units] each, as a plan that cuts the model, which is called with ``inputs``."""
+    return Plan(
+        provenance=(_provenance(model, method, notes, inputs),),
+        groups={name: len(mask) for name, mask in masks.items()},
+        keep={name: mask.cpu().nonzero()[:, 0] for name, mask in masks.items()},
+    )
+
+
+def _provenance(
+    model: nn.Module, method: TrainingMethod | RoundsMethod, notes: tuple[str, ...], inputs: ExampleInputs | None
+) -> Provenance:
+    return Provenance(
         method=method.name,
         options=method.options(),
-        model=_fingerprint(model),
+        # a plan that cuts by a trace is one of a module
+        model=_fingerprint(model) if inputs is None else module_fingerprint(model),
         seed=method.seed,
-        dtype=str(first.dtype).removeprefix("torch."),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         versions=library_versions(),
         notes=notes,
+        inputs=inputs,
     )
-    return Plan(provenance=(provenance,), masks={name: mask.cpu() for name, mask in masks.items()})
 
 
 def _fingerprint(model: nn.Module) -> Fingerprint:

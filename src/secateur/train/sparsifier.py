@@ -16,7 +16,7 @@ number of the step and the seed, so that all ranks of data parallelism do the sa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,29 +26,38 @@ from torch import Tensor, nn
 
 from secateur.allocate import Schedule
 from secateur.errors import UsageError
-from secateur.methods import StartingMethod, Trained, TrainingMethod, get_method, list_methods, make_method
+from secateur.methods import StartingMethod, Trained
+from secateur.networks.example import Example
 from secateur.observe.gradients import Loss
 from secateur.plans import Plan
 from secateur.train import checkpoints, flops
+from secateur.train.asked import checked_schedule, training_method
+from secateur.train.channels import Channels
 from secateur.train.starting import Given, starting_masks
 from secateur.train.updating import Masks, Update, exchanged, random_masks, scored, thinned
 from secateur.train.watching import Watched, mean_over_ranks
-from secateur.train.weights import find_layers, fraction_of_zeros, unwrapped
+from secateur.train.weights import Layer, find_layers, fraction_of_zeros, unwrapped
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _FLOOR = 0.01
+_LEAST = 1e-5
+"""Fraction of a group that is one channel, rounded up."""
 
 
 class Sparsifier:
-    """Prunes single weights of ``model`` while it is trained; call ``step`` after every ``optimizer.step()``.
+    """Prunes ``model`` while it is trained; call ``step`` after every ``optimizer.step()``.
 
     ``method`` is a training method, and ``options`` are its own: ``secateur describe gmp`` lists them. ``include`` and
     ``exclude`` are patterns of parameter or module names (``head.*``): further weights that are pruned, and those that
     stay. ``masks`` are boolean by name, True = live, or a plan that has some: the training begins with them.
     ``resume`` is what ``state_dict`` gave or ``save`` wrote: no masks are made then, and weights that the model has
     from that time stay. ``schedule`` is a function step → sparsity in place of the method's.
+
+    What leaves are single ``weights``, or with ``units="channels"`` coupled channels of the network, traced on
+    ``example_inputs``: names are then those of groups, masks are [units], the sparsity counts channels, of which every
+    group keeps at least one, and the plan cuts the network.
 
     Methods that prune before training look at ``data``, batches (inputs, class indices) or of whatever
     ``loss(module, batch)`` takes, or at ``example_inputs``. Over several ranks scores are averaged within
@@ -64,6 +73,7 @@ class Sparsifier:
         optimizer: Optimizer | None = None,
         *,
         method: str = "gmp",
+        units: str = "weights",
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         masks: Mapping[str, Tensor] | Plan | None = None,
@@ -79,34 +89,44 @@ class Sparsifier:
         self.method = training_method(method, options)
         self.model = unwrapped(model)
         self._group = process_group
-        self._layers = find_layers(
-            self.model,
-            include=include,
-            exclude=exclude,
-            keep_first=self.method.keep_first,
-            depthwise=self.method.depthwise,
-        )
+        self._layers: dict[str, Layer] = {}
+        self._channels: Channels | None = None
+        if units == "channels":
+            example = Example(tuple(example_inputs or ()), example_kwargs)
+            channels = self._channels = Channels(self.model, self.method, example, include, exclude)
+            self._pruned = channels.parameters
+        elif units == "weights":
+            self._layers = find_layers(
+                self.model,
+                include=include,
+                exclude=exclude,
+                keep_first=self.method.keep_first,
+                depthwise=self.method.depthwise,
+            )
+            self._pruned = {name: layer.weight for name, layer in self._layers.items()}
+        else:
+            raise UsageError(f"units must be weights or channels, got {units!r}")
         self._updates = self.method.updates()
-        self._schedule = _checked(schedule) if schedule is not None else self.method.schedule()
+        self._schedule = checked_schedule(schedule) if schedule is not None else self.method.schedule()
         self._needed = set(self.method.needed()) if not isinstance(self.method, StartingMethod) else set()
         if resume is not None:
             # nothing is dead until the state says what is
             masks = {}
-        self._check_target(masks)
+        if self._channels is None:
+            self._check_target(masks)
         self._watched = None
         self._masks: Masks = self._first_masks(masks, Given(data, loss, example_inputs, example_kwargs))
         self._momentum: dict[str, Tensor] = {}
         self._step = 0
         self._dense_steps = 0
-        self._kept_steps = dict.fromkeys(self._layers, 0)
+        self._kept_steps = dict.fromkeys(self._masks, 0)
         self._log: list[Update] = []
         # the sparsity that masks were made for; what moves afterwards stays where it is until more is asked for
         self._reached = self._schedule(0) if self._begins_sparse else 0.0
         if optimizer is not None:
-            weights = [layer.weight for layer in self._layers.values()]
-            self._watched = Watched(optimizer, weights, self._takes_back, self._looks)
+            self._watched = Watched(optimizer, self._pruned.values(), self._takes_back, self._looks)
         self._set(self._masks)
-        self._warn_of_collapse(self._masks, dict.fromkeys(self._layers, 1))
+        self._warn_of_collapse(self._masks, dict.fromkeys(self._masks, 1))
         self._hold()
         if resume is not None:
             self._resume(resume)
@@ -120,12 +140,12 @@ class Sparsifier:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the pruned weights that is dead."""
+        """Fraction of the pruned weights, or channels, that is dead."""
         return 1.0 - sum(self._kept.values()) / sum(mask.numel() for mask in self._masks.values())
 
     @property
     def sparsities(self) -> dict[str, float]:
-        """The same of every weight, by name."""
+        """The same of every weight, or group, by name."""
         return {name: 1.0 - self._kept[name] / mask.numel() for name, mask in self._masks.items()}
 
     @property
@@ -174,19 +194,19 @@ class Sparsifier:
         entries (Adafactor, Muon). In steps whose gradients are needed to grow weights it does nothing."""
         if self._looks():
             return
-        for name, layer in self._layers.items():
-            if layer.weight.grad is not None:
-                layer.weight.grad.mul_(self._masks[name])
+        for name, weight in self._pruned.items():
+            if weight.grad is not None:
+                weight.grad.mul_(self._entries[name])
 
     def apply(self, module: nn.Module) -> None:
         """Zero in another module of the same names, such as an average of weights, what is dead here."""
         module = unwrapped(module)
         own = dict(module.named_parameters())
-        for name, mask in self._masks.items():
+        for name, mask in self._entries.items():
             if name not in own or own[name].shape != mask.shape:
                 raise UsageError(f"the module has no parameter {name} of shape {list(mask.shape)} to mask")
         with torch.no_grad():
-            for name, mask in self._masks.items():
+            for name, mask in self._entries.items():
                 own[name].mul_(mask.to(own[name].device))
 
     def finish(self) -> Plan:
@@ -199,10 +219,17 @@ class Sparsifier:
     def plan(self) -> Plan:
         """The masks as they are now as a plan of the model; ``secateur.apply`` lays it on any copy of it."""
         note = f"masks after {self._step} steps of training: apply the plan to the trained weights"
+        if self._channels is not None:
+            inputs = self._channels.example.recorded()
+            return checkpoints.cutting_plan_of(self.model, self.method, self._masks, (note,), inputs)
         return checkpoints.plan_of(self.model, self.method, self._masks, (note,))
 
     def flops(self, *example_inputs: Any, **example_kwargs: Any) -> flops.Flops:
         """Effective operations on these inputs: of inference with the masks as they are, and of training so far."""
+        if self._channels is not None:
+            raise UsageError(
+                "effective operations are those of sparse weights: apply the plan, and count the cut network's"
+            )
         total, per_layer = flops.count(self.model, self._layers, example_inputs, example_kwargs)
         sizes = {name: mask.numel() for name, mask in self._masks.items()}
         now = {name: self._kept[name] / size for name, size in sizes.items()}
@@ -244,7 +271,7 @@ class Sparsifier:
         self._momentum = {
             name: tensor.to(self._layers[name].weight.device).clone() for name, tensor in found.momentum.items()
         }
-        self._set({name: mask.to(self._layers[name].weight.device) for name, mask in found.masks.items()})
+        self._set({name: mask.to(self._masks[name].device) for name, mask in found.masks.items()})
         self._hold()
 
     def save(self, path: str | Path) -> Path:
@@ -278,7 +305,9 @@ class Sparsifier:
             raise
 
     def _first_masks(self, given: Mapping[str, Tensor] | Plan | None, told: Given) -> Masks:
-        ones = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in self._layers.items()}
+        ones = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._pruned.items()}
+        if self._channels is not None:
+            ones = self._channels.all_live()
         if given is not None:
             return self._given_masks(ones, given.masks if isinstance(given, Plan) else given)
         if isinstance(self.method, StartingMethod):
@@ -290,7 +319,7 @@ class Sparsifier:
         if self.method.random_start():
             return random_masks(self.method, parts, start)
         scores = scored(parts, self.method.score, self._reduce, "scores")
-        return thinned(self.method, self._layers, parts, scores, start)
+        return self._thinned(parts, scores, start)
 
     @property
     def _begins_sparse(self) -> bool:
@@ -316,16 +345,18 @@ class Sparsifier:
 
     def _set(self, masks: Masks) -> None:
         self._masks = masks
+        self._entries = masks if self._channels is None else self._channels.entries(masks)
         # counted once, and not at every step
         self._kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        self._thin = [name for name, mask in self._entries.items() if not bool(mask.all())]
 
     def _hold(self) -> None:
         """Dead weights are zero, and what the optimizer remembers of them."""
-        for name, layer in self._layers.items():
-            if self._kept[name] < layer.weight.numel():
-                layer.weight.data.mul_(self._masks[name])
-                if self._watched is not None:
-                    self._watched.mask(layer.weight, self._masks[name])
+        for name in self._thin:
+            weight, mask = self._pruned[name], self._entries[name]
+            weight.data.mul_(mask)
+            if self._watched is not None:
+                self._watched.mask(weight, mask)
 
     def _takes_back(self) -> bool:
         """Whether the next step is one that the method doesn't take."""
@@ -353,6 +384,8 @@ class Sparsifier:
             mean.mul_(smoothing).add_(self._gradient(name), alpha=1.0 - smoothing)
 
     def _part(self, name: str, mask: Tensor, step: int) -> Trained:
+        if self._channels is not None:
+            return self._channels.part(name, mask, step, self.method.seed)
         told: dict[str, Any] = {}
         if step and "gradient" in self._needed:
             told["gradient"] = self._gradient(name)
@@ -363,12 +396,12 @@ class Sparsifier:
         return Trained(name, weight, mask, step=step, seed=self.method.seed, **told)
 
     def _update(self) -> None:
-        parts = {name: self._part(name, self._masks[name], self._step) for name in self._layers}
+        parts = {name: self._part(name, mask, self._step) for name, mask in self._masks.items()}
         scores = scored(parts, self.method.score, self._reduce, "scores")
         target = self._schedule(self._step)
         thin = self._masks
         if target > self._reached:
-            thin, self._reached = thinned(self.method, self._layers, parts, scores, target), target
+            thin, self._reached = self._thinned(parts, scores, target), target
         masks, moved = exchanged(self.method, parts, thin, scores, self._step, self._reduce)
         self._warn_of_collapse(masks, self._kept)
         # what grows begins at zero, unless it has left in the same exchange
@@ -376,6 +409,11 @@ class Sparsifier:
         self._hold()
         self._set(masks)
         self._log.append(Update(self._step, target, self.sparsity, moved))
+
+    def _thinned(self, parts: Mapping[str, Trained], scores: Masks, sparsity: float) -> Masks:
+        # a network without any channel of a group can't be cut
+        least = 0.0 if self._channels is None else _LEAST
+        return thinned(self.method, self._layers, parts, scores, sparsity, least)
 
     def _warn_of_collapse(self, masks: Masks, before: Mapping[str, int]) -> None:
         empty = [name for name, mask in masks.items() if before[name] and not bool(mask.any())]
@@ -393,28 +431,3 @@ class Sparsifier:
         """The schedule at some steps, by which another one is told from it."""
         end = self._updates.end or self._updates.begin
         return [self._schedule(step) for step in (0, self._updates.begin, (self._updates.begin + end) // 2, end)]
-
-
-def training_method(name: str, options: Mapping[str, Any]) -> TrainingMethod:
-    """The method of that name with these options. Raises UsageError when it prunes at another time."""
-    method = make_method(name, options)
-    if not isinstance(method, TrainingMethod):
-        raise UsageError(
-            f"{name} doesn't prune while a network is trained: call secateur.prune, or take one of"
-            f" {', '.join(training_methods())}"
-        )
-    return method
-
-
-def training_methods() -> list[str]:
-    """Names of all methods that a Sparsifier takes."""
-    return [name for name in list_methods(object="weights") if issubclass(get_method(name), TrainingMethod)]
-
-
-def _checked(schedule: Callable[[int], Any]) -> Schedule:
-    if not callable(schedule):
-        raise UsageError(f"schedule must be a function of the step, got {type(schedule).__name__}")
-    first = schedule(0)
-    if not isinstance(first, int | float) or not 0 <= first < 1:
-        raise UsageError(f"schedule must give a sparsity in [0, 1), the fraction removed; at step 0 it gave {first!r}")
-    return schedule

@@ -55,9 +55,17 @@ def scored(parts: Mapping[str, Trained], score: Callable[[Trained], Tensor], red
 
 
 def thinned(
-    method: TrainingMethod, layers: Mapping[str, Layer], parts: Mapping[str, Trained], scores: Masks, sparsity: float
+    method: TrainingMethod,
+    layers: Mapping[str, Layer],
+    parts: Mapping[str, Trained],
+    scores: Masks,
+    sparsity: float,
+    least: float = 0.0,
 ) -> Masks:
-    """Masks with so much sparsity: of live weights, those with the lowest scores leave."""
+    """Masks with so much sparsity: of live weights, those with the lowest scores leave.
+
+    The method's floor, but at least the fraction ``least``, stays of every one.
+    """
     there = {name: part.mask for name, part in parts.items()}
     total, live = sum(m.numel() for m in there.values()), sum(int(m.sum()) for m in there.values())
     # what is sparse enough as a whole has its weights where they are
@@ -70,7 +78,7 @@ def thinned(
     blocks = method.blocks()
     if blocks is not None:
         ranked = {name: _pooled(name, scores[name], part.mask, blocks) for name, part in parts.items()}
-    kept = keep_highest(ranked, sparsity, scope=method.competition(), floor=method.floor)
+    kept = keep_highest(ranked, sparsity, scope=method.competition(), floor=max(method.floor, least))
     if blocks is None:
         return kept
     return {name: _spread(mask, blocks, parts[name].mask.shape) & parts[name].mask for name, mask in kept.items()}

@@ -1,0 +1,36 @@
+"""What a Sparsifier is asked for: its method and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from secateur.allocate import Schedule
+from secateur.errors import UsageError
+from secateur.methods import TrainingMethod, get_method, list_methods, make_method
+
+
+def training_method(name: str, options: Mapping[str, Any]) -> TrainingMethod:
+    """The method of that name with these options. Raises UsageError when it prunes at another time."""
+    method = make_method(name, options)
+    if not isinstance(method, TrainingMethod):
+        raise UsageError(
+            f"{name} doesn't prune while a network is trained: call secateur.prune, or take one of"
+            f" {', '.join(training_methods())}"
+        )
+    return method
+
+
+def training_methods() -> list[str]:
+    """Names of all methods that a Sparsifier takes."""
+    return [name for name in list_methods(object="weights") if issubclass(get_method(name), TrainingMethod)]
+
+
+def checked_schedule(schedule: Callable[[int], Any]) -> Schedule:
+    """A schedule of the user's own. Raises UsageError when it isn't one."""
+    if not callable(schedule):
+        raise UsageError(f"schedule must be a function of the step, got {type(schedule).__name__}")
+    first = schedule(0)
+    if not isinstance(first, int | float) or not 0 <= first < 1:
+        raise UsageError(f"schedule must give a sparsity in [0, 1), the fraction removed; at step 0 it gave {first!r}")
+    return schedule
