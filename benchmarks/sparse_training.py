@@ -49,7 +49,8 @@ What the papers claim, and what shows here, with three seeds:
   lose about 2 points, and static masks most of what there is.
 - `GraNet` is ahead of `GMP` by half a point at 98 and 99 %, and level with it below.
 - `RigL` beats `SET` and static masks from 95 % on. `SET` beats a static mask at 95 % only, by a point, and is behind at
-  98 %. Of the methods that are at 99 % from the start, `RigL` is the only one that learns anything.
+  98 %. `SNFS` is level with `RigL`. Of the methods that are at 99 % from the start, these two are the only ones that
+  learn anything.
 - A large sparse network beats a small dense one from 98 % on, by 4 points at 99 % when all weights compete. At 95 % and
   below the small dense one is as good.
 - Before training, at 98 %: `SynFlow` and SNIP in rounds are ahead of SNIP at once, and magnitude and random masks learn
