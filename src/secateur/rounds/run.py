@@ -68,7 +68,8 @@ class Held:
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         own = dict(model.named_parameters())
-        self._dead = {own[name]: (name, mask) for name, mask in masks.items() if not bool(mask.all())}
+        self._dead = {own[name]: mask for name, mask in masks.items() if not bool(mask.all())}
+        self._names = {own[name]: name for name in masks}
         self._parameters = set(own.values())
         self._steps: dict[int, int] = {}
         self.apply()
@@ -80,15 +81,13 @@ class Held:
 
     def apply(self) -> None:
         """Zero what is dead."""
-        for weight, (_, mask) in self._dead.items():
-            weight.data.mul_(mask.to(weight.device))
+        for weight in self._dead:
+            weight.data.mul_(self._mask(weight))
 
     def moved(self) -> str | None:
         """The name of a weight with dead entries that aren't zero."""
-        for weight, (name, mask) in self._dead.items():
-            if bool(weight.detach()[~mask.to(weight.device)].any()):
-                return name
-        return None
+        moved = (weight for weight in self._dead if bool(weight.detach()[~self._mask(weight)].any()))
+        return next((self._names[weight] for weight in moved), None)
 
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """As a hook of all optimizers."""
@@ -99,9 +98,14 @@ class Held:
         self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
         for weight in own:
             if weight in self._dead:
-                mask = self._dead[weight][1].to(weight.device)
-                weight.data.mul_(mask)
-                mask_state(optimizer, weight, mask)
+                weight.data.mul_(self._mask(weight))
+                mask_state(optimizer, weight, self._mask(weight))
+
+    def _mask(self, weight: nn.Parameter) -> Tensor:
+        # the training function may move the network to another device, once
+        if self._dead[weight].device != weight.device:
+            self._dead[weight] = self._dead[weight].to(weight.device)
+        return self._dead[weight]
 
 
 def trained(model: nn.Module, train: TrainFunction, run: Run, length: int = 0) -> tuple[dict[str, float], int]:
