@@ -120,6 +120,7 @@ def _classifier(recipe: TrainRecipe, trust_remote_code: bool, progress: Progress
 
 def _language(recipe: TrainRecipe, trust_remote_code: bool, progress: Progress | None) -> Network:
     spec = recipe.model
+    model: Any
     if is_reference(spec.name):
         model, tokenizer = _of_factory(recipe), None
         if spec.tokenizer is None:
