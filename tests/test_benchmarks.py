@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -397,3 +398,23 @@ def test_a_prefix_is_read_once_and_compressed_in_many_ways(study):
                 model(ids[:, :24], cache=alone)
                 logits = model(ids[:, 24:-1], cache=alone).logits[0]
             assert torch.allclose(found, torch.nn.functional.cross_entropy(logits, ids[0, 25:], reduction="none"))
+
+
+def test_the_picture_and_the_table_of_the_guide_are_those_of_the_result(study):
+    pictures = study("pictures")
+    result = json.loads(pictures.RESULT.read_text(encoding="utf8"))
+    assert pictures.PICTURE.read_text(encoding="utf8") == pictures.picture(result), "run benchmarks/pictures.py"
+    guide = pictures.GUIDE.read_text(encoding="utf8")
+    assert guide == pictures.with_table(guide, result), "run benchmarks/pictures.py"
+    # every series has its places, and a larger loss lies higher
+    places = pictures.series_of(result["rows"])
+    assert all(places.values()) and [cache for _, _, cache in places["tokens by chance"]] == [
+        "random_kv:0.75",
+        "random_kv:0.5",
+    ]
+    half = {
+        name: next(y for x, y, _ in found if 45 < x < 60) for name, found in places.items() if name[:7] == "tokens:"
+    }
+    svg = pictures.picture({"model": "m", "rows": [row for row in result["rows"] if row["cache"].endswith("kv:0.5")]})
+    heights = {n: float(y) for y, n in re.findall(r'y="([\d.]+)" style="stroke:none"><title>(\w+):0.5', svg)}
+    assert half["tokens: adakv"] < half["tokens: streaming_llm"] and heights["adakv"] > heights["random_kv"]

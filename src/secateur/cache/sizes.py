@@ -16,7 +16,8 @@ from torch import Tensor
 
 from secateur.cache.layer import CompressedLayer, Steps
 from secateur.cache.report import held_bytes
-from secateur.methods.caching import CacheMethod, EvictionMethod, Prompt
+from secateur.methods import Prompt
+from secateur.methods.caching import CacheMethod, EvictionMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,10 +151,10 @@ class _First(EvictionMethod):
 
 
 class _Unasked:
-    """What a layer asks of the attention module that called it, where there is none."""
+    """What a layer asks of the attention module that called it, where there is none: positions, and nothing else."""
 
     def positions(self, batch: int, tokens: int, device: torch.device) -> Tensor:
         return torch.arange(tokens).expand(batch, -1)
 
-    def reader(self) -> None:
-        return None
+    def __getattr__(self, name: str) -> Any:
+        return lambda: None

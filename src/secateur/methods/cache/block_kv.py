@@ -54,8 +54,13 @@ class BlockKV(WrapperMethod):
 
 def _only(prompt: Prompt, tokens_BKC: Tensor) -> Prompt:
     """The prompt with these tokens of every head."""
+    batch, heads, tokens = prompt.keys.shape[:3]
+    # whole rows are copied at a time, which gathering element by element doesn't do
+    first = torch.arange(batch * heads, device=tokens_BKC.device).view(batch, heads, 1) * tokens
+    rows = (first + tokens_BKC).flatten()
+    shape = (batch, heads, tokens_BKC.shape[-1], -1)
     sides = {
-        name: side.gather(2, tokens_BKC[..., None].expand(-1, -1, -1, side.shape[-1]))
+        name: side.reshape(batch * heads * tokens, -1).index_select(0, rows).view(shape)
         for name, side in (("keys", prompt.keys), ("values", prompt.values))
     }
     return replace(prompt, **sides)

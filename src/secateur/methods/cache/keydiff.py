@@ -31,6 +31,7 @@ class KeyDiff(EvictionMethod):
     )  # fmt: skip
 
     def score(self, prompt: Prompt) -> Tensor:
-        keys = prompt.keys.float()
-        anchor = F.normalize(keys, dim=-1).mean(dim=2, keepdim=True)
-        return -F.cosine_similarity(keys, anchor, dim=-1)
+        unit = F.normalize(prompt.keys.float(), dim=-1)
+        # the keys are of length 1 already, which cosine_similarity would not know
+        anchor = F.normalize(unit.mean(dim=2), dim=-1, eps=1e-8)
+        return -(unit @ anchor[..., None])[..., 0]
