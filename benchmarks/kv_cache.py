@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from common import finished_rows, write_result
 from torch import Tensor
-from torch.nn import functional as F
 
 import secateur as sc
-from secateur.cache import CompressedCache
-from secateur.cache.layer import CompressedLayer, Steps
+from secateur.cache.prompts import ReadPrompt, read_prompt
+from secateur.evaluation.continuation import continuation_losses
 from secateur.methods import CacheMethod, Prompt
 from secateur.methods.cache.mustafar import Mustafar
 from secateur.methods.cache.think import ThinK
@@ -115,44 +114,19 @@ def settings(study: str, sparsities: list[float]) -> Iterator[tuple[str, tuple[C
             yield spec(text)
 
 
-class Recording(CompressedLayer):
-    """Keeps what its attention was called with."""
-
-    def compress(self, query: Tensor, mask: Tensor | None, call: Any, arguments: dict[str, Any]) -> None:
-        self.recorded = (query, mask, call, arguments)
-
-
 @dataclass
 class Window:
-    """A prefix that was read, layer by layer, and what follows it, [1, tokens] int64."""
+    """A prefix that was read, and what follows it, [tokens] int64."""
 
-    layers: list[Recording]
+    prefix: ReadPrompt
     after: Tensor
-
-
-def read(model: Any, ids: Tensor, prefix: int) -> Window:
-    """Read the prefix dense."""
-    cache = sc.compressed_cache("knorm:0.5", model)
-    cache.layers = [Recording(layer.index, layer.layers, layer.steps) for layer in cache.layers]
-    with torch.no_grad():
-        model(ids[:, :prefix], cache=cache, logits_to_keep=1)
-    return Window(cache.layers, ids[:, prefix:])
 
 
 def measured(model: Any, window: Window, methods: tuple[CacheMethod, ...]) -> tuple[Tensor, dict[str, Any]]:
     """Loss of every token of the continuation in nats, and the report of the cache behind the prefix."""
-    cache = CompressedCache(methods, model)
-    for layer, read_layer in zip(cache.layers, window.layers, strict=True):
-        layer.lazy_initialization(read_layer.keys, read_layer.values)
-        layer.keys, layer.values = read_layer.keys.clone(), read_layer.values.clone()
-        layer.seen = layer.prompt = read_layer.seen
-        if not Steps.of(methods).nothing:
-            layer.compress(*read_layer.recorded)
+    cache = window.prefix.compressed(methods)
     report = cache.report()
-    # the first token is predicted by the prefix, which is dense: what is compressed shows from the second on
-    with torch.no_grad():
-        logits = model(window.after[:, :-1], cache=cache).logits
-    return F.cross_entropy(logits[0].float(), window.after[0, 1:], reduction="none"), report
+    return continuation_losses(model, cache, window.after), report
 
 
 def main() -> None:
@@ -209,7 +183,9 @@ def prefixes(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> list[
     windows = []
     with Progress() as progress:
         for start in range(0, arguments.windows * length, length):
-            windows.append(read(model, ids[:, start : start + length], arguments.prefix))
+            window = ids[0, start : start + length]
+            read = read_prompt(model, window[None, : arguments.prefix])
+            windows.append(Window(read, window[arguments.prefix :]))
             progress("prefixes", len(windows), arguments.windows)
     return windows
 

@@ -378,7 +378,7 @@ def test_what_studies_of_pruning_by_gradients_say(study):
 def test_a_prefix_is_read_once_and_compressed_in_many_ways(study):
     kv_cache, model = study("kv_cache"), make_tiny("llama")
     ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(0))
-    window = kv_cache.read(model, ids, 24)
+    window = kv_cache.Window(kv_cache.read_prompt(model, ids[:, :24]), ids[0, 24:])
     with torch.no_grad():
         logits = model(ids).logits[0, 24:-1]
     dense, report = kv_cache.measured(model, window, kv_cache.parse_cache_spec("knorm:0"))
