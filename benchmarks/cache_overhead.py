@@ -3,10 +3,9 @@
     python benchmarks/cache_overhead.py --model smollm2-135m --text TEST.txt
     python benchmarks/cache_overhead.py --model smollm2-135m --text TEST.txt --memory
 
-Overhead: the prompt is read once; then all methods compress its layers, in turns, round by round, and every round reads
-the first layers of the prompt again as a yardstick for what the machine gives at that time. Scores, choosing, gathering
-and encoding are all in it. Memory: every cache is made in a process of its own, whose memory behind the prompt is
-compared with what it had in front of it.
+Overhead: in every round the prompt is read once, and then every method compresses its layers, in turns. Scores,
+choosing, gathering and encoding are all in it. Memory: every cache is made in a process of its own, whose memory behind
+the prompt is compared with what it had in front of it.
 """
 
 from __future__ import annotations
@@ -207,12 +206,14 @@ TITLE = "What compressing a KV cache adds to reading a prompt"
 TEXT = """
 Processor time of compressing the caches of all layers (scores, choosing, gathering, encoding), as a percentage of the
 time of reading the prompt, on one thread; medians over rounds, in each of which the prompt is read once and every
-method has its turn. Other work ran on the machine at the same time.
+method has its turn. Other work ran on the machine at the same time. Where a number of layers is given, these are the
+first ones of the model: all of them cost the same, in reading and in compressing.
 """
 MEMORY_TITLE = "What a process with a compressed KV cache takes"
 MEMORY_TEXT = """
 Anonymous memory of a process behind the prompt, without what it had in front of it (model, libraries, a short prompt's
-warm-up), beside the bytes that a walk over the cache's tensors counts; every cache in a process of its own.
+warm-up), beside the bytes that a walk over the cache's tensors counts; every cache in a process of its own. Where a
+number of layers is given, these are the first ones of the model.
 """
 
 if __name__ == "__main__":

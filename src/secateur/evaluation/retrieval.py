@@ -171,8 +171,8 @@ class Retrieval:
             low, high = (middle, high) if fits(middle) else (low, middle)
         if low == maker.most:
             raise UsageError(f"{self.name}: the text is too short to fill {length} tokens; take a longer one")
-        ids = [torch.tensor(part, dtype=torch.int64) for part in parts(low)]
-        return Case(self.name, length, depth, *ids, maker.texts(low)[-1].strip())
+        context, question, lead, answer = (torch.tensor(part, dtype=torch.int64) for part in parts(low))
+        return Case(self.name, length, depth, context, question, lead, answer, maker.texts(low)[-1].strip())
 
 
 class _List:
