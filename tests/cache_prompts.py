@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,8 @@ def kept(keep: Tensor) -> list[list[int]]:
     return [row.nonzero()[:, 0].tolist() for row in keep[0]]
 
 
-class Letters:
-    """A tokenizer of one token per letter, for models of 96 tokens."""
+class Words:
+    """A tokenizer of one token per word, for models of 96 tokens."""
 
     chat_template: str | None = None
     bos_token_id: int | None = None
@@ -53,7 +55,7 @@ class Letters:
         return {"input_ids": self.encode(text, add_special_tokens=add_special_tokens)}
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return [ord(letter) % 96 for letter in text]
+        return [sum(map(ord, word)) % 96 for word in re.findall(r"\s*\S+|\s+", text)]
 
     def apply_chat_template(self, chat, **arguments) -> str:
         return f"<user>{chat[0]['content']}</user><model>"

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import secateur as sc
-from cache_prompts import Letters
+from cache_prompts import Words
 from cache_reference import as_dense, generate, reference_logits, small_spec
 from families import FAMILY_CONFIGS, make_tiny, tiny_ids
 from secateur.cache.layer import CompressedLayer
@@ -17,6 +17,8 @@ from secateur.methods import get_method, list_methods
 METHODS = list_methods(object="kv_cache")
 # one spec for every way of storing what stays, each with all that a family may bring
 STORAGES = ["snapkv:0.5,window=4,kernel=3", "adakv(knorm:0.5)", "think:0.5,recent=4", "mustafar:0.5,window=4,block=4"]
+# and one that reads the prompt again
+STORAGES += ["kvzip:0.5,sinks=2"]
 # what has full attention in some layers only, or a dimension that the table leaves to the class
 CHANGES = {
     "mistral": {"sliding_window": None},
@@ -29,7 +31,7 @@ MASK[1, :5] = 0
 
 
 def made(spec, model):
-    return sc.compressed_cache(spec, model, tokenizer=Letters())
+    return sc.compressed_cache(spec, model, tokenizer=Words())
 
 
 def filled(model, spec, ids=IDS, mask=MASK):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import secateur as sc
-from cache_prompts import Letters
+from cache_prompts import Words
 from cache_reference import generate
 from decoding_reference import slow
 from families import make_tiny, tiny_ids
@@ -40,7 +40,7 @@ def model():
 @pytest.fixture(scope="module")
 def fitted(model, tmp_path_factory):
     return fit_surrogate(
-        model, Letters(), TEXTS, tmp_path_factory.mktemp("fit") / "surrogate", FitOptions(rows=20, seed=1)
+        model, Words(), TEXTS, tmp_path_factory.mktemp("fit") / "surrogate", FitOptions(rows=20, seed=1)
     )
 
 
@@ -72,9 +72,9 @@ def test_a_linear_target_is_recovered():
 
 
 def test_targets_are_log_scores_of_kvzip_plus(model):
-    hidden, scores = collect(model, Letters(), IDS[0])
+    hidden, scores = collect(model, Words(), IDS[0])
     cache = sc.compressed_cache("knorm:0", model)
-    cache.tokenizer = Letters()
+    cache.tokenizer = Words()
     with torch.no_grad():
         states = model(IDS, cache=cache, output_hidden_states=True).hidden_states
     method = parse_cache_spec("kvzip:0.5,sinks=0,plus=true")[0]
@@ -82,9 +82,9 @@ def test_targets_are_log_scores_of_kvzip_plus(model):
         assert torch.allclose(scores[layer], score.log().mT)
         with torch.no_grad():
             assert torch.allclose(hidden[layer], model.model.layers[layer].input_layernorm(states[layer][0]), atol=1e-5)
-    letters = Letters()
-    letters.chat_template = "some"
-    assert collect(model, letters, IDS[0])[0][0].shape == (20, 32)  # the template's own tokens are left out
+    words = Words()
+    words.chat_template = "some"
+    assert collect(model, words, IDS[0])[0][0].shape == (20, 32)  # the template's own tokens are left out
 
 
 def test_an_mlp_learns_what_a_line_cant():
@@ -101,7 +101,7 @@ def test_an_mlp_learns_what_a_line_cant():
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_files_are_those_of_kvpress(model, tmp_path, kind):
     options = FitOptions(kind=kind, rows=20, neurons=7, epochs=2)
-    fit_surrogate(model, Letters(), TEXTS, tmp_path / "out", options)
+    fit_surrogate(model, Words(), TEXTS, tmp_path / "out", options)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     hidden = {"linear": None, "mlp": 7}[kind]
     assert config == {"model_type": "kvzap", "input_dim": 32, "output_dim": 2, "hidden_dim": hidden, "n_modules": 3}
@@ -124,13 +124,13 @@ def test_a_stopped_fit_goes_on_to_the_same_files(model, fitted, tmp_path, monkey
 
     monkeypatch.setattr(fitting, "collect", stops)
     with pytest.raises(KeyboardInterrupt):
-        fit_surrogate(model, Letters(), TEXTS, out, options)
+        fit_surrogate(model, Words(), TEXTS, out, options)
     assert not out.exists()
     with pytest.raises(OutputError, match="pass --resume to go on"):
-        fit_surrogate(model, Letters(), TEXTS, out, options)
+        fit_surrogate(model, Words(), TEXTS, out, options)
     with pytest.raises(OutputError, match="had another model, text or rows"):
-        fit_surrogate(model, Letters(), TEXTS.flip(0), out, options, resume=True)
-    fit_surrogate(model, Letters(), TEXTS, out, options, resume=True)
+        fit_surrogate(model, Words(), TEXTS.flip(0), out, options, resume=True)
+    fit_surrogate(model, Words(), TEXTS, out, options, resume=True)
     assert len(read) == 5
     for name in ("config.json", "model.safetensors"):
         assert (out / name).read_bytes() == (fitted.folder / name).read_bytes()
@@ -138,17 +138,17 @@ def test_a_stopped_fit_goes_on_to_the_same_files(model, fitted, tmp_path, monkey
 
 def test_what_cant_be_fitted(model, fitted, tmp_path):
     with pytest.raises(DataError, match="at least 2, got 1"):
-        fit_surrogate(model, Letters(), TEXTS[:1], tmp_path / "out", FitOptions(rows=20))
+        fit_surrogate(model, Words(), TEXTS[:1], tmp_path / "out", FitOptions(rows=20))
     with pytest.raises(UsageError, match="at most the 24 tokens"):
-        fit_surrogate(model, Letters(), TEXTS, tmp_path / "out")
+        fit_surrogate(model, Words(), TEXTS, tmp_path / "out")
     with pytest.raises(OptionError, match="did you mean 'linear'"):
         FitOptions(kind="lineer")
     with pytest.raises(OutputError, match="exists"):
-        fit_surrogate(model, Letters(), TEXTS, fitted.folder, FitOptions(rows=20))
+        fit_surrogate(model, Words(), TEXTS, fitted.folder, FitOptions(rows=20))
     broken = make_tiny("llama")
     broken.model.layers[1].self_attn.o_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(NonFiniteError):
-        fit_surrogate(broken, Letters(), TEXTS, tmp_path / "out", FitOptions(rows=20))
+        fit_surrogate(broken, Words(), TEXTS, tmp_path / "out", FitOptions(rows=20))
     assert not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import secateur as sc
-from cache_prompts import Letters
+from cache_prompts import Words
 from cache_reference import as_dense, generate, reference_logits
 from families import make_tiny, tiny_ids
 from secateur.cache.rereading import reread_scores
@@ -26,7 +26,7 @@ def model():
 
 
 def read(model, spec, ids, mask=None):
-    cache = sc.compressed_cache(spec, model, tokenizer=Letters())
+    cache = sc.compressed_cache(spec, model, tokenizer=Words())
     mask = torch.ones_like(ids) if mask is None else mask
     with torch.no_grad():
         model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), cache=cache)
@@ -45,7 +45,7 @@ def slow_scores(model, text, chunk, plus):
     ]
     model.set_attn_implementation("eager")
     scores = torch.zeros(model.config.num_hidden_layers, 2, tokens)
-    for passage in passages(text, Letters(), first=SINKS, chunk=chunk):
+    for passage in passages(text, Words(), first=SINKS, chunk=chunk):
         with torch.no_grad():
             out = model(torch.cat([text, passage.ids])[None], output_attentions=True, use_cache=False)
         seen = [*range(SINKS), *range(passage.start, passage.stop), *range(tokens, tokens + len(passage.ids))]
@@ -72,7 +72,7 @@ def test_scores_are_those_of_a_dense_pass_over_prompt_and_repetition(model, chun
     cache = sc.compressed_cache("knorm:0", model)
     with torch.no_grad():
         model(IDS[:1], cache=cache)
-    cache.tokenizer, text = Letters(), IDS[0]
+    cache.tokenizer, text = Words(), IDS[0]
     method = parse_cache_spec(f"kvzip:0.5,chunk={chunk},sinks={SINKS},plus={plus}")[0]
     before = [layer.keys.clone() for layer in cache.layers]
     found = torch.stack(reread_scores(cache, model.model, method, (0, 0), text))
@@ -85,19 +85,19 @@ def test_scores_are_those_of_a_dense_pass_over_prompt_and_repetition(model, chun
 
 
 def test_requests_are_those_of_the_official_code():
-    letters, text = Letters(), torch.arange(20)
-    found = passages(text, letters, first=2, chunk=7)
+    words, text = Words(), torch.arange(20)
+    found = passages(text, words, first=2, chunk=7)
     assert [(p.start, p.stop) for p in found] == [(2, 9), (9, 16), (16, 20)]
 
-    def ids(words):
-        return letters.encode(words, add_special_tokens=False)
+    def ids(text):
+        return words.encode(text, add_special_tokens=False)
 
     assert FIRST == "\n\nRepeat the previous context exactly."
     assert found[0].ids.tolist() == [*ids(FIRST), *ids("\n"), *range(2, 9)]
     assert found[1].ids.tolist() == [*ids(LATER), *range(2, 9), *ids("\n"), *range(9, 16)]
     assert found[2].ids.tolist() == [*ids(LATER), *range(8, 16), *ids("\n"), *range(16, 20)]
-    letters.chat_template = "some"
-    assert answer_begins(letters) == ids("</user><model>")
+    words.chat_template = "some"
+    assert answer_begins(words) == ids("</user><model>")
 
 
 def test_a_budget_over_layers_and_heads_by_hand():
@@ -122,12 +122,12 @@ def test_what_follows_sees_what_stays(model, options):
     spec = f"kvzip:0.5,sinks=2{options}"
     cache = read(model, spec, IDS, MASK)
     assert not cache.pending and cache.layers[0].pending is None
-    found = generate(model, IDS, MASK, new=4, cache=sc.compressed_cache(spec, model, tokenizer=Letters()))
+    found = generate(model, IDS, MASK, new=4, cache=sc.compressed_cache(spec, model, tokenizer=Words()))
     expected = reference_logits(model, cache, found.tokens[:, :3], MASK)
     assert torch.allclose(found.logits[:, 1:], expected, atol=1e-4)
     for b, padding in enumerate((0, 5)):
         alone = generate(
-            model, IDS[b : b + 1, padding:], new=4, cache=sc.compressed_cache(spec, model, tokenizer=Letters())
+            model, IDS[b : b + 1, padding:], new=4, cache=sc.compressed_cache(spec, model, tokenizer=Words())
         )
         assert torch.allclose(alone.logits[0], found.logits[b], atol=1e-4)
     if "think" not in options and "level" not in options:
@@ -149,11 +149,9 @@ def test_sliding_windows_come_back_as_they_were():
 
 
 def test_within_the_context(model):
-    with sc.compress_cache(model, "kvzip:0.5,sinks=2", tokenizer=Letters()) as compressing:
+    with sc.compress_cache(model, "kvzip:0.5,sinks=2", tokenizer=Words()) as compressing:
         found = generate(model, IDS[:1], new=3)
-    expected = generate(
-        model, IDS[:1], new=3, cache=sc.compressed_cache("kvzip:0.5,sinks=2", model, tokenizer=Letters())
-    )
+    expected = generate(model, IDS[:1], new=3, cache=sc.compressed_cache("kvzip:0.5,sinks=2", model, tokenizer=Words()))
     assert torch.equal(found.logits, expected.logits) and compressing.report()["tokens"] == 22
 
 
@@ -165,8 +163,15 @@ def test_what_cant_be(model):
     sc.compressed_cache("kvzip:0", model)  # nothing is read again
     with pytest.raises(OptionError, match="decides on all of them together"):
         sc.compressed_cache("adakv(kvzip:0.5)", model)
-    cache = sc.compressed_cache("kvzip:0.5", model, tokenizer=Letters())
+    cache = sc.compressed_cache("kvzip:0.5", model, tokenizer=Words())
     with pytest.raises(UsageError, match="got inputs_embeds"), torch.no_grad():
         model(inputs_embeds=torch.zeros(1, 9, 32), cache=cache)
+    with pytest.warns(
+        UserWarning, match="reads up to position 68 to repeat the prompt, and this model was made for 64"
+    ):
+        read(model, "kvzip:0.5", tiny_ids(windows=1, length=33))
+    learned = make_tiny("gpt2")
+    with pytest.raises(UsageError, match="take a shorter prompt, or shorter passages"):
+        read(learned, "kvzip:0.5", tiny_ids(windows=1, length=33))
     with pytest.warns(UserWarning, match="leaves a prompt of 4 tokens as it is"):
         assert read(model, "kvzip:0.5", IDS[:1, :4]).get_seq_length() == 4

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from secateur.cache.hooks import attach, attention_modules, cache_argument, check_interface
+from secateur.cache.hooks import attach, attention_modules, cache_argument, check_interface, decoder_of
 from secateur.cache.layer import CompressedLayer, Steps
 from secateur.cache.report import CacheReport, cache_report
 from secateur.errors import UnsupportedModelError, UsageError
@@ -44,7 +44,7 @@ class CompressedCache(DynamicCache):
             raise UnsupportedModelError(f"{type(model).__name__} has no attention layers that are known")
         check_interface(modules[0])
         super().__init__(config=config)
-        self.methods, self.tokenizer, self.argument = methods, tokenizer, cache_argument(model.base_model.forward)
+        self.methods, self.tokenizer, self.argument = methods, tokenizer, cache_argument(decoder_of(model).forward)
         self.attachment = attach(model)
         self.warned: set[str] = set()
         steps, count = Steps.of(methods), len(self.layers)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur.cache.compressed import CompressedCache
-from secateur.cache.hooks import Call
+from secateur.cache.hooks import Call, decoder_of
 from secateur.cache.layer import CompressedLayer, Steps
 from secateur.cache.rereading import reread_scores
 from secateur.errors import DataError, NonFiniteError, OutputError, UsageError
@@ -144,11 +144,12 @@ def collect(model: PreTrainedModel, tokenizer: Any, window_T: Tensor) -> tuple[l
         _Noting(layer.index, layer.layers, Steps()) if isinstance(layer, CompressedLayer) else layer
         for layer in cache.layers
     ]
+    decoder = decoder_of(model)
     with torch.no_grad():
-        model.base_model(input_ids=ids[None], use_cache=True, **{cache.argument: cache})
+        decoder(input_ids=ids[None], use_cache=True, **{cache.argument: cache})
     method = make_method("kvzip", {"plus": True, "sinks": len(before), "chunk": len(window_T)})
     assert isinstance(method, RereadMethod)
-    scores = reread_scores(cache, model.base_model, method, (0, 0), ids)
+    scores = reread_scores(cache, decoder, method, (0, 0), ids)
     inputs = [layer.hidden for layer in cache.layers if isinstance(layer, _Noting)]
     hidden = [h[0, len(before) :] for h in inputs if h is not None]
     if len(hidden) != len(scores):

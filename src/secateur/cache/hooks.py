@@ -154,7 +154,7 @@ def attach(model: nn.Module) -> Attachment:
         before, after = _hooks(weakref.ref(made), rotary)
         made.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         made.handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-    made.handles.append(model.base_model.register_forward_hook(_after_the_prompt, with_kwargs=True))  # type: ignore[union-attr]
+    made.handles.append(decoder_of(model).register_forward_hook(_after_the_prompt, with_kwargs=True))
     weakref.finalize(made, _detach, made.handles)
     _attached[model] = weakref.ref(made)
     return made
@@ -191,6 +191,16 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         and hasattr(module, "config")
         and not getattr(module, "is_cross_attention", False)
     ]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The innermost module that holds all attentions and takes tokens and a cache: the model without its head."""
+    found, wanted = model, set(attention_modules(model))
+    for module in model.modules():
+        names = inspect.signature(module.forward).parameters if any(True for _ in module.children()) else {}
+        if "input_ids" in names and {"cache", "past_key_values"} & set(names) and wanted <= set(module.modules()):
+            found = module
+    return found
 
 
 def check_interface(module: nn.Module) -> None:

@@ -135,6 +135,7 @@ def reread_scores(
     }
     assert cache.tokenizer is not None
     for passage in method.passages(text, cache.tokenizer):
+        _check_room(cache, model, method, len(text) + len(passage.ids))
         where = slice(passage.start, passage.stop)
 
         def look(index: int, read: Prompt, rows: slice, where: slice = where) -> None:
@@ -142,3 +143,14 @@ def reread_scores(
 
         read_again(cache, model, one, passage, method.protected, look)
     return list(scores.values())
+
+
+def _check_room(cache: CompressedCache, model: Any, method: RereadMethod, tokens: int) -> None:
+    """Raises UsageError where positions are learned and end before so many tokens; warns where they turn."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None or tokens <= limit:
+        return
+    said = f"{method.name} reads up to position {tokens} to repeat the prompt, and this model was made for {limit}"
+    if not any("Rotary" in type(module).__name__ for module in model.modules()):
+        raise UsageError(f"{said}: take a shorter prompt, or shorter passages (chunk=...)")
+    warn_once(cache.warned, said)
