@@ -11,6 +11,7 @@ are a random Llama and ``--model`` on real text.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import tempfile
@@ -27,8 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur as sc
 from secateur.cache.layer import CompressedLayer
-from secateur.methods import EvictionMethod, Prompt
+from secateur.cache.rereading import reread_scores
+from secateur.methods import EvictionMethod, Prompt, RereadMethod
 from secateur.methods.cachespec import parse_cache_spec
+from secateur.methods.rereading import FIRST, LATER
+from secateur.methods.surrogates import Surrogate
 
 # name → our spec; the peer knows its presses by the same names. What isn't said here are the same defaults.
 SPECS = {
@@ -47,13 +51,33 @@ SPECS = {
     "block": "block_kv(keydiff:0.5)",
     "key_rerotation": "key_rerotation(keydiff:0.5)",
     "think": "think:0.5",
+    "decoding": "decoding(keydiff):budget=150",
 }
+# of the whole model at once
+WHOLE_SPECS = {
+    "kvzip": "kvzip:0.5,sinks=0",
+    "kvzip_plus": "kvzip:0.5,sinks=0,plus=true",
+    "kvzip_chunks": "kvzip:0.5,sinks=0,chunk=150",
+}
+ZAP = "kvzap:threshold={threshold},window=128,surrogate={folder}"
 PEER = Path(__file__).with_name("kvpress_peer.py")
 NOTES = {
     "lagkv": "ranks of different partitions are equal; of equals ours are the last tokens, theirs any",
     "streaming_llm": "scores are 0 and 1",
     "knorm": "a token that occurs twice has the same norm in layer 0; of equals ours are the last, theirs any",
 }
+
+
+class Requests:
+    """A tokenizer for requests to repeat a text: a model's own, or one of letters for a model without."""
+
+    def __init__(self, tokenizer: Any = None) -> None:
+        self.tokenizer, self.chat_template = tokenizer, None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self.tokenizer is None:
+            return [ord(letter) for letter in text]
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 class Recording(CompressedLayer):
@@ -72,6 +96,7 @@ class Recording(CompressedLayer):
             scaling=arguments["scaling"],
             rope=call.rope(),
             reader=call.reader(),
+            hidden=self.hidden,
         )
 
 
@@ -122,7 +147,7 @@ def compare(name: str, seen: list[Prompt], peer: dict[str, Tensor]) -> Compared:
             continue
         if "score" in theirs:
             found.add_scores(method.score(prompt), theirs["score"])
-        keep = method.keep(prompt)
+        keep = method.keep_again(prompt) if method.every else method.keep(prompt)
         found.add_kept(keep, theirs["kept"].bool())
         if "keys" in theirs:
             # theirs end at n - 1 instead of before the text that follows, which is the same turn for all of them
@@ -130,6 +155,45 @@ def compare(name: str, seen: list[Prompt], peer: dict[str, Tensor]) -> Compared:
             turned = prompt.rope.turned(method.moved_keys(prompt, keep)[keep].view(theirs["keys"].shape), back)
             found.keys = max(found.keys, float((turned - theirs["keys"]).abs().max() / theirs["keys"].abs().max()))
     return found
+
+
+def compare_whole(name: str, model: Any, ids: Tensor, requests: Requests, peer: dict[str, Tensor]) -> Compared:
+    """A method that reads the prompt again, on all layers."""
+    method, found = parse_cache_spec(WHOLE_SPECS[name])[0], Compared()
+    assert isinstance(method, RereadMethod)
+    cache = sc.compressed_cache("knorm:0", model)
+    cache.tokenizer = requests
+    model(ids, cache=cache)
+    scores = reread_scores(cache, model.model, method, (0, 0), ids[0])
+    for layer, (score, keep) in enumerate(zip(scores, method.keep_of_all(scores), strict=True)):
+        found.add_scores(score[None], peer[f"{name}.{layer}.score"])
+        found.add_kept(keep[None], peer[f"{name}.{layer}.kept"].bool())
+    return found
+
+
+def compare_zap(seen: list[Prompt], peer: dict[str, Tensor], folder: str, threshold: float) -> Compared:
+    """A surrogate that both read from the same files."""
+    method, found = parse_cache_spec(ZAP.format(folder=folder, threshold=threshold))[0], Compared()
+    assert isinstance(method, EvictionMethod)
+    for layer, prompt in enumerate(seen):
+        found.add_scores(method.carry(prompt), peer[f"kvzap.{layer}.score"])
+        found.add_kept(method.keep(prompt), peer[f"kvzap.{layer}.kept"].bool())
+    return found
+
+
+def a_surrogate(seen: list[Prompt], folder: Path) -> float:
+    """Weights drawn at random, as files of a surrogate; gives a threshold in the middle of its scores."""
+    draw = torch.Generator().manual_seed(0)
+    layers, scores = [], []
+    for prompt in seen:
+        hidden, heads = prompt.hidden.shape[-1], prompt.keys.shape[1]
+        layers.append(((torch.randn(heads, hidden, generator=draw) / hidden**0.5, torch.randn(heads, generator=draw)),))
+        scores.append(Surrogate((layers[-1],)).scores(0, 1, prompt.hidden, heads).flatten())
+    surrogate = Surrogate(tuple(layers))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(surrogate.config()), encoding="utf8")
+    save_file(surrogate.tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+    return float(torch.cat(scores).median())
 
 
 def random_llama() -> LlamaForCausalLM:
@@ -147,27 +211,35 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     arguments = parser.parse_args()
     drawn = torch.randint(0, 512, (1, arguments.tokens), generator=torch.Generator().manual_seed(0))
-    models = [("random Llama", random_llama(), drawn)]
+    models = [("random Llama", random_llama(), drawn, Requests())]
     if not arguments.random_only:
         model, tokenizer = sc.load(arguments.model)
         ids = tokenizer(Path(arguments.text).read_text(encoding="utf8")[:20_000], return_tensors="pt").input_ids
-        models.append((Path(arguments.model).name, model.float(), ids[:, : arguments.tokens]))
+        models.append((Path(arguments.model).name, model.float(), ids[:, : arguments.tokens], Requests(tokenizer)))
     rows: list[dict[str, Any]] = []
     peer_versions: dict[str, str] = {}
-    for label, one, tokens in models:
+    for label, one, tokens, requests in models:
         seen, hidden = zip(*prompts(one, tokens), strict=True)
         with tempfile.TemporaryDirectory() as folder:
             one.save_pretrained(folder)
             handed = {f"{side}.{p.layer}": getattr(p, side).contiguous() for p in seen for side in ("keys", "values")}
             handed |= {f"hidden.{n}": h.contiguous() for n, h in enumerate(hidden)}
+            threshold = a_surrogate(list(seen), Path(folder, "surrogate"))
+            handed |= {"ids": tokens.contiguous(), "threshold": torch.tensor(threshold, dtype=torch.float64)}
+            for name, words in (("first", FIRST), ("later", LATER), ("answer", "\n")):
+                handed[f"request.{name}"] = torch.tensor(requests.encode(words, add_special_tokens=False))
             save_file(handed, f"{folder}/seen.tensors")
             command = [arguments.peer_python, str(PEER), folder, ",".join(SPECS)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             peer_versions = dict(pair.split("=") for pair in done.stdout.split()[-3:])
             peer = load_file(f"{folder}/peer.tensors")
-        for name, spec in SPECS.items():
             with torch.no_grad():
-                found = compare(name, list(seen), peer)
+                compared = {name: (spec, compare(name, list(seen), peer)) for name, spec in SPECS.items()}
+                for name, spec in WHOLE_SPECS.items():
+                    compared[name] = (spec, compare_whole(name, one, tokens, requests, peer))
+                zap = ZAP.format(folder="...", threshold=round(threshold, 3))
+                compared["kvzap"] = (zap, compare_zap(list(seen), peer, f"{folder}/surrogate", threshold))
+        for name, (spec, found) in compared.items():
             rows.append(
                 {
                     "model": label,
@@ -198,6 +270,10 @@ everywhere.
 Deliberate differences: scores are float32; the number kept is floor(S (1 - r)) without the errors of float arithmetic,
 and at least 1; of equal scores the last tokens stay; `chunkkv` takes every sequence's own chunks; `adakv` removes what
 kvpress hides; `random_kv` draws other numbers; `h2o` is the ObservedAttention of kvpress with the options shown.
+`decoding` is compared on one eviction; while a model writes, kvpress turns all queries of its buffer by the last
+position. `kvzip` is compared without sinks, because kvpress takes them from the prefix of a chat template, and gives 0
+to what else stands in that; `kvzip_chunks` reads in passages of 150 tokens. `kvzap` reads the same files of a surrogate
+on both sides, with weights drawn at random.
 """
 
 
