@@ -232,6 +232,13 @@ def say(rank: int, commands: Sequence[Sequence[str]], notes: Path) -> None:
     (notes / f"said-{rank}.json").write_text(json.dumps(said), encoding="utf8")
 
 
+def train(rank: int, recipe: Mapping[str, Any], out: Path) -> None:
+    """Train from a recipe on the ranks together."""
+    from secateur.trainer import make_train_recipe, run_training
+
+    run_training(make_train_recipe(recipe, "the recipe"), out=out)
+
+
 def heal(rank: int, folder: Path, out: Path, how: Mapping[str, Any]) -> None:
     """Train a checkpoint on the ranks together."""
     sc.heal(folder, out=out, **how)

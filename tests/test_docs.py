@@ -186,7 +186,7 @@ def test_every_make_target_in_the_docs_exists() -> None:
 
 def test_every_command_of_the_cli_is_shown() -> None:
     shown = {tuple(line.split()[1:3]) for line in all_commands() if line.startswith("secateur ")}
-    for command in ("prune", "estimate", "sweep", "inspect", "evaluate", "methods", "describe"):
+    for command in ("prune", "estimate", "train", "lottery", "sweep", "inspect", "evaluate", "methods", "describe"):
         assert any(words[0] == command for words in shown), command
     for command in ("show", "diff", "apply"):
         assert ("plan", command) in shown, command

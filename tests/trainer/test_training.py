@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import process_jobs
+import rank_jobs
 import secateur as sc
 from forking import Forked
+from ranks import run_ranks
 from secateur.errors import MissingExtraError, NonFiniteError
 from secateur.loop import Rate, examples_of, step_seed
 from secateur.plans import Plan
@@ -264,6 +268,50 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bytes(cli, tmp_path, monke
     assert Path("out/model.safetensors").read_bytes() == Path("resumed/model.safetensors").read_bytes()
     again = cli("train", "train.yaml")
     assert again.code == 1 and "out exists and is not empty" in again.err and again.err.count("\n") == 1
+
+
+def test_ranks_share_every_step(tmp_path):
+    changes = {**SMALL, "sparsifier": {"method": "rigl", "every": 2}, "micro": 8}
+    run_training(make_train_recipe(changes, "the recipe"), out=tmp_path / "one")
+    run_ranks(rank_jobs.train, 2, changes, tmp_path / "two")
+    one, two = (json.loads((tmp_path / name / "report.json").read_text())["trainings"][0] for name in ("one", "two"))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and two["sparsities"] == one["sparsities"]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-4)
+        assert torch.equal(second[name] != 0, weight != 0)
+    assert not (tmp_path / "two.run").exists()
+
+
+# networks of others
+
+
+def test_a_classifier_of_transformers(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1, num_labels=10)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    done = run_training(recipe(model=str(tmp_path / "vit"), sparsifier=GMP), out=tmp_path / "out")
+    assert done.trained.sparsity == pytest.approx(0.9, abs=0.01)
+    fresh = {"name": str(tmp_path / "vit"), "start": "random"}
+    drawn = [open_network(recipe(model=fresh, seed=seed)).module.classifier.weight for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_models_of_timm(monkeypatch):
+    made: list[Any] = []
+
+    def create_model(name: str, **options: Any) -> nn.Module:
+        made.append((name, options))
+        return networks.perceptron((64, 10))
+
+    timm = types.SimpleNamespace(list_models=lambda: ["resnet18", "vit_tiny"], create_model=create_model)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    open_network(recipe(model={"name": "timm:resnet18", "options": {"num_classes": 10}}))
+    assert made == [("resnet18", {"pretrained": False, "num_classes": 10})]
+    with pytest.raises(sc.SecateurError, match=r"no model 'resnet81'; did you mean 'resnet18'\?"):
+        open_network(recipe(model="timm:resnet81"))
 
 
 # what is refused

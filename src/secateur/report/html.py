@@ -187,14 +187,15 @@ def _comparison(report: Report) -> str:
     notes = footnotes(report.metrics)
     items = "".join(f'<li id="note-{number}">{escape(protocol)}</li>' for protocol, number in notes.items())
     protocols = f'<h3>How it was measured</h3><ol class="notes">{items}</ol>' if items else ""
-    table = _metrics_table(report.metrics, notes)
+    # what a training begins with may be sparse
+    table = _metrics_table(report.metrics, notes, first="" if report.trainings else " (dense)")
     return f"<section><h2>Before and after</h2>{table}{_speed_note(report)}{protocols}</section>"
 
 
-def _metrics_table(metrics: Sequence[Metric], notes: Mapping[str, int]) -> str:
+def _metrics_table(metrics: Sequence[Metric], notes: Mapping[str, int], *, first: str) -> str:
     models = model_names(metrics)
     columns = "".join(
-        f'<th scope="col">{escape(model)}{"" if i or "dense" in model.lower() else " (dense)"}</th>'
+        f'<th scope="col">{escape(model)}{"" if i or "dense" in model.lower() else first}</th>'
         + ('<th scope="col">change</th>' if i else "")
         for i, model in enumerate(models)
     )

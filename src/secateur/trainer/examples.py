@@ -75,7 +75,6 @@ class Pictures:
     augment: tuple[str, ...] = ()
     smoothing: float = 0.0
     device: str = "cpu"
-    seed: int = 0
     what: str = field(default="images", init=False)
     quality: str = field(default="accuracy", init=False)
 
@@ -183,9 +182,7 @@ def _pictures(recipe: TrainRecipe) -> Pictures:
             f"images to train on are {'x'.join(map(str, x.shape[1:]))} and those of test"
             f" {'x'.join(map(str, x_test.shape[1:]))}: say one size for both with ?size=32"
         )
-    return Pictures(
-        x, y, x_test, y_test, protocol, tuple(data.augment), recipe.smoothing, device=recipe.device, seed=recipe.seed
-    )
+    return Pictures(x, y, x_test, y_test, protocol, tuple(data.augment), recipe.smoothing, recipe.device)
 
 
 def _read(source: str | None, seed: int) -> tuple[Tensor, Tensor, str]:

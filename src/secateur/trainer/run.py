@@ -61,6 +61,9 @@ def run_training(
     check_trackers(recipe.track)
     ranks = join()
     with ranks.together():
+        said = recipe.model_dump(exclude={"out", "track"})
+        # of several ranks each has its own
+        recipe = recipe.model_copy(update={"device": ranks.device(recipe.device)})
         network = open_network(recipe, trust_remote_code=trust_remote_code, progress=progress if ranks.main else None)
         examples = load_examples(recipe, network.module, network.tokenizer)
         steps = recipe.length(examples.count)
@@ -68,7 +71,7 @@ def run_training(
             recipe.sparsifier.made(steps, recipe.seed)
         document = {
             # where the result goes, and who watches, changes nothing
-            "training": recipe.model_dump(exclude={"out", "track"}),
+            "training": said,
             "network": module_fingerprint(network.module).model_dump(),
             "data": examples.fingerprint,
             "versions": library_versions(),
@@ -79,7 +82,7 @@ def run_training(
             step = TrainingFolder(folder.step(1), stop, hint(out))
             logs = run_path(out).with_suffix(".logs")
             names = recipe.track if ranks.main else []
-            with tracking(names, Path(out).name, logs, document["training"], recipe.rate(steps)) as watch:
+            with tracking(names, Path(out).name, logs, said, recipe.rate(steps)) as watch:
                 trained = train(
                     network.module,
                     examples,
