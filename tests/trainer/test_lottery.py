@@ -187,6 +187,20 @@ def test_what_a_worker_in_another_process_is_told_is_all_it_needs(whole):
     assert job.device == "cpu" and Path(job.folder).is_absolute()
 
 
+def test_tickets_of_a_pretrained_language_model(tiny_checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a text that says little and says it again. " * 100, encoding="utf8")
+    data = {"text": str(text), "length": 16, "windows": 2}
+    spec = {"levels": 1, "seeds": [0], "controls": ["shuffle"], "rate": 0.5}
+    asked = {"model": str(tiny_checkpoint), "data": data, "steps": 3, "batch": 2, "lottery": spec}
+    found = run(make_lottery_recipe(asked, "the recipe"), tmp_path / "out", pool=sequence)
+    assert not found.failed and found.quality == "perplexity"
+    assert [e.sparsity for e in found.entries] == pytest.approx([0, 0.5, 0.5], abs=1e-3)
+    assert all(e.metrics["perplexity"] > 1 for e in found.entries)
+    with pytest.raises(sc.SecateurError, match="draws the network anew, and this one starts pretrained"):
+        make_lottery_recipe({**asked, "lottery": {**spec, "controls": ["reinit"]}}, "the recipe")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

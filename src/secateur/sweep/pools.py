@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from secateur.errors import UsageError, require_extra
 from secateur.sweep.axes import Point
-from secateur.sweep.records import Record
 from secateur.sweep.worker import Failure, Worker
 
 if TYPE_CHECKING:
@@ -29,9 +28,9 @@ _OBJECT_STORE_BYTES = 80 * 2**20
 
 @dataclass(frozen=True)
 class Task:
-    """A point (None is the dense model), for the ``attempt``-th time."""
+    """A point (None is the dense model), or what else workers take, for the ``attempt``-th time."""
 
-    point: Point | None
+    point: Any
     attempt: int = 1
 
 
@@ -47,8 +46,8 @@ class Pool(Protocol):
         """Start a task."""
         ...
 
-    def next(self) -> tuple[Task, Record | Failure]:
-        """Wait until a task has ended."""
+    def next(self) -> tuple[Task, Any]:
+        """Wait until a task has ended; gives its outcome, a ``Failure`` where it has failed."""
         ...
 
     def close(self) -> None:
@@ -78,7 +77,7 @@ class InSequence:
     def submit(self, task: Task) -> None:
         self._waiting.append(task)
 
-    def next(self) -> tuple[Task, Record | Failure]:
+    def next(self) -> tuple[Task, Any]:
         task = self._waiting.popleft()
         return task, self._worker.run(task.point)
 
@@ -116,7 +115,7 @@ class RayPool:
         worker = self._idle.pop()
         self._running[worker.run.remote(task.point)] = (worker, task)
 
-    def next(self) -> tuple[Task, Record | Failure]:
+    def next(self) -> tuple[Task, Any]:
         (ended,), _ = self._ray.wait(list(self._running), num_returns=1)
         worker, task = self._running.pop(ended)
         try:

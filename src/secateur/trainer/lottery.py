@@ -13,15 +13,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from secateur.errors import OutputError, RecipeError, SecateurError, SweepError, UsageError
+from secateur.errors import OutputError, RecipeError, SecateurError, SweepError, UsageError, nearest
 from secateur.files import write_text
+from secateur.loop import Progress
 from secateur.methods import get_method
 from secateur.reading import read_json
 from secateur.recipes import read_recipe
@@ -35,7 +36,6 @@ from secateur.trainer.networks import draw_network, open_network
 from secateur.trainer.recipe import Open, TrainRecipe, checked_recipe
 from secateur.trainer.training import train
 
-Progress = Callable[[str, int, int], None]
 TICKET = "ticket"
 ABOUT = "lottery.json"
 """what was asked for, in the folder of a lottery; by it one is known"""
@@ -63,8 +63,6 @@ class LotterySpec(Open):
 
     @model_validator(mode="after")
     def _known(self) -> LotterySpec:
-        from secateur.errors import nearest
-
         for name in self.controls:
             if name not in CONTROLS:
                 raise ValueError(f"controls are {', '.join(CONTROLS)}, got '{name}'{nearest(name, CONTROLS)}")
@@ -272,56 +270,57 @@ def open_folder(recipe: LotteryRecipe, folder: Path, *, resume: bool, overwrite:
 
 
 def run_lottery(recipe: LotteryRecipe, pool: Pool, worker: LotteryWorker, progress: Progress) -> Tickets:
-    """Run what isn't done; a trial that fails is tried again twice, and then so is nothing that waits for it.
+    """Run what isn't done. A trial that fails is tried again, at most twice; what waits for it is left then.
 
     ``worker`` is one of this process, which reads what is there. Raises what makes all trials impossible.
     """
     wanted = trials_of(recipe.lottery)
-    found = Tickets(recipe)
-    done: dict[Trial, Entry] = {}
-    for seed in recipe.lottery.seeds:
-        for entry in worker.rounds(seed).entries:
-            done[Trial(seed, entry.level, entry.branch)] = entry
-    done = {trial: done[trial] for trial in wanted if trial in done}
-    found.reused = len(done)
-    left = [trial for trial in wanted if trial not in done]
-    again: list[Task] = []
+    entries = [entry for seed in recipe.lottery.seeds for entry in worker.rounds(seed).entries]
+    there = {Trial(entry.seed, entry.level, entry.branch): entry for entry in entries}
+    schedule = _Schedule(wanted, {trial: there[trial] for trial in wanted if trial in there})
+    found = Tickets(recipe, reused=len(schedule.done))
     busy = 0
-
-    def ready(trial: Trial) -> bool:
-        before = Trial(trial.seed, trial.level - (trial.branch == TICKET))
-        return before.level < 0 or before in done
-
-    def startable() -> Iterator[Task]:
-        while again:
-            yield again.pop(0)
-        for trial in list(left):
-            if ready(trial):
-                left.remove(trial)
-                yield Task(trial)  # type: ignore[arg-type]
-
-    progress("trainings", len(done), len(wanted))
     while True:
-        starting = startable()
-        while pool.free and (task := next(starting, None)) is not None:
+        progress("trainings", len(schedule.done), len(wanted))
+        while pool.free and (task := schedule.next()) is not None:
             pool.submit(task)
             busy += 1
         if not busy:
             break
         task, outcome = pool.next()
         busy -= 1
-        trial: Any = task.point
-        if isinstance(outcome, Failure):
-            if outcome.final or task.attempt > RETRIES:
-                found.failed[trial.name] = outcome.error
-            else:
-                found.notes.append(f"{trial.name} is tried again: {outcome.error}")
-                again.append(Task(task.point, task.attempt + 1))
+        if not isinstance(outcome, Failure):
+            schedule.done[task.point] = outcome
+        elif outcome.final or task.attempt > RETRIES:
+            found.failed[task.point.name] = outcome.error
         else:
-            done[trial] = outcome  # type: ignore[assignment]
-        progress("trainings", len(done), len(wanted))
-    found.entries = [done[trial] for trial in wanted if trial in done]
+            found.notes.append(f"{task.point.name} is tried again: {outcome.error}")
+            schedule.again.append(Task(task.point, task.attempt + 1))
+    found.entries = [schedule.done[trial] for trial in wanted if trial in schedule.done]
     return found
+
+
+class _Schedule:
+    """Which trial is next: what failed comes first, then in their order those for which all is there."""
+
+    def __init__(self, wanted: Sequence[Trial], done: dict[Trial, Entry]) -> None:
+        self.done, self.again = done, list[Task]()
+        self._left = [trial for trial in wanted if trial not in done]
+
+    def next(self) -> Task | None:
+        """The task that may start now, if there is one."""
+        if self.again:
+            return self.again.pop(0)
+        trial = next((trial for trial in self._left if self._ready(trial)), None)
+        if trial is None:
+            return None
+        self._left.remove(trial)
+        return Task(trial)
+
+    def _ready(self, trial: Trial) -> bool:
+        # a ticket needs the level before, a control its ticket
+        before = Trial(trial.seed, trial.level - (trial.branch == TICKET))
+        return before.level < 0 or before in self.done
 
 
 def make_job(recipe: LotteryRecipe, folder: Path, *, plugins: tuple[str, ...], trust_remote_code: bool) -> LotteryJob:
