@@ -368,7 +368,7 @@ def _hidden_group(model: PreTrainedModel) -> Group:
         cost=Cost(sum(sizes), macs, sum(sizes) * table.element_size()),
         slices=tuple(slices),
         # several config classes want the hidden size to be a multiple of the heads even where these have a width
-        multiple=math.gcd(width, model.config.get_text_config().num_attention_heads),
+        multiple=math.gcd(width, next((block.heads for block in blocks if block.has_attention), width)),
         frozen=reason,
         inexact="norms take the mean over all hidden channels, so removed ones change their scale",
     )
