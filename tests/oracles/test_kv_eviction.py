@@ -75,7 +75,7 @@ def test_softcap_squeezes_logits_before_the_softmax():
 def test_snapkv_pools_an_impulse_over_its_neighbours(monkeypatch):
     seen = torch.zeros(1, 1, 1, 9)
     seen[..., 3] = 1.0
-    monkeypatch.setattr("secateur.methods.caching.causal_attention", lambda *a: seen)
+    monkeypatch.setattr("secateur.methods.prompts.causal_attention", lambda *a: seen)
     prompt = prompt_of(torch.randn(1, 9, 4))
     score = make_method("snapkv", {"window": 1}).score(prompt)[0, 0]
     assert torch.allclose(score[:8], torch.tensor([0, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 0]))
