@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import secateur as sc
+from cache_prompts import Words
 from cache_reference import as_dense
 from families import make_tiny, tiny_ids
 from secateur.cache.prompts import read_prompt
@@ -73,9 +74,16 @@ def test_long_prompts_lie_on_the_line(monkeypatch):
 
 def test_a_prompt_that_is_read_once_gives_the_same_caches(model):
     ids, more = tiny_ids(windows=1, length=60), tiny_ids(windows=1, length=3, seed=5)
-    read = read_prompt(model, ids)
-    for spec in ("knorm:0", "adakv(knorm:0.5)+mustafar:0.5,window=4,block=4", "snapkv:0.5,window=8+think:0.5,recent=4"):
-        caches = [sc.compressed_cache(spec, model), read.compressed(parse_cache_spec(spec))]
+    read = read_prompt(model, ids, Words())
+    # one that decides on all layers together, and one that goes on evicting, among them
+    more_specs = ("kvzip:0.5,sinks=2", "h2o:budget=20", "kvzip:0.5,sinks=2+mustafar:0.5,window=4,block=4")
+    for spec in (
+        *more_specs,
+        "knorm:0",
+        "adakv(knorm:0.5)+mustafar:0.5,window=4,block=4",
+        "snapkv:0.5,window=8+think:0.5,recent=4",
+    ):
+        caches = [sc.compressed_cache(spec, model, tokenizer=Words()), read.compressed(parse_cache_spec(spec))]
         with torch.no_grad():
             model(ids, cache=caches[0])
             logits = [model(more, cache=cache).logits for cache in caches]

@@ -58,7 +58,9 @@ def test_what_is_done_is_not_done_again(compared, tiny_llama, tiny_tokenizer, mo
     # killed in the middle of a line: that measurement and the ones behind it are done again, and a new press as well
     (out / "cache.jsonl").write_text("\n".join(lines[:8]) + "\n" + lines[8][:20])
     reads, whole = [], sc.cachestudy.measuring.read_prompt
-    monkeypatch.setattr(sc.cachestudy.measuring, "read_prompt", lambda m, ids: reads.append(ids) or whole(m, ids))
+    monkeypatch.setattr(
+        sc.cachestudy.measuring, "read_prompt", lambda m, ids, reader: reads.append(ids) or whole(m, ids, reader)
+    )
     again = sc.compare_caches(
         tiny_llama, tiny_tokenizer, presses=["knorm", "think:0.5,recent=4"], ratios=[0.5], resume=True, **arguments
     )

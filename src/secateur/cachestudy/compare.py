@@ -69,6 +69,7 @@ def compare_caches(
     specs = [DENSE, *dict.fromkeys(setting.spec for setting in settings)]
     found = measure_all(
         model,
+        tokenizer,
         todo,
         specs,
         known,

@@ -154,6 +154,7 @@ def _question(
 
 def measure_all(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     todo: Sequence[Item],
     specs: Sequence[str],
     known: Mapping[tuple[str, str], Measurement],
@@ -172,7 +173,7 @@ def measure_all(
             missing = [spec for spec in specs if (item.name, spec) not in found and spec not in failed]
             done += len(specs) - len(missing)
             progress("caches", done, total)
-            read = read_prompt(model, item.prompt[None]) if missing else None
+            read = read_prompt(model, item.prompt[None], tokenizer) if missing else None
             for spec in missing:
                 assert read is not None
                 try:
