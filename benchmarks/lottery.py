@@ -46,6 +46,16 @@ left.
   the live weights behind the training, `removed` the share of them that leaves then.
 - `stability`: two copies that part at a step, and are trained in different orders; `barrier` is how much the error
   rises on the line between them (30 points), in points. The network has no batch norms.
+
+What the papers claim, and what shows here on digits:
+
+- Tickets learn faster than the dense network: at 21 % they are ahead of it by a point and a half after 150 steps, and
+  level in the end. New weights in the same mask, and shuffled masks, learn much more slowly.
+- At 6.9 % tickets end ahead of new weights by 2 points and of shuffled masks by 7, and at 2.8 % by 5 and by 60.
+- The index falls while accuracy holds, is least at 3 to 7 % of the weights, and rises as the network becomes too small.
+- The share that SAP removes falls from 15 to 18 % of what is left to 1 to 3 %, and what it stops at is as good as the
+  dense network but for half a point.
+- Training is stable from the first step on, so that weights can go back to it.
 """
 
 
