@@ -119,7 +119,7 @@ def _descended(
         if layer == 0 and wide:
             # with the last block, since nothing is kept to go on from behind it
             outer = [piece for g in wide for piece in g.slices if not piece.tensor.startswith(f"{run.source.name}.")]
-            around = walk.outside([piece.tensor for piece in outer])
+            around = dict(walk.outside([piece.tensor for piece in outer]))
             run.ranks.merge({"": around})
             rows |= _rows(method, run, layer, outer, around)
         part = Decision(scores={**_score(method, run, slopes, members, {}), **rows})
