@@ -9,8 +9,9 @@ import secateur as sc
 from cache_reference import as_dense
 from families import make_tiny, tiny_ids
 from secateur.cache.attention import Visible, mixed_attention
-from secateur.cache.rows import BitmapRows, DenseRows, Span
+from secateur.cache.rows import DenseRows, Span
 from secateur.cache.store import Store
+from secateur.cache.tiles import BitmapRows
 from secateur.methods import make_method
 
 
@@ -48,39 +49,77 @@ def test_attention_as_a_factor_of_a_token_doesnt_change_which_of_its_elements_st
 # -- the bitmap --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [8, 12, 64])
+SIDES = ("token", "channel")
+
+
+def relu(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).relu()
+
+
+def rows_of(bitmap):
+    """All rows of all segments, one after the other."""
+    return bitmap.dense(Span(0, bitmap.count, 0, (1, 1)))[0, 0]
+
+
+@pytest.mark.parametrize("by", SIDES)
+@pytest.mark.parametrize("width", [8, 13, 64, 96])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_come_back_bit_by_bit(width, sparsity, dtype):
+def test_rows_come_back_bit_by_bit(width, sparsity, dtype, by):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(10, width, generator=generator).to(dtype)
-    x[torch.rand(10, width, generator=generator) < sparsity] = 0
-    rows = BitmapRows.encode(x)
-    assert torch.equal(rows.dense(Span(0, 10, 0, (1, 1)))[0, 0], x)
-    assert torch.equal(rows.dense(Span(4, 10, 2, (1, 3))).flatten(0, 2), x[4:])
-    assert rows.bits.shape == (10, -(-width // 8)) and rows.values.numel() == int((x != 0).sum())
+    x = torch.randn(130, width, generator=generator).to(dtype)
+    x[torch.rand(130, width, generator=generator) < sparsity] = 0
+    rows = BitmapRows.encode(x, torch.tensor([2, 64, 64]), by)
+    assert torch.equal(rows_of(rows), x) and rows.values.numel() == int((x != 0).sum())
+    assert torch.equal(rows.dense(Span(2, 130, 1, (1, 2))).flatten(0, 2), x[2:])
+    words = 2 * -(-width // 2) if by == "token" else 32 * -(-width // 32)
+    assert rows.bits.shape == (3, words) and rows.bits.dtype == torch.int64 and rows.counts.tolist() == [2, 64, 64]
 
 
-def test_the_first_element_is_the_lowest_bit():
-    x = torch.zeros(2, 10)
-    x[0, 0], x[0, 9], x[1, 5] = 1.0, 2.0, 3.0
-    rows = BitmapRows.encode(x)
-    assert rows.bits.tolist() == [[1, 2], [32, 0]] and rows.values.tolist() == [1.0, 2.0, 3.0]
+def test_a_tile_is_what_is_multiplied_together():
+    x = torch.zeros(64, 64)
+    x[0, 0], x[0, 1], x[3, 0], x[33, 5] = 1.0, 2.0, 3.0, 4.0
+    # token 33 is lane 1 of the second half, channel 5 the second step of pair 2
+    keys = BitmapRows.encode(x, torch.tensor([64]), "token")
+    assert keys.values.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert {int(at): int(keys.bits[0, at]) for at in keys.bits[0].nonzero()} == {0: 0b1000011, 34: 0b1000}
+    # tokens 0 and 1 are a pair, and so are 2 and 3, 32 and 33
+    values = BitmapRows.encode(x, torch.tensor([64]), "channel")
+    assert values.values.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert {int(at): int(values.bits[0, at]) for at in values.bits[0].nonzero()} == {0: 0b101, 1: 0b10, 16: 1 << 11}
 
 
-def test_what_is_added_later_is_as_if_it_had_been_there():
-    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(0)).relu()
-    whole, parts = BitmapRows.encode(x), BitmapRows.encode(x[:5]).joined(x[5:])
-    assert torch.equal(whole.bits, parts.bits) and torch.equal(whole.values, parts.values)
-    order = torch.tensor([7, 0, 11, 0])
-    chosen = whole.select(order)
-    assert torch.equal(chosen.dense(Span(0, 4, 0, (1, 1)))[0, 0], x[order])
+@pytest.mark.parametrize("by", SIDES)
+def test_what_is_added_later_is_as_if_it_had_been_there(by):
+    x = relu(2, 192, 16)
+    whole = BitmapRows.encode(x.flatten(0, 1), torch.tensor([192, 192]), by)
+    first = BitmapRows.encode(x[:, :128].flatten(0, 1), torch.tensor([128, 128]), by)
+    joined = first.joined(x[:, 128:], torch.tensor([128, 128]))
+    assert torch.equal(joined.bits, whole.bits) and torch.equal(rows_of(joined), rows_of(whole))
+    assert joined.values.numel() == whole.values.numel()
+
+
+@pytest.mark.parametrize("by", SIDES)
+def test_segments_change_places_and_rows_are_chosen(by):
+    lengths = torch.tensor([70, 0, 5])
+    parts = relu(75, 16).split(lengths.tolist())
+    rows = BitmapRows.encode(torch.cat(parts), lengths, by)
+    more = relu(3, 65, 16)
+    grown = [torch.cat(pair) for pair in zip(parts, more, strict=True)]
+    joined, lengths = rows.joined(more, lengths), lengths + 65
+    assert joined.counts.tolist() == [64, 6, 64, 1, 64, 1, 5, 64, 1] and torch.equal(rows_of(joined), torch.cat(grown))
+    moved = joined.batch(torch.tensor([2, 0, 2]), lengths)
+    assert torch.equal(rows_of(moved), torch.cat([grown[2], grown[0], grown[2]]))
+    # the elements of the segment that left are gone, those of the one that is there twice are held once
+    assert moved.values.numel() == int((torch.cat([grown[0], grown[2]]) != 0).sum())
+    order = torch.tensor([7, 0, 134])
+    assert torch.equal(rows_of(joined.select(order, torch.tensor([1, 2]))), torch.cat(grown)[order])
 
 
 def test_rows_of_segments_stay_together_when_rows_are_added():
-    x = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0)).relu()
-    more = torch.randn(2, 3, 2, 8).relu()
-    store = Store(torch.full((2, 3), 4), BitmapRows.encode(x.flatten(0, 2)), DenseRows(x.flatten(0, 2)))
+    x, more = relu(2, 3, 4, 8), relu(2, 3, 2, 8)
+    lengths = torch.full((2, 3), 4)
+    store = Store(lengths, BitmapRows.encode(x.flatten(0, 2), lengths, "token"), DenseRows(x.flatten(0, 2)))
     joined = store.joined(more, more, None)
     (span, _, _), *_ = joined.spans()
     expected = torch.cat([x, more], dim=2)
@@ -90,7 +129,9 @@ def test_rows_of_segments_stay_together_when_rows_are_added():
 def test_attention_over_the_bitmap_is_that_on_zeros_and_query_heads_may_change_places():
     x = torch.randn(2, 1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
     x[x.abs() < 0.7] = 0
-    store = Store(torch.full((1, 2), 9), *(BitmapRows.encode(side.flatten(0, 2)) for side in x))
+    lengths = torch.full((1, 2), 9)
+    encoded = (BitmapRows.encode(side.flatten(0, 2), lengths, by) for side, by in zip(x, SIDES, strict=True))
+    store = Store(lengths, *encoded)
     tail = (torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 8))
     query, positions = torch.randn(1, 4, 1, 8), torch.arange(9, 11).expand(1, 2, 2)
     out = mixed_attention(query, store, tail, positions, Visible(None, 1, 11), 0.3)
@@ -128,13 +169,14 @@ def test_blocks_leave_the_window_as_the_paper_triggers_them():
 )
 def test_decoding_is_the_emulation_token_by_token(spec):
     """After every step the cache is the dense one with what has left the window pruned, and nothing else."""
-    model = make_tiny("llama", num_hidden_layers=1)
-    ids = tiny_ids(windows=2, length=40)
+    model = make_tiny("llama", num_hidden_layers=1, max_position_embeddings=128)
+    ids = tiny_ids(windows=2, length=90)
     cache = sc.compressed_cache(spec, model)
     dense = sc.compressed_cache("knorm:0", model)
     method = cache.methods[0]
     with torch.no_grad():
-        for start, stop in [(0, 20), *((t, t + 1) for t in range(20, 40))]:
+        ends = [20, *range(21, 31), 84, *range(85, 91)]
+        for start, stop in zip([0, *ends], ends, strict=False):
             model(ids[:, start:stop], cache=cache)
             model(ids[:, start:stop], cache=dense)
             pruned = (stop - 4) // method.block * method.block
@@ -146,4 +188,6 @@ def test_decoding_is_the_emulation_token_by_token(spec):
                     expected[:, :, :pruned].masked_fill_(gone, 0)
                 assert torch.equal(mine, expected)
             assert bool(there.all())
-            assert (cache.layers[0].keys.shape[2] >= 4) and lengths(cache)[0] == pruned
+            assert cache.layers[0].cut == [pruned, pruned]
+            # all that is ready at the end of the prompt, and then 64 rows at a time
+            assert lengths(cache) == ((80, stop - 80) if stop >= 84 else (16, stop - 16))

@@ -12,8 +12,9 @@ from transformers.cache_utils import DynamicLayer
 
 from secateur.cache.attention import Visible, left_padding, mixed_attention
 from secateur.cache.eviction import Eviction
-from secateur.cache.rows import BitmapRows, DenseRows, Rows, ThinRows
+from secateur.cache.rows import DenseRows, Rows, ThinRows
 from secateur.cache.store import Store
+from secateur.cache.tiles import BLOCK, BitmapRows
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
 from secateur.methods.caching import CacheChannelMethod, CacheElementMethod, CacheMethod, EvictionMethod
 from secateur.methods.prompts import Prompt
@@ -47,7 +48,8 @@ class CompressedLayer(DynamicLayer):
 
     ``kept`` [B, K, rows] int32 are the positions of the first rows of the tail where tokens were evicted; those behind
     them follow each other up to ``seen``, the number of tokens that the layer was given. Some of the first ``settled``
-    ones may be gone. ``padding`` counts the rows of every sequence that are padding, at its beginning.
+    ones may be gone. ``padding`` counts the rows of every sequence that are padding, at its beginning; ``packed`` those
+    of every segment that were pruned and went from the tail into the store.
     """
 
     keys: Any  # tensors once there is something; the base class says that they may be None
@@ -64,6 +66,7 @@ class CompressedLayer(DynamicLayer):
         self.seen = 0
         self.prompt = 0
         self.settled = 0
+        self.packed = 0
         self.pending: Prompt | None = None
         self.eviction = Eviction(self.steps.tokens) if self.steps.tokens is not None else None
         self.padding: list[int] = []
@@ -111,6 +114,7 @@ class CompressedLayer(DynamicLayer):
         self.keys, self.values = self.keys[:, :, :stay].clone(), self.values[:, :, :stay].clone()
         if self.store is not None and leaving < -tokens_to_remove:
             self.store = self.store.before(limit)
+            self.packed = max(0, self.packed + tokens_to_remove + leaving)
         self.seen = limit
         self.cut = [min(cut, self._rows()) for cut in self.cut]
 
@@ -142,8 +146,8 @@ class CompressedLayer(DynamicLayer):
         return self.kept is not None or (self.store is not None and self.store.positions is not None)
 
     def _rows(self) -> int:
-        """Rows of a segment, store and tail together, where they are equally long."""
-        return (self.store.rows if self.store is not None else 0) + self.keys.shape[2]
+        """Rows of a segment that are or were in the tail."""
+        return self.packed + self.keys.shape[2]
 
     def tail_positions(self) -> Tensor:
         """Positions of the rows of the tail in the text, [B, K, t] int64."""
@@ -352,7 +356,9 @@ class CompressedLayer(DynamicLayer):
                 side: torch.cat([self._pruned(method, piece, side) for piece in rows.split(lengths)])
                 for side, rows in sides.items()
             }
-            self._split(store, older, recent, *(_encoded(method, pruned[side], side) for side in sides))
+            left = store.lengths - recent
+            self._split(store, older, recent, *(_encoded(method, pruned[side], side, left) for side in sides))
+            self.cut = [0] * len(store.lengths)
             return
         for b, padding in enumerate(self.padding):
             self.keys[b, :, :padding] = 0
@@ -365,14 +371,7 @@ class CompressedLayer(DynamicLayer):
 
     def _prune_elements(self, method: CacheElementMethod) -> None:
         """Prune what has left the window in whole blocks, and put it into the store."""
-        if self.store is not None and not self.cut:  # the store came from heads of different lengths
-            ready = max(0, (self.keys.shape[2] - method.window) // method.block * method.block)
-            if ready:
-                self._prune_tail(method, slice(None), 0, ready)
-                self._pack(method, ready)
-            return
-        rows = self._rows()
-        first = rows - self.keys.shape[2]
+        rows, first = self._rows(), self.packed
         cuts = [p + max(0, (rows - p - method.window) // method.block * method.block) for p in self.padding]
         cuts = [max(pair) for pair in zip(cuts, self.cut, strict=True)]
         if cuts == self.cut:
@@ -382,8 +381,11 @@ class CompressedLayer(DynamicLayer):
             sequences = slice(None) if together else slice(b, b + 1)
             self._prune_tail(method, sequences, self.cut[b] - first, cuts[b] - first)
         self.cut = cuts
-        if min(cuts) > first:
-            self._pack(method, min(cuts) - first)
+        ready = min(cuts) - first
+        # bits are stored for whole tiles, so that a few rows at a time would take more than they save
+        ready = ready if self.seen == self.prompt else ready // BLOCK * BLOCK
+        if ready > 0:
+            self._pack(method, ready)
 
     def _prune_tail(self, method: CacheElementMethod, sequences: slice, start: int, stop: int) -> None:
         for side, tail in (("keys", self.keys), ("values", self.values)):
@@ -397,15 +399,16 @@ class CompressedLayer(DynamicLayer):
         if self.store is None:
             batch, heads = keys.shape[:2]
             self.store = Store(
-                torch.full((batch, heads), rows),
-                _encoded(method, keys.flatten(0, 2), "keys"),
-                _encoded(method, values.flatten(0, 2), "values"),
+                lengths := torch.full((batch, heads), rows),
+                _encoded(method, keys.flatten(0, 2), "keys", lengths),
+                _encoded(method, values.flatten(0, 2), "values", lengths),
                 None if positions is None else positions.flatten().to(torch.int32),
             )
         else:
             self.store = self.store.joined(keys, values, positions)
         self.keys, self.values = self.keys[:, :, rows:].clone(), self.values[:, :, rows:].clone()
         self.kept = None if self.kept is None else self.kept[:, :, rows:].clone()
+        self.packed += rows
 
 
 def warn_once(warned: set[str], message: str) -> None:
@@ -426,8 +429,10 @@ def _dense(rows: Rows) -> Tensor:
     return rows.x
 
 
-def _encoded(method: CacheElementMethod, rows: Tensor, side: str) -> Rows:
-    return BitmapRows.encode(rows) if method.side_sparsity(side) > 0 else DenseRows(rows.clone())
+def _encoded(method: CacheElementMethod, rows: Tensor, side: str, lengths: Tensor) -> Rows:
+    if method.side_sparsity(side) == 0:
+        return DenseRows(rows.clone())
+    return BitmapRows.encode(rows, lengths, "token" if side == "keys" else "channel")
 
 
 def scaling_of(query: Tensor, arguments: dict[str, Any]) -> float:

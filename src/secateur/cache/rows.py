@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.rowmasks import pack_bits, unpack_rows
-
 # Shapes: N rows, E head dimension, C channels that stay; of a span: b sequences, k key-value heads, n rows of each
 # segment, M queries of each key-value head.
 
@@ -37,6 +35,29 @@ class Span:
         return rows[self.start : self.stop].unflatten(0, (*self.shape, -1))
 
 
+def rows_of(segments: Tensor, lengths: Tensor) -> Tensor:
+    """The rows of these segments, int64, where all lie one after the other."""
+    lengths = lengths.flatten()
+    starts = lengths.cumsum(0) - lengths
+    return runs(starts[segments], lengths[segments])
+
+
+def marked(dense: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows of [segments, m, E] that ``keep`` marks, or all, one after the other, and how many of every segment."""
+    if keep is None:
+        return dense.flatten(0, 1), torch.full(dense.shape[:1], dense.shape[1])
+    return dense[keep], keep.sum(dim=-1).cpu()
+
+
+def behind(counts: Tensor, more: Tensor) -> Tensor:
+    """The order that puts ``more`` of every segment behind its ``counts``, where all ``more`` lie behind all of these.
+
+    Both [segments] int64 on the CPU, and so is the order.
+    """
+    segments = torch.arange(len(counts))
+    return torch.cat([segments.repeat_interleave(counts), segments.repeat_interleave(more)]).argsort(stable=True)
+
+
 def runs(starts: Tensor, counts: Tensor) -> Tensor:
     """starts[0], starts[0] + 1, ... ``counts[0]`` of them, then those of the next run; int64."""
     before = (counts.cumsum(0) - counts).repeat_interleave(counts)
@@ -44,7 +65,9 @@ def runs(starts: Tensor, counts: Tensor) -> Tensor:
 
 
 class Rows(ABC):
-    """The rows of keys or of values of one layer."""
+    """The rows of keys or of values of one layer; ``width`` E is that of a whole row."""
+
+    width: int
 
     @property
     @abstractmethod
@@ -56,12 +79,19 @@ class Rows(ABC):
         """Everything that is held, by name."""
 
     @abstractmethod
-    def select(self, rows: Tensor, segments: Tensor | None = None) -> Rows:
-        """These rows in this order, int64; ``segments`` are those that they come from when these change."""
+    def select(self, rows: Tensor, lengths: Tensor, segments: Tensor | None = None) -> Rows:
+        """These rows in this order, int64, in segments of ``lengths``; ``segments`` are whose they were."""
 
     @abstractmethod
-    def joined(self, dense: Tensor) -> Rows:
-        """These rows and behind them others, [rows, E], which are encoded the same way."""
+    def batch(self, segments: Tensor, lengths: Tensor) -> Rows:
+        """These segments as a whole and in this order, int64; ``lengths`` are the rows of every segment there is."""
+
+    @abstractmethod
+    def joined(self, dense: Tensor, lengths: Tensor, keep: Tensor | None = None) -> Rows:
+        """With rows [segments, m, E], encoded the same way, behind those of every segment, ``lengths`` so far.
+
+        Of them those that ``keep`` [segments, m] bool marks, or all.
+        """
 
     @abstractmethod
     def logits(self, queries: Tensor, span: Span) -> Tensor:
@@ -77,6 +107,11 @@ class Rows(ABC):
 
     @property
     @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that are kept."""
+
+    @property
+    @abstractmethod
     def elements(self) -> int:
         """Numbers that are kept, without what says where they belong."""
 
@@ -88,8 +123,16 @@ class DenseRows(Rows):
     x: Tensor
 
     @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.x.shape[-1]
+
+    @property
     def count(self) -> int:
         return self.x.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
 
     @property
     def elements(self) -> int:
@@ -98,11 +141,16 @@ class DenseRows(Rows):
     def tensors(self) -> dict[str, Tensor]:
         return {"x": self.x}
 
-    def select(self, rows: Tensor, segments: Tensor | None = None) -> DenseRows:
-        return DenseRows(self.x[rows])
+    def select(self, rows: Tensor, lengths: Tensor, segments: Tensor | None = None) -> DenseRows:
+        return DenseRows(self.x[rows.to(self.x.device)])
 
-    def joined(self, dense: Tensor) -> DenseRows:
-        return DenseRows(torch.cat([self.x, dense]))
+    def batch(self, segments: Tensor, lengths: Tensor) -> DenseRows:
+        return self.select(rows_of(segments, lengths), lengths)
+
+    def joined(self, dense: Tensor, lengths: Tensor, keep: Tensor | None = None) -> DenseRows:
+        more, counts = marked(dense, keep)
+        order = behind(lengths.flatten(), counts).to(self.x.device)
+        return DenseRows(torch.cat([self.x, more])[order])
 
     def logits(self, queries: Tensor, span: Span) -> Tensor:
         return queries @ span.view(self.x).mT
@@ -133,17 +181,24 @@ class ThinRows(Rows):
         return self.x.shape[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
     def elements(self) -> int:
         return self.x.numel()
 
     def tensors(self) -> dict[str, Tensor]:
         return {"x": self.x, "channels": self.channels}
 
-    def select(self, rows: Tensor, segments: Tensor | None = None) -> ThinRows:
-        channels = self.channels if segments is None else self.channels[segments]
-        return ThinRows(self.x[rows], channels, self.width)
+    def select(self, rows: Tensor, lengths: Tensor, segments: Tensor | None = None) -> ThinRows:
+        channels = self.channels if segments is None else self.channels[segments.to(self.channels.device)]
+        return ThinRows(self.x[rows.to(self.x.device)], channels, self.width)
 
-    def joined(self, dense: Tensor) -> ThinRows:
+    def batch(self, segments: Tensor, lengths: Tensor) -> ThinRows:
+        return self.select(rows_of(segments, lengths), lengths, segments)
+
+    def joined(self, dense: Tensor, lengths: Tensor, keep: Tensor | None = None) -> ThinRows:
         raise NotImplementedError("tokens that follow the prompt keep all their channels")
 
     def _index(self, span: Span, rows: int) -> Tensor:
@@ -162,63 +217,3 @@ class ThinRows(Rows):
     def _widened(self, thin: Tensor, span: Span) -> Tensor:
         wide = thin.new_zeros(*thin.shape[:-1], self.width)
         return wide.scatter(-1, self._index(span, thin.shape[2]), thin)
-
-
-@dataclass(frozen=True)
-class BitmapRows(Rows):
-    """Rows without some elements: one bit per element, and the elements that stay, one after the other.
-
-    ``bits`` [N, ceil(E / 8)] uint8, the least significant bit first; ``values`` [elements] in the order of the bits;
-    ``width`` E.
-    """
-
-    bits: Tensor
-    values: Tensor
-    width: int
-
-    @classmethod
-    def encode(cls, dense: Tensor) -> BitmapRows:
-        """``dense`` [N, E], of which everything that isn't zero stays."""
-        mask = dense != 0
-        return cls(pack_bits(mask), dense[mask], dense.shape[-1])
-
-    @property
-    def count(self) -> int:
-        return self.bits.shape[0]
-
-    @property
-    def elements(self) -> int:
-        return self.values.numel()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"bits": self.bits, "values": self.values}
-
-    def mask(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Which elements stay of these rows, [rows, E] bool."""
-        bits = self.bits[start:stop]
-        return unpack_rows(bits, (len(bits), self.width))
-
-    def _counts(self) -> Tensor:
-        return self.mask().sum(dim=-1)
-
-    def select(self, rows: Tensor, segments: Tensor | None = None) -> BitmapRows:
-        counts = self._counts()
-        starts = counts.cumsum(0) - counts
-        return BitmapRows(self.bits[rows], self.values[runs(starts[rows], counts[rows])], self.width)
-
-    def joined(self, dense: Tensor) -> BitmapRows:
-        more = BitmapRows.encode(dense)
-        return BitmapRows(torch.cat([self.bits, more.bits]), torch.cat([self.values, more.values]), self.width)
-
-    def logits(self, queries: Tensor, span: Span) -> Tensor:
-        return queries @ self.dense(span).mT
-
-    def mix(self, weights: Tensor, span: Span) -> Tensor:
-        return weights @ self.dense(span)
-
-    def dense(self, span: Span) -> Tensor:
-        mask = self.mask(span.start, span.stop)
-        before = int(self.mask(0, span.start).sum()) if span.start else 0
-        rows = self.values.new_zeros(mask.shape)
-        rows.masked_scatter_(mask, self.values[before:])
-        return rows.unflatten(0, (*span.shape, -1))

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from secateur.cache.layer import CompressedLayer
-from secateur.cache.rows import BitmapRows, DenseRows, Rows, ThinRows
+from secateur.cache.rows import DenseRows, Rows, ThinRows
 from secateur.cache.store import Store
+from secateur.cache.tiles import BitmapRows
 from secateur.errors import CorruptFileError, PlanMismatchError, UnsupportedModelError, UsageError
 from secateur.files import check_output_file, output_file
 from secateur.methods.caching import CacheMethod
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 VERSION = 1
 KEY = "secateur_cache"
 _ROWS: dict[str, type[Any]] = {cls.__name__: cls for cls in (DenseRows, ThinRows, BitmapRows)}
-_NUMBERS = ("seen", "prompt", "settled", "padding", "cut")
+_NUMBERS = ("seen", "prompt", "settled", "packed", "padding", "cut")
 _EVICTION = ("carried", "queries", "positions")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from secateur.cache.rows import Rows, Span, runs
+from secateur.cache.rows import DenseRows, Rows, Span, rows_of
+from secateur.cache.tiles import BitmapRows, block_counts
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,17 @@ class Store:
         """Rows of every segment, where it isn't ragged."""
         return int(self.lengths.flatten()[0])
 
+    @cached_property
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """The first row of every block and the first block of every segment, int64, each with its end behind the last.
+
+        Where keys and values both lie in blocks, these are the same: both were given the same rows at the same times.
+        """
+        counts = next((s.counts for s in (self.keys, self.values) if isinstance(s, BitmapRows)), None)
+        counts = block_counts(self.lengths) if counts is None else counts
+        rows = F.pad(counts.cumsum(0), (1, 0))
+        return rows, torch.searchsorted(rows, F.pad(self.lengths.flatten().cumsum(0), (1, 0)))
+
     def spans(self) -> Iterator[tuple[Span, slice, slice]]:
         """Spans of equal segments, with the sequences and heads that they cover: all at once, or one by one."""
         batch, heads = self.lengths.shape
@@ -56,52 +70,46 @@ class Store:
 
     def joined(self, keys: Tensor, values: Tensor, positions: Tensor | None, keep: Tensor | None = None) -> Store:
         """With rows [B, K, m, E], or those that ``keep`` [B, K, m] marks, behind those of every segment."""
-        keep = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device) if keep is None else keep
-        more, segments = keep.sum(dim=-1).cpu(), torch.arange(self.lengths.numel())
-        owner = torch.cat([segments.repeat_interleave(n.flatten()) for n in (self.lengths, more)])
-        order = owner.argsort(stable=True).to(keys.device)
+        keep = None if keep is None else keep.flatten(0, 1)
         together = None
         if self.positions is not None and positions is not None:
-            together = torch.cat([self.positions, positions[keep].to(torch.int32)])[order]
+            held = DenseRows(self.positions[:, None])
+            more = positions.flatten(0, 1)[..., None].to(torch.int32)
+            together = held.joined(more, self.lengths, keep).x[:, 0]
         return Store(
-            self.lengths + more,
-            self.keys.joined(keys[keep]).select(order),
-            self.values.joined(values[keep]).select(order),
+            self.lengths + (keys.shape[2] if keep is None else keep.sum(dim=-1).cpu().view_as(self.lengths)),
+            self.keys.joined(keys.flatten(0, 1), self.lengths, keep),
+            self.values.joined(values.flatten(0, 1), self.lengths, keep),
             together,
         )
 
-    def _owners(self) -> Tensor:
-        return torch.arange(self.lengths.numel()).repeat_interleave(self.lengths.flatten())
-
     def before(self, limit: int) -> Store:
         """Without the rows of tokens from position ``limit`` on."""
-        owner = self._owners()
+        owner = torch.arange(self.lengths.numel()).repeat_interleave(self.lengths.flatten())
         starts = self.lengths.flatten().cumsum(0) - self.lengths.flatten()
         own = self.positions.cpu() if self.positions is not None else torch.arange(len(owner)) - starts[owner]
         stays = own < limit
-        rows = stays.nonzero()[:, 0].to(next(iter(self.keys.tensors().values())).device)
+        rows = stays.nonzero()[:, 0]
         lengths = torch.bincount(owner[stays], minlength=self.lengths.numel()).view_as(self.lengths)
         return Store(
             lengths,
-            self.keys.select(rows),
-            self.values.select(rows),
-            None if self.positions is None else self.positions[rows],
+            self.keys.select(rows, lengths),
+            self.values.select(rows, lengths),
+            None if self.positions is None else self.positions[rows.to(self.positions.device)],
         )
 
     def batch(self, index: Tensor) -> Store:
         """The sequences ``index`` [new batch] int64 in this order."""
         heads = self.lengths.shape[1]
         segments = (index.cpu()[:, None] * heads + torch.arange(heads)).flatten()
-        flat = self.lengths.flatten()
-        starts = flat.cumsum(0) - flat
-        device = next(iter(self.keys.tensors().values())).device
-        rows = runs(starts[segments], flat[segments]).to(device)
-        return replace(
-            self,
-            lengths=self.lengths[index.cpu()],
-            keys=self.keys.select(rows, segments.to(device)),
-            values=self.values.select(rows, segments.to(device)),
-            positions=None if self.positions is None else self.positions[rows],
+        positions = self.positions
+        if positions is not None:
+            positions = positions[rows_of(segments, self.lengths).to(positions.device)]
+        return Store(
+            self.lengths[index.cpu()],
+            self.keys.batch(segments, self.lengths),
+            self.values.batch(segments, self.lengths),
+            positions,
         )
 
     def tensors(self) -> dict[str, Tensor]:
