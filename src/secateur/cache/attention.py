@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.cache.kernels import Problem, Rectangle, kernel_for
 from secateur.cache.store import Store
 from secateur.errors import UnsupportedModelError
 
@@ -30,6 +31,12 @@ class Visible:
     mask: Tensor | None
     new: int
     seen: int
+
+    def by_token(self) -> tuple[Tensor | None, bool]:
+        """The mask [B or 1, T or 1, text] of every new token, and whether it sees nothing behind itself in any case."""
+        if self.mask is None:
+            return None, self.new > 1
+        return (self.mask[:, 0], False) if self.mask.dim() == 4 else (self.mask.bool()[:, None], self.new > 1)
 
     def at(self, positions_BKn: Tensor, sequences: slice = slice(None)) -> Tensor | None:
         """The mask at rows of these positions, [B, K, T, n], bool or to be added; None when all of them are seen."""
@@ -95,8 +102,29 @@ def mixed_attention(
 ) -> Tensor:
     """softmax(scaling * q.k) v over the rows of ``store`` and the dense ones behind them, [B, T, H, E].
 
-    The reference: plain torch, softmax in float32, everything else in the model's dtype. Query heads share the
-    key-value heads in runs of H / K. Nothing but the rows of one span is ever made dense.
+    Query heads share the key-value heads in runs of H / K. A kernel computes it where there is one.
+    """
+    rectangle = Rectangle(tail[0].contiguous(), tail[1].contiguous(), tail_positions_BKn)
+    parts = (rectangle,) if store is None else (store, rectangle)
+    problem = Problem(query_BHTE, parts, *visible.by_token(), visible.seen, scaling, softcap)
+    kernel = kernel_for(problem)
+    if kernel is not None:
+        return kernel(problem)
+    return reference_attention(query_BHTE, store, tail, tail_positions_BKn, visible, scaling, softcap)
+
+
+def reference_attention(
+    query_BHTE: Tensor,
+    store: Store | None,
+    tail: tuple[Tensor, Tensor],
+    tail_positions_BKn: Tensor,
+    visible: Visible,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """What ``mixed_attention`` gives, in plain torch: softmax in float32, everything else in the model's dtype.
+
+    Nothing but the rows of one span is ever made dense.
     """
     batch, heads, new, width = query_BHTE.shape
     keys, values = tail
