@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(_OPENMP)
 #include <omp.h>
@@ -317,54 +318,78 @@ inline v16 lane_sums(v16 *x) {
   return x[0];
 }
 
-// logits[m, r] = q[m] . x[r] over `width` channels
+// logits[m, r] = q[m] . x[r] over `width` channels, for M queries and as many as 16 rows
+template <class S, int M>
+void dense_logits16(const S *x, int rows, int width, const float *q, int64_t q_stride, float *logits, int64_t stride) {
+  const int whole = width & ~15;
+  v16 sums[M][16] = {};
+  for (int r = 0; r < rows; r++) {
+    const S *row = x + int64_t(r) * width;
+    v16 sum[M] = {};
+    for (int c = 0; c < whole; c += 16) {
+      v16 k = load16(row + c);
+      for (int m = 0; m < M; m++) sum[m] += k * load(q + m * q_stride + c);
+    }
+    if (whole < width) {
+      v16 k = load_some(row + whole, width - whole);
+      for (int m = 0; m < M; m++) sum[m] += k * load(q + m * q_stride + whole);
+    }
+    for (int m = 0; m < M; m++) sums[m][r] = sum[m];
+  }
+  for (int m = 0; m < M; m++) store(logits + m * stride, lane_sums(sums[m]));
+}
+
+// out[m] += weights[m, r] * x[r] for M queries and 16 V channels, of which `some` are there
+template <class S, int M, int V>
+void dense_mix16(const S *x, int rows, int width, int some, const float *weights, int64_t stride, float *out,
+                 int64_t out_stride) {
+  v16 sum[M][V];
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < V; i++) sum[m][i] = load(out + m * out_stride + 16 * i);
+  for (int r = 0; r < rows; r++) {
+    const S *row = x + int64_t(r) * width;
+    __builtin_prefetch(row + 16 * int64_t(width));
+    for (int i = 0; i < V; i++) {
+      v16 v = some >= 16 * V ? load16(row + 16 * i) : load_some(row, some);
+      for (int m = 0; m < M; m++) sum[m][i] += splat(weights[m * stride + r]) * v;
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < V; i++) store(out + m * out_stride + 16 * i, sum[m][i]);
+}
+
+// Calls f with the number of queries at a time as a constant.
+template <class F> void by_four(int queries, F f) {
+  for (int m = 0; m < queries; m += 4) switch (std::min(4, queries - m)) {
+      case 4: f(m, std::integral_constant<int, 4>()); break;
+      case 3: f(m, std::integral_constant<int, 3>()); break;
+      case 2: f(m, std::integral_constant<int, 2>()); break;
+      default: f(m, std::integral_constant<int, 1>());
+    }
+}
+
 template <class S>
 void dense_logits(const S *x, int rows, int width, int queries, const float *q, int64_t q_stride, float *logits,
                   int64_t stride) {
-  const int whole = width & ~15;
-  for (int first = 0; first < rows; first += 16) {
-    const int count = std::min(16, rows - first);
-    for (int m0 = 0; m0 < queries; m0 += 4) {
-      const int some = std::min(4, queries - m0);
-      v16 sums[4][16] = {};
-      for (int r = 0; r < count; r++) {
-        const S *row = x + int64_t(first + r) * width;
-        v16 sum[4] = {};
-        for (int c = 0; c < whole; c += 16) {
-          v16 k = load16(row + c);
-          for (int m = 0; m < 4; m++)
-            if (m < some) sum[m] += k * load(q + (m0 + m) * q_stride + c);
-        }
-        if (whole < width) {
-          v16 k = load_some(row + whole, width - whole);
-          for (int m = 0; m < some; m++) sum[m] += k * load(q + (m0 + m) * q_stride + whole);
-        }
-        for (int m = 0; m < some; m++) sums[m][r] = sum[m];
-      }
-      for (int m = 0; m < some; m++) store(logits + (m0 + m) * stride + first, lane_sums(sums[m]));
-    }
-  }
+  for (int r = 0; r < rows; r += 16)
+    by_four(queries, [&](int m, auto count) {
+      dense_logits16<S, count()>(x + int64_t(r) * width, std::min(16, rows - r), width, q + m * q_stride, q_stride,
+                                 logits + m * stride + r, stride);
+    });
 }
 
-// out[m] += weights[m, r] * x[r]; out [queries, out_stride]
 template <class S>
 void dense_mix(const S *x, int rows, int width, int queries, const float *weights, int64_t stride, float *out,
                int64_t out_stride) {
-  for (int c = 0; c < width; c += 16) {
-    const int some = std::min(16, width - c);
-    for (int m0 = 0; m0 < queries; m0 += 4) {
-      const int count = std::min(4, queries - m0);
-      v16 sum[4];
-      for (int m = 0; m < count; m++) sum[m] = load(out + (m0 + m) * out_stride + c);
-      for (int r = 0; r < rows; r++) {
-        const S *row = x + int64_t(r) * width + c;
-        v16 v = some == 16 ? load16(row) : load_some(row, some);
-        for (int m = 0; m < 4; m++)
-          if (m < count) sum[m] += splat(weights[(m0 + m) * stride + r]) * v;
-      }
-      for (int m = 0; m < count; m++) store(out + (m0 + m) * out_stride + c, sum[m]);
-    }
-  }
+  by_four(queries, [&](int m, auto count) {
+    const float *w = weights + m * stride;
+    float *sums = out + m * out_stride;
+    int c = 0;
+    for (; c + 64 <= width; c += 64)
+      dense_mix16<S, count(), 4>(x + c, rows, width, 64, w, stride, sums + c, out_stride);
+    for (; c < width; c += 16)
+      dense_mix16<S, count(), 1>(x + c, rows, width, std::min(16, width - c), w, stride, sums + c, out_stride);
+  });
 }
 
 // e^x for x <= 0, relative error below 2^-22; 0 below e^-87

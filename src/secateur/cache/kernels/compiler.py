@@ -16,7 +16,7 @@ from secateur.errors import SecateurError, first_line
 from secateur.files import cache_folder
 
 SOURCE = Path(__file__).with_name("attention.cpp")
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 _COMPILERS = ("c++", "g++", "clang++")
 # what a compiler doesn't know is left out: Apple's has no OpenMP, and calls processors otherwise on Arm
 _PROCESSORS = (("-march=native",), ("-mcpu=native",), ())

@@ -4,6 +4,8 @@ A program loads what is stored of 64 rows, puts every element in its place by su
 as if the block had been dense. With TRITON_INTERPRET=1 set before it is imported it runs on tensors of the CPU too.
 """
 
+# a type of Triton's is a value that pyright doesn't know
+# pyright: reportInvalidTypeForm=false
 # Shapes: P segments, R runs of blocks, M queries of a key-value head, E head dimension.
 
 from typing import Any
@@ -30,7 +32,7 @@ _DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: t
 
 
 @triton.jit
-def _tiles(x, bits, start, at, there):  # pyright: ignore
+def _tiles(x, bits, start, at, there):
     """The tiles whose words are at ``at``, [tiles, 64]; their block's elements begin with ``start``."""
     words = tl.load(bits + at, mask=there, other=0)
     on = ((words[:, None] >> tl.arange(0, 64)[None, :]) & 1).to(tl.int32)
@@ -40,7 +42,7 @@ def _tiles(x, bits, start, at, there):  # pyright: ignore
 
 
 @triton.jit
-def _attend(  # pyright: ignore
+def _attend(
     query, queries, tokens, segment_rows, block_rows, blocks,
     keys, key_bits, key_starts, values, value_bits, value_starts,
     positions, mask, mask_batch, mask_token, first, kv_heads,
