@@ -12,9 +12,9 @@ The last ``window`` tokens are dense. Whole blocks of ``block`` tokens are prune
 prompt and while decoding; ``block=1`` is the paper's accuracy path, 256 its kernel's.
 
 Source: D. Joo, H. Hosseini, R. Hadidi, B. Asgari, "Mustafar: Promoting Unstructured Sparsity for KV Cache Pruning in
-LLM Inference", NeurIPS 2025, arXiv:2505.22913; official code dhjoo98/mustafar. Differs from it: the bitmap lies along
-the channels of a token for keys too, without padding to 8 elements, which is smaller and takes any number of tokens;
-any head dimension and dtype.
+LLM Inference", NeurIPS 2025, arXiv:2505.22913; official code dhjoo98/mustafar. Differs from it: tiles
+hold two steps of 32 lanes instead of one of 64, without padding to 8 elements, which is smaller; any number of tokens,
+head dimension and dtype.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Mustafar(CacheElementMethod):
 
     descriptor: ClassVar = Descriptor(
         object="kv_cache", granularity="element", when="inference", score="magnitude", allocation="uniform",
-        data="none", speedup="memory_only",
+        data="none", speedup="real",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
