@@ -1,12 +1,13 @@
 """What a cache takes, from shapes alone: no prompt is read and no weight is looked at.
 
 How many tokens stay is asked of the method, which needs shapes only; what they take is counted on rows of noise that go
-through the storage itself. So the number is that of ``report()`` to within the tail of a block.
+through the storage itself. So the number is that of ``report()`` to within the tail of a block or a tile.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from secateur.cache.layer import CompressedLayer, Steps
 from secateur.cache.report import held_bytes
+from secateur.cache.tiles import BLOCK
 from secateur.methods import Prompt
 from secateur.methods.caching import CacheMethod, EvictionMethod
 
@@ -118,8 +120,22 @@ def _stored(steps: Steps, kept: int | None, layer: LayerShape, tokens: int, dtyp
     rows = tokens if kept is None else kept
     if rows <= MOST_ROWS:
         return _stored_rows(steps, rows, kept is not None, layer, dtype)
-    half, whole = (_stored_rows(steps, count, kept is not None, layer, dtype) for count in (MOST_ROWS // 2, MOST_ROWS))
-    return whole + round((whole - half) * (rows - MOST_ROWS) / (MOST_ROWS - MOST_ROWS // 2))
+    period = _period(steps)
+    whole = rows - -(-(rows - MOST_ROWS) // period) * period
+    half = whole - MOST_ROWS // 2 // period * period
+    low, high = (_stored_rows(steps, count, kept is not None, layer, dtype) for count in (half, whole))
+    return high + round((high - low) * (rows - whole) / (whole - half))
+
+
+def _period(steps: Steps) -> int:
+    """Rows that are stored together: whole tiles, and whole blocks of the method unless these are very long.
+
+    Numbers of rows that differ by a multiple of it lie on a line exactly.
+    """
+    if steps.elements is None:
+        return 1
+    both = math.lcm(BLOCK, steps.elements.block)
+    return both if both <= MOST_ROWS // 4 else BLOCK
 
 
 def _stored_rows(steps: Steps, rows: int, evicted: bool, layer: LayerShape, dtype: torch.dtype) -> int:
