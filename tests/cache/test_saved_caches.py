@@ -17,12 +17,14 @@ from secateur.errors import CorruptFileError, OutputError, PlanMismatchError, Se
 IDS = tiny_ids(windows=2, length=20)
 MASK = torch.ones_like(IDS)
 MASK[1, :5] = 0
+BITMAPS = "adakv(knorm:0.5)+mustafar:0.5,window=4,block=4"
 SPECS = [
     "knorm:0.5",
     "knorm:0",
     "adakv(knorm:0.5)",
     "knorm:0.5+think:0.5,recent=4",
     "mustafar:0.5,window=4,block=4",
+    BITMAPS,
     "h2o:budget=9",
     "key_rerotation(streaming_llm:budget=9)",
     "decoding(expected_attention):budget=9,every=2,queries=8",
@@ -41,15 +43,21 @@ def behind(model, spec, mask=MASK):
     return cache
 
 
+def is_same(loaded, cache):
+    assert loaded.report() == cache.report() and loaded.methods == cache.methods
+    for mine, theirs in zip(loaded.layers, cache.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(as_dense(mine), as_dense(theirs), strict=True))
+        assert mine.tensors().keys() == theirs.tensors().keys()
+        assert all(torch.equal(tensor, theirs.tensors()[name]) for name, tensor in mine.tensors().items())
+        assert (mine.cut, mine.packed, mine.settled) == (theirs.cut, theirs.packed, theirs.settled)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_loaded_cache_goes_on_bit_for_bit(model, tmp_path, spec):
     cache = behind(model, spec)
     cache.save(tmp_path / "cache.safetensors")
     loaded = sc.load_cache(tmp_path / "cache.safetensors", model, spec)
-    assert loaded.report() == cache.report() and loaded.methods == cache.methods
-    for mine, theirs in zip(loaded.layers, cache.layers, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(as_dense(mine), as_dense(theirs), strict=True))
-        assert mine.tensors().keys() == theirs.tensors().keys()
+    is_same(loaded, cache)
     mask = MASK
     for t in range(8):  # past windows, blocks and budgets
         mask = torch.cat([mask, mask[:, :1].clone().fill_(1)], dim=1)
@@ -58,6 +66,31 @@ def test_a_loaded_cache_goes_on_bit_for_bit(model, tmp_path, spec):
             mine, theirs = (model(IDS[:, t : t + 1], cache=c, **step).logits for c in (loaded, cache))
         assert torch.equal(mine, theirs)
     copy.deepcopy(loaded).batch_select_indices(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("spec", ["mustafar:k=0.5,v=0,window=4,block=4", BITMAPS])
+def test_tiles_that_were_added_while_decoding_come_back(tmp_path, spec):
+    """Blocks lie in another order than their elements, and what is added goes on from there."""
+    model = make_tiny("llama", max_position_embeddings=512)
+    ids = tiny_ids(windows=2, length=300)
+    cache = sc.compressed_cache(spec, model)
+    with torch.no_grad():
+        for piece in ids[:, :210].split(70, dim=1):
+            model(piece, cache=cache)
+        # sequence 1 twice: elements are held once
+        cache.batch_select_indices(torch.tensor([1, 0, 1]))
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = sc.load_cache(tmp_path / "cache.safetensors", model, spec)
+        is_same(loaded, cache)
+        keys = loaded.layers[0].store.keys
+        assert keys.bits.shape[0] > len(keys.starts.unique()) and bool((keys.starts.diff() < 0).any())
+        assert loaded.layers[0].packed >= 128
+        for piece in ids[[1, 0, 1], 210:].split(30, dim=1):
+            assert torch.equal(*(model(piece, cache=c).logits for c in (loaded, cache)))
+        is_same(loaded, cache)
+        for one in (loaded, cache):
+            one.crop(-20)
+        is_same(loaded, cache)
 
 
 def test_sliding_windows_and_half_precision_come_back(tmp_path):
@@ -150,6 +183,56 @@ def test_a_damaged_file_says_so(model, tmp_path, change):
     with pytest.raises(SecateurError) as caught:
         sc.load_cache(edited(path, change), model)
     assert "\n" not in str(caught.value)
+
+
+def damaged(spec, model, path, name, index, value):
+    """A cache of which one number was changed, saved."""
+    cache = behind(model, spec)
+    *way, last = name.split(".")
+    held = cache.layers[0]
+    for part in way:
+        held = getattr(held, part)
+    getattr(held, last)[index] = value
+    cache.save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "value", "words"),
+    [
+        (BITMAPS, "store.keys.starts", 10**9, "more elements than there are"),
+        (BITMAPS, "store.values.starts", -1, "more elements than there are"),
+        (BITMAPS, "store.keys.bits", -1, "more elements than there are"),
+        (BITMAPS, "store.values.counts", 65, "more than 64 rows"),
+        (BITMAPS, "store.keys.counts", 1, "its blocks aren't those of its heads"),
+        (BITMAPS, "store.positions", 99, "positions aren't all within 20 tokens"),
+        ("adakv(knorm:0.5)", "store.positions", -1, "positions aren't all within 20 tokens"),
+        ("knorm:0.5", "kept", 20, "positions aren't all within 20 tokens"),
+        ("think:0.5,recent=4", "store.keys.channels", 8, "channels aren't among those of a head"),
+    ],
+)
+def test_numbers_that_point_outside_are_refused(model, tmp_path, spec, name, value, words):
+    """A kernel follows them without looking."""
+    path = damaged(spec, model, tmp_path / "cache.safetensors", name, -1, value)
+    with pytest.raises(CorruptFileError, match=words) as caught:
+        sc.load_cache(path, model)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("side", "change"),
+    [
+        ("keys", {"by": "channel"}),
+        ("keys", {"by": "row"}),
+        ("values", {"width": 9}),
+        ("values", {"kind": "DenseRows"}),
+    ],
+)
+def test_tiles_of_another_kind_are_refused(model, tmp_path, side, change):
+    path = tmp_path / "cache.safetensors"
+    behind(model, BITMAPS).save(path)
+    with pytest.raises(CorruptFileError):
+        sc.load_cache(edited(path, lambda inner, outer: inner["layers"][0]["store"][side].update(change)), model)
 
 
 def test_a_file_that_is_cut_short_or_something_else(model, tmp_path):

@@ -14,7 +14,7 @@ from secateur.cache.attention import Visible, left_padding, mixed_attention
 from secateur.cache.eviction import Eviction
 from secateur.cache.rows import DenseRows, Rows, ThinRows
 from secateur.cache.store import Store
-from secateur.cache.tiles import BLOCK, BitmapRows
+from secateur.cache.tiles import BLOCK, LANES_OF, BitmapRows
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
 from secateur.methods.caching import CacheChannelMethod, CacheElementMethod, CacheMethod, EvictionMethod
 from secateur.methods.prompts import Prompt
@@ -432,7 +432,7 @@ def _dense(rows: Rows) -> Tensor:
 def _encoded(method: CacheElementMethod, rows: Tensor, side: str, lengths: Tensor) -> Rows:
     if method.side_sparsity(side) == 0:
         return DenseRows(rows.clone())
-    return BitmapRows.encode(rows, lengths, "token" if side == "keys" else "channel")
+    return BitmapRows.encode(rows, lengths, LANES_OF[side])
 
 
 def scaling_of(query: Tensor, arguments: dict[str, Any]) -> float:

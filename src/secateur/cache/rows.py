@@ -64,6 +64,12 @@ def runs(starts: Tensor, counts: Tensor) -> Tensor:
     return starts.repeat_interleave(counts) + torch.arange(int(counts.sum()), device=counts.device) - before
 
 
+def require(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
+    """Raises ValueError where a tensor isn't of this shape and dtype."""
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"its {name} are {tensor.dtype} of {list(tensor.shape)}, not {dtype} of {list(shape)}")
+
+
 class Rows(ABC):
     """The rows of keys or of values of one layer; ``width`` E is that of a whole row."""
 
@@ -104,6 +110,13 @@ class Rows(ABC):
     @abstractmethod
     def dense(self, span: Span) -> Tensor:
         """The rows of a span with zeros where something was removed, [b, k, n, E]."""
+
+    @abstractmethod
+    def check(self, lengths: Tensor, like: Tensor) -> None:
+        """Raises ValueError where these aren't rows of segments of ``lengths``, wide and of a dtype as ``like`` is.
+
+        For rows that come from outside: kernels don't look again, and would read behind the end of memory.
+        """
 
     @property
     @abstractmethod
@@ -151,6 +164,9 @@ class DenseRows(Rows):
         more, counts = marked(dense, keep)
         order = behind(lengths.flatten(), counts).to(self.x.device)
         return DenseRows(torch.cat([self.x, more])[order])
+
+    def check(self, lengths: Tensor, like: Tensor) -> None:
+        require(self.x, (int(lengths.sum()), like.shape[-1]), like.dtype, "rows")
 
     def logits(self, queries: Tensor, span: Span) -> Tensor:
         return queries @ span.view(self.x).mT
@@ -200,6 +216,13 @@ class ThinRows(Rows):
 
     def joined(self, dense: Tensor, lengths: Tensor, keep: Tensor | None = None) -> ThinRows:
         raise NotImplementedError("tokens that follow the prompt keep all their channels")
+
+    def check(self, lengths: Tensor, like: Tensor) -> None:
+        stay = self.channels.shape[-1]
+        require(self.x, (int(lengths.sum()), stay), like.dtype, "rows")
+        require(self.channels, (lengths.numel(), stay), torch.int16, "channels")
+        if self.width != like.shape[-1] or bool(((self.channels < 0) | (self.channels >= self.width)).any()):
+            raise ValueError("its channels aren't among those of a head")
 
     def _index(self, span: Span, rows: int) -> Tensor:
         channels = self.channels[span.segments].long().unflatten(0, span.shape)

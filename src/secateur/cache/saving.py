@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from secateur.cache.layer import CompressedLayer
-from secateur.cache.rows import DenseRows, Rows, ThinRows
+from secateur.cache.rows import DenseRows, Rows, ThinRows, require
 from secateur.cache.store import Store
-from secateur.cache.tiles import BitmapRows
+from secateur.cache.tiles import LANES_OF, BitmapRows
 from secateur.errors import CorruptFileError, PlanMismatchError, UnsupportedModelError, UsageError
 from secateur.files import check_output_file, output_file
 from secateur.methods.caching import CacheMethod
@@ -41,6 +41,8 @@ VERSION = 1
 KEY = "secateur_cache"
 _ROWS: dict[str, type[Any]] = {cls.__name__: cls for cls in (DenseRows, ThinRows, BitmapRows)}
 _NUMBERS = ("seen", "prompt", "settled", "packed", "padding", "cut")
+# what Python alone looks at isn't on the device of the model
+_ON_CPU = (".counts",)
 _EVICTION = ("carried", "queries", "positions")
 
 
@@ -124,7 +126,10 @@ def read_cache(
     cache = CompressedCache(made, model)  # type: ignore[arg-type]
     if len(entries) != len(cache.layers):
         raise CorruptFileError(f"{path} is no whole cache: it has {len(entries)} layers of {len(cache.layers)}")
-    tensors = {name: entry.read().to(model.device) for name, entry in stored.items()}
+    tensors = {
+        name: entry.read() if name.endswith(_ON_CPU) else entry.read().to(model.device)
+        for name, entry in stored.items()
+    }
     for index, (layer, entry) in enumerate(zip(cache.layers, entries, strict=True)):
         try:
             _fill(layer, entry, _below(tensors, f"layers.{index}"))
@@ -190,10 +195,12 @@ def _fill(layer: Any, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> N
     for name in _NUMBERS:
         setattr(layer, name, entry[name])
     layer.kept = tensors.get("kept")
-    if layer.kept is not None and layer.kept.shape[2] > keys.shape[2]:
-        raise ValueError("it has more positions than rows")
+    if layer.kept is not None:
+        _check_positions(layer.kept, (*keys.shape[:2], min(layer.kept.shape[-1], keys.shape[2])), layer.seen)
+    if bool((layer.tail_positions() < 0).any()):
+        raise ValueError("it has more rows than tokens")
     if "store" in entry:
-        layer.store = _store(entry["store"], _below(tensors, "store"))
+        layer.store = _store(entry["store"], _below(tensors, "store"), layer)
     if layer.eviction is not None:
         layer.eviction.waiting = int(entry["waiting"])
         for name in _EVICTION:
@@ -202,12 +209,29 @@ def _fill(layer: Any, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> N
             layer.eviction.rope = Rope(tensors["eviction.frequencies"], float(entry["rope_scale"]))
 
 
-def _store(entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Store:
+def _store(entry: Mapping[str, Any], tensors: dict[str, Tensor], layer: CompressedLayer) -> Store:
     lengths = torch.tensor(entry["lengths"], dtype=torch.int64)
-    sides = {}
+    if lengths.shape != layer.keys.shape[:2] or bool((lengths < 0).any()):
+        raise ValueError("its store isn't that of its heads")
+    sides: dict[str, Any] = {}
     for side in ("keys", "values"):
         numbers = dict(entry[side])
-        sides[side] = _ROWS[numbers.pop("kind")](**_below(tensors, side), **numbers)
-        if sides[side].count != int(lengths.sum()):
-            raise ValueError(f"its {side} have {sides[side].count} rows of {int(lengths.sum())}")
-    return Store(lengths, positions=tensors["positions"] if entry["positions"] else None, **sides)
+        rows = sides[side] = _ROWS[numbers.pop("kind")](**_below(tensors, side), **numbers)
+        rows.check(lengths, getattr(layer, side))
+        if isinstance(rows, BitmapRows) and rows.by != LANES_OF[side]:
+            raise ValueError(f"its {side} lie by {rows.by}")
+    blocks = [rows.counts for rows in sides.values() if isinstance(rows, BitmapRows)]
+    if any(not torch.equal(counts, blocks[0]) for counts in blocks):
+        raise ValueError("keys and values lie in different blocks")
+    positions = tensors["positions"] if entry["positions"] else None
+    if positions is not None:
+        _check_positions(positions, (int(lengths.sum()),), layer.seen)
+    elif bool((lengths > layer.seen).any()):  # row r is token r
+        raise ValueError(f"it has more rows than {layer.seen} tokens")
+    return Store(lengths, positions=positions, **sides)
+
+
+def _check_positions(positions: Tensor, shape: tuple[int, ...], tokens: int) -> None:
+    require(positions, shape, torch.int32, "positions")
+    if bool(((positions < 0) | (positions >= tokens)).any()):
+        raise ValueError(f"its positions aren't all within {tokens} tokens")

@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secateur.cache.rows import Rows, Span, behind, marked, runs
+from secateur.cache.rows import Rows, Span, behind, marked, require, runs
 from secateur.rowmasks import pack_bits, unpack_rows
 
 # Shapes: N rows, E head dimension, Z blocks, L tiles of a block; of a span: b sequences, k key-value heads, n rows of
 # each segment, M queries of each key-value head.
 
 BLOCK, LANES, STEPS = 64, 32, 2
+LANES_OF = {"keys": "token", "values": "channel"}
+"""what a lane is"""
 
 
 def block_counts(lengths: Tensor) -> Tensor:
@@ -142,6 +144,22 @@ class BitmapRows(Rows):
         )
         order = behind(self.first_blocks(lengths).diff(), new.first_blocks(counts).diff())
         return whole._picked(order.to(self.bits.device))
+
+    def check(self, lengths: Tensor, like: Tensor) -> None:
+        blocks, width = len(self.counts), like.shape[-1]
+        if self.by not in LANES_OF.values() or self.width != width:
+            raise ValueError(f"its tiles are by {self.by!r} and {self.width} wide, not {width}")
+        require(self.counts, (blocks,), torch.int64, "counts")
+        if bool(((self.counts < 1) | (self.counts > BLOCK)).any()):
+            raise ValueError(f"its blocks have more than {BLOCK} rows, or none")
+        ends = F.pad(lengths.flatten().cumsum(0), (1, 0))
+        if self.count != int(ends[-1]) or not torch.equal(self._first_rows[self.first_blocks(lengths)], ends):
+            raise ValueError("its blocks aren't those of its heads")
+        require(self.bits, (blocks, _tiles(like.new_empty(0, BLOCK, width), self.by).shape[1]), torch.int64, "bits")
+        require(self.values, (len(self.values),), like.dtype, "elements")
+        require(self.starts, (blocks,), torch.int64, "starts")
+        if bool(((self.starts < 0) | (self.starts > len(self.values) - self._kept())).any()):
+            raise ValueError("its blocks have more elements than there are")
 
     def logits(self, queries: Tensor, span: Span) -> Tensor:
         return queries @ self.dense(span).mT
