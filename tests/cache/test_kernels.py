@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import secateur as sc
-from cache_reference import generate
+from cache_reference import generate, random_surrogate
 from families import make_tiny, tiny_ids
 from secateur.cache import kernels
 from secateur.cache.attention import Visible, mixed_attention
@@ -270,17 +270,30 @@ def test_what_no_kernel_takes_goes_through_torch(forgetful, monkeypatch):
 # -- in a model --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["think:0.5,recent=4", "mustafar:0.5,window=4,block=4", "adakv(knorm:0.5)"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "think:0.5,recent=4",
+        "mustafar:0.5,window=4,block=4",
+        "adakv(knorm:0.5)",
+        "adakv(knorm:0.5)+mustafar:0.5,window=2,block=2",
+        # heads grow to different lengths while decoding
+        "kvzap:surrogate={surrogate},threshold=0,window=4,decoding=true",
+    ],
+)
 @pytest.mark.parametrize("padding", [0, 5])
 def test_generation_is_that_of_the_reference(spec, padding, monkeypatch):
     model, ids = make_tiny("llama"), tiny_ids(windows=2, length=24)
+    spec = spec.format(surrogate=random_surrogate())
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
     called = []
     monkeypatch.setattr(cpu, "attend", lambda problem, real=cpu.attend: called.append(1) or real(problem))
     kernels._of_device.cache_clear()
-    found = generate(model, ids, mask, cache=sc.compressed_cache(spec, model))
+    cache = sc.compressed_cache(spec, model)
+    found = generate(model, ids, mask, cache=cache)
     kernels._of_device.cache_clear()
+    assert all(layer.store.is_ragged == spec.startswith(("adakv", "kvzap")) for layer in cache.layers)
     assert len(called) == 5 * 3  # new tokens behind the first, layers
     monkeypatch.setenv(kernels.SWITCH, "torch")
     expected = generate(model, ids, mask, cache=sc.compressed_cache(spec, model))

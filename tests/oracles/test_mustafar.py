@@ -126,6 +126,34 @@ def test_rows_of_segments_stay_together_when_rows_are_added():
     assert torch.equal(joined.keys.dense(span), expected) and torch.equal(joined.values.dense(span), expected)
 
 
+def test_every_segment_gets_rows_of_its_own_number():
+    """Keys and values under bitmaps beside dense ones, of which a mask says what is added."""
+    lengths = torch.tensor([[70, 0], [5, 64]])
+    x, more = relu(139, 8), relu(2, 2, 70, 8)
+    keep = (
+        torch.rand(2, 2, 70, generator=torch.Generator().manual_seed(1))
+        < torch.tensor([[0.9, 0.5], [0.0, 1.0]])[..., None]
+    )
+    parts = zip(x.split(lengths.flatten().tolist()), more.flatten(0, 1), keep.flatten(0, 1), strict=True)
+    expected = torch.cat([torch.cat([held, new[stays]]) for held, new, stays in parts])
+    at = torch.arange(70, 140).expand(2, 2, 70)
+    positions = torch.cat([torch.arange(n) for n in lengths.flatten().tolist()]).to(torch.int32)
+    for keys in (BitmapRows.encode(x, lengths, "token"), DenseRows(x)):
+        store = Store(lengths, keys, BitmapRows.encode(x, lengths, "channel"), positions)
+        joined = store.joined(more, more, at, keep)
+        assert torch.equal(joined.lengths, lengths + keep.sum(dim=-1))
+        for side in (joined.keys, joined.values):
+            assert torch.equal(rows_of(side), expected)
+            side.check(joined.lengths, x)
+        ends = joined.lengths.flatten().cumsum(0).tolist()
+        for segment, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            own, stays = int(lengths.flatten()[segment]), keep.flatten(0, 1)[segment]
+            there = torch.cat([torch.arange(own), torch.arange(70, 140)[stays]])
+            assert torch.equal(joined.positions[start:end].long(), there)
+        rows, blocks = joined.layout
+        assert torch.equal(rows[blocks], torch.tensor([0, *ends]))
+
+
 def test_attention_over_the_bitmap_is_that_on_zeros_and_query_heads_may_change_places():
     x = torch.randn(2, 1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
     x[x.abs() < 0.7] = 0
