@@ -47,4 +47,8 @@ def kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[Sto
 
 
 def _begun(folder: RunFolder) -> bool:
-    return any(journal.stat().st_size for journal in folder.path.glob("step-*/**/journal.jsonl"))
+    try:
+        return any(journal.stat().st_size for journal in folder.path.glob("step-*/**/journal.jsonl"))
+    except FileNotFoundError:
+        # another rank is removing it right now
+        return False
