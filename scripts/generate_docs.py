@@ -311,12 +311,16 @@ More in [Train sparse](../guides/train-sparse.md)."""
 
 
 def cache_example(method: dict[str, Any]) -> str:
-    return f"""```python
+    fitted = "surrogate" in method["options"]
+    fit = "secateur cache fit smollm2-135m --samples 4 --length 128 --rows 64 --out surrogate"
+    before, more = (f"```bash\n{fit}\n```\n\n", ",surrogate=surrogate") if fitted else ("", "")
+    reader = ", tokenizer=tokenizer" if getattr(get_method(method["name"]), "rereads", False) else ""
+    return f"""{before}```python
 import secateur as sc
 
 model, tokenizer = sc.load("smollm2-135m")
 prompt = tokenizer("A tree that is never pruned spends itself on wood. " * 14, return_tensors="pt")
-cache = sc.compressed_cache("{method["name"]}:0.5", model)
+cache = sc.compressed_cache("{method["name"]}:0.5{more}", model{reader})
 model.generate(**prompt, cache=cache, max_new_tokens=8)
 print(cache.report())
 ```
