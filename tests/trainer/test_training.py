@@ -25,7 +25,7 @@ from secateur.errors import MissingExtraError, NonFiniteError
 from secateur.loop import Rate, examples_of, step_seed
 from secateur.plans import Plan
 from secateur.runs import states
-from secateur.train.sparsifier import training_methods
+from secateur.train.asked import training_methods
 from secateur.trainer import make_train_recipe, networks, run_training, tracking
 from secateur.trainer.examples import Pictures, load_examples
 from secateur.trainer.networks import open_network

@@ -14,14 +14,14 @@ from secateur.structure import Group
 
 
 def kept_channels(group: Group, sparsity: float, round_to: int) -> int:
-    """A multiple of ``round_to``, rounded up; of the group's own where that is 0. Raises BudgetError."""
+    """The nearest multiple of ``round_to``, or of the group's own where that is 0. Raises BudgetError."""
     wanted = group.units - int(sparsity * group.units)
     step = round_to or group.multiple
-    kept = min(math.ceil(wanted / step) * step, group.units)
-    if sparsity and kept == group.units:
+    kept = min(max(math.floor(wanted / step + 0.5), 1) * step, group.units)
+    if wanted < group.units and kept == group.units:
         raise BudgetError(
-            f"no hidden channel would leave: {wanted} of {group.units} should stay, rounded up to a multiple of {step};"
-            " ask for more sparsity, or a smaller round_to"
+            f"no hidden channel would leave: {wanted} of {group.units} should stay, and {kept} is the nearest multiple"
+            f" of {step}; ask for more sparsity, or a smaller round_to"
         )
     return kept
 

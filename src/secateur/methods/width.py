@@ -46,8 +46,8 @@ class HiddenMethod(Method):
     sparsity: float = option(0.2, "fraction of the hidden channels removed", ge=0, lt=1)
     round_to: int = option(
         0,
-        "the channels that stay are a multiple of this, rounded up; 0: of the query heads, which plain checkpoints of"
-        " most families need",
+        "the channels that stay are the nearest multiple of this; 0: of the query heads, as plain checkpoints of most"
+        " families need",
         unit="channels",
         ge=0,
     )
