@@ -1,0 +1,1 @@
+"""Combinations of methods and allocators under one name, one file each."""

@@ -1,0 +1,67 @@
+"""Best: the combination of method, allocator and repair that measured best, for what is cut and the time there is.
+
+    cut                effort           combination
+    weights            seconds          sparsegpt
+    weights            minutes, hour    alps, allocate=progression
+    weights, pattern   seconds          sparsegpt
+    weights, pattern   minutes, hour    alps
+    heads_and_neurons  seconds          flap
+    heads_and_neurons  minutes, hour    osscar
+
+`cut=auto` takes heads and neurons where a budget is asked for, which single weights can't meet, and weights else. The
+plan names what was taken, with all options, so that the same can be asked for without this name. Efforts are what a
+model of some hundred million parameters takes on two cores; nothing that takes an hour has been measured ahead of what
+takes minutes yet. An allocator that is asked for replaces the one in the table.
+
+Source: the study benchmarks/second_order.py, docs/results/second-order-smollm2-135m.md, of one model so far.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from secateur.errors import OptionError
+from secateur.methods import Combination, Descriptor, Preset, get_method, option, register
+
+_QUICK = Combination(method="sparsegpt")
+_SPREAD = Combination(method="alps", allocate="progression")
+_PATTERN = Combination(method="alps")
+_UNITS = Combination(method="osscar")
+_CHOICES = {
+    "weights": {"seconds": _QUICK, "minutes": _SPREAD, "hour": _SPREAD},
+    "pattern": {"seconds": _QUICK, "minutes": _PATTERN, "hour": _PATTERN},
+    "heads_and_neurons": {"seconds": Combination(method="flap"), "minutes": _UNITS, "hour": _UNITS},
+}
+
+
+@register("best")
+@dataclass(frozen=True, kw_only=True)
+class Best(Preset):
+    """Options of the choice; what is chosen has its own defaults."""
+
+    sparsity: float = option(0.5, "fraction that is removed", ge=0, lt=1)
+    pattern: str = option("", "N:M pattern of single weights (2:4); overrides sparsity")
+    budget: str = option("", "of heads and neurons: what the sparsity is a fraction of, or fractions that may stay")
+    cut: str = option("auto", "what is removed", choices=("auto", "weights", "heads_and_neurons"))
+    effort: str = option("minutes", "what planning may take on a small model", choices=tuple(_CHOICES["weights"]))
+    seed: int = option(0, "seed of searches", ge=0)
+
+    descriptor: ClassVar = Descriptor(
+        object="weights",
+        granularity="element",
+        score="second_order",
+        allocation="by_layer",
+        recovery="least_squares",
+        data="unlabelled_calibration",
+        speedup="memory_only",
+    )
+
+    def combination(self) -> Combination:
+        units = self.cut == "heads_and_neurons" or (self.cut == "auto" and bool(self.budget))
+        if units and self.pattern:
+            raise OptionError(f"best: pattern {self.pattern} is for single weights, not for heads and neurons")
+        if not units and self.budget:
+            raise OptionError(f"best: single weights meet no budget of {self.budget}: leave cut=weights out")
+        chosen = _CHOICES["heads_and_neurons" if units else "pattern" if self.pattern else "weights"][self.effort]
+        known = get_method(chosen.method).option_fields()
+        given = {name: getattr(self, name) for name in ("budget", "pattern", "seed") if name in known}
+        return replace(chosen, options={"sparsity": self.sparsity, **{n: value for n, value in given.items() if value}})

@@ -1,0 +1,65 @@
+"""``best`` stands for a method with its allocator, and for nothing else."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import secateur as sc
+from families import make_tiny
+from secateur.cli.app import app
+from secateur.errors import OptionError, UsageError
+from secateur.methods import list_methods, make_method, settled
+from secateur.methods.presets import Preset
+
+EFFORTS = ("seconds", "minutes", "hour")
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("asked", [{}, {"pattern": "2:4"}, {"cut": "heads_and_neurons"}, {"budget": "params"}])
+def test_every_effort_stands_for_a_method_with_what_was_asked(effort, asked):
+    method, allocate = settled(make_method("best", {"sparsity": 0.4, "effort": effort, **asked}), None)
+    assert not isinstance(method, Preset) and method.name in list_methods()
+    assert method.options()["sparsity"] == 0.4 and method.options().get("pattern", "") == asked.get("pattern", "")
+    units = "cut" in asked or "budget" in asked
+    assert method.descriptor.object == ("heads_and_neurons" if units else "weights")
+    # N:M fixes where the weights leave
+    assert allocate is None or "pattern" not in asked
+
+
+def test_the_plan_is_that_of_what_it_stands_for(make_llama, tiny_tokenizer, tmp_path):
+    model, text = make_llama(), tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    how = {"sparsity": 0.5, "calibration": text, "samples": 4, "length": 16, "dtype": "float32"}
+    best = sc.plan(model, tiny_tokenizer, method="best", **how)
+    chosen, allocate = settled(make_method("best", {"sparsity": 0.5}), None)
+    assert best.provenance[0].method == chosen.name and best.provenance[0].options == chosen.options()
+    same = sc.plan(model, tiny_tokenizer, method=chosen.name, allocate=allocate, **how)
+    assert best.provenance == same.provenance and all(torch.equal(best.masks[n], same.masks[n]) for n in same.masks)
+    own = sc.plan(model, tiny_tokenizer, method="best", allocate="erk", options={"effort": "seconds"}, **how)
+    assert own.provenance[0].allocation.allocator == "erk"
+
+
+def test_what_does_not_go_together():
+    with pytest.raises(OptionError, match="pattern 2:4 is for single weights, not for heads and neurons"):
+        settled(make_method("best", {"pattern": "2:4", "budget": "latency=0.7"}), None)
+    with pytest.raises(OptionError, match="single weights meet no budget of kv_bytes"):
+        settled(make_method("best", {"cut": "weights", "budget": "kv_bytes"}), None)
+    with pytest.raises(OptionError, match="best takes no heal"):
+        sc.plan(make_tiny("llama"), method="best", heal="refit")
+    with pytest.raises(UsageError, match="best"):
+        sc.plan(torch.nn.Linear(4, 4), method="best", example_inputs=(torch.zeros(1, 4),))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--effort", "days"], "best: effort must be one of seconds, minutes, hour"),
+        (["--effort", "hour", "--set", "effort=hour"], "--effort and --set effort say the same"),
+        (["--method", "wanda", "--effort", "hour"], "wanda has no option 'effort'"),
+    ],
+)
+def test_effort_on_the_command_line(more, said, tmp_path):
+    result = CliRunner().invoke(
+        app, ["prune", "smollm2-135m", "--method", "best", "--out", str(tmp_path / "out"), *more]
+    )
+    assert result.exit_code and said in result.output + str(result.exception)
