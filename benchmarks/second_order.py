@@ -73,7 +73,9 @@ process (model, plan and evaluation) beside it. Single weights: fraction of ever
 neurons: fraction of the blocks' linear weights. `refit` is `--heal refit`, `progression` and `owl` are `--allocate`;
 `dense` says that least squares aim at what the dense model gives (`--target dense`). The reference column holds what
 plain second implementations gave with the same windows. `front` marks rows which nothing at the same setting beats in
-both perplexity and processor time.
+both perplexity and processor time. "seconds" are those of a clock on the wall, beside whatever else ran on the machine;
+"cpu seconds" are the processor's, in which a few percent say nothing. Rows that the command has and this table doesn't
+were not run yet: a second call goes on with them.
 
 ![Perplexity against seconds](second-order-smollm2-135m.svg)
 """

@@ -22,8 +22,15 @@ def test_every_effort_stands_for_a_method_with_what_was_asked(effort, asked):
     assert method.options()["sparsity"] == 0.4 and method.options().get("pattern", "") == asked.get("pattern", "")
     units = "cut" in asked or "budget" in asked
     assert method.descriptor.object == ("heads_and_neurons" if units else "weights")
-    # N:M fixes where the weights leave
-    assert allocate is None or "pattern" not in asked
+    # at little sparsity unequal ones cost, and N:M fixes where the weights leave
+    assert allocate is None
+
+
+def test_early_blocks_stay_denser_where_most_weights_leave():
+    method, allocate = settled(make_method("best", {"sparsity": 0.7}), None)
+    assert (method.name, allocate) == ("alps", "progression")
+    assert settled(make_method("best", {"sparsity": 0.7}), "owl:m=5")[1] == "owl:m=5"
+    assert settled(make_method("best", {"sparsity": 0.6}), None)[1] is None
 
 
 def test_the_plan_is_that_of_what_it_stands_for(make_llama, tiny_tokenizer, tmp_path):
