@@ -12,7 +12,7 @@ SMALL = ["--prefix", 48, "--after", 8, "--windows", 2]
 
 
 def test_compare_prints_a_table_and_resumes(cli, tiny_checkpoint, tmp_path):
-    command = ["cache", "compare", tiny_checkpoint, "--presses", "knorm,mustafar:block=8,window=8", *SMALL]
+    command = ["cache", "compare", tiny_checkpoint, "--presses", "knorm,keydiff,mustafar:block=8,window=8", *SMALL]
     command += ["--out", tmp_path / "out"]
     run = cli(*command, "--ratios", "0.5")
     assert run.code == 0, run.err

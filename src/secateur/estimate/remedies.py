@@ -12,7 +12,7 @@ from secateur.estimate.disk import disk
 from secateur.estimate.job import Job
 from secateur.estimate.memory import hidden_bytes, memory, spills
 from secateur.estimate.sizes import Sizes
-from secateur.methods import get_method, list_methods, make_method
+from secateur.methods import Preset, get_method, list_methods, make_method
 from secateur.report.numbers import format_bytes
 
 _SPILL_FROM = {"1GB": 10**9, "256MB": 256 * 10**6, "64MB": 64 * 10**6}
@@ -79,6 +79,9 @@ def _simpler(sizes: Sizes, job: Job) -> Iterator[Change]:
     """Methods that cut the same things by the same kind of data and take less, the hungriest first."""
     found, own = [], job.method.descriptor
     for name in list_methods(object=own.object, data=own.data, when=own.when):
+        if issubclass(get_method(name), Preset):
+            # what it stands for is on the list
+            continue
         shared = {key: value for key, value in job.method.options().items() if key in get_method(name).option_fields()}
         keys = ("sparsity", "pattern", "budget", "layers")
         try:

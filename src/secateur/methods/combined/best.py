@@ -51,6 +51,7 @@ class Best(Preset):
     effort: str = option("minutes", "what planning may take on a small model", choices=tuple(_CHOICES["weights"]))
     seed: int = option(0, "seed of searches", ge=0)
 
+    costly: ClassVar[bool] = True
     descriptor: ClassVar = Descriptor(
         object="weights",
         granularity="element",
