@@ -213,8 +213,7 @@ NAME = "cache-decode"
 TITLE = "Decoding with a compressed KV cache"
 TEXT = """
 Milliseconds (medians) and ratios (medians of the ratios within a round, in which all took their turn): more than 1
-means that the compressed cache is faster. Other programs ran on this machine meanwhile, beside which the benchmark had
-priority: ratios say more than times, and rows of one thread more than rows of two, which wait for each other.
+means that the compressed cache is faster.
 
 **Attention** of one new token over the cache of one layer, bitmaps of Mustafar and a dense window. `sdpa` is torch's
 scaled_dot_product_attention with `enable_gqa=True`, which is what transformers calls; `grouped sdpa` is the same
