@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,8 +23,7 @@ from secateur.cli.sweep import DEFAULT_WORKERS, absolute
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
-    from secateur.sweep.pools import Pool
-    from secateur.trainer.lottery import LotteryJob, LotteryWorker
+    pass
 
 
 def lottery(
@@ -55,6 +53,7 @@ def lottery(
 ) -> None:
     check_resume(resume, overwrite)
     load_plugins(plugin)
+    from secateur.sweep.pools import open_pool
     from secateur.trainer.lottery import (
         LotteryWorker,
         check_complete,
@@ -63,6 +62,7 @@ def lottery(
         make_job,
         open_folder,
         run_lottery,
+        trials_of,
     )
     from secateur.trainer.lotteryresults import columns, document, write_results
 
@@ -76,7 +76,11 @@ def lottery(
         check_folder(folder, resume=resume, overwrite=overwrite)
         worker.check()
         open_folder(asked, folder, resume=resume, overwrite=overwrite)
-        pool, notes = _pool(job, worker, workers, address)
+        default = min(DEFAULT_WORKERS, len(trials_of(asked.lottery)))
+        # the checks have opened a worker already
+        pool, notes = open_pool(
+            job, workers, address, default, what="trainings", worker=LotteryWorker, own=lambda job: worker
+        )
         try:
             found = run_lottery(asked, pool, worker, progress)
         except KeyboardInterrupt:
@@ -94,26 +98,3 @@ def lottery(
 
         show(rows_table(*columns(found)), f"masks, results and lottery.html are in {folder}")
     check_complete(found)
-
-
-def _pool(job: LotteryJob, own: LotteryWorker, workers: int | None, address: str | None) -> tuple[Pool, list[str]]:
-    """Where trainings run, and what to say about it. Raises UsageError when nothing answers at ``address``."""
-    from secateur.sweep.pools import InSequence, RayPool
-    from secateur.trainer.lottery import LotteryWorker as Kind
-
-    if workers == 1 and address is None:
-        return InSequence(job, lambda job: own), []
-    if address is None and importlib.util.find_spec("ray") is None:
-        note = "Ray is not installed, so the trainings ran in sequence: pip install 'secateur[sweep]'"
-        return InSequence(job, lambda job: own), [note]
-    return RayPool(job, workers or _default_workers(job), address, Kind), []
-
-
-def _default_workers(job: LotteryJob) -> int:
-    if job.device.startswith("cuda"):
-        import torch
-
-        return max(1, torch.cuda.device_count())
-    from secateur.trainer.lottery import trials_of
-
-    return max(1, min(DEFAULT_WORKERS, len(trials_of(job.recipe.lottery))))

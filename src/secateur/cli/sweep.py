@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +13,8 @@ from secateur.cli.output import print_json, show, show_notes, working
 from secateur.errors import SweepError, UsageError, require_extra
 
 if TYPE_CHECKING:
-    from secateur.sweep.pools import Pool
     from secateur.sweep.runner import Results
     from secateur.sweep.spec import Sweep
-    from secateur.sweep.worker import Job
 
 DEFAULT_WORKERS = 2
 
@@ -46,6 +43,7 @@ def sweep(
 ) -> None:
     check_resume(resume, overwrite)
     load_plugins(plugin)
+    from secateur.sweep.pools import open_pool
     from secateur.sweep.runner import make_job, open_journal, resumable, run_sweep
     from secateur.sweep.spec import load_sweep
 
@@ -57,7 +55,7 @@ def sweep(
     job = make_job(asked, folder, trust_remote_code=trust_remote_code, plugins=absolute(plugin or []))
     journal, finished = open_journal(folder, job, resume=resume, overwrite=overwrite)
     with working(quiet) as progress, resumable(journal, asked):
-        pool, notes = _pool(job, asked, workers, address)
+        pool, notes = open_pool(job, workers, address, min(DEFAULT_WORKERS, asked.size), what="points")
         try:
             results = run_sweep(asked, pool, journal, finished, progress)
         finally:
@@ -84,25 +82,6 @@ def _check(asked: Sweep) -> None:
 def absolute(plugins: Sequence[str]) -> tuple[str, ...]:
     """Plugins as workers find them, who may stand in another folder than we do."""
     return tuple(str(Path(plugin).absolute()) if Path(plugin).is_file() else plugin for plugin in plugins)
-
-
-def _pool(job: Job, asked: Sweep, workers: int | None, address: str | None) -> tuple[Pool, list[str]]:
-    """Where the points run, and what to say about it. Raises UsageError when nothing answers at ``address``."""
-    from secateur.sweep.pools import InSequence, RayPool
-
-    if workers == 1 and address is None:
-        return InSequence(job), []
-    if address is None and importlib.util.find_spec("ray") is None:
-        return InSequence(job), ["Ray is not installed, so the points ran in sequence: pip install 'secateur[sweep]'"]
-    return RayPool(job, workers or _default_workers(job, asked), address), []
-
-
-def _default_workers(job: Job, asked: Sweep) -> int:
-    if job.device.startswith("cuda"):
-        import torch
-
-        return max(1, torch.cuda.device_count())
-    return max(1, min(DEFAULT_WORKERS, asked.size))
 
 
 def _show(results: Results, folder: Path, json: bool) -> None:

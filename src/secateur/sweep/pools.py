@@ -6,6 +6,7 @@ The pieces are the points of a sweep, unless another ``worker`` is named: what m
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import threading
@@ -83,6 +84,33 @@ class InSequence:
 
     def close(self) -> None:
         return None
+
+
+def open_pool(
+    job: Any,
+    workers: int | None,
+    address: str | None,
+    default: int,
+    *,
+    what: str,
+    worker: Callable[[Any], Any] = Worker,
+    own: Callable[[Any], Any] | None = None,
+) -> tuple[Pool, list[str]]:
+    """Where tasks run, and what to say about it: in sequence, or on ``workers`` of the Ray at ``address``.
+
+    Without a number of workers there is one per GPU, or there are ``default`` ones. ``own`` makes the worker of this
+    process where it is not ``worker`` that does. Raises UsageError when nothing answers at ``address``.
+    """
+    if workers == 1 and address is None:
+        return InSequence(job, own or worker), []
+    if address is None and importlib.util.find_spec("ray") is None:
+        note = f"Ray is not installed, so the {what} ran in sequence: pip install 'secateur[sweep]'"
+        return InSequence(job, own or worker), [note]
+    if workers is None and job.device.startswith("cuda"):
+        import torch
+
+        workers = torch.cuda.device_count()
+    return RayPool(job, workers or max(1, default), address, worker), []
 
 
 class RayPool:
