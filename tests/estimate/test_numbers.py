@@ -287,6 +287,9 @@ def test_on_another_device_memory_is_split(sizes):
         ("shortgpt", {"sparsity": 0.5}, "dense", OUTSIDE + BLOCK),
         ("shortgpt", {"layers": 1}, "dense", OUTSIDE + BLOCK),
         ("evopress", {"layers": 1}, "dense", OUTSIDE + 2 * BLOCK - 4 * LINEAR),
+        # embedding, norms and head become smaller too
+        ("minitron_hidden", {"sparsity": 0.25}, "dense", 3 * (OUTSIDE + 2 * BLOCK) // 4),
+        ("llm_pruner", {"sparsity": 0.25, "granularity": "channel"}, "dense", 3 * (OUTSIDE + 2 * BLOCK) // 4),
     ],
 )
 def test_the_checkpoint_by_hand_and_as_it_is_written(sizes, tiny_checkpoint, tmp_path, method, options, format, size):
@@ -323,6 +326,7 @@ def test_speed_is_bounded_by_what_is_left_to_multiply(sizes):
     assert speed_bound(sizes, job("shortgpt", layers=1)) == (2 * LINEAR + head) / (LINEAR + head)
     assert speed_bound(sizes, job("evopress", layers=1)) == speed_bound(sizes, job("shortgpt", layers=1))
     assert speed_bound(sizes, job("flap", sparsity=0.25)) == (2 * LINEAR + head) / (1.5 * LINEAR + head)
+    assert speed_bound(sizes, job("minitron_hidden", sparsity=0.25)) == pytest.approx(4 / 3)
 
 
 def test_time_is_work_over_rates(sizes):

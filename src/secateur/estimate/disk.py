@@ -65,7 +65,7 @@ def checkpoint_bytes(sizes: Sizes, job: Job) -> int:
         return sizes.stored - removed_layers(sizes, job.method) * (sizes.blocks_stored // len(sizes.blocks))
     if isinstance(job.method, SublayerMethod):
         return sizes.stored - int(job.method.share(2 * len(sizes.blocks)) * linear_stored)
-    return sizes.stored - int(job.sparsity * linear_stored)
+    return sizes.stored - int(job.sparsity * (sizes.stored if job.method.narrows else linear_stored))
 
 
 def removed_layers(sizes: Sizes, method: LayerMethod) -> int:
@@ -86,4 +86,4 @@ def speed_bound(sizes: Sizes, job: Job) -> float:
         return before / (before - share * sizes.linear)
     if isinstance(job.method, SublayerMethod):
         return before / (before - job.method.share(2 * len(sizes.blocks)) * sizes.linear)
-    return before / (before - job.sparsity * sizes.linear)
+    return before / (before - job.sparsity * (before if job.method.narrows else sizes.linear))

@@ -64,6 +64,11 @@ class Method:
         return False
 
     @property
+    def narrows(self) -> bool:
+        """Whether hidden channels leave, and with them the same share of every tensor."""
+        return False
+
+    @property
     def in_sequence(self) -> bool:
         """Whether later blocks see what the cut ones give, in the walk that decides."""
         return self.sequential

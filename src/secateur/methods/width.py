@@ -52,6 +52,10 @@ class HiddenMethod(Method):
         ge=0,
     )
 
+    @property
+    def narrows(self) -> bool:
+        return True
+
     def score(self, target: Target, seen: Seen) -> Tensor:
         """Scores of all channels by one of the inputs, [hidden] float, higher = keep; their sum decides."""
         raise NotImplementedError(f"{type(self).__name__} must define score()")

@@ -145,6 +145,10 @@ class LLMPruner(CoupledMethod):
         return {"layer": ("layer",), "channel": (HIDDEN,)}.get(self.granularity, CoupledMethod.kinds)
 
     @property
+    def narrows(self) -> bool:
+        return self.granularity == "channel"
+
+    @property
     def needs(self) -> tuple[str, ...]:
         return _NEEDS.get(self.criterion, ()) if self.granularity != "layer" else ()
 
