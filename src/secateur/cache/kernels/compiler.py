@@ -35,7 +35,7 @@ def compiled(processors: tuple[tuple[str, ...], ...] = _PROCESSORS) -> ctypes.CD
         if not target.exists():
             _compile(command, processors, target)
         return ctypes.CDLL(str(target))
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise CompilationError(first_line(error)) from None
 
 
