@@ -12,7 +12,7 @@ SOURCE = Path(secateur.__file__).parent
 # From the top down: a room may import the rooms below it that its line names, whether at the top of a file or
 # inside a function. Imports for type checkers only are no dependencies.
 BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", "ranks", "ahead"}
-BASE |= {"usercode", "timing", "kinds", "latencytable", "options", "rowmasks", "journal", ""}
+BASE |= {"usercode", "timing", "kinds", "latencytable", "options", "rowmasks", "journal", "finite", "memory", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
@@ -153,6 +153,8 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "versions": set(),
     "kinds": set(),
+    "finite": set(),
+    "memory": set(),
     "usercode": set(),
     "timing": set(),
     "options": set(),

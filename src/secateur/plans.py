@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from torch import Tensor
 
 from secateur.errors import CorruptFileError, PlanError
+from secateur.finite import all_finite
 from secateur.reading import read_json
 from secateur.tensorfiles import Made, Stored, read_header, write_tensors
 
@@ -288,10 +289,10 @@ class Plan:
                 raise PlanError(f"values of {name} don't match its mask")
             if value.dtype not in _VALUE_DTYPES:
                 raise PlanError(f"values of {name} must be floating-point numbers, got {value.dtype}")
-            if not bool(torch.isfinite(value).all()):
+            if not all_finite(value):
                 raise PlanError(f"values of {name} hold NaN or inf")
         for name, bias in self.biases.items():
-            if bias.dim() != 1 or bias.dtype not in _VALUE_DTYPES or not bool(torch.isfinite(bias).all()):
+            if bias.dim() != 1 or bias.dtype not in _VALUE_DTYPES or not all_finite(bias):
                 raise PlanError(f"the bias of {name} must be a vector of finite numbers")
 
         if self.rotations and (self.keep or self.masks or self.biases):

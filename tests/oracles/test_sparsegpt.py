@@ -170,3 +170,17 @@ def test_n_of_m_leaves_exactly_n_zeros_in_every_run(pattern):
     mask, weight, _ = prune(w, x, pattern=pattern)
     assert ((~mask).reshape(10, -1, m).sum(dim=2) == n).all()
     assert torch.equal(weight != 0, mask)
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.0])
+def test_a_hessian_stays_as_it_was(damping: float) -> None:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 2] = 0
+    hessian = x.T @ x
+    before = hessian.clone()
+    inverse_factor(hessian, damping)
+    assert torch.equal(hessian, before)
+    hopeless = -hessian
+    with pytest.raises(NonFiniteError):
+        inverse_factor(hopeless, damping)
+    assert torch.equal(hopeless, -before)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.allocate.masks import kth_smallest
 from secateur.errors import BudgetError, NonFiniteError
+from secateur.finite import all_finite
 
 Densities = NDArray[np.float64]
 WeightScores = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -117,7 +118,7 @@ def global_masks(
     for step in range(1, rounds + 1):
         found = scores(masks)
         flat = torch.cat([found[name].detach().double().cpu().flatten() for name in masks])
-        if not bool(torch.isfinite(flat).all()):
+        if not all_finite(flat):
             raise NonFiniteError("scores of weights hold NaN or inf: look at the weights, the data and the loss")
         # what has left stays away, also where all that is left scores no higher
         flat[~torch.cat([mask.flatten() for mask in masks.values()])] = -torch.inf

@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.cache.rows import DenseRows
 from secateur.cache.store import Store
 from secateur.errors import NonFiniteError, UsageError
+from secateur.finite import all_finite
 from secateur.methods.caching import EvictionMethod
 from secateur.methods.prompts import Prompt, Rope
 
@@ -74,7 +75,7 @@ class Eviction:
         method, (batch, _, new, _) = self.method, query.shape
         left = self._left(layer, query, call.positions(batch, new, query.device), arguments, call)
         for name, rows in (("keys", layer.keys), ("values", layer.values), ("queries", query)):
-            if not bool(torch.isfinite(rows[:, :, -new:]).all()):
+            if not all_finite(rows[:, :, -new:]):
                 raise NonFiniteError(
                     f"layer {layer.index}: {name} of token {layer.seen} hold NaN or inf, so nothing can be ranked by"
                     " them"

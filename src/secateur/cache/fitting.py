@@ -25,6 +25,7 @@ from secateur.cache.layer import CompressedLayer, Steps
 from secateur.cache.rereading import reread_scores
 from secateur.errors import DataError, NonFiniteError, OutputError, UsageError
 from secateur.files import output_file, output_folder
+from secateur.finite import all_finite
 from secateur.methods import make_method
 from secateur.methods.caching import RereadMethod
 from secateur.methods.rereading import opening
@@ -229,7 +230,7 @@ def _collect_all(model: Any, tokenizer: Any, windows_NT: Tensor, options: FitOpt
         kept = {f"hidden.{n}": h.cpu()[drawn].contiguous() for n, h in enumerate(hidden)}
         kept |= {f"score.{n}": s.cpu()[drawn].contiguous() for n, s in enumerate(scores)}
         for name, rows in kept.items():
-            if not bool(torch.isfinite(rows).all()):
+            if not all_finite(rows):
                 raise NonFiniteError(f"{name} of text {number} holds NaN or inf: try --dtype float32")
         with output_file(_rows_file(work, number)) as temporary:
             save_file(kept, temporary)

@@ -16,6 +16,7 @@ from secateur.cache.rows import DenseRows, Rows, ThinRows
 from secateur.cache.store import Store
 from secateur.cache.tiles import BLOCK, LANES_OF, BitmapRows
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
+from secateur.finite import all_finite
 from secateur.methods.caching import CacheChannelMethod, CacheElementMethod, CacheMethod, EvictionMethod
 from secateur.methods.prompts import Prompt
 
@@ -218,7 +219,7 @@ class CompressedLayer(DynamicLayer):
         """Remove what leaves of a dense prompt, whose attention was called with these queries, mask and arguments."""
         batch, _, tokens = self.keys.shape[:3]
         for name, tensor in (("keys", self.keys), ("values", self.values), ("queries", query)):
-            if not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 raise NonFiniteError(f"layer {self.index}: {name} hold NaN or inf, so nothing can be ranked by them")
         self.padding = left_padding(mask, batch, tokens) or [0] * batch
         prompt = Prompt(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import NonFiniteError, UsageError
+from secateur.finite import all_finite
 
 
 def pq_index(
@@ -50,7 +51,7 @@ def pq_index(
     sizes = x.detach().double().abs()
     live = torch.ones_like(sizes, dtype=torch.bool) if mask is None else mask
     sizes = sizes.masked_fill(~live, 0.0)
-    if not bool(torch.isfinite(sizes).all()):
+    if not all_finite(sizes):
         raise NonFiniteError("the PQ index needs finite numbers, and the tensor holds NaN or inf")
     along = tuple(range(x.dim())) if dim is None else dim
     count = live.sum(dim=along).double()

@@ -17,6 +17,7 @@ from secateur.allocate.units import Bundle, Limits, bundles, largest_share, leas
 from secateur.criteria.groups import reduce_slices
 from secateur.engine.run import Run, complement
 from secateur.errors import NonFiniteError, UsageError
+from secateur.finite import all_finite
 from secateur.keeping import Decision
 from secateur.methods import IterativeMethod
 from secateur.models.decoders import decoder_blocks
@@ -197,7 +198,7 @@ class _Steps:
             for part in group.slices:
                 if part.tensor in salience:
                     total += reduce_slices(salience[part.tensor], part.dim, part.index, "sum").cpu()
-            if not bool(torch.isfinite(total).all()):
+            if not all_finite(total):
                 raise NonFiniteError(f"scores of {group.name} are NaN or inf: try --dtype float32")
             found[group.name] = total
         return found

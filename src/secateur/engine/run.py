@@ -13,6 +13,7 @@ from secateur.allocators import Allocator, Measuring
 from secateur.errors import DataError
 from secateur.healing import Refit
 from secateur.keeping import Decision, Keeper, SeenByModule
+from secateur.memory import trim
 from secateur.methods import Method, Target
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.sources import Source, check_finite
@@ -89,6 +90,7 @@ class Run:
             for name, tensor in self.source.block_tensors(layer).items():
                 self.source.check(name, tensor, layer)
             yield layer
+            trim()
             self.progress(stage, layer + 1, self.layers)
 
     def observe(self, layer: int, modules: list[str], *, advance: bool) -> tuple[nn.Module | None, SeenByModule]:

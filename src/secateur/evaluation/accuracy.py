@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from secateur.errors import DataError, NonFiniteError, UsageError, first_line
 from secateur.evaluation.base import Inputs, Settings
 from secateur.evaluation.runners import Runner, open_runners
+from secateur.finite import all_finite
 from secateur.observe.images import ImageSource
 from secateur.report import Metric
 
@@ -100,7 +101,7 @@ def _scores(runner: Runner, x: Tensor, name: str) -> Tensor:
 
 
 def _add(tally: _Tally, scores: Tensor, y: Tensor, name: str, task: str) -> None:
-    if not bool(torch.isfinite(scores).all()):
+    if not all_finite(scores):
         raise NonFiniteError(f"{task}: model {name} gives scores that are NaN or inf; try float32, or remove less")
     if int(y.max()) >= scores.shape[1]:
         raise DataError(f"{task} holds class {int(y.max())}, and model {name} tells {scores.shape[1]} classes apart")

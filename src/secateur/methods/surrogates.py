@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.errors import CorruptFileError, PlanMismatchError
+from secateur.finite import all_finite
 from secateur.reading import read_json
 from secateur.tensorfiles import read_header
 
@@ -97,7 +98,7 @@ def _read(path: Path, stamp: int) -> Surrogate:
             if any(p is None or tuple(p.shape) != s for p, s in zip(pair, (shape, shape[:1]), strict=True)):
                 raise CorruptFileError(f"{path / WEIGHTS} doesn't hold the layers that {CONFIG} names: layer {n}")
             steps.append(tuple(p.read().to(torch.float32) for p in pair if p is not None))
-        if not all(bool(torch.isfinite(tensor).all()) for pair in steps for tensor in pair):
+        if not all(all_finite(tensor) for pair in steps for tensor in pair):
             raise CorruptFileError(f"{path / WEIGHTS} holds NaN or inf in layer {n}")
         layers.append(tuple(steps))
     return Surrogate(tuple(layers))

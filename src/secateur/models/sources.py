@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from secateur.ahead import ahead
 from secateur.errors import NonFiniteError, ResourceError
+from secateur.finite import all_finite
 from secateur.models.decoders import decoder_blocks
 from secateur.models.modeling_secateur import unpack_tensor
 from secateur.tensorfiles import Made, Stored, count_zeros
@@ -326,13 +327,6 @@ def stored_names(model: PreTrainedModel) -> Iterator[str]:
     for name, _ in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored:
             yield name
-
-
-def all_finite(values: Tensor) -> bool:
-    """False when there is NaN or inf."""
-    # both show in the extremes, which takes no temporary of the tensor's size
-    floating = values.is_floating_point() and values.numel()
-    return not floating or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def check_finite(values: Tensor, where: str, layer: int, what: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from secateur.errors import DataError, SecateurError, UsageError
+from secateur.finite import all_finite
 from secateur.methods import Noise
 from secateur.networks.example import Example
 from secateur.observe.gradients import batches
@@ -114,7 +115,7 @@ def _check(inputs: Example, example: Example, where: str) -> None:
             )
         if not len(mine.flatten()):
             raise DataError(f"input {number} of {where} is empty")
-        if not bool(torch.isfinite(mine).all()):
+        if not all_finite(mine):
             raise DataError(f"input {number} of {where} holds NaN or inf")
 
 

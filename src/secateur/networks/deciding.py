@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.allocate import CostOf, allocate_channels
 from secateur.allocate.units import Limits
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError, nearest
+from secateur.finite import all_finite
 from secateur.methods import ChannelMethod, Consumer, Coupled, Method, Part, Whole
 from secateur.methods.views import Flow
 from secateur.networks.kinds import Asked
@@ -120,7 +121,7 @@ def _scores(
         for name, scores in method.scores(whole).items():
             if scores is None:
                 continue
-            if not bool(torch.isfinite(scores).all()):
+            if not all_finite(scores):
                 raise NonFiniteError(f"scores of {name} hold NaN or inf")
             found.setdefault(name, []).append(scores.detach().double().cpu())
     return {name: method.normalized(torch.stack(many).mean(dim=0)) for name, many in found.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from secateur.errors import DataError, NonFiniteError
+from secateur.finite import all_finite
 from secateur.methods import ChannelMethod, Consumer, Fitting
 from secateur.networks.calibrating import Calibration
 from secateur.observe import Gram, Moments
@@ -267,7 +268,7 @@ def _update(grams: dict[Place, Gram], readers: Sequence[Reader], tensors: Tensor
 def _check_finite(grams: Mapping[Place, Gram], readers: Sequence[Reader]) -> None:
     for reader in readers:
         gram = grams.get(_place(reader))
-        if gram is not None and not bool(torch.isfinite(gram.total_CC).all()):
+        if gram is not None and not all_finite(gram.total_CC):
             raise NonFiniteError(f"the inputs of {_label(reader)} hold NaN or inf on the data that was given")
 
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError
+from secateur.finite import all_finite
 from secateur.methods import ChannelMethod
 from secateur.networks.kinds import Asked, Network
 from secateur.plans import Plan
@@ -85,7 +85,7 @@ def _train(module: nn.Module, train_fn: TrainFn, step: int) -> None:
     for name, tensor in module.state_dict().items():
         if tensor.shape != shapes.get(name):
             raise UsageError(f"train_fn must leave the shapes of the module alone; {name} changed in step {step}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise NonFiniteError(f"{name} holds NaN or inf after the training of step {step}")
 
 

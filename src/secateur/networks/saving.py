@@ -13,6 +13,7 @@ from torch import nn
 
 from secateur.errors import NonFiniteError, OutputError, UsageError, first_line, require_extra
 from secateur.files import check_output, check_output_file, output_file, output_folder
+from secateur.finite import all_finite
 from secateur.manifest import write_manifest
 from secateur.networks.example import Example
 from secateur.networks.kinds import FILES, is_onnx
@@ -110,7 +111,7 @@ def save_network(
 
 def _check_finite(module: nn.Module) -> None:
     for name, tensor in module.state_dict().items():
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if isinstance(tensor, torch.Tensor) and not all_finite(tensor):
             raise NonFiniteError(f"{name} holds NaN or inf; nothing was written")
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from secateur.errors import NonFiniteError
+from secateur.finite import all_finite
 from secateur.observe.activations import Activations
 from secateur.observe.driver import Blocks, BlockWalk
 from secateur.observe.statistics import Accumulator
@@ -161,7 +162,7 @@ class BackwardWalk(BlockWalk):
         slopes = {name: Slopes() for name in names}
         for batch in range(len(self._down)):
             entering, gradients = self._pull(block, layer, batch, self._down[batch], parameters)
-            if not bool(torch.isfinite(entering).all()):
+            if not all_finite(entering):
                 raise NonFiniteError(f"the gradient of the loss at layer {layer} is NaN or inf: {_REMEDY}")
             for slope, parameter, gradient in zip(slopes.values(), parameters, gradients, strict=True):
                 # the loss need not depend on all

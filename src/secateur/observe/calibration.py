@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import DataError, NonFiniteError, UsageError, nearest, require_extra
+from secateur.finite import all_finite
 from secateur.observe.textfiles import read_text_file
 from secateur.plans import CalibrationInfo
 
@@ -307,7 +308,7 @@ def _sample_batch(model: PreTrainedModel, first: int, rows: int, length: int, ge
     for _ in range(length - 1):
         logits, cache = cached_forward(model, tokens[-1].to(model.device), cache)
         chances = logits.float().softmax(dim=-1).cpu()
-        if not bool(torch.isfinite(chances).all()):
+        if not all_finite(chances):
             raise NonFiniteError("the model can't write calibration text: its logits hold NaN or inf")
         tokens.append(torch.multinomial(chances, 1, generator=generator))
     return torch.cat(tokens, dim=1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import NonFiniteError
+from secateur.finite import all_finite
 from secateur.observe.activations import Activations
 from secateur.observe.statistics import Statistic
 
@@ -159,7 +160,7 @@ class BlockWalk:
     def _run(self, block: nn.Module, layer: int, batch: int, hidden: Tensor) -> Tensor:
         call = self._calls[hidden.shape[0]][layer]
         output = _first(block(hidden.to(self._source.device_of(layer)), *call.args, **call.kwargs))
-        if not bool(torch.isfinite(output).all()):
+        if not all_finite(output):
             raise NonFiniteError(f"layer {layer} gives NaN or inf in calibration batch {batch}: {_REMEDY}")
         return output
 
@@ -295,7 +296,7 @@ class _InputWatch:
         for name in sorted(self._owned):
             for statistic in self.seen[name].values():
                 for sums in statistic.state().values():
-                    if not bool(torch.isfinite(sums).all()):
+                    if not all_finite(sums):
                         raise NonFiniteError(f"layer {layer} gives NaN or inf to {name}: {_REMEDY}")
 
     def _hook(self, name: str) -> Callable[..., None]:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.errors import NonFiniteError, UnsupportedModelError
+from secateur.finite import all_finite
 from secateur.structure.exporting import evaluation_mode
 
 
@@ -58,7 +59,7 @@ def synaptic_flow(
         for (name, weight), g in zip(weights.items(), gradients, strict=True)
     }
     for name, scores in found.items():
-        if not bool(torch.isfinite(scores).all()):
+        if not all_finite(scores):
             raise NonFiniteError(f"the synaptic flow through {name} holds NaN or inf: look at its weights")
     return found
 

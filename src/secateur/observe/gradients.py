@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur.errors import DataError, NonFiniteError
+from secateur.finite import all_finite
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(module, batch) → the mean loss of the batch, a scalar."""
@@ -59,7 +60,7 @@ def learned(
         for kind, tensors in one.items():
             for name, tensor in tensors.items():
                 tensor /= 1 if per_batch else count
-                if not bool(torch.isfinite(tensor).all()):
+                if not all_finite(tensor):
                     raise NonFiniteError(f"the {kind} of {name} holds NaN or inf: look at the data and the loss")
     return [{kind: _under_all_names(module, tensors) for kind, tensors in one.items()} for one in found]
 

@@ -310,8 +310,8 @@ class Gram(Accumulator):
             stored=square,
             update=4 * batch * channels,
             moved=2 * 4 * tokens * channels,
-            # the scaled matrix, a damped copy of it, its factor, the inverse, the factor of that, and copies in LAPACK
-            solve=6 * square,
+            # the scaled matrix, its factor, the inverse, the factor of that, and copies in LAPACK
+            solve=5 * square,
             derived=square,
             # six blocks of columns: those on and above the diagonal are 7/12 of the square
             update_flops=2 * tokens * channels * channels * 7 // 12,

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ModelLoadError, NonFiniteError, UnsupportedModelError, require_extra
+from secateur.finite import all_finite
 from secateur.models.decoders import qkv_rows
-from secateur.models.sources import all_finite, stored_names
+from secateur.models.sources import stored_names
 from secateur.runtimes.graphs import Graph, graph_for
 from secateur.runtimes.sizes import Sizes, sizes_of
 from secateur.runtimes.vocabulary import read_vocabulary

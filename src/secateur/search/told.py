@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur.errors import NonFiniteError, UnsupportedModelError
+from secateur.finite import all_finite
 
 Batch = tuple[Tensor, ...]
 """Tensors whose first dimension are the samples."""
@@ -77,7 +78,7 @@ def _call(module: nn.Module, layer: nn.Module, batch: Batch, loss: Loss) -> tupl
     try:
         with torch.enable_grad():
             losses = loss(module, batch)
-            if not bool(torch.isfinite(losses).all()):
+            if not all_finite(losses):
                 raise NonFiniteError("the loss of a batch is NaN or inf: try --dtype float32 or check the weights")
             gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if losses.requires_grad else ()
     finally:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import NonFiniteError
+from secateur.finite import all_finite
 
 _LADDER = (1.0, 10.0, 100.0, 1000.0)
 
@@ -31,26 +32,34 @@ def inverse_hessian(h_II: Tensor, damping: float = 0.01) -> tuple[Tensor, float]
 
 
 def _of_damped(h_II: Tensor, damping: float, solve: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, float]:
-    h_II = with_live_diagonal(h_II)
-    diagonal_I = h_II.diagonal().clone()
-    mean = diagonal_I.mean()
-    for tried in rungs(damping):
-        # in place: these matrices are what a run's memory peaks at
-        h_II.diagonal().copy_(diagonal_I + tried * mean)
-        found = solve(h_II)
-        if found is not None:
-            return found, tried
+    _check_finite(h_II)
+    given_I = h_II.diagonal().clone()
+    live_I = torch.where(given_I == 0, 1.0, given_I)
+    mean = live_I.mean()
+    # the caller's matrix for as long as it takes: these are what a run's memory peaks at, and a copy is one more
+    try:
+        for tried in rungs(damping):
+            h_II.diagonal().copy_(live_I + tried * mean)
+            found = solve(h_II)
+            if found is not None:
+                return found, tried
+    finally:
+        h_II.diagonal().copy_(given_I)
     raise singular(damping)
 
 
 def with_live_diagonal(h_II: Tensor) -> Tensor:
     """A copy with a unit diagonal for inputs that were never active. Raises NonFiniteError for NaN or inf."""
+    _check_finite(h_II)
     h_II = h_II.clone()
-    if not bool(torch.isfinite(h_II).all()):
-        raise NonFiniteError("the Hessian holds NaN or inf: the calibration activations overflow, try --dtype float32")
     diagonal = h_II.diagonal()
     diagonal[diagonal == 0] = 1.0
     return h_II
+
+
+def _check_finite(h_II: Tensor) -> None:
+    if not all_finite(h_II):
+        raise NonFiniteError("the Hessian holds NaN or inf: the calibration activations overflow, try --dtype float32")
 
 
 def rungs(damping: float) -> Iterator[float]:
@@ -75,7 +84,7 @@ def _inverse(h_II: Tensor) -> Tensor | None:
     if int(failed):
         return None
     inverse = torch.cholesky_inverse(lower)
-    return inverse if bool(torch.isfinite(inverse).all()) else None
+    return inverse if all_finite(inverse) else None
 
 
 def _upper_inverse_factor(h_II: Tensor) -> Tensor | None:
@@ -83,4 +92,4 @@ def _upper_inverse_factor(h_II: Tensor) -> Tensor | None:
     if inverse is None:
         return None
     upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return upper if not int(failed) and bool(torch.isfinite(upper).all()) else None
+    return upper if not int(failed) and all_finite(upper) else None

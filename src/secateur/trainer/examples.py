@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from secateur.errors import DataError, NonFiniteError, UsageError, first_line
 from secateur.evaluation.perplexity import window_losses
 from secateur.evaluation.runners import scores_of
+from secateur.finite import all_finite
 from secateur.healing.recovery.losses import cross_entropy
 from secateur.observe.calibration import load_tokens
 from secateur.observe.images import ImageSource
@@ -105,7 +106,7 @@ class Pictures:
         correct, loss = 0, 0.0
         for x, y in zip(self.x_test.split(_MEASURED_AT_ONCE), self.y_test.split(_MEASURED_AT_ONCE), strict=True):
             scores = _scores(model, x.to(self.device)).cpu()
-            if not bool(torch.isfinite(scores).all()):
+            if not all_finite(scores):
                 raise NonFiniteError("the network gives scores that are NaN or inf on the test images")
             if int(y.max()) >= scores.shape[1]:
                 raise DataError(f"the test images hold class {int(y.max())}, and the network tells {scores.shape[1]}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UsageError
+from secateur.finite import all_finite
 from secateur.healing.recovery.adapted import Adapted, adapted
 from secateur.loop import Callback
 from secateur.structure import Group, Slices
@@ -92,7 +93,7 @@ class Shrinking(Callback):
         with torch.no_grad():
             found = {g.name: self._score(g) for g in self._groups}
         # one broken number and the step tells nothing
-        if all(bool(torch.isfinite(s).all()) for s in found.values()):
+        if all(all_finite(s) for s in found.values()):
             for name, scores in found.items():
                 self.scores[name] = self._beta * self.scores[name] + (1 - self._beta) * scores
         if self._gradients:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.errors import NonFiniteError, UsageError, nearest, require_extra
+from secateur.finite import all_finite
 from secateur.healing.recovery.options import RecoveryOptions
 from secateur.loop import Callback
 from secateur.rowmasks import clear_masked, pack_rows, unpack_rows
@@ -126,7 +127,7 @@ class Lora(Trained):
             del self._model.peft_config
         super().finish()
         for name in self._names if learnt else ():
-            if not bool(torch.isfinite(self._model.get_parameter(f"{name}.weight")).all()):
+            if not all_finite(self._model.get_parameter(f"{name}.weight")):
                 raise NonFiniteError(f"{name}: the trained weights hold NaN or inf: try a lower learning rate")
 
 

@@ -71,4 +71,4 @@ class SparseGPT(WeightMethod):
         return sweep_flops(outputs, inputs)
 
     def _factor(self, gram: Gram) -> tuple[Tensor, float]:
-        return inverse_factor(gram.total_CC * (2.0 / gram.sequences), self.damping)
+        return inverse_factor(gram.total_CC.mul_(2.0 / gram.sequences), self.damping)
