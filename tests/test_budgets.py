@@ -9,9 +9,9 @@ import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for, tokens_of
 from secateur.allocate.units import Limits
-from secateur.budgets import measure_variants, variants_of, windows_for
 from secateur.criteria.divergence import kl_divergence
 from secateur.engine import decide
+from secateur.engine.budgets import measure_variants, variants_of, windows_for
 from secateur.errors import BudgetError, OptionError, UsageError
 from secateur.methods import make_method
 from secateur.models.decoders import decoder_anatomy

@@ -373,7 +373,7 @@ def prune(
     report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
     own = fitted(tokenizer, [made])
     if training is not None:
-        from secateur.recovering import Teacher, recover_decoder
+        from secateur.engine.recovering import Teacher, recover_decoder
 
         recovered = recover_decoder(
             cut,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for
+from secateur.engine.recovering import layers_left
 from secateur.errors import DataError, MissingExtraError, NonFiniteError, OptionError, PlanMismatchError, UsageError
 from secateur.healing.recovery import Curve, RecoveryOptions, parse_recovery, split_heal
 from secateur.healing.recovery.losses import Objective, cross_entropy, divergence, hidden_distance
@@ -21,7 +22,6 @@ from secateur.healing.recovery.trained import STRATEGIES
 from secateur.healing.recovery.trainer import Windows, learning_rate, recover
 from secateur.loop import Keeper, examples_of
 from secateur.models.decoders import decoder_blocks, is_linear
-from secateur.recovering import layers_left
 from secateur.train.masks import masks_left
 
 FAST = {"steps": 3, "batch": 2, "rank": 2, "lr": 1e-2}
@@ -440,7 +440,7 @@ def test_mistakes_in_a_sentence(tiny_llama, tiny_tokenizer, make_llama, make_tok
     short.write_text("just a bit longer, and yet no two windows of it " * 2, encoding="utf8")
     heal("gives one window of 32 tokens, and one more has to be held out", DataError, data=str(short))
     other = make_tokenizer(vocab_size=400)
-    from secateur.recovering import Teacher, check_teacher
+    from secateur.engine.recovering import Teacher, check_teacher
 
     with pytest.raises(UsageError, match="has another vocabulary than the model"):
         check_teacher(Teacher(tiny_llama, other), tiny_llama, tiny_tokenizer, hidden=False)

@@ -13,10 +13,10 @@ from families import FAMILY_CONFIGS, make_tiny, tiny_ids
 from runs import plan_for, tokens_of
 from secateur.criteria.divergence import kl_divergence, text_loss
 from secateur.engine import decide
+from secateur.engine.keeping import Keeper
 from secateur.engine.run import Run
 from secateur.engine.trials import SublayerTrials
 from secateur.errors import BudgetError, PlanMismatchError, UnsupportedModelError, UsageError
-from secateur.keeping import Keeper
 from secateur.models.decoders import decoder_anatomy, typed_blocks
 from secateur.models.latency import measure_decoder
 from secateur.models.saving import plain

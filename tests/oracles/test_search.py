@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 import secateur as sc
 from secateur.allocators import Part
 from secateur.allocators.search import Search
+from secateur.engine.keeping import Decision, Keeper
+from secateur.engine.searching import LevelTrials, level_tensors
 from secateur.errors import UsageError
-from secateur.keeping import Decision, Keeper
 from secateur.methods import Target, make_method
 from secateur.models.sources import Source
 from secateur.observe import Gram
 from secateur.observe.calibration import load_tokens
 from secateur.search import shifted
-from secateur.searching import LevelTrials, level_tensors
 
 PARTS = [Part(f"{layer}.{role}", layer, role, shape) for layer in range(4)
          for role, shape in (("q", (64, 64)), ("k", (16, 64)), ("down", (64, 160)))]  # fmt: skip
@@ -152,7 +152,7 @@ def test_a_trial_is_the_divergence_of_the_pruned_model(method, make_llama, monke
         # of models that are nearly alike, in float32
         assert trials.fitness(levels, 3 * 24, 0) == pytest.approx(float(expected), rel=5e-3)
     # what was remembered of the dense model is forgotten where it would be too much, and computed again
-    monkeypatch.setattr("secateur.searching._REMEMBERED_BYTES", 0)
+    monkeypatch.setattr("secateur.engine.searching._REMEMBERED_BYTES", 0)
     frugal = LevelTrials(
         Source(model), matrices, ids, keeper, dtype=torch.float32, generations=1, progress=lambda *_: None
     )

@@ -21,12 +21,12 @@ from secateur.allocators import (
 )
 from secateur.allocators.base import Wishes
 from secateur.allocators.trying import Trying
+from secateur.engine.keeping import Decision, Keeper
 from secateur.engine.run import Run
+from secateur.engine.searching import LevelTrials, level_tensors
 from secateur.errors import BudgetError, DataError, UsageError
-from secateur.keeping import Decision, Keeper
 from secateur.methods import UnitMethod, WeightMethod
 from secateur.models.decoders import matrix_roles
-from secateur.searching import LevelTrials, level_tensors
 from secateur.structure import Group
 
 Fit = Callable[[list[Tensor], Wishes | None], dict[str, float]]

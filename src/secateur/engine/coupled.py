@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocate.units import Kept, Limits
+from secateur.engine.keeping import Decision, SeenByModule
 from secateur.engine.run import Run
 from secateur.engine.units import Scoring, decide_units, limits_of
 from secateur.errors import DataError
-from secateur.keeping import Decision, SeenByModule
 from secateur.methods import Coupled, CoupledMethod, Part
 from secateur.models.sources import check_finite
 from secateur.observe.backward import BackwardWalk, Slopes

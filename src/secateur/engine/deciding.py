@@ -12,6 +12,7 @@ from secateur.allocators import Allocator, check_follows
 from secateur.engine.coupled import decide_coupled
 from secateur.engine.hidden import check_hidden, decide_hidden
 from secateur.engine.iterative import decide_iteratively
+from secateur.engine.keeping import Keeper
 from secateur.engine.layers import check_layers, decide_layers
 from secateur.engine.policies import decide_by_policy
 from secateur.engine.refits import refit
@@ -25,7 +26,6 @@ from secateur.engine.units import check_units, decide_units
 from secateur.engine.vocabulary import check_vocabulary, decide_vocabulary
 from secateur.engine.weights import check_weights, decide_weights
 from secateur.errors import UsageError
-from secateur.keeping import Keeper
 from secateur.methods import (
     CoupledMethod,
     HiddenMethod,

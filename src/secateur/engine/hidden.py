@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from secateur.allocate import best_channels, kept_channels
+from secateur.engine.keeping import Decision
 from secateur.engine.run import Run
 from secateur.errors import UnsupportedModelError
-from secateur.keeping import Decision
 from secateur.methods import HiddenMethod, Target
 from secateur.models.decoders import DecoderBlock, typed_blocks, unknown_family
 from secateur.models.sources import check_finite

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from secateur.allocate.iterative import due, taken
 from secateur.allocate.units import Bundle, Limits, bundles, largest_share, least_bundles, refusal
 from secateur.criteria.groups import reduce_slices
+from secateur.engine.keeping import Decision
 from secateur.engine.run import Run, complement
 from secateur.errors import NonFiniteError, UsageError
 from secateur.finite import all_finite
-from secateur.keeping import Decision
 from secateur.methods import IterativeMethod
 from secateur.models.decoders import decoder_blocks
 from secateur.search import token_loss

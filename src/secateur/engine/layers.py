@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from secateur.engine.keeping import Decision
 from secateur.engine.run import Run
 from secateur.errors import BudgetError, UnsupportedModelError
-from secateur.keeping import Decision
 from secateur.methods import LayerMethod, Target
 from secateur.models.sources import check_finite
 from secateur.structure import Anatomy, Group

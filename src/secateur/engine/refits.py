@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from secateur.allocate import parse_pattern
+from secateur.engine.keeping import Decided, Decision, SeenByModule
 from secateur.engine.run import Run, set_weight
 from secateur.healing import find
 from secateur.healing.refit import few_tokens
-from secateur.keeping import Decided, Decision, SeenByModule
 from secateur.methods import UnitMethod, WeightMethod
 from secateur.models.sources import check_finite
 from secateur.observe import Gram

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.keeping import Decision
 from secateur.engine.run import Run
 from secateur.errors import BudgetError, DataError
-from secateur.keeping import Decision
 from secateur.methods import RotationMethod
 from secateur.models.decoders import typed_blocks
 from secateur.models.rotation import EMBEDDING, centred, check_rotatable, is_centred, is_parallel, signals

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.allocators import Allocator, Measuring
+from secateur.engine.keeping import Decision, Keeper, SeenByModule
 from secateur.errors import DataError
 from secateur.healing import Refit
-from secateur.keeping import Decision, Keeper, SeenByModule
 from secateur.memory import trim
 from secateur.methods import Method, Target
 from secateur.models.decoders import decoder_anatomy

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.engine.keeping import Decision
 from secateur.engine.run import Run
 from secateur.errors import UsageError
-from secateur.keeping import Decision
 from secateur.methods import SearchMethod
 from secateur.models.sources import check_finite
 from secateur.search import MaskDescent, Searched, mean_gradients, token_loss

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from secateur.engine.keeping import Decision
 from secateur.engine.run import Run
 from secateur.engine.trials import SublayerTrials
 from secateur.errors import BudgetError, UnsupportedModelError, UsageError
-from secateur.keeping import Decision
 from secateur.methods import Gone, Sublayer, SublayerMethod
 from secateur.models.decoders import unknown_family
 from secateur.models.surgery import sublayer_kind

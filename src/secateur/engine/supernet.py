@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from secateur.allocate import Grid, even_start
 from secateur.allocate.units import Limits
+from secateur.engine.keeping import Decision, Keeper, SeenByModule
 from secateur.engine.run import Run, set_weight
+from secateur.engine.searching import LevelTrials, level_tensors, level_weight
 from secateur.errors import UsageError
-from secateur.keeping import Decision, Keeper, SeenByModule
 from secateur.methods import SupernetMethod
 from secateur.search import Levels
-from secateur.searching import LevelTrials, level_tensors, level_weight
 from secateur.structure import Group
 from secateur.structure.surgery import complement
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur.allocate.units import Kept, Limits
 from secateur.engine import search
+from secateur.engine.keeping import Decision, Keeper
 from secateur.engine.run import Run
 from secateur.engine.units import limits_of
 from secateur.errors import BudgetError, UsageError
@@ -19,7 +20,6 @@ from secateur.healing.recovery import Curve
 from secateur.healing.recovery.shrinking import Shrinking
 from secateur.healing.recovery.trained import targets
 from secateur.healing.recovery.trainer import Windows, recover
-from secateur.keeping import Decision, Keeper
 from secateur.loop import Keeper as TrainingKeeper
 from secateur.methods import TrainedMethod
 from secateur.structure import Group

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from secateur.allocate import Allocator, UniformAllocator
 from secateur.allocate.units import Limits, layer_part
-from secateur.budgets import (
+from secateur.engine.allocation import shared
+from secateur.engine.budgets import (
     Budgets,
     measure_variants,
     read_losses,
@@ -20,13 +21,12 @@ from secateur.budgets import (
     windows_for,
     write_losses,
 )
-from secateur.engine.allocation import shared
 from secateur.engine.hidden import frozen_channels
+from secateur.engine.keeping import Decision, SeenByModule
 from secateur.engine.refits import few_tokens_noted, refit_groups
 from secateur.engine.run import Run
 from secateur.errors import UnsupportedModelError
 from secateur.healing import BiasHealer, find
-from secateur.keeping import Decision, SeenByModule
 from secateur.methods import Seen, StructuredMethod, UnitMethod
 from secateur.models.decoders import unknown_family
 from secateur.models.sources import check_finite

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from secateur.engine.keeping import Decision
 from secateur.engine.run import Run
 from secateur.errors import BudgetError, UnsupportedModelError
-from secateur.keeping import Decision
 from secateur.methods import VocabularyMethod
 from secateur.models.vocabulary import lexicon_of, named_tokens
 from secateur.structure import Anatomy, Group

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from secateur.allocate import lowest_of_all, parse_pattern
 from secateur.engine.allocation import allocated
+from secateur.engine.keeping import Decision
 from secateur.engine.refits import few_tokens_noted
 from secateur.engine.run import Run, set_weight
 from secateur.errors import UnsupportedModelError, UsageError
-from secateur.keeping import Decision
 from secateur.methods import SearchMethod, WeightMethod
 from secateur.structure import Anatomy, Matrix
 

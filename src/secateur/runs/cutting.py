@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.keeping import Decision
+from secateur.engine.keeping import Decision
 from secateur.models.decoders import decoder_anatomy, is_transposed
 from secateur.models.packed import pack
 from secateur.models.rotation import Rotation

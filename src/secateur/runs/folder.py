@@ -29,9 +29,9 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur.engine.keeping import Decision, Keeper, SeenByModule
 from secateur.errors import OutputError
 from secateur.files import sync_folder
-from secateur.keeping import Decision, Keeper, SeenByModule
 from secateur.methods import Method
 from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen

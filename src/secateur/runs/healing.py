@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.engine.recovering import Recovered, Teacher, recover_decoder
 from secateur.errors import ModelLoadError, SecateurError, UsageError
 from secateur.files import check_output
 from secateur.healing.recovery import Curve, RecoveryOptions, make_recovery
@@ -22,7 +23,6 @@ from secateur.models.vocabulary import fitted
 from secateur.plans import Plan, find_plans
 from secateur.ranks import ALONE, Ranks, join
 from secateur.reading import read_json
-from secateur.recovering import Recovered, Teacher, recover_decoder
 from secateur.report import Metric, Report
 from secateur.runs.folder import RunFolder
 from secateur.runs.kept import hint, kept

@@ -41,7 +41,7 @@ from secateur.versions import library_versions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from secateur.recovering import Recovered
+    from secateur.engine.recovering import Recovered
 
 # (the dense model, the compute dtype), before any work
 Announce = Callable[[Source, torch.dtype], None]
@@ -251,7 +251,7 @@ class _Runner:
         self, number: int, result: StepResult | None, options: RecoveryOptions, output: Output
     ) -> StepResult | None:
         """What the step has written, trained; the dense model of the run is the teacher where one is wanted."""
-        from secateur.recovering import Teacher
+        from secateur.engine.recovering import Teacher
         from secateur.runs.healing import heal_step
 
         data = self._recipe.calibration

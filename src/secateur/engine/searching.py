@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.criteria.fitness import Fitness, FullKL
-from secateur.keeping import Keeper
+from secateur.engine.keeping import Keeper
 from secateur.models.sources import Source
 from secateur.observe.calibration import evaluating
 from secateur.plans import pack_bits, unpack_bits
