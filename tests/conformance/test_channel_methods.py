@@ -52,7 +52,7 @@ def usual(method: str, network: str = "residual") -> tuple[ModuleNetwork, Plan]:
 
 
 def runs_on(method: str, network: str) -> bool:
-    return method != "slimming" or network == "residual"
+    return method not in ("slimming", "hrank") or network == "residual"
 
 
 CASES = [(m, n) for m in METHODS for n in NETWORKS if runs_on(m, n)]

@@ -6,7 +6,7 @@ U units of a group, E entries of one unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,19 @@ def reduce_slices(scores: Tensor, dim: int, index_UW: Tensor, reduction: str) ->
     others = [d for d in range(scores.dim()) if d != dim % scores.dim()]
     along = _ALONG[reduction](scores, others) if others else scores
     return REDUCTIONS[reduction](along.double()[index_UW])
+
+
+def mean_of_places(places: Sequence[tuple[Tensor, Sequence[Tensor]]], of_unit: Callable[[Tensor], Tensor]) -> Tensor:
+    """One number per unit, from where its channels are seen, [units] float64.
+
+    A place has a value for every channel, [channels], and the channels of every unit, int64, which ``of_unit`` puts
+    together. Places in which a unit has no channels don't count for it; a unit that is nowhere gets 0.
+    """
+    found_PU = torch.stack(
+        [torch.stack([of_unit(v_C[c]) if len(c) else v_C.new_zeros(()) for c in units]) for v_C, units in places]
+    )
+    there_PU = torch.tensor([[len(c) > 0 for c in units] for _, units in places], device=found_PU.device)
+    return (found_PU.double() * there_PU).sum(dim=0) / there_PU.sum(dim=0).clamp(min=1)
 
 
 def _divided(scores_U: Tensor, by: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class ChannelMethod(Method):
 
     ``importance`` scores single parameters; what is coupled is put together by ``reduction`` and brought to one
     scale by ``normalizer`` (SPA, arXiv:2403.18955, §4). ``needs`` names what it wants beside the weights:
-    ``gradient``, ``curvature``, ``diagonal``, or ``inputs``, what the weights that read the channels are applied to.
+    ``gradient``, ``curvature``, ``diagonal``, ``inputs``, what the weights that read the channels are applied to, or
+    ``maps``, the channels as feature maps.
     With ``per_batch`` scores of single batches are averaged, without, gradients are.
     """
 

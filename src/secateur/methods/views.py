@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from secateur.observe import Gram
+from secateur.observe import Gram, MapRanks
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.layers import Layer, layers_of
 from secateur.structure.streams import residual_streams
@@ -78,13 +78,35 @@ class Consumer:
 
 
 @dataclass(frozen=True)
+class FeatureMaps:
+    """A tensor of feature maps, and what data told of them; ``name`` is the call that computes it.
+
+    ``channels`` are those of every unit of a group, int64, none where the unit isn't there.
+    """
+
+    name: str
+    ranks: MapRanks
+    channels: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Coupled:
-    """A group of coupled channels as a criterion sees it; ``consumers`` for methods that need ``inputs``."""
+    """A group of coupled channels as a criterion sees it; ``consumers`` for methods that need ``inputs``, ``maps`` for
+    those that need these."""
 
     name: str
     units: int
     parts: tuple[Part, ...]
     consumers: tuple[Consumer, ...] = ()
+    maps: tuple[FeatureMaps, ...] = ()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the dense network told about groups, by name, when it ran on inputs: see ``Coupled``."""
+
+    consumers: Mapping[str, tuple[Consumer, ...]] = field(default_factory=dict)
+    maps: Mapping[str, tuple[FeatureMaps, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

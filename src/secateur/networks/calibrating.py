@@ -30,14 +30,12 @@ def calibration_of(
     """The batches that a method looks at: ``data``, or ``noise`` of the shapes of the example inputs.
 
     A network is traced again, with ``anatomy_on``, for batches of another size than that of the example inputs.
-    Raises DataError for no data, for batches that the network can't be called with, and for NaN.
+    Raises DataError for no batches, for ones that the network can't be called with, and for NaN.
     """
     if noise is not None:
         if data is not None:
             raise DataError("calibration='noise' takes no data: leave data= out, or take calibration='data'")
         return [(anatomy, one.leaves()) for one in _noise(noise, example)]
-    if data is None:
-        raise DataError("this method needs data: give data= (batches of inputs), or take calibration='noise'")
     known = {_shapes(example): anatomy}
     found: Calibration = []
     for number, batch in enumerate(batches(data)):

@@ -13,7 +13,7 @@ from secateur.allocate import CostOf, allocate_channels
 from secateur.allocate.units import Limits
 from secateur.errors import NonFiniteError, UnsupportedModelError, UsageError, nearest
 from secateur.finite import all_finite
-from secateur.methods import ChannelMethod, Consumer, Coupled, Method, Part, Whole
+from secateur.methods import ChannelMethod, Coupled, Method, Observed, Part, Whole
 from secateur.methods.views import Flow
 from secateur.networks.kinds import Asked
 from secateur.networks.latency import Latencies
@@ -28,6 +28,8 @@ from secateur.versions import library_versions
 
 Role = Callable[[str, Tensor], str]
 """Name and tensor of a parameter → ``weight``, ``scale`` or ``bias``, see ``Part``."""
+
+_NOTHING = Observed()
 
 
 class Probe(Protocol):
@@ -62,12 +64,12 @@ def decide_channels(
     model: Fingerprint,
     inputs: ExampleInputs,
     probe: Probe,
-    consumers: Mapping[str, tuple[Consumer, ...]] | None = None,
+    observed: Observed = _NOTHING,
     asked: Asked,
     latencies: Latencies | None = None,
 ) -> Plan:
-    """Which channels leave. ``probe`` runs the network, for methods that look at what it does; ``consumers`` are by
-    group what reads its channels, for methods that look at inputs; ``latencies`` for methods whose budget they are.
+    """Which channels leave. ``probe`` runs the network, for methods that look at what it does; ``observed`` is what it
+    told on inputs, for methods that look at these; ``latencies`` for methods whose budget they are.
 
     Raises UnsupportedModelError when there are none, NonFiniteError or BudgetError.
     """
@@ -77,7 +79,7 @@ def decide_channels(
     shares = _shares(anatomy, asked.ratios)
     for sparsity in method.schedule():
         removed = _removed(anatomy, keep)
-        scores = _gone_last(_scores(method, anatomy, tensors, role, probe, removed, consumers), keep)
+        scores = _gone_last(_scores(method, anatomy, tensors, role, probe, removed, observed), keep)
         groups = [g for g in anatomy if g.name in scores]
         if not groups:
             raise UnsupportedModelError(
@@ -113,11 +115,11 @@ def _scores(
     role: Role,
     probe: Probe,
     removed: set[int],
-    consumers: Mapping[str, tuple[Consumer, ...]] | None = None,
+    observed: Observed,
 ) -> dict[str, Tensor]:
     """Scores of all groups that may be cut, on one scale."""
     found: dict[str, list[Tensor]] = {}
-    for whole in _wholes(anatomy, tensors, role, probe, removed, consumers or {}):
+    for whole in _wholes(anatomy, tensors, role, probe, removed, observed):
         for name, scores in method.scores(whole).items():
             if scores is None:
                 continue
@@ -133,13 +135,11 @@ def _wholes(
     role: Role,
     probe: Probe,
     removed: set[int],
-    consumers: Mapping[str, tuple[Consumer, ...]],
+    observed: Observed,
 ) -> Iterator[Whole]:
     """The network as a method sees it, once per batch of data or once for all of them."""
     for one in probe.learned(removed):
-        groups = tuple(
-            _coupled(group, tensors, role, one, consumers.get(group.name, ())) for group in anatomy.of_kind("channel")
-        )
+        groups = tuple(_coupled(group, tensors, role, one, observed) for group in anatomy.of_kind("channel"))
         yield Whole(groups, tensors, one, probe.flow(removed), anatomy)
 
 
@@ -150,7 +150,7 @@ def decide_densities(
 
     Raises UsageError for a method that has no densities, NonFiniteError or BudgetError.
     """
-    whole = next(_wholes(anatomy, tensors, role, probe, set(), {}))
+    whole = next(_wholes(anatomy, tensors, role, probe, set(), _NOTHING))
     found = method.layer_densities(whole)
     if found is None:
         raise UsageError(f"{method.name} doesn't give layers densities; precrop and preconfig do")
@@ -166,9 +166,7 @@ def _gone_last(scores: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> dict
     return found
 
 
-def _coupled(
-    group: Group, tensors: Mapping[str, Tensor], role: Role, told: Learned, consumers: tuple[Consumer, ...]
-) -> Coupled:
+def _coupled(group: Group, tensors: Mapping[str, Tensor], role: Role, told: Learned, observed: Observed) -> Coupled:
     parts = []
     for part in group.slices:
         if part.tensor not in tensors:
@@ -177,7 +175,8 @@ def _coupled(
         learned_of = {kind: by_name[part.tensor] for kind, by_name in told.items() if part.tensor in by_name}
         kind = role(part.tensor, parameter)
         parts.append(Part(part.tensor, part.dim, part.index, kind, parameter.detach(), **learned_of))
-    return Coupled(group.name, group.units, tuple(parts), consumers)
+    consumers, maps = observed.consumers.get(group.name, ()), observed.maps.get(group.name, ())
+    return Coupled(group.name, group.units, tuple(parts), consumers, maps)
 
 
 def _allocated(
@@ -255,6 +254,12 @@ def _complement(kept: Tensor, units: int) -> Tensor:
     gone = torch.ones(units, dtype=torch.bool)
     gone[kept] = False
     return gone.nonzero().flatten()
+
+
+def noted(plan: Plan, notes: Iterable[str]) -> Plan:
+    """The plan with more notes."""
+    provenance = plan.provenance[0]
+    return replace(plan, provenance=(provenance.model_copy(update={"notes": (*provenance.notes, *notes)}),))
 
 
 def network_report(plan: Plan, anatomy: TracedAnatomy, latencies: Latencies | None = None) -> Report:

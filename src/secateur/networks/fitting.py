@@ -17,6 +17,7 @@ from secateur.errors import DataError, NonFiniteError
 from secateur.finite import all_finite
 from secateur.methods import ChannelMethod, Consumer, Fitting
 from secateur.networks.calibrating import Calibration
+from secateur.networks.deciding import noted
 from secateur.observe import Gram, Moments
 from secateur.plans import Plan
 from secateur.structure.groups import TracedAnatomy
@@ -110,7 +111,7 @@ def fitted(method: ChannelMethod, plan: Plan, seen: Seen, calibration: Calibrati
         return plan
     notes = list(_left_out(plan, seen))
     if all(len(kept) == plan.groups[name] for name, kept in plan.keep.items()):
-        return _with_notes(plan, notes)
+        return noted(plan, notes)
     removed = {name: plan.removed(name) for name in plan.keep}
     cuts = {id(traced): Cut(traced.trace, traced.units_removed(removed)) for traced, _ in calibration}
     batches = [Batch(traced.trace, inputs, cuts[id(traced)]) for traced, inputs in calibration]
@@ -123,7 +124,7 @@ def fitted(method: ChannelMethod, plan: Plan, seen: Seen, calibration: Calibrati
         tensor = fit.walk.changed[name]
         masks[name] = kept_entries(cut, name)
         values[name] = tensor.cpu()[masks[name]]
-    return _with_notes(replace(plan, masks=masks, values=values), notes + fit.notes)
+    return noted(replace(plan, masks=masks, values=values), notes + fit.notes)
 
 
 def kept_entries(cut: Cut, name: str) -> Tensor:
@@ -283,11 +284,6 @@ def _left_out(plan: Plan, seen: Seen) -> Iterable[str]:
     for group in seen.anatomy.of_kind("channel"):
         if group.name not in plan.keep:
             yield f"{group.name} stays: no weight that can be fitted reads it"
-
-
-def _with_notes(plan: Plan, notes: Sequence[str]) -> Plan:
-    provenance = plan.provenance[0]
-    return replace(plan, provenance=(provenance.model_copy(update={"notes": (*provenance.notes, *notes)}),))
 
 
 def _place(reader: Reader) -> Place:

@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 from secateur.errors import DataError
 from secateur.healing.starting import NORMS
 from secateur.latencytable import LatencyTable
-from secateur.methods import ChannelMethod, Fitting, Method
+from secateur.methods import ChannelMethod, Fitting, Method, Observed
 from secateur.methods.views import Flow
 from secateur.networks.applying import apply_to_module, copied, masked_module, module_anatomy, module_fingerprint
-from secateur.networks.calibrating import calibration_of
-from secateur.networks.deciding import channel_method, decide_channels, decide_densities
+from secateur.networks.calibrating import Calibration, calibration_of
+from secateur.networks.deciding import channel_method, decide_channels, decide_densities, noted
 from secateur.networks.example import Example
+from secateur.networks.featuremaps import rank_maps, unmapped
 from secateur.networks.fitting import fitted, observe
 from secateur.networks.kinds import Asked
 from secateur.networks.latency import Latencies, Progress, measure_latencies
@@ -31,6 +32,8 @@ from secateur.structure.groups import TracedAnatomy
 from secateur.structure.resize import Cut
 
 _NOTHING = Asked()
+_OF_INPUTS = frozenset({"inputs", "maps"})
+"""What methods need that a walk over the dense network tells, without gradients."""
 
 
 def plan_module(
@@ -45,12 +48,15 @@ def plan_module(
     Raises UsageError, DataError, NonFiniteError or BudgetError.
     """
     chosen, module = channel_method(method), anatomy.trace.module
-    calibration, seen = [], None
+    calibration: Calibration = []
+    seen, observed = None, Observed()
+    if _OF_INPUTS.intersection(chosen.needed()):
+        calibration = _calibration(chosen, anatomy, example, asked)
     if "inputs" in chosen.needed():
-        how = chosen.fitting() or Fitting()
-        again = partial(module_anatomy, module, heads=chosen.heads, ignore=asked.ignore)
-        calibration = calibration_of(asked.data, how.noise, example, anatomy, again)
-        seen = observe(anatomy, calibration, norms=how.norms)
+        seen = observe(anatomy, calibration, norms=_fitting(chosen).norms)
+        observed = Observed(consumers=seen.consumers())
+    if "maps" in chosen.needed():
+        observed = replace(observed, maps=rank_maps(anatomy, calibration))
     plan = decide_channels(
         chosen,
         anatomy,
@@ -59,11 +65,26 @@ def plan_module(
         model=module_fingerprint(module),
         inputs=example.recorded(),
         probe=_probe(chosen, anatomy, example, asked.data, asked.loss, asked.seed),
-        consumers=seen.consumers() if seen else None,
+        observed=observed,
         asked=asked,
         latencies=latencies,
     )
+    plan = noted(plan, unmapped(observed.maps))
     return fitted(chosen, plan, seen, calibration) if seen else plan
+
+
+def _fitting(method: ChannelMethod) -> Fitting:
+    return method.fitting() or Fitting()
+
+
+def _calibration(method: ChannelMethod, anatomy: TracedAnatomy, example: Example, asked: Asked) -> Calibration:
+    """See ``calibration_of``. Raises DataError."""
+    noise = _fitting(method).noise
+    if asked.data is None and noise is None:
+        instead = ", or take calibration='noise'" if "calibration" in method.options() else ""
+        raise DataError(f"{method.name} needs data: give data= (batches of inputs){instead}")
+    again = partial(module_anatomy, anatomy.trace.module, heads=method.heads, ignore=asked.ignore)
+    return calibration_of(asked.data, noise, example, anatomy, again)
 
 
 def module_densities(
@@ -89,7 +110,7 @@ def _probe(
 
 
 def _of_gradients(method: ChannelMethod) -> list[str]:
-    return [need for need in method.needed() if need != "inputs"]
+    return [need for need in method.needed() if need not in _OF_INPUTS]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Statistics of calibration data, and the walk that collects them block by block."""
 
+from secateur.observe.featuremaps import MapRanks
 from secateur.observe.statistics import (
     Amplitudes,
     Angle,
@@ -25,6 +26,7 @@ __all__ = [
     "Cross",
     "Gram",
     "LastTokens",
+    "MapRanks",
     "Moments",
     "Needs",
     "SequenceMoments",

@@ -126,16 +126,9 @@ class Reader:
 
     def columns(self, trace: Trace, units: Sequence[int]) -> tuple[Tensor, ...]:
         """The columns of every unit, int64, none where it isn't read here."""
-        channels: dict[int, list[int]] = {unit: [] for unit in units}
-        for channel, those in enumerate(trace.units.table(self.labels).tolist()):
-            for unit in those:
-                if unit in channels:
-                    channels[unit].append(channel)
-        offsets = torch.arange(self.width)
-        return tuple(
-            (torch.tensor(mine, dtype=torch.int64)[:, None] * self.width + offsets).flatten()
-            for mine in channels.values()
-        )
+        channels = trace.units.positions(self.labels, units)
+        offsets = np.arange(self.width)
+        return tuple(torch.from_numpy((mine[:, None] * self.width + offsets).reshape(-1)) for mine in channels)
 
     @property
     def weight_key(self) -> tuple[str, int]:
@@ -182,7 +175,7 @@ def canonical_names(trace: Trace) -> dict[str, str]:
 
 def is_rearranged(node: fx.Node) -> bool:
     """Whether a call only moves entries of a parameter, or takes one of several such results."""
-    return node.target is operator.getitem or _short_name(node) in _MOVES
+    return node.target is operator.getitem or short_name(node) in _MOVES
 
 
 # -- where entries of parameters go ------------------------------------------------------------------------------------
@@ -210,7 +203,8 @@ def _entries(trace: Trace) -> Moved:
     return found
 
 
-def _short_name(node: fx.Node) -> str:
+def short_name(node: fx.Node) -> str:
+    """``conv2d`` for a call of ATen; empty for any other."""
     schema = getattr(node.target, "_schema", None)
     namespace, _, name = schema.name.partition("::") if schema is not None else ("", "", "")
     return name if namespace == "aten" else ""
@@ -258,7 +252,7 @@ def _is_parametric(node: fx.Node) -> bool:
 
 def _read(trace: Trace, node: fx.Node, entries: Moved) -> list[Reader] | None:
     """The matrices of a call, none where its weight sums over no channels, or None when it isn't such a call."""
-    name = _short_name(node)
+    name = short_name(node)
     if name == "linear":
         return _products(trace, node, entries, weight=node.args[1], source=node.args[0], columns=-1)
     if name in ("matmul", "mm", "bmm", "addmm"):

@@ -292,6 +292,15 @@ class Units:
             known = self._tables[id(labels)] = (labels, self._table(self.roots(labels)))
         return known[1]
 
+    def positions(self, labels: Labels, units: Sequence[int]) -> tuple[NDArray[np.int64], ...]:
+        """The positions of every unit along a dimension, ascending int64; none where the unit isn't there."""
+        found: dict[int, list[int]] = {unit: [] for unit in units}
+        for position, those in enumerate(self.table(labels).tolist()):
+            for unit in those:
+                if unit in found:
+                    found[unit].append(position)
+        return tuple(np.array(mine, dtype=np.int64) for mine in found.values())
+
     def _table(self, roots: Labels) -> Labels:
         special = self._special[roots]
         # as a rule a position is a unit

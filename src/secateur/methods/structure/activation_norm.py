@@ -16,9 +16,9 @@ Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distilla
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from secateur.criteria.groups import mean_of_places
 from secateur.methods import ChannelMethod, Consumer, Coupled, Descriptor, register
 
 
@@ -40,12 +40,10 @@ class ActivationNorm(ChannelMethod):
     def score(self, group: Coupled) -> Tensor | None:
         if not group.consumers:
             return None
-        found = torch.stack([_norms(consumer) for consumer in group.consumers])
-        reading = torch.stack([torch.tensor([len(c) > 0 for c in one.columns]) for one in group.consumers])
-        return (found * reading).sum(dim=0) / reading.sum(dim=0).clamp(min=1)
+        squares = [(_mean_squares(consumer), consumer.columns) for consumer in group.consumers]
+        return mean_of_places(squares, lambda mine: mine.mean().sqrt())
 
 
-def _norms(consumer: Consumer) -> Tensor:
-    """Root mean square of every unit as it is read, [units]; 0 where it isn't."""
-    squares = consumer.gram.total_CC.diagonal().double() / max(consumer.gram.tokens, 1)
-    return torch.stack([squares[c].mean().sqrt() if len(c) else squares.new_zeros(()) for c in consumer.columns])
+def _mean_squares(consumer: Consumer) -> Tensor:
+    """Mean square of every column that a weight reads, [columns] float64."""
+    return consumer.gram.total_CC.diagonal().double() / max(consumer.gram.tokens, 1)
