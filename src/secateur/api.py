@@ -174,11 +174,12 @@ def plan(
     and ``loss(module, batch)`` is their mean loss, by default the cross-entropy of a classifier on (inputs, class
     indices), for methods that need gradients. Methods that look at inputs take batches as they are, labels behind the
     inputs or none.
-    ``budget`` of a decoder may be several fractions that stay, all of them together: ``{"latency": 0.7, "kv_bytes":
-    0.5}``. ``budget="latency"`` measures the module's calls, or the decoder's blocks, on this machine at several
-    widths; ``latency_table`` is a file in which the measurements are kept, and found again, by default that of this
-    machine in the user's cache for decoders. ``ratios`` are fractions of the channels of groups that leave
-    whatever their scores (``{"layer4.*": 0.5}``, by pattern); the others make up the rest of the budget.
+    ``budget`` may say what stays instead of a ``sparsity``: ``{"latency": 0.7}``, of a decoder also several of them,
+    all together: ``{"latency": 0.7, "kv_bytes": 0.5}``. ``budget="latency"`` measures the calls of a module or of an
+    ONNX model, or the decoder's blocks, on this machine at several widths; ``latency_table`` is a file in which the
+    measurements are kept, and found again, by default that of this machine in the user's cache for decoders.
+    ``ratios`` are fractions of the channels of groups that leave whatever their scores (``{"layer4.*": 0.5}``, by
+    pattern); the others make up the rest of the budget.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
     from secateur.allocators import chosen_allocation
@@ -276,8 +277,8 @@ def method_options(
     from secateur.errors import OptionError
     from secateur.methods import get_method
 
-    fields = get_method(method).option_fields()
-    merged = dict(options or {})
+    chosen = get_method(method)
+    fields, merged = chosen.option_fields(), dict(options or {})
     budget = None if budget is None else written(budget)
     if sparsity is not None and "=" in (budget or ""):
         raise OptionError(f"sparsity and budget {budget} both say how much stays: give one of them")
@@ -287,7 +288,7 @@ def method_options(
             continue
         if name not in fields:
             raise OptionError(f"{method} takes no {name}: 'secateur describe {method}' lists its options")
-        merged[name] = value
+        merged |= chosen.budget_options(value) if name == "budget" else {name: value}
     if "seed" in fields:
         merged.setdefault("seed", seed)
     return merged
@@ -467,7 +468,7 @@ def _prune_network(
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     options: Mapping[str, Any] | None = None,
-    budget: str | None = None,
+    budget: str | Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
     seed: int = 0,

@@ -1,7 +1,8 @@
 """The file in which measured latencies are kept: what was timed, at which widths, and on which machine.
 
-It is JSON, or, where its name ends in .csv, a table for people and spreadsheets: a first line ``#`` with machine and
-torch as JSON, then the columns ``call``, ``milliseconds`` and one per dimension that was narrowed (``a``, ``b``).
+It is JSON, or, where its name ends in .csv, a table for people and spreadsheets: a first line ``#`` with machine, torch
+and, where ONNX models were timed, onnxruntime as JSON, then the columns ``call``, ``milliseconds`` and one per
+dimension that was narrowed (``a``, ``b``).
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class _Document(BaseModel):
     format_version: int
     machine: dict[str, Any]
     torch: str
+    onnxruntime: str = ""
     entries: dict[str, _StoredEntry]
 
 
@@ -82,6 +84,8 @@ class LatencyTable:
     path: Path | None = None
     machine: dict[str, Any] = field(default_factory=machine)
     torch: str = field(default_factory=lambda: library_versions()["torch"])
+    onnxruntime: str = ""
+    """Where it holds times of ONNX models, the version that ran them."""
     entries: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
@@ -96,7 +100,7 @@ class LatencyTable:
             raise DataError(f"{path} is not a table of latencies that secateur wrote") from None
         if document.format_version != FORMAT_VERSION:
             raise DataError(f"{path} has format {document.format_version}, and this version reads {FORMAT_VERSION}")
-        return cls(Path(path), document.machine, document.torch, entries)
+        return cls(Path(path), document.machine, document.torch, document.onnxruntime, entries)
 
     @classmethod
     def cached(cls) -> LatencyTable:
@@ -136,9 +140,7 @@ class LatencyTable:
             write_text(self.path, self._csv())
             return
         document = {
-            "format_version": FORMAT_VERSION,
-            "machine": self.machine,
-            "torch": self.torch,
+            **self._head(),
             "entries": {
                 key: {"widths": [w.tolist() for w in entry.widths], "milliseconds": entry.milliseconds.tolist()}
                 for key, entry in self.entries.items()
@@ -146,11 +148,15 @@ class LatencyTable:
         }
         write_text(self.path, json.dumps(document, indent=1) + "\n")
 
+    def _head(self) -> dict[str, Any]:
+        """What the file says beside the entries."""
+        runtime = {"onnxruntime": self.onnxruntime} if self.onnxruntime else {}
+        return {"format_version": FORMAT_VERSION, "machine": self.machine, "torch": self.torch, **runtime}
+
     def _csv(self) -> str:
         """The table as CSV; numbers keep all their digits."""
         lines = io.StringIO()
-        about = {"format_version": FORMAT_VERSION, "machine": self.machine, "torch": self.torch}
-        lines.write(f"# {json.dumps(about)}\n")
+        lines.write(f"# {json.dumps(self._head())}\n")
         dims = max((len(entry.widths) for entry in self.entries.values()), default=0)
         writer = csv.writer(lines, lineterminator="\n")
         writer.writerow([*_COLUMNS, *(chr(ord("a") + dim) for dim in range(dims))])
@@ -165,6 +171,11 @@ class LatencyTable:
         """The machine, for people."""
         at = self.machine
         return f"{at['accelerator'] or at['cpu']}, {at['threads']} threads, torch {self.torch}"
+
+    @property
+    def about_onnx(self) -> str:
+        """The machine as ONNX models see it."""
+        return f"{self.machine['cpu']}, {self.machine['threads']} threads, onnxruntime {self.onnxruntime}"
 
 
 def _read(path: Path) -> Any:

@@ -193,13 +193,14 @@ def test_measured_beside_the_dense_one(images, cli):
     assert shown.code == 0 and "latency" in shown.out, shown.err
 
 
-def test_a_latency_budget_keeps_its_table(net, cli, tmp_path):
-    asked = ("--input", SIZE, "--method", "spa_l1", "--sparsity", 0.1, "--budget", "latency")
-    run = cli("prune", "net.py:make", *asked, "--latency-table", "times.json", "--out", "small", "--no-report")
+@pytest.mark.parametrize("named", [("net.py:make", "--input", SIZE), ("dense.onnx",)])
+def test_a_latency_budget_keeps_its_table(onnx_file, cli, tmp_path, named):
+    asked = ("--method", "spa_l1", "--budget", "latency=0.9", "--set", "round_to=4", "--latency-table", "times.json")
+    run = cli("prune", *named, *asked, "--out", "small", "--no-report")
     # what it can save is a matter of the machine; the table is there either way
     assert run.code == 0 or "can't remove" in run.err, run.err
     kept = (tmp_path / "times.json").read_bytes()
-    cli("prune", "net.py:make", *asked, "--latency-table", "times.json", "--out", "again", "--no-report")
+    cli("prune", *named, *asked, "--out", "again", "--no-report")
     assert (tmp_path / "times.json").read_bytes() == kept
 
 
@@ -250,6 +251,7 @@ def test_a_free_size_stays_free_in_the_file(net, cli, size):
         (["net.py:make", *PRUNE, "--loss", "net.py:number", "--dry-run"], "must be a function"),
         (["net.py:make", *PRUNE, "--ignore", "nothing", "--dry-run"], "matches no parameter"),
         (["net.py:make", *PRUNE, "--latency-table", "times.json", "--dry-run"], "is for budget='latency'"),
+        (["net.py:make", *PRUNE[:4], "--budget", "latency=0.7,macs=0.5", "--dry-run"], "channels leave for one budget"),
         (["dense.onnx", "--method", "spa_l1", "--out", "x.pt2"], "is written as .onnx"),
         (["dense.onnx", "--method", "spa_l1", "--input", SIZE, "--dry-run"], "--input as NAME="),
     ],

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from secateur.errors import OptionError, nearest
 
 BUDGETS = ("params", "macs", "bytes", "kv_bytes", "latency", "neurons")
 
 
-def parse_budgets(text: str, sparsity: float) -> dict[str, float]:
+def parse_budgets(text: str, sparsity: float, names: Sequence[str] = BUDGETS) -> dict[str, float]:
     """Budget → fraction of the dense model that may stay, in the order in which they are written.
 
     A name alone leaves ``1 - sparsity``. Raises OptionError.
     """
     if "=" not in text:
-        _check_name(text)
+        _check_name(text, names)
         return {text: 1 - sparsity}
     found: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
-        _check_name(name)
+        _check_name(name, names)
         if name in found:
             raise OptionError(f"budget {name} is given twice")
         try:
@@ -43,9 +43,7 @@ def written(budget: str | Mapping[str, float]) -> str:
     return ",".join(f"{name}={fraction!r}" for name, fraction in budget.items())
 
 
-def _check_name(name: str) -> None:
-    if name not in BUDGETS:
-        raise OptionError(
-            f"budget must be one of {', '.join(BUDGETS)}, or fractions of them that stay (latency=0.7,kv_bytes=0.5),"
-            f" got {name!r}{nearest(name, BUDGETS)}"
-        )
+def _check_name(name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        several = "fractions of them that stay (latency=0.7,kv_bytes=0.5)" if names is BUDGETS else "latency=0.7"
+        raise OptionError(f"budget must be one of {', '.join(names)}, or {several}, got {name!r}{nearest(name, names)}")

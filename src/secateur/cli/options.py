@@ -39,8 +39,8 @@ Budget = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME[=FRACTION]",
-        help="What the sparsity is a fraction of: params, macs, bytes, kv_bytes, channels, latency. Or, of language "
-        "models, NAME=FRACTION, the fraction of the dense model that may stay; repeatable, all of them are met.",
+        help="What the sparsity is a fraction of: params, macs, bytes, kv_bytes, channels, latency. Or NAME=FRACTION, "
+        "the fraction of the dense model that may stay; repeatable for language models, all of them are met.",
     ),
 ]
 Uniform = Annotated[

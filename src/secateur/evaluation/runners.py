@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from secateur.errors import UsageError, first_line, require_extra
+from secateur.errors import UsageError
 from secateur.evaluation.base import Inputs
 from secateur.kinds import is_onnx
 from secateur.structure.exporting import evaluation_mode
 from secateur.structure.groups import TracedAnatomy, traced_anatomy
+from secateur.structure.onnx.session import open_session
 
 
 class Runner(Protocol):
@@ -116,15 +116,8 @@ class OnnxRunner:
     kind = "onnxruntime on cpu"
 
     def __init__(self, model: Any) -> None:
-        runtime = require_extra("onnxruntime", "vision", "running ONNX models")
         self._model = model
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        source = str(model) if isinstance(model, str | Path) else model.SerializeToString()
-        try:
-            self._session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own kinds
-            raise UsageError(f"onnxruntime can't run this ONNX model: {first_line(error)}") from None
+        self._session: Any = open_session(model, extra="vision")
 
     @property
     def fixed_batch(self) -> int | None:

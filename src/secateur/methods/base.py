@@ -45,6 +45,11 @@ class Method:
         """The options by name; metadata holds help, unit and range."""
         return {f.name: f for f in dataclasses.fields(cls)}
 
+    @classmethod
+    def budget_options(cls, budget: str) -> dict[str, Any]:
+        """The options that say what users write as a budget: ``params``, or ``latency=0.7``. Raises OptionError."""
+        return {"budget": budget}
+
     def options(self) -> dict[str, Any]:
         """The options as plain values, for provenance."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

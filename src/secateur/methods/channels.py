@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.allocate import CHANNEL_SCOPES
+from secateur.allocate.asked import parse_budgets
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
+from secateur.errors import OptionError
 from secateur.methods.base import Method
 from secateur.methods.views import (
     Consumer,
@@ -22,6 +24,8 @@ from secateur.methods.views import (
     Whole,
 )
 from secateur.options import option
+
+CHANNEL_BUDGETS = ("params", "macs", "bytes", "channels", "latency")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +40,7 @@ class ChannelMethod(Method):
     """
 
     sparsity: float = option(0.3, "fraction of the budget that is removed", ge=0, lt=1)
-    budget: str = option(
-        "params", "what the sparsity is a fraction of", choices=("params", "macs", "bytes", "channels", "latency")
-    )
+    budget: str = option("params", "what the sparsity is a fraction of", choices=CHANNEL_BUDGETS)
     scope: str = option(
         "global", "all channels are ranked together, or every group loses the same share", choices=CHANNEL_SCOPES
     )
@@ -62,6 +64,18 @@ class ChannelMethod(Method):
     per_batch: ClassVar[bool] = False
     only_modules: ClassVar[str] = ""
     """Why an ONNX model won't do, for methods that must run the network or build it anew."""
+
+    @classmethod
+    def budget_options(cls, budget: str) -> dict[str, Any]:
+        """``latency=0.7``, what may stay of one budget, is a sparsity of it. Raises OptionError."""
+        if "=" not in budget:
+            return {"budget": budget}
+        asked = parse_budgets(budget, 0.0, CHANNEL_BUDGETS)
+        if len(asked) > 1:
+            raise OptionError(f"channels leave for one budget, got {', '.join(asked)}: cut to the others afterwards")
+        ((name, stays),) = asked.items()
+        # 0.7 stays is 0.3 removed, and not 0.30000000000000004
+        return {"budget": name, "sparsity": round(1 - stays, 12)}
 
     def needed(self) -> tuple[str, ...]:
         """What these options need of data; by default all that the class does."""

@@ -279,6 +279,6 @@ def network_report(plan: Plan, anatomy: TracedAnatomy, latencies: Latencies | No
         report.metrics.append(Metric(name, unit, values, higher_is_better=False, protocol="counted on the graph"))
     if latencies is not None:
         values = {"dense": latencies.without(()), "pruned": latencies.without(removed)}
-        how = f"expected from calls timed alone; {latencies.table.about}"
+        how = f"expected from calls timed alone; {latencies.about}"
         report.metrics.append(Metric("expected latency", "ms", values, higher_is_better=False, protocol=how))
     return report

@@ -24,6 +24,7 @@ from secateur.networks.featuremaps import rank_maps, unmapped
 from secateur.networks.fitting import fitted, observe
 from secateur.networks.kinds import Asked
 from secateur.networks.latency import Latencies, Progress, measure_latencies
+from secateur.networks.timedcalls import ModuleCalls
 from secateur.observe.flow import synaptic_flow
 from secateur.observe.gradients import Learned, Loss, cross_entropy, learned
 from secateur.plans import Plan
@@ -163,9 +164,10 @@ class ModuleNetwork:
 
     def timed(self, path: str | Path | None, step: int, progress: Progress) -> ModuleNetwork:
         """See ``measure_latencies``."""
-        module, example, table = self.anatomy.trace.module, self.example, LatencyTable.open(path)
-        args, kwargs = example.args, dict(example.kwargs or {})
-        return replace(self, latencies=measure_latencies(self.anatomy, module, args, kwargs, table, step, progress))
+        kwargs = dict(self.example.kwargs or {})
+        calls = ModuleCalls(self.anatomy, self.anatomy.trace.module, self.example.args, kwargs)
+        table = LatencyTable.open(path)
+        return replace(self, latencies=measure_latencies(self.anatomy, calls, table, step, progress))
 
     def plan(self, method: Method, asked: Asked) -> Plan:
         """See ``plan_module``."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from secateur.errors import PlanMismatchError, UsageError
+from secateur.latencytable import LatencyTable
 from secateur.methods import Method
 from secateur.methods.views import Flow
 from secateur.networks.deciding import channel_method, decide_channels
 from secateur.networks.kinds import Asked
-from secateur.networks.latency import Progress
+from secateur.networks.latency import Latencies, Progress, measure_latencies
+from secateur.networks.onnxcalls import OnnxCalls
 from secateur.observe.gradients import Learned
 from secateur.plans import ExampleInputs, Fingerprint, Plan
 from secateur.structure.groups import TracedAnatomy
@@ -31,7 +33,13 @@ _NORMS = ("BatchNormalization", "InstanceNormalization", "LayerNormalization", "
 _NORMS += ("RMSNormalization", "SimplifiedLayerNormalization")
 
 
-def onnx_plan(method: Method, anatomy: TracedAnatomy, inputs: Inputs | None, asked: Asked) -> Plan:
+def onnx_plan(
+    method: Method,
+    anatomy: TracedAnatomy,
+    inputs: Inputs | None,
+    asked: Asked,
+    latencies: Latencies | None = None,
+) -> Plan:
     """Decide which channels leave an ONNX model. Raises UsageError, NonFiniteError or BudgetError."""
     chosen = channel_method(method)
     if chosen.only_modules:
@@ -56,6 +64,7 @@ def onnx_plan(method: Method, anatomy: TracedAnatomy, inputs: Inputs | None, ask
         ),
         probe=_Blind(),
         asked=asked,
+        latencies=latencies,
     )
 
 
@@ -78,22 +87,26 @@ class OnnxNetwork:
 
     anatomy: TracedAnatomy
     inputs: Inputs | None
-    latencies: None = None
+    source: Any = None
+    """The file that it came from."""
+    latencies: Latencies | None = None
 
     @classmethod
     def open(cls, model: Any, inputs: Any, *, heads: str, ignore: Sequence[str]) -> OnnxNetwork:
         """Trace it. Raises what ``onnx_anatomy`` raises, UsageError for sizes without names."""
         if inputs is not None and not isinstance(inputs, Mapping):
             raise UsageError("example_inputs of an ONNX model are sizes by name of the input: {'x': (1, 3, 224, 224)}")
-        return cls(onnx_anatomy(model, inputs=inputs, heads=heads, ignore=ignore), inputs)
+        source = model if isinstance(model, str | Path) else None
+        return cls(onnx_anatomy(model, inputs=inputs, heads=heads, ignore=ignore), inputs, source)
 
     def timed(self, path: str | Path | None, step: int, progress: Progress) -> OnnxNetwork:
-        """Raises UsageError: what onnxruntime fuses can't be timed call by call."""
-        raise UsageError("budget='latency' is for torch modules; an ONNX model takes macs, params, bytes or channels")
+        """See ``measure_latencies``."""
+        calls, table = OnnxCalls(self.anatomy, self.source), LatencyTable.open(path)
+        return replace(self, latencies=measure_latencies(self.anatomy, calls, table, step, progress))
 
     def plan(self, method: Method, asked: Asked) -> Plan:
         """See ``onnx_plan``."""
-        return onnx_plan(method, self.anatomy, self.inputs, asked)
+        return onnx_plan(method, self.anatomy, self.inputs, asked, self.latencies)
 
     def cut(self, plan: Plan, *, inplace: bool, optimizer: Any = None) -> tuple[onnx.ModelProto, list[str]]:
         """See ``apply_to_onnx``."""

@@ -93,13 +93,17 @@ class Cutter:
             if 0 in kept.shape(value) and 0 not in value.shape:
                 raise UsageError(f"these units together are all there is along one dimension of {name}: keep some")
         self._names = {n for node in trace.network.nodes for n in (*node.input, *node.output)} | set(trace.values)
-        sizes = {i.name: trace.shapes.shape(i.name) or () for i in trace.network.inputs}
+        sizes = {i.name: self._size_of_input(i.name) for i in trace.network.inputs}
         self._cut_initializers()
         self._state_shapes()
         self.shapes = Shapes(Network(self.model, trace.title), sizes)
         for number in range(len(trace.network.model.graph.node)):
             self._write(number)
         self._drop_unused()
+
+    def _size_of_input(self, name: str) -> tuple[int, ...]:
+        value = self.trace.values.get(name)
+        return tuple(self.kept.shape(value)) if value is not None else self.trace.shapes.shape(name) or ()
 
     # -- the graph -----------------------------------------------------------------------------------------------
 
