@@ -68,7 +68,9 @@ class Latency:
                 settings.progress(self.name, done, self.repeats + 1)
 
             taken = timing.take_turns(works, self.repeats, devices, step)
-            how = f"median of {self.repeats} interleaved repeats, one call on {inputs or 'the model’s own sizes'}, "
+            how = (
+                f"median of {self.repeats} interleaved repeats, one call on {str(inputs) or 'the model’s own sizes'}, "
+            )
             how += f"{' and '.join(dict.fromkeys(r.kind for r in runners.values()))}, {torch.get_num_threads()} threads"
         return [Metric(self.name, "ms", {n: 1000 * median(t) for n, t in taken.items()}, False, how)]
 
@@ -100,7 +102,7 @@ class Macs:
             return [Metric("MACs", "", linear, False, how)]
         inputs = inputs_of(settings, self.name)
         counted = {name: runner.traced(inputs).total.macs for name, runner in open_runners(models).items()}
-        how = f"counted on the graph, one call on {inputs or 'the model’s own sizes'}"
+        how = f"counted on the graph, one call on {str(inputs) or 'the model’s own sizes'}"
         return [Metric("MACs", "", {name: float(n) for name, n in counted.items()}, False, how)]
 
 
