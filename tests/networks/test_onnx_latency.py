@@ -53,14 +53,17 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Counts what is timed; a call of the whole model takes ``factor`` times what its parts do, and ``rest``."""
-    state = {"timed": 0, "factor": 1.0, "rest": 0.0}
+    """Counts what is timed; a call of the whole model takes ``factor`` times what its parts do, and ``rest``; a call
+    alone takes ``own`` more than in the model."""
+    state = {"timed": 0, "factor": 1.0, "rest": 0.0, "own": 0.0}
 
     def take_turns(works, repeats, devices):
         state["timed"] += 1
         taken = {name: operations(work) * PER_OPERATION for name, work in works.items()}
         if "1" in works:
             taken = {name: state["factor"] * alone + state["rest"] for name, alone in taken.items()}
+        else:
+            taken = {name: alone + state["own"] for name, alone in taken.items()}
         # one of the repeats is slowed down by something else
         return {name: [9.0, *[time / 1000] * (repeats - 1)] for name, time in taken.items()}
 
@@ -104,9 +107,11 @@ def test_what_is_expected_of_the_cut_model_is_what_it_takes(clock, files, networ
     assert all(np.isfinite(output).all() for output in ran(result.model))
 
 
-@pytest.mark.parametrize(("factor", "rest"), [(1.0, 5.0), (0.5, 0.0), (1.25, 2.0)])
-def test_what_fusing_saves_and_what_doesnt_shrink_is_told_from_two_widths(clock, files, factor, rest):
-    clock |= {"factor": factor, "rest": rest}
+@pytest.mark.parametrize(
+    ("factor", "rest", "own"), [(1.0, 5.0, 0.0), (0.5, 0.0, 0.0), (1.25, 2.0, 0.0), (1.0, 0.0, 0.5)]
+)
+def test_what_fusing_saves_and_what_doesnt_shrink_is_told_from_two_widths(clock, files, factor, rest, own):
+    clock |= {"factor": factor, "rest": rest, "own": own}
     result = pruned(files, sparsity=0.05)
     macs = next(m for m in result.report.metrics if m.name == "MACs").values
     assert expected(result) == pytest.approx({n: rest + factor * count * PER_OPERATION for n, count in macs.items()})

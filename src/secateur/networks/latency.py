@@ -100,13 +100,13 @@ class Latencies:
         dense, least = self._alone(()), self._alone(narrow)
         self._scale = self.measured / dense if dense else 1.0
         if len(times) > 1 and dense > least and times[-1] > times[0]:
-            # a line through both, which doesn't go below zero
-            self._scale = min(self._scale, float(times[-1] - times[0]) / (dense - least))
+            # a line through both; the rest is negative where calls that run alone take time of their own to be called
+            self._scale = float(times[-1] - times[0]) / (dense - least)
         self._rest = self.measured - self._scale * dense
 
     def without(self, removed: Iterable[int]) -> float:
         """What a call is expected to take when these units have left, in milliseconds."""
-        return self._rest + self._scale * self._alone(removed)
+        return max(self._rest + self._scale * self._alone(removed), 0.0)
 
     def _alone(self, removed: Iterable[int]) -> float:
         kept = Kept(self._units, removed)
