@@ -12,9 +12,10 @@ from torch.nn import functional as F
 import secateur as sc
 from secateur.cachestudy import page
 from secateur.cachestudy.measuring import Measurement, Protocol
-from secateur.cachestudy.results import CacheComparison, Row, Setting, columns, equal_columns, rows_of
+from secateur.cachestudy.results import CacheComparison, Row, Setting, columns, equal_columns, rows_of, speed_columns
 from secateur.errors import OutputError, UnsupportedModelError, UsageError
 from secateur.observe.calibration import load_tokens
+from secateur.report.numbers import format_value
 
 SMALL = {"prefix": 48, "after": 8, "windows": 2}
 
@@ -156,6 +157,8 @@ def test_standard_errors_are_those_of_differences():
         ({"question": "never"}, "question must be one of later, end"),
         ({"windows": 0}, "nothing is measured"),
         ({"needles": ["nah"]}, "unknown retrieval task 'nah'"),
+        ({"windows": 0, "speed": [0]}, "speed takes lengths of prompts, got 0"),
+        ({"speed": [230]}, "length 262 is beyond the 256 positions"),
         ({"prefix": 600}, "beyond the 256 positions"),
         ({"presses": ["flap"]}, "flap doesn't work on the KV cache"),
     ],
@@ -177,3 +180,41 @@ def test_the_best_on_a_text_of_what_fits(tiny_llama, tiny_tokenizer):
     assert found.spec == min(perplexities, key=perplexities.get) and found.dense_perplexity > 1
     with pytest.raises(UsageError, match="give it too"):
         sc.recommend_cache(tiny_llama, context=400, memory=room, text="builtin")
+
+
+def test_tokens_per_second_are_medians_over_turns(make_llama, tiny_tokenizer, tmp_path, monkeypatch):
+    """On a clock that goes on by 1/1024 s with every token, and by twice that with a compressed cache."""
+    clock, ran = [0.0], []
+    monkeypatch.setattr(sc.cachestudy.speed.timing, "now", lambda device: clock[0])
+    real = sc.cachestudy.speed.cached_forward
+
+    def forward(model, ids, cache):
+        ran.append((ids.shape[1], type(cache).__name__))
+        # three calls warm dense up, and from 13 on the second repeat runs: both are slow
+        slow = 5.0 if len(ran) <= 3 or 12 < len(ran) <= 18 else 1.0
+        clock[0] += slow * 2**-10 * ids.shape[1] * (2 if "Compressed" in type(cache).__name__ else 1)
+        return real(model, ids, cache)
+
+    monkeypatch.setattr(sc.cachestudy.speed, "cached_forward", forward)
+    arguments = {"presses": ["knorm:0.5"], "windows": 0, "speed": [40], "new": 2, "out": tmp_path / "out"}
+    made = sc.compare_caches(make_llama(), tiny_tokenizer, repeats=3, **arguments)
+    assert ran[0] == (40, "NoneType") and [shape for shape, _ in ran] == [40, 1, 1] * 8
+    dense, knorm = made.rows
+    (at,) = dense.speeds
+    assert (at.tokens, at.prefill, at.decode) == (40, 1024, 1024)
+    assert (knorm.speeds[0].prefill, knorm.speeds[0].decode) == (512, 512)
+    assert (dense.held, knorm.held, knorm.loss) == (1.0, pytest.approx(0.5, abs=0.04), None)
+    header, rows = speed_columns(made)
+    assert header == ["tokens/s", "prefill at 40", "decode at 40"] and rows[1] == [
+        "knorm:0.5",
+        *2 * [format_value(512)],
+    ]
+    document = json.loads((tmp_path / "out" / "cache.json").read_text())
+    assert document["rows"][1]["speeds"] == [{"tokens": 40, "prefill": 512, "decode": 512}]
+    html = (tmp_path / "out" / "cache.html").read_text()
+    assert "Reading a prompt" in html and "Writing behind a prompt" in html
+    # a length that comes later is measured, and those that are known aren't
+    ran.clear()
+    arguments["speed"] = [40, 20]
+    more = sc.compare_caches(make_llama(), tiny_tokenizer, repeats=3, resume=True, **arguments)
+    assert {shape for shape, _ in ran} == {20, 1} and more.rows[1].speeds[1] == knorm.speeds[0]

@@ -13,10 +13,11 @@ SMALL = ["--prefix", 48, "--after", 8, "--windows", 2]
 
 def test_compare_prints_a_table_and_resumes(cli, tiny_checkpoint, tmp_path):
     command = ["cache", "compare", tiny_checkpoint, "--presses", "knorm,keydiff,mustafar:block=8,window=8", *SMALL]
-    command += ["--out", tmp_path / "out"]
+    command += ["--out", tmp_path / "out", "--speed", "40", "--repeats", 1, "--new", 2]
     run = cli(*command, "--ratios", "0.5")
     assert run.code == 0, run.err
     assert "knorm:0.5" in run.out and "mustafar:0.5,block=8,window=8" in run.out and "At 75% of the bytes" in run.out
+    assert "prefill at 40" in run.out and "decode at 40" in run.out
     assert (tmp_path / "out" / "cache.html").is_file()
     again = cli(*command, "--ratios", "0.5", "--resume", "--json")
     document = json.loads(again.out)
@@ -31,6 +32,7 @@ def test_compare_prints_a_table_and_resumes(cli, tiny_checkpoint, tmp_path):
         (["--presses", "knorm"], 2, "give a folder for the comparison with --out"),
         (["--presses", "knorm", "--out", "out", "--ratios", "half"], 2, "--ratios takes numbers"),
         (["--presses", "knorm", "--out", "out", "--ratios", "0.5", "--held", "0.5"], 2, "give one of them"),
+        (["--presses", "knorm", "--out", "out", "--speed", "64,4k"], 2, "--speed takes whole numbers"),
         (["--presses", "knrm", "--out", "out"], 2, "unknown method 'knrm'; did you mean 'knorm'"),
         (["--presses", "knorm", "--out", "out", "--needle", "kv:length=100000"], 2, "beyond the 1024 positions"),
     ],

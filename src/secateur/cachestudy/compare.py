@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.cache.sizes import cache_shape, predicted_bytes
-from secateur.cachestudy.measuring import DENSE, Measurement, Protocol, items, measure_all
+from secateur.cachestudy.measuring import DENSE, Measurement, Protocol, measure_all, readings
 from secateur.cachestudy.results import CacheComparison, Setting, rows_of
 from secateur.cachestudy.smallest import STEPS, first_true
+from secateur.cachestudy.speed import timings
 from secateur.errors import OutputError, UsageError
 from secateur.evaluation.retrieval import Retrieval
 from secateur.files import write_text
@@ -44,6 +45,9 @@ def compare_caches(
     question: str = "later",
     seed: int = 0,
     text_field: str | None = None,
+    speed: Sequence[int] = (),
+    repeats: int = 3,
+    new: int = 32,
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -56,15 +60,28 @@ def compare_caches(
     the dense bytes; one that names all its fractions (``snapkv:0.5``) is run as it is. Measured are the perplexity of
     the ``after`` tokens that follow each of ``windows`` compressed prefixes of ``text`` (none with ``windows=0``), and
     the ``needles``, tasks as ``niah:length=1024/4096,depths=5`` or ``kv:length=1024``. ``question`` says where their
-    question stands: ``later``, behind the compressed context, or at its ``end``. ``out`` is a folder for journal, JSON
+    question stands: ``later``, behind the compressed context, or at its ``end``. ``speed`` lists lengths of prompts at
+    which tokens per second are measured, of reading them and of writing ``new`` tokens behind them, as medians of
+    ``repeats`` in which all caches take turns. ``out`` is a folder for journal, JSON
     and page; with ``resume`` what is done there isn't done again.
     Raises UsageError, DataError or OutputError.
     """
-    asked = Protocol(str(text), prefix, after, windows, tuple(needles), question, seed, text_field)
-    lengths = [prefix] if windows else [max(Retrieval.parse(needle).lengths) for needle in needles]
-    settings, missing = _settings(model, presses, ratios, held, lengths[0])
+    asked = Protocol(
+        text=str(text),
+        prefix=prefix,
+        after=after,
+        windows=windows,
+        needles=tuple(needles),
+        question=question,
+        seed=seed,
+        text_field=text_field,
+        speed=tuple(speed),
+        repeats=repeats,
+        new=new,
+    )
+    settings, missing = _settings(model, presses, ratios, held, _sized(asked))
     # all that can be wrong is known before anything is written
-    todo = list(items(model, tokenizer, asked))
+    todo = [*readings(model, tokenizer, asked), *timings(model, asked)]
     journal, known = (None, {}) if out is None else _journal(Path(out), model, asked, resume, overwrite)
     specs = [DENSE, *dict.fromkeys(setting.spec for setting in settings)]
     found = measure_all(
@@ -81,6 +98,13 @@ def compare_caches(
     if out is not None:
         _write(made, Path(out))
     return made
+
+
+def _sized(asked: Protocol) -> int:
+    """The length of the prompts of which bytes are compared."""
+    if asked.windows:
+        return asked.prefix
+    return max(Retrieval.parse(asked.needles[0]).lengths) if asked.needles else max(asked.speed)
 
 
 def _settings(
@@ -130,8 +154,9 @@ def _is_whole(press: str) -> bool:
 def _journal(
     folder: Path, model: PreTrainedModel, asked: Protocol, resume: bool, overwrite: bool
 ) -> tuple[LineJournal, dict[tuple[str, str], Measurement]]:
-    # more windows, needles and presses may come later: their measurements have names of their own
-    fixed = {key: value for key, value in asdict(asked).items() if key not in ("windows", "needles")}
+    # more windows, needles, lengths and presses may come later: their measurements have names of their own
+    later = ("windows", "needles", "speed", "repeats", "new")
+    fixed = {key: value for key, value in asdict(asked).items() if key not in later}
     fixed |= {"weights": fingerprint(Source(model)).weights, "dtype": str(model.dtype), "versions": library_versions()}
     journal = LineJournal(folder / _FILES[0], fixed, "a comparison of caches")
     if journal.path.is_file():

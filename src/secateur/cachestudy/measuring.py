@@ -1,4 +1,5 @@
-"""What is measured of a compressed cache: perplexity of what follows a prefix, and facts that were hidden in a prompt.
+"""What is measured of a compressed cache: perplexity of what follows a prefix, facts that were hidden in a prompt, and
+what other files add: speed (``speed.py``).
 
 A prompt is read once for all compressions, and every measurement is a line of the journal, so that a killed comparison
 goes on behind the last one, also with more windows, tasks or compressions than it was begun with.
@@ -6,6 +7,7 @@ goes on behind the last one, also with more windows, tasks or compressions than 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,8 @@ QUESTIONS = ("later", "end")
 @dataclass(frozen=True)
 class Measurement:
     """One prompt with one cache. ``loss`` of a window of text is in nats per token, and so is ``log_likelihood`` of an
-    answer; ``found`` says whether it was written. A measurement that failed has an ``error`` and nothing else.
+    answer; ``found`` says whether it was written. ``prefill`` and ``decode`` are tokens per second of reading a prompt
+    of ``length`` tokens, and of writing behind it. A measurement that failed has an ``error`` and nothing else.
     """
 
     item: str
@@ -43,21 +46,46 @@ class Measurement:
     task: str = ""
     length: int = 0
     depth: float = 0.0
+    prefill: float | None = None
+    decode: float | None = None
     error: str = ""
 
 
+class Item(ABC):
+    """Something that is measured with every cache in turn; ``name`` is what the journal knows it by."""
+
+    name: str
+
+    @abstractmethod
+    def opened(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Measurement]:
+        """What measures a spec (or ``dense``), once what all of them share is done."""
+
+
 @dataclass(frozen=True)
-class Item:
+class Reading(Item):
     """A prompt, [tokens] int64, and what is measured behind its cache."""
 
     name: str
     prompt: Tensor
     measure: Callable[[Any], dict[str, Any]]
 
+    def opened(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Measurement]:
+        read = read_prompt(model, self.prompt[None], tokenizer)
+
+        def measured(spec: str) -> Measurement:
+            cache = read.compressed(parse_cache_spec("knorm:0" if spec == DENSE else spec))
+            report = cache.report()
+            sizes = {name: report[name] for name in ("bytes_dense", "bytes_held", "bytes_ideal")}
+            return Measurement(self.name, spec, **sizes, **self.measure(cache))
+
+        return measured
+
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is read: windows of ``prefix`` tokens that are compressed and ``after`` that are measured, and needles."""
+    """What is read: windows of ``prefix`` tokens that are compressed and ``after`` that are measured, needles, and
+    prompts of ``speed`` tokens, ``repeats`` times, behind which ``new`` are written.
+    """
 
     text: str = "builtin"
     prefix: int = 1024
@@ -67,15 +95,20 @@ class Protocol:
     question: str = "later"
     seed: int = 0
     text_field: str | None = None
+    speed: tuple[int, ...] = ()
+    repeats: int = 3
+    new: int = 32
 
     def __post_init__(self) -> None:
         if self.question not in QUESTIONS:
             raise UsageError(f"question must be one of {', '.join(QUESTIONS)}, got '{self.question}'")
-        for name, least in (("prefix", 2), ("after", 2), ("windows", 0)):
+        for name, least in (("prefix", 2), ("after", 2), ("windows", 0), ("repeats", 1), ("new", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.windows and not self.needles:
-            raise UsageError("nothing is measured without windows of text and without needles")
+        if any(length < 1 for length in self.speed):
+            raise UsageError(f"speed takes lengths of prompts, got {', '.join(map(str, self.speed))}")
+        if not (self.windows or self.needles or self.speed):
+            raise UsageError("nothing is measured without windows of text, needles and lengths for speed")
         for needle in self.needles:
             Retrieval.parse(needle)
 
@@ -90,11 +123,16 @@ class Protocol:
         if self.needles:
             where = "behind the compressed context" if self.question == "later" else "at the end of what is compressed"
             said.append(f"needles: {', '.join(self.needles)}; the question stands {where}; seed {self.seed}")
+        if self.speed:
+            said.append(
+                f"speed: prompts of {', '.join(f'{n:,}' for n in self.speed)} random tokens, {self.new} written behind "
+                f"each; medians of {self.repeats} interleaved repeats, batch 1"
+            )
         return said
 
 
-def items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Protocol) -> Iterator[Item]:
-    """Everything that is measured. Raises UsageError or DataError."""
+def readings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Protocol) -> Iterator[Item]:
+    """Every prompt that is read. Raises UsageError or DataError."""
     if asked.windows:
         yield from _windows(model, tokenizer, asked)
     for task in map(Retrieval.parse, asked.needles):
@@ -104,7 +142,7 @@ def items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Pro
             yield _question(model, tokenizer, case, asked, number % task.samples)
 
 
-def _windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Protocol) -> Iterator[Item]:
+def _windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Protocol) -> Iterator[Reading]:
     tokens = load_tokens(
         asked.text,
         tokenizer,
@@ -122,7 +160,7 @@ def _windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: 
         def measure(cache: Any, after: Tensor = after) -> dict[str, Any]:
             return {"loss": float(continuation_losses(model, cache, after).double().mean())}
 
-        yield Item(f"text {number}", ids[: asked.prefix], measure)
+        yield Reading(f"text {number}", ids[: asked.prefix], measure)
 
 
 def _whole_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Protocol, length: int) -> str:
@@ -141,7 +179,7 @@ def _whole_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aske
 
 def _question(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, case: Case, asked: Protocol, sample: int
-) -> Item:
+) -> Reading:
     aware = asked.question == "end"
 
     def measure(cache: Any) -> dict[str, Any]:
@@ -149,7 +187,7 @@ def _question(
         place = {"task": case.task, "length": case.length, "depth": case.depth}
         return {"log_likelihood": got.log_likelihood, "found": got.found, **place}
 
-    return Item(f"{case.task} {case.length} {case.depth:.3f} {sample}", case.parts(aware)[0], measure)
+    return Reading(f"{case.task} {case.length} {case.depth:.3f} {sample}", case.parts(aware)[0], measure)
 
 
 def measure_all(
@@ -173,11 +211,11 @@ def measure_all(
             missing = [spec for spec in specs if (item.name, spec) not in found and spec not in failed]
             done += len(specs) - len(missing)
             progress("caches", done, total)
-            read = read_prompt(model, item.prompt[None], tokenizer) if missing else None
+            measured = item.opened(model, tokenizer) if missing else None
             for spec in missing:
-                assert read is not None
+                assert measured is not None
                 try:
-                    one = _measured(item, spec, read)
+                    one = measured(spec)
                     keep(asdict(one))
                 except SecateurError as error:
                     failed.add(spec)
@@ -186,10 +224,3 @@ def measure_all(
                 done += 1
                 progress("caches", done, total)
     return [found[item.name, spec] for item in todo for spec in specs if (item.name, spec) in found]
-
-
-def _measured(item: Item, spec: str, read: Any) -> Measurement:
-    cache = read.compressed(parse_cache_spec("knorm:0" if spec == DENSE else spec))
-    report = cache.report()
-    sizes = {name: report[name] for name in ("bytes_dense", "bytes_held", "bytes_ideal")}
-    return Measurement(item.name, spec, **sizes, **item.measure(cache))

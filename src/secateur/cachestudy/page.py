@@ -1,4 +1,5 @@
-"""``cache.html``: quality against the bytes that are held, needles by depth and length, and all numbers."""
+"""``cache.html``: quality against the bytes that are held, needles by depth and length, tokens per second over the
+length of the prompt, and all numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from html import escape
 from typing import Any
 
 from secateur.cachestudy.measuring import Measurement
-from secateur.cachestudy.results import CacheComparison, Row, columns, equal_columns
+from secateur.cachestudy.results import CacheComparison, Row, columns, equal_columns, speed_columns
 from secateur.report.charts import INK, KEEP, RAISED, Chart, axis, frame
 from secateur.report.looks import LOOKS_STYLE, Look, key_of, looks_of
 from secateur.report.numbers import format_value, percent
@@ -23,7 +24,8 @@ _WIDE_RANGE = 8.0
 def render(made: CacheComparison) -> str:
     """The comparison as one HTML document that holds all it shows. Raises MissingExtraError without plotly."""
     charts: dict[str, Any] = {}
-    sections = [_headline(made), _numbers(made), _quality(made, charts), _needles(made, charts), _provenance(made)]
+    sections = [_headline(made), _numbers(made), _quality(made, charts), _needles(made, charts), _speed(made, charts)]
+    sections.append(_provenance(made))
     return page(f"Caches of {made.model}", sections, charts, "the page of a comparison of caches", LOOKS_STYLE)
 
 
@@ -159,6 +161,39 @@ def heat_map(task: str, spec: str, cases: Sequence[Measurement]) -> Chart:
 
 def _geometric(cases: Sequence[Measurement]) -> float:
     return math.exp(sum(one.log_likelihood or 0.0 for one in cases) / max(1, len(cases)))
+
+
+def _speed(made: CacheComparison, charts: dict[str, Any]) -> str:
+    header, rows = speed_columns(made)
+    if not rows:
+        return ""
+    looks = looks_of(row.spec for row in made.rows if row.speeds)
+    drawn = (("prefill", "Reading a prompt"), ("decode", "Writing behind a prompt"))
+    figures = [figure(speed_chart(made, field, title, looks), charts, key_of(looks)) for field, title in drawn]
+    return "\n".join(["<section><h2>Speed</h2>", table(header, rows), *figures, "</section>"])
+
+
+def speed_chart(made: CacheComparison, field: str, title: str, looks: dict[str, Look]) -> Chart:
+    """Tokens per second over the length of the prompt, a line per cache; ``field`` is ``prefill`` or ``decode``."""
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": [at.tokens for at in row.speeds],
+            "y": [getattr(at, field) for at in row.speeds],
+            "hovertemplate": f"{escape(row.spec)}: %{{y:.4g}} tokens/s at %{{x:,}}<extra></extra>",
+            "line": {"width": 1.2, "color": looks[row.spec].colour},
+            "marker": {"symbol": looks[row.spec].symbol, "color": looks[row.spec].colour, "size": 9, "opacity": 1},
+        }
+        for row in made.rows
+        if row.speeds
+    ]
+    asked = made.protocol
+    what = "compressing its cache is part of it" if field == "prefill" else f"{asked.new} tokens with every cache"
+    description = f"Higher is faster; {what}. Medians of {asked.repeats} repeats in which the caches took turns."
+    x, y = axis("tokens of the prompt", zeroline=False, nticks=8), axis("tokens/s", rangemode="tozero", nticks=6)
+    layout = frame(340, x, y) | {"hovermode": "closest"}
+    return Chart(title, description, {"data": data, "layout": layout}, has_key=False)
 
 
 def _provenance(made: CacheComparison) -> str:

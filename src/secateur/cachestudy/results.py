@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from secateur.cachestudy.measuring import DENSE, Measurement, Protocol
@@ -26,10 +27,20 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class SpeedAt:
+    """Tokens per second of reading a prompt of ``tokens`` (``prefill``) and of writing behind it (``decode``)."""
+
+    tokens: int
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
 class Row:
     """One compression. ``held`` and ``ideal`` are fractions of the dense bytes; ``loss`` in nats per token, of which
     ``loss_error`` is the standard error of the difference to the dense cache over the windows. ``likelihood`` is the
     geometric mean probability of a token of the answers, ``found`` the fraction of the answers that were written.
+    ``speeds`` are medians over the repeats, by length.
     """
 
     press: str
@@ -42,6 +53,7 @@ class Row:
     loss_error: float | None = None
     likelihood: float | None = None
     found: float | None = None
+    speeds: tuple[SpeedAt, ...] = ()
     error: str = ""
 
     @property
@@ -145,7 +157,8 @@ def _row(setting: Setting, found: Sequence[Measurement], dense: Mapping[str, Mea
     # where there is text, bytes are those of its prefixes, which are equally long
     text = [one for one in found if one.loss is not None]
     needles = [one for one in found if one.log_likelihood is not None]
-    sized = text or needles
+    timed = [one for one in found if one.prefill is not None]
+    sized = text or needles or [one for one in timed if one.length == max(each.length for each in timed)]
     whole = sum(one.bytes_dense for one in sized)
     loss, increase, spread = None, None, None
     if text:
@@ -164,7 +177,16 @@ def _row(setting: Setting, found: Sequence[Measurement], dense: Mapping[str, Mea
         loss_error=spread,
         likelihood=math.exp(_mean([_number(one.log_likelihood) for one in needles])) if needles else None,
         found=_mean([float(bool(one.found)) for one in needles]) if needles else None,
+        speeds=tuple(
+            _speed_at(length, [one for one in timed if one.length == length])
+            for length in sorted({one.length for one in timed})
+        ),
     )
+
+
+def _speed_at(tokens: int, repeats: Sequence[Measurement]) -> SpeedAt:
+    prefill, decode = (median(_number(getattr(one, of)) for one in repeats) for of in ("prefill", "decode"))
+    return SpeedAt(tokens, prefill, decode)
 
 
 def _number(value: float | None) -> float:
@@ -206,6 +228,23 @@ def _cells(row: Row, header: Sequence[str]) -> list[str]:
         "p(answer)": MISSING if row.likelihood is None else format_value(row.likelihood),
     }
     return [cells[name] for name in header]
+
+
+def speed_columns(comparison: CacheComparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of tokens per second; empty rows where speed was not measured."""
+    lengths = sorted({at.tokens for row in comparison.rows for at in row.speeds})
+    header = ["tokens/s"]
+    header += [f"{word} at {length:,}" for word in ("prefill", "decode") for length in lengths]
+    rows = []
+    for row in comparison.rows if lengths else ():
+        known = {at.tokens: at for at in row.speeds}
+        cells = [
+            format_value(getattr(known[length], word)) if length in known else MISSING
+            for word in ("prefill", "decode")
+            for length in lengths
+        ]
+        rows.append([row.spec, *cells])
+    return header, rows
 
 
 def equal_columns(comparison: CacheComparison) -> tuple[list[str], list[list[str]]]:

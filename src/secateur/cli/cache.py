@@ -78,6 +78,14 @@ def compare(
         ),
     ] = None,
     question: Question = "later",
+    speed: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...", help="Tokens of prompts at which tokens per second are measured, reading and writing."
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Repeats of --speed; the median counts.")] = 3,
+    new: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that --speed writes behind a prompt.")] = 32,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for page, JSON and journal.")] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of what is hidden where.")] = 0,
     text_field: TextField = None,
@@ -98,6 +106,7 @@ def compare(
         raise UsageError("--ratios and --held both say how much is removed: give one of them")
     check_resume(resume, overwrite)
     load_plugins(plugin)
+    lengths = whole_numbers("--speed", speed) if speed is not None else []
     fractions = numbers("--held" if held else "--ratios", held or ratios or "0.25,0.5,0.75")
     from secateur import api
     from secateur.cachestudy import compare_caches
@@ -124,6 +133,9 @@ def compare(
             question=question,
             seed=seed,
             text_field=text_field,
+            speed=lengths,
+            repeats=repeats,
+            new=new,
             out=out,
             resume=resume,
             overwrite=overwrite,
@@ -133,12 +145,11 @@ def compare(
     if json:
         print_json({"output": str(out), **made.to_dict()})
     else:
-        from secateur.cachestudy.results import columns, equal_columns
+        from secateur.cachestudy.results import columns, equal_columns, speed_columns
         from secateur.report.tables import rows_table
 
-        header, rows = equal_columns(made)
-        equal = [rows_table(header, rows, words=1)] if rows else []
-        show(rows_table(*columns(made), words=1), *equal, *made.verdicts, f"cache.html and cache.json are in {out}")
+        more = [rows_table(*one, words=1) for one in (equal_columns(made), speed_columns(made)) if one[1]]
+        show(rows_table(*columns(made), words=1), *more, *made.verdicts, f"cache.html and cache.json are in {out}")
     if made.failed:
         raise typer.Exit(1)
 
@@ -149,6 +160,14 @@ def numbers(option: str, text: str) -> list[float]:
         return [float(one) for one in text.split(",")]
     except ValueError:
         raise UsageError(f"{option} takes numbers with commas between them, got '{text}'") from None
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """``1024,4096`` → two numbers, at least 1. Raises UsageError."""
+    pieces = [one.strip() for one in text.split(",")]
+    if not all(one.isdecimal() and int(one) for one in pieces):
+        raise UsageError(f"{option} takes whole numbers with commas between them, got '{text}'")
+    return [int(one) for one in pieces]
 
 
 @app.command("recommend", help=help_text("cache recommend"))
