@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.cache.sizes import cache_shape, predicted_bytes
+from secateur.cachestudy.harness import answerings
 from secateur.cachestudy.measuring import DENSE, Measurement, Protocol, measure_all, readings
 from secateur.cachestudy.results import CacheComparison, Setting, rows_of
 from secateur.cachestudy.smallest import STEPS, first_true
@@ -42,6 +43,7 @@ def compare_caches(
     after: int = 256,
     windows: int = 8,
     needles: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     question: str = "later",
     seed: int = 0,
     text_field: str | None = None,
@@ -59,7 +61,8 @@ def compare_caches(
     (``snapkv``, ``snapkv+mustafar``), or the smallest with which a prompt's cache holds at most a fraction ``held`` of
     the dense bytes; one that names all its fractions (``snapkv:0.5``) is run as it is. Measured are the perplexity of
     the ``after`` tokens that follow each of ``windows`` compressed prefixes of ``text`` (none with ``windows=0``), and
-    the ``needles``, tasks as ``niah:length=1024/4096,depths=5`` or ``kv:length=1024``. ``question`` says where their
+    the ``needles``, tasks as ``niah:length=1024/4096,depths=5`` or ``kv:length=1024``; ``tasks`` are those of lm-eval
+    whose answers are written, ``lm_eval:longbench_qasper?limit=20``. ``question`` says where their
     question stands: ``later``, behind the compressed context, or at its ``end``. ``speed`` lists lengths of prompts at
     which tokens per second are measured, of reading them and of writing ``new`` tokens behind them, as medians of
     ``repeats`` in which all caches take turns. ``out`` is a folder for journal, JSON
@@ -72,6 +75,7 @@ def compare_caches(
         after=after,
         windows=windows,
         needles=tuple(needles),
+        tasks=tuple(tasks),
         question=question,
         seed=seed,
         text_field=text_field,
@@ -81,7 +85,7 @@ def compare_caches(
     )
     settings, missing = _settings(model, presses, ratios, held, _sized(asked))
     # all that can be wrong is known before anything is written
-    todo = [*readings(model, tokenizer, asked), *timings(model, asked)]
+    todo = [*readings(model, tokenizer, asked), *answerings(asked), *timings(model, asked)]
     journal, known = (None, {}) if out is None else _journal(Path(out), model, asked, resume, overwrite)
     specs = [DENSE, *dict.fromkeys(setting.spec for setting in settings)]
     found = measure_all(
@@ -104,7 +108,9 @@ def _sized(asked: Protocol) -> int:
     """The length of the prompts of which bytes are compared."""
     if asked.windows:
         return asked.prefix
-    return max(Retrieval.parse(asked.needles[0]).lengths) if asked.needles else max(asked.speed)
+    if asked.needles:
+        return max(Retrieval.parse(asked.needles[0]).lengths)
+    return max(asked.speed) if asked.speed else asked.prefix
 
 
 def _settings(
@@ -155,7 +161,7 @@ def _journal(
     folder: Path, model: PreTrainedModel, asked: Protocol, resume: bool, overwrite: bool
 ) -> tuple[LineJournal, dict[tuple[str, str], Measurement]]:
     # more windows, needles, lengths and presses may come later: their measurements have names of their own
-    later = ("windows", "needles", "speed", "repeats", "new")
+    later = ("windows", "needles", "tasks", "speed", "repeats", "new")
     fixed = {key: value for key, value in asdict(asked).items() if key not in later}
     fixed |= {"weights": fingerprint(Source(model)).weights, "dtype": str(model.dtype), "versions": library_versions()}
     journal = LineJournal(folder / _FILES[0], fixed, "a comparison of caches")

@@ -1,5 +1,5 @@
 """What is measured of a compressed cache: perplexity of what follows a prefix, facts that were hidden in a prompt, and
-what other files add: speed (``speed.py``).
+what other files add: speed (``speed.py``) and tasks of lm-eval (``harness.py``).
 
 A prompt is read once for all compressions, and every measurement is a line of the journal, so that a killed comparison
 goes on behind the last one, also with more windows, tasks or compressions than it was begun with.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -32,7 +32,8 @@ QUESTIONS = ("later", "end")
 class Measurement:
     """One prompt with one cache. ``loss`` of a window of text is in nats per token, and so is ``log_likelihood`` of an
     answer; ``found`` says whether it was written. ``prefill`` and ``decode`` are tokens per second of reading a prompt
-    of ``length`` tokens, and of writing behind it. A measurement that failed has an ``error`` and nothing else.
+    of ``length`` tokens, and of writing behind it; ``scores`` are those of a task of lm-eval. A measurement that failed
+    has an ``error`` and nothing else.
     """
 
     item: str
@@ -48,6 +49,7 @@ class Measurement:
     depth: float = 0.0
     prefill: float | None = None
     decode: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
 
 
@@ -83,8 +85,8 @@ class Reading(Item):
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is read: windows of ``prefix`` tokens that are compressed and ``after`` that are measured, needles, and
-    prompts of ``speed`` tokens, ``repeats`` times, behind which ``new`` are written.
+    """What is read: windows of ``prefix`` tokens that are compressed and ``after`` that are measured, needles, tasks of
+    lm-eval, and prompts of ``speed`` tokens, ``repeats`` times, behind which ``new`` are written.
     """
 
     text: str = "builtin"
@@ -92,6 +94,7 @@ class Protocol:
     after: int = 256
     windows: int = 8
     needles: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     question: str = "later"
     seed: int = 0
     text_field: str | None = None
@@ -107,8 +110,8 @@ class Protocol:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if any(length < 1 for length in self.speed):
             raise UsageError(f"speed takes lengths of prompts, got {', '.join(map(str, self.speed))}")
-        if not (self.windows or self.needles or self.speed):
-            raise UsageError("nothing is measured without windows of text, needles and lengths for speed")
+        if not (self.windows or self.needles or self.tasks or self.speed):
+            raise UsageError("nothing is measured without windows of text, needles, tasks and lengths for speed")
         for needle in self.needles:
             Retrieval.parse(needle)
 
@@ -123,6 +126,8 @@ class Protocol:
         if self.needles:
             where = "behind the compressed context" if self.question == "later" else "at the end of what is compressed"
             said.append(f"needles: {', '.join(self.needles)}; the question stands {where}; seed {self.seed}")
+        if self.tasks:
+            said.append(f"tasks: {', '.join(self.tasks)}; the question is part of what is compressed")
         if self.speed:
             said.append(
                 f"speed: prompts of {', '.join(f'{n:,}' for n in self.speed)} random tokens, {self.new} written behind "

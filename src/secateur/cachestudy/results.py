@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -40,7 +40,7 @@ class Row:
     """One compression. ``held`` and ``ideal`` are fractions of the dense bytes; ``loss`` in nats per token, of which
     ``loss_error`` is the standard error of the difference to the dense cache over the windows. ``likelihood`` is the
     geometric mean probability of a token of the answers, ``found`` the fraction of the answers that were written.
-    ``speeds`` are medians over the repeats, by length.
+    ``scores`` are those of tasks of lm-eval, ``speeds`` medians over the repeats, by length.
     """
 
     press: str
@@ -53,6 +53,7 @@ class Row:
     loss_error: float | None = None
     likelihood: float | None = None
     found: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
     speeds: tuple[SpeedAt, ...] = ()
     error: str = ""
 
@@ -158,7 +159,8 @@ def _row(setting: Setting, found: Sequence[Measurement], dense: Mapping[str, Mea
     text = [one for one in found if one.loss is not None]
     needles = [one for one in found if one.log_likelihood is not None]
     timed = [one for one in found if one.prefill is not None]
-    sized = text or needles or [one for one in timed if one.length == max(each.length for each in timed)]
+    tasks = [one for one in found if one.scores]
+    sized = text or needles or tasks or [one for one in timed if one.length == max(each.length for each in timed)]
     whole = sum(one.bytes_dense for one in sized)
     loss, increase, spread = None, None, None
     if text:
@@ -177,6 +179,7 @@ def _row(setting: Setting, found: Sequence[Measurement], dense: Mapping[str, Mea
         loss_error=spread,
         likelihood=math.exp(_mean([_number(one.log_likelihood) for one in needles])) if needles else None,
         found=_mean([float(bool(one.found)) for one in needles]) if needles else None,
+        scores={name: score for one in tasks for name, score in one.scores.items()},
         speeds=tuple(
             _speed_at(length, [one for one in timed if one.length == length])
             for length in sorted({one.length for one in timed})
@@ -211,7 +214,9 @@ def columns(comparison: CacheComparison) -> tuple[list[str], list[list[str]]]:
     header = ["cache", "held", "ideal"]
     header += ["perplexity", "increase", "±"] if any(row.loss is not None for row in rows) else []
     header += ["found", "p(answer)"] if any(row.found is not None for row in rows) else []
-    return header, [_cells(row, header) for row in rows]
+    scores = list(dict.fromkeys(name for row in rows for name in row.scores))
+    shown = [_cells(row, header) + [_plain(row.scores.get(name)) for name in scores] for row in rows]
+    return [*header, *scores], shown
 
 
 def _cells(row: Row, header: Sequence[str]) -> list[str]:

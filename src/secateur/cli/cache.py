@@ -77,6 +77,14 @@ def compare(
             "kv:length=1024,depths=5; repeatable.",
         ),
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="A task of lm-eval whose answers are written: lm_eval:longbench_qasper?limit=20; repeatable.",
+        ),
+    ] = None,
     question: Question = "later",
     speed: Annotated[
         str | None,
@@ -130,6 +138,7 @@ def compare(
             after=after,
             windows=windows,
             needles=needle or (),
+            tasks=task or (),
             question=question,
             seed=seed,
             text_field=text_field,

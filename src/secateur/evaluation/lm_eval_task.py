@@ -79,6 +79,23 @@ class LmEval:
             settings.progress(self.name, done, len(models))
         return _metrics(results, self.limit)
 
+    def check_written(self) -> None:
+        """Raises UsageError where an answer is chosen and not written, which a KV cache has no part in.
+
+        The task and its data are loaded for that, so that what is missing is said here too, as a DataError.
+        """
+        manager = self._manager()
+        with contextlib.redirect_stdout(sys.stderr), self._one_sentence():
+            # newer versions load flat, older ones groups within groups
+            loaded = manager.load([self.task])["tasks"] if hasattr(manager, "load") else None
+            for name, kind in _output_types(loaded or manager.load_task_or_group(self.task)).items():
+                if kind != "generate_until":
+                    raise UsageError(
+                        f"{self.name}: the answers of {name} are ranked by their likelihood, all at once with the"
+                        " prompt, so that a compressed cache is never read: take a task whose answers are written,"
+                        " such as lm_eval:longbench_qasper"
+                    )
+
     def _manager(self) -> Any:
         tasks = require_extra("lm_eval.tasks", "eval", self.name)
         if self.is_file:
@@ -116,10 +133,19 @@ class LmEval:
             yield
         except SecateurError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-            # loading a task reaches through yaml, datasets and the hub; all of them complain about this task
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+            # loading a task reaches through yaml, datasets, the hub and libraries of its own; all of them complain
+            # about this task
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise DataError(f"{self.name} can't be run: {reason}") from error
+
+
+def _output_types(loaded: Mapping[Any, Any]) -> dict[str, str]:
+    """What every task answers with, by name; groups hold further tasks."""
+    found: dict[str, str] = {}
+    for name, task in loaded.items():
+        found |= _output_types(task) if isinstance(task, Mapping) else {str(name): str(task.OUTPUT_TYPE)}
+    return found
 
 
 def _setting(part: str) -> tuple[str, int]:
