@@ -80,8 +80,12 @@ class RandomChannels(ThinK):
 class RandomElements(Mustafar):
     """Elements by chance."""
 
+    def largest(self, side: str, width: int) -> None:
+        return None  # by size alone a kernel would choose
+
     def element_mask(self, x: Tensor, side: str) -> Tensor:
-        return self._largest(torch.rand(x.shape, generator=torch.Generator().manual_seed(x.shape[-2])), self.sparsity)
+        drawn = torch.rand(x.shape, generator=torch.Generator().manual_seed(x.shape[-2]))
+        return self._of(x.shape[-1], self.sparsity).mask(drawn)
 
 
 def settings(study: str, sparsities: list[float]) -> Iterator[tuple[str, tuple[CacheMethod, ...]]]:

@@ -230,7 +230,7 @@ def test_it_is_compiled_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compiler, "_compile", counted)
     for _ in range(2):
-        with pytest.raises(compiler.CompilationError, match="attention-"):
+        with pytest.raises(compiler.CompilationError, match="cache-"):
             compiler.compiled()
     assert len(made) == 1 and real is not counted and made[0].parent == tmp_path / "kernels"
 

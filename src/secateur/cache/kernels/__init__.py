@@ -32,11 +32,8 @@ Kernel = Callable[[Problem], Tensor]
 
 def kernel_for(problem: Problem) -> Kernel | None:
     """What computes this faster than the reference; None where nothing does. Raises UsageError for a wrong switch."""
-    chosen = os.environ.get(SWITCH, "auto")
-    if chosen not in ("auto", "torch"):
-        raise UsageError(f"{SWITCH} must be auto or torch, got {chosen!r}")
     query = problem.query
-    if chosen == "torch" or query.shape[2] > MOST_TOKENS or (torch.is_grad_enabled() and query.requires_grad):
+    if switched_off() or query.shape[2] > MOST_TOKENS or (torch.is_grad_enabled() and query.requires_grad):
         return None
     width = max(query.shape[-1], problem.value_width)
     if query.dtype not in _DTYPES or problem.dtypes != {query.dtype}:
@@ -44,6 +41,14 @@ def kernel_for(problem: Problem) -> Kernel | None:
     if width > WIDEST:
         return _fall_back(f"for heads of {width} channels (at most {WIDEST})")
     return _of_device(query.device.type)
+
+
+def switched_off() -> bool:
+    """Whether plain torch is asked for. Raises UsageError for a wrong switch."""
+    chosen = os.environ.get(SWITCH, "auto")
+    if chosen not in ("auto", "torch"):
+        raise UsageError(f"{SWITCH} must be auto or torch, got {chosen!r}")
+    return chosen == "torch"
 
 
 @cache

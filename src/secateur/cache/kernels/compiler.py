@@ -1,4 +1,4 @@
-"""Compiles the kernel for this processor, once, into the user's cache folder; only a C++ compiler is needed."""
+"""Compiles the kernels for this processor, once, into the user's cache folder; only a C++ compiler is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from secateur.errors import SecateurError, first_line
 from secateur.files import cache_folder
 
-SOURCE = Path(__file__).with_name("attention.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "compression.cpp"))
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 _COMPILERS = ("c++", "g++", "clang++")
 # what a compiler doesn't know is left out: Apple's has no OpenMP, and calls processors otherwise on Arm
@@ -24,13 +24,13 @@ _THREADS = (("-fopenmp",), ("-pthread",))
 
 
 class CompilationError(SecateurError):
-    """There is no compiler, or it can't compile the kernel."""
+    """There is no compiler, or it can't compile the kernels."""
 
 
 def compiled(processors: tuple[tuple[str, ...], ...] = _PROCESSORS) -> ctypes.CDLL:
-    """The kernel as a library, compiled with the first of ``processors`` that works. Raises CompilationError."""
+    """The kernels as a library, compiled with the first of ``processors`` that works. Raises CompilationError."""
     command = _compiler()
-    target = cache_folder() / "kernels" / f"attention-{_key(command, processors)}.so"
+    target = cache_folder() / "kernels" / f"cache-{_key(command, processors)}.so"
     try:
         if not target.exists():
             _compile(command, processors, target)
@@ -55,7 +55,7 @@ def _key(command: list[str], processors: tuple[tuple[str, ...], ...]) -> str:
 
     A home directory may be shared by machines with different processors.
     """
-    known = hashlib.sha256(SOURCE.read_bytes())
+    known = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
     known.update(repr((_FLAGS, processors, sys.platform)).encode())
     for flags in processors:
         macros = _run([*command, *flags, "-E", "-dM", "-x", "c++", os.devnull])
@@ -71,7 +71,7 @@ def _compile(command: list[str], processors: tuple[tuple[str, ...], ...], target
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         for flags in _choices(processors):
-            done = _run([*command, *_FLAGS, *flags, str(SOURCE), "-o", str(made)])
+            done = _run([*command, *_FLAGS, *flags, *map(str, SOURCES), "-o", str(made)])
             if done.returncode == 0:
                 made.replace(target)  # another process may have been faster; both are the same
                 return

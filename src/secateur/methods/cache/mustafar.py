@@ -25,6 +25,7 @@ from torch import Tensor
 
 from secateur.errors import OptionError
 from secateur.methods import CacheElementMethod, Descriptor, option, register
+from secateur.methods.elements import Largest
 
 _GROUP = 32
 """tokens among which the elements of a channel are compared"""
@@ -59,17 +60,19 @@ class Mustafar(CacheElementMethod):
         own = self.k if side == "keys" else self.v
         return self.sparsity if own is None else own
 
-    def element_mask(self, x: Tensor, side: str) -> Tensor:
-        sparsity = self.side_sparsity(side)
-        if side == "keys" or self.direction == "token":
-            return self._largest(x, sparsity)
-        groups = x.split(_GROUP, dim=-2)
-        return torch.cat([self._largest(group.mT, sparsity).mT for group in groups], dim=-2)
+    def largest(self, side: str, width: int) -> Largest | None:
+        along_tokens = side == "values" and self.direction == "channel"
+        return None if along_tokens else self._of(width, self.side_sparsity(side))
 
-    def _largest(self, x: Tensor, sparsity: float) -> Tensor:
-        """Which elements stay along the last dimension, bool."""
-        size, count = x.abs(), x.shape[-1]
+    def element_mask(self, x: Tensor, side: str) -> Tensor:
+        if self.largest(side, x.shape[-1]) is not None:
+            return super().element_mask(x, side)
+        groups = [group.mT for group in x.split(_GROUP, dim=-2)]
+        masks = [self._of(group.shape[-1], self.side_sparsity(side)).mask(group).mT for group in groups]
+        return torch.cat(masks, dim=-2)
+
+    def _of(self, count: int, sparsity: float) -> Largest:
+        """What stays of so many elements that are compared."""
         if self.rounding == "paper":
-            return size >= size.kthvalue(max(1, int(sparsity * count)), dim=-1, keepdim=True).values
-        order = size.argsort(dim=-1, descending=True, stable=True)[..., : round((1 - sparsity) * count)]
-        return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order, True)
+            return Largest(count - max(1, int(sparsity * count)) + 1, ties=True)
+        return Largest(round((1 - sparsity) * count), ties=False)
