@@ -63,7 +63,7 @@ class BitmapRows(Rows):
     def encode(cls, dense: Tensor, lengths: Tensor, by: str) -> BitmapRows:
         """``dense`` [N, E] by segments of ``lengths``, of which everything that isn't zero stays.
 
-        By a kernel where there is one, which is up to ten times as fast.
+        By a kernel where there is one, which is several times as fast.
         """
         from secateur.cache.kernels.compression import encode
 
