@@ -24,7 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import secateur as sc
+from secateur.criteria.sparsity import pq_index
 from secateur.files import cache_folder
+from secateur.methods import Contest, option
+from secateur.methods.training.sap import SAP
 from secateur.rounds import Entry, Run
 from sparse_training import MLP, accuracy, digits, mirrored, perceptron
 
@@ -44,6 +47,8 @@ left.
   places within every layer.
 - `fixed rate` and `SAP`: the same with 1000 steps per level and one seed; `index` is the PQ index (p = 0.5, q = 1) of
   the live weights behind the training, `removed` the share of them that leaves then.
+- `floor in float64`, `in float32`: the same, but what leaves of a row is worked out in floating point as it stands in
+  the paper, floor(d · (1 - r / d)). That can be d - r - 1, by rounding. The official code does it in float32.
 - `stability`: two copies that part at a step, and are trained in different orders; `barrier` is how much the error
   rises on the line between them (30 points), in points. The network has no batch norms.
 
@@ -55,6 +60,10 @@ What the papers claim, and what shows here on digits:
 - The index falls while accuracy holds, is least at 3 to 7 % of the weights, and rises as the network becomes too small.
 - The share that SAP removes falls from 15 to 18 % of what is left to 1 to 3 %, and what it stops at is as good as the
   dense network but for half a point.
+- How far SAP gets by neurons hangs on one rounding. A row here has at most 256 weights, and of 30 that are left a
+  level takes one, or none where the floor errs: without it 41 % are left after 24 levels, with it 46 % in float64 and
+  47 % in float32. `sap` takes the whole number that the formula says, and layers or everything together have so many
+  weights that it doesn't show.
 - Training is stable from the first step on, so that weights can go back to it.
 """
 
@@ -135,6 +144,23 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+@sc.register("sap_rounded")
+@dataclass(frozen=True, kw_only=True)
+class RoundedSAP(SAP):
+    """SAP whose floor is taken of a product that was rounded, as in the official code."""
+
+    dtype: str = option("float32", "in which numbers", choices=("float32", "float64"))
+
+    def leaving(self, contest: Contest) -> torch.Tensor:
+        dtype = getattr(torch, self.dtype)
+        d_U = contest.live_U.to(dtype)
+        index_U = pq_index(contest.weight_UW, self.p, self.q, dim=1, mask=contest.mask_UW).to(dtype)
+        bound_U = d_U * (1 + self.eta) ** (self.q / (self.p - self.q))
+        r_U = (bound_U * (1 - index_U) ** (self.p * self.q / (self.q - self.p))).ceil()
+        share_U = (self.gamma * (1.0 - r_U / d_U.clamp_min(1))).clamp(0.0, self.beta)
+        return (d_U * share_U).floor().to(torch.int64)
+
+
 def adaptive(task: Task, name: str, arguments: argparse.Namespace, levels: int, **options: Any) -> None:
     """One seed by level, with the index and what leaves."""
     rounds = sc.lottery(
@@ -207,6 +233,12 @@ def main() -> None:
         "SAP, global": lambda name: adaptive(short, name, arguments, 24, method="sap", scope="global"),
         "SAP, layer": lambda name: adaptive(short, name, arguments, 24, method="sap", scope="layer"),
         "SAP, neuron": lambda name: adaptive(short, name, arguments, 24, method="sap", scope="neuron"),
+        **{
+            f"SAP, neuron, floor in {dtype}": lambda name, dtype=dtype: adaptive(
+                short, name, arguments, 24, method="sap_rounded", scope="neuron", dtype=dtype
+            )
+            for dtype in ("float64", "float32")
+        },
     }
     if arguments.cifar:
         parts |= pictures(arguments)

@@ -249,6 +249,18 @@ def test_sap_on_gaussian_weights():
     assert leaving(w, eta=1.0) == 1000 - r
 
 
+def test_sap_takes_the_whole_number_of_its_formula():
+    # of d weights r stay; in floating point d * (1 - r / d) is often less than d - r, such as 4.999... for 55 and 50
+    generator = torch.Generator().manual_seed(0)
+    lost = 0
+    for d in range(2, 65):
+        w = torch.randn(d, generator=generator, dtype=torch.float64)
+        r = math.ceil(float(retained(pq_index(w), torch.tensor(d), 0.5, 1.0)))
+        assert leaving(w) == d - r
+        lost += math.floor(d * (1 - r / d)) < d - r
+    assert lost > 10
+
+
 @pytest.mark.parametrize("scope", ["global", "layer", "neuron"])
 def test_sap_removes_the_smallest_of_every_scope(scope):
     rounds = Rounds(network, train, method="sap", scope=scope, levels=1, gamma=3.0, keep_weights=True)

@@ -11,8 +11,9 @@ remove more.
 Source: E. Diao et al., "Pruning deep neural networks from a sparsity perspective", ICLR 2023, arXiv:2302.05601
 (`scope=neuron` and `layer` do best); official code
 dem123456789/Pruning-Deep-Neural-Networks-from-a-Sparsity-Perspective (30 rounds). Differs from it: weights are chosen
-by index, where its threshold keeps ties; statistics of batch norms go back too. A training takes its best epoch there:
-here it is the training function's to say.
+by index, where its threshold keeps ties; c is the whole number that the formula says, where rounding in float32 makes
+it one less in many rows, and a short row then stays as it is (docs/results/lottery.md); statistics of batch norms go
+back too. A training takes its best epoch there: here it is the training function's to say.
 """
 
 from dataclasses import dataclass
