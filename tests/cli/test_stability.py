@@ -52,7 +52,7 @@ def command(cli, tmp_path, monkeypatch, forget_plugins):
 
 
 def test_table_document_and_page(command, tmp_path):
-    options = ("--at", "0,4", "--length", 12, "--points", 5, "--data", "net.py:batches")
+    options = ("--at", "0,33%", "--length", 12, "--points", 5, "--data", "net.py:batches")
     run = command(*options, "--out", "stable")
     assert run.code == 0, run.err
     assert "accuracy of both" in run.out and "stability.html are in stable" in " ".join(run.out.split())
@@ -73,10 +73,11 @@ def test_table_document_and_page(command, tmp_path):
 @pytest.mark.parametrize(
     ("more", "train", "words"),
     [
-        (("--at", "soon"), "train", "--at takes steps such as 0,20,100, got 'soon'"),
+        (("--at", "soon"), "train", "--at must be a step (500) or a part of the training (3%), got 'soon'"),
         ((), "trian", "did you mean 'train'"),
         ((), "x", "is no function"),
         ((), "fails", "net.py:fails failed: ZeroDivisionError"),
+        (("--at", "5%"), "train", "give its length with --length"),
         (("--at", "99"), "train", "step 99 is gone back to, but the training has 12 steps"),
         (("--data", "net.py:batches", "--points", 2, "--metric", "auc"), "train", "--metric must be one"),
         (("--masks", "nowhere"), "train", "nowhere"),

@@ -210,7 +210,7 @@ def test_the_learning_rate_alone_can_go_back():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"start_at": "3%"}, "give its length with steps"),
+        ({"start_at": "3%"}, "start_at=3% is a part of the training: give its length with steps"),
         ({"start_at": "early"}, "must be a step"),
         ({"start_at": "-1"}, "start_at is step -1"),
         ({"start_at": "500", "steps": 100}, "step 500, but a training has the steps 0 to 100"),

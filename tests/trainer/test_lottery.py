@@ -17,6 +17,7 @@ from secateur.sweep.pools import InSequence
 from secateur.sweep.worker import Failure
 from secateur.trainer import lottery, lotteryresults
 from secateur.trainer.lottery import LotteryWorker, Trial, make_job, make_lottery_recipe, open_folder, run_lottery
+from secateur.trainer.networks import first_network
 
 RECIPE: dict[str, Any] = {
     "model": {"name": "perceptron", "options": {"sizes": [64, 16, 10]}},
@@ -81,7 +82,7 @@ def test_seeds_and_levels_are_what_the_python_interface_gives(whole, tmp_path):
     worker = LotteryWorker(make_job(recipe(), folder, plugins=(), trust_remote_code=False))
     examples = worker._open()[1]
     alone = sc.lottery(
-        worker._draw,
+        first_network(recipe(), worker._open()[0]),
         lambda network, run: lottery._train(network, run, recipe(), examples),
         seeds=[1],
         levels=2,

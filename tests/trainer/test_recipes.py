@@ -12,8 +12,10 @@ import yaml
 from secateur.recipes import read_recipe
 from secateur.trainer import make_train_recipe
 from secateur.trainer.lottery import make_lottery_recipe
+from secateur.trainer.stability import make_stability_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "docs" / "recipes").glob("*.yaml"))
+MAKE = {"lottery": make_lottery_recipe, "stability": make_stability_recipe}
 DIGITS = {"images": "sklearn:digits?split=train", "test": "sklearn:digits?limit=40"}
 
 
@@ -31,6 +33,8 @@ def tiny(found: dict[str, Any], checkpoint: Path, text: Path) -> dict[str, Any]:
         small["sparsifier"] = {key: value for key, value in found["sparsifier"].items() if key != "end"} | {"every": 1}
     if "lottery" in found:
         small["lottery"] = found["lottery"] | {"levels": 1, "seeds": [0], "at": [1]}
+    if "stability" in found:
+        small["stability"] = {**found["stability"], "at": [0, "50%"], "points": 3, "batches": 2}
     return small
 
 
@@ -38,9 +42,8 @@ def tiny(found: dict[str, Any], checkpoint: Path, text: Path) -> dict[str, Any]:
 def test_a_recipe_runs(path, cli, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = read_recipe(path)
-    command = "lottery" if "lottery" in found else "train"
-    make = make_lottery_recipe if command == "lottery" else make_train_recipe
-    assert make(found, str(path)).out == path.stem
+    command = next((key for key in MAKE if key in found), "train")
+    assert MAKE.get(command, make_train_recipe)(found, str(path)).out == path.stem
     text = tmp_path / "text.txt"
     text.write_text("it was a text, and it was read. " * 200, encoding="utf8")
     Path("tiny.yaml").write_text(yaml.safe_dump(tiny(found, tiny_checkpoint, text)), encoding="utf8")
@@ -51,10 +54,12 @@ def test_a_recipe_runs(path, cli, tiny_checkpoint, tmp_path, monkeypatch):
     assert document["output"] == path.stem and Path(path.stem).is_dir()
     if command == "train":
         assert document["achieved"] == pytest.approx(found["sparsifier"]["sparsity"], abs=0.01)
+    elif command == "stability":
+        assert [one["step"] for one in document["steps"]] == [0, 2] and document["metric"] == "accuracy"
     else:
         controls = found["lottery"]["controls"]
         assert [t["branch"] for t in document["trainings"]] == ["ticket", "ticket", *controls]
 
 
 def test_there_are_recipes_of_every_kind():
-    assert len(RECIPES) == 5
+    assert len(RECIPES) == 7

@@ -9,38 +9,67 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.cli.options import Json, Overwrite, Quiet, Seed, check_resume
+from secateur.cli.options import (
+    ComputeDevice,
+    Json,
+    Overwrite,
+    Plugins,
+    Quiet,
+    Seed,
+    TrustRemoteCode,
+    check_resume,
+    load_plugins,
+)
 from secateur.cli.output import json_text, print_json, show, show_notes, working
+from secateur.cli.prune import given
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
     from secateur.rounds import Stability
+    from secateur.rounds.stabilitypage import Limit
 
 RESULTS, PAGE = "results.json", "stability.html"
 
 
 def stability(
     network: Annotated[
-        str, typer.Argument(metavar="FILE:NAME", help="Python function that makes the network, as net.py:network.")
+        str,
+        typer.Argument(
+            metavar="RECIPE|FILE:NAME",
+            help="YAML recipe of a training, or the Python function that makes the network, as net.py:network.",
+        ),
     ],
     train: Annotated[
-        str, typer.Option("--train", metavar="FILE:NAME", help="Function train(network, run), as secateur.lottery's.")
-    ],
+        str | None,
+        typer.Option("--train", metavar="FILE:NAME", help="Function train(network, run), as secateur.lottery's."),
+    ] = None,
     evaluate: Annotated[
-        str, typer.Option("--evaluate", metavar="FILE:NAME", help="Function that gives numbers by name of a network.")
-    ],
-    at: Annotated[str, typer.Option(metavar="STEP,STEP,...", help="Steps at which the two copies part.")] = "0",
+        str | None,
+        typer.Option("--evaluate", metavar="FILE:NAME", help="Function that gives numbers by name of a network."),
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEP,STEP,...", help="Steps at which the two copies part, or parts of the training: 0,20,3%."
+        ),
+    ] = None,
     length: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Steps of a whole training, to check that copies begin at theirs.")
-    ] = 0,
-    masks: Annotated[Path | None, typer.Option(metavar="PLAN", help="Plan whose masks hold in both copies.")] = None,
-    points: Annotated[int, typer.Option(min=2, metavar="N", help="Points on the line, its ends included.")] = 30,
+        int | None,
+        typer.Option(min=0, metavar="N", help="Steps of a whole training, to check that copies begin at theirs."),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Plan, or level of a lottery, whose masks hold in both copies."),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Points on the line, its ends included (default 30).")
+    ] = None,
     statistics: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="recompute|interpolate", help="Statistics of batch norms: taken again at every point, or between."
         ),
-    ] = "recompute",
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="FILE:NAME", help="Function that gives the batches on which statistics are taken again."),
@@ -49,59 +78,96 @@ def stability(
         str | None, typer.Option(metavar="NAME", help="The number that decides (default accuracy, or else the first).")
     ] = None,
     within: Annotated[
-        float, typer.Option(metavar="X", help="A barrier below which training counts as stable, in its unit.")
-    ] = 2.0,
+        float | None,
+        typer.Option(
+            metavar="X", help="A barrier below which training counts as stable, in its unit (default 2 points)."
+        ),
+    ] = None,
     seed: Seed = None,
+    device: ComputeDevice = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for numbers and curves.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the steps in the folder.")] = False,
     overwrite: Overwrite = False,
+    plugin: Plugins = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     check_resume(resume, overwrite)
-    steps = parse_steps(at)
-    from secateur.plans import Plan
+    load_plugins(plugin)
+    own = {"train": train, "evaluate": evaluate, "length": length, "data": data}
+    how: dict[str, Any] = {"points": points, "statistics": statistics}
+    again = {"resume": resume, "overwrite": overwrite}
+    if network.lower().endswith((".yaml", ".yml")):
+        _refuse(own, "is for functions: the recipe says it")
+        from secateur.trainer.stability import load_stability_recipe, run_stability
+
+        changed = {**how, "at": at.split(",") if at else None, "masks": str(masks) if masks else None}
+        changed |= {"metric": metric, "within": within}
+        asked = load_stability_recipe(
+            network, given(changed), **given({"seed": seed, "device": device, "out": str(out) if out else None})
+        )
+        out, name, limit = Path(asked.out) if asked.out else None, asked.model.name, asked.limit
+        with working(quiet) as progress:
+            found = run_stability(asked, out, **again, trust_remote_code=trust_remote_code, progress=progress)
+    else:
+        if train is None or evaluate is None:
+            raise UsageError(
+                f"{network} is no recipe (.yaml), and a function that makes a network needs --train and --evaluate"
+            )
+        _refuse({"device": device, "trust-remote-code": trust_remote_code or None}, "is for recipes: functions say it")
+        name = network
+        found = _of_functions(
+            network, train, evaluate, at, length or 0, masks, data, seed or 0, out, quiet, **how, **again
+        )
+        limit = _limit(found, metric, within)
+    _show(found, limit, out, name, json, quiet)
+
+
+def _of_functions(
+    network: str,
+    train: str,
+    evaluate: str,
+    at: str | None,
+    length: int,
+    masks: Path | None,
+    data: str | None,
+    seed: int,
+    out: Path | None,
+    quiet: bool,
+    **how: Any,
+) -> Stability:
+    steps = parse_steps(at or "0", length)
     from secateur.rounds import instability
-    from secateur.rounds.stabilitypage import columns, document, verdict
     from secateur.usercode import call_object, load_object
 
     made, trained, evaluated = (_function(name) for name in (network, train, evaluate))
     with working(quiet) as progress:
-        found = instability(
+        return instability(
             made,
             trained,
             evaluated,
             at=steps,
             length=length,
-            masks=Plan.load(masks) if masks is not None else None,
-            points=points,
-            statistics=statistics,
+            masks=masks,
             data=call_object(data, load_object(data)) if data is not None else None,
-            seed=seed or 0,
+            seed=seed,
             folder=out,
-            resume=resume,
-            overwrite=overwrite,
             progress=progress,
+            **given(how),
         )
-    decides = _metric(found, metric)
-    told = document(found, decides, within)
-    if out is not None:
-        show_notes(_write(found, decides, within, out, network), quiet)
-    if json:
-        print_json({"output": str(out) if out is not None else None, **told})
-        return
-    from secateur.report.tables import rows_table
-
-    places = [f"{RESULTS} and {PAGE} are in {out}"] if out is not None else []
-    show(rows_table(*columns(found, decides, within)), verdict(found, decides, within), *places)
 
 
-def parse_steps(text: str) -> list[int]:
-    """``0,20,100`` → these. Raises UsageError."""
-    try:
-        return [int(step) for step in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--at takes steps such as 0,20,100, got '{text}'") from None
+def parse_steps(text: str, length: int = 0) -> list[int]:
+    """``0,20,3%`` → these, of a training of so many steps. Raises OptionError."""
+    from secateur.methods.rounds import checked_step
+
+    return [checked_step("--at", step, length, "--length") for step in text.split(",")]
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name in given(options):
+        raise UsageError(f"--{name} {why}")
 
 
 def _function(reference: str) -> Callable[..., Any]:
@@ -114,20 +180,39 @@ def _function(reference: str) -> Callable[..., Any]:
     return lambda *arguments: call_object(reference, function, *arguments)
 
 
-def _metric(found: Stability, wanted: str | None) -> str:
+def _limit(found: Stability, wanted: str | None, within: float | None) -> Limit:
+    """What decides of the numbers that the user's function gave."""
+    from secateur.rounds.stability import STABLE
+    from secateur.rounds.stabilitypage import Limit
+
     known = list(found.found[0].curves)
     if wanted is not None and wanted not in known:
         raise UsageError(f"--metric must be one that the evaluation gives: {', '.join(known)}; got '{wanted}'")
-    return wanted or ("accuracy" if "accuracy" in known else known[0])
+    metric = wanted or ("accuracy" if "accuracy" in known else known[0])
+    return Limit(metric, STABLE if within is None else within)
 
 
-def _write(found: Stability, metric: str, within: float, out: Path, name: str) -> list[str]:
+def _show(found: Stability, limit: Limit, out: Path | None, name: str, json: bool, quiet: bool) -> None:
+    from secateur.rounds.stabilitypage import columns, document, verdict
+
+    if out is not None:
+        show_notes(_write(found, limit, out, name), quiet)
+    if json:
+        print_json({"output": str(out) if out is not None else None, **document(found, limit)})
+        return
+    from secateur.report.tables import rows_table
+
+    places = [f"{RESULTS} and {PAGE} are in {out}"] if out is not None else []
+    show(rows_table(*columns(found, limit)), verdict(found, limit), *places)
+
+
+def _write(found: Stability, limit: Limit, out: Path, name: str) -> list[str]:
     """Numbers and page, each whole or not at all; returns notes on what is missing."""
     from secateur.files import write_text
     from secateur.rounds.stabilitypage import document, render
 
-    write_text(out / RESULTS, json_text(document(found, metric, within)) + "\n")
+    write_text(out / RESULTS, json_text(document(found, limit)) + "\n")
     if importlib.util.find_spec("plotly") is None:
         return [f"{PAGE} needs plotly, which is not installed: pip install 'secateur[report]'"]
-    write_text(out / PAGE, render(found, metric, within, name))
+    write_text(out / PAGE, render(found, limit, name))
     return []

@@ -108,20 +108,21 @@ class TicketMethod(RoundsMethod):
         return torch.tensor([math.ceil(contest.kind * n - 1e-6) for n in contest.live_U.tolist()])
 
 
-def checked_start(name: str, start: str, steps: int) -> int:
-    """``500`` or ``3%`` of so many steps as a step. Raises OptionError."""
-    text = start.strip()
+def checked_step(what: str, step: str, steps: int, length: str = "steps") -> int:
+    """``500`` or ``3%`` of so many steps, 0 where their number isn't known, as a step.
+
+    ``what`` is its name in errors, and ``length`` that of the option that says how many there are. Raises OptionError.
+    """
+    text = step.strip()
     try:
         if text.endswith("%"):
             if not steps:
-                raise OptionError(f"{name}: start_at={start} is a part of the training: give its length with steps")
+                raise OptionError(f"{what}={step} is a part of the training: give its length with {length}")
             found = round(float(text[:-1]) / 100 * steps)
         else:
             found = int(text)
     except ValueError:
-        raise OptionError(
-            f"{name}: start_at must be a step (500) or a part of the training (3%), got '{start}'"
-        ) from None
+        raise OptionError(f"{what} must be a step (500) or a part of the training (3%), got '{step}'") from None
     if found < 0 or (steps and found > steps):
-        raise OptionError(f"{name}: start_at is step {found}, but a training has the steps 0 to {steps or '…'}")
+        raise OptionError(f"{what} is step {found}, but a training has the steps 0 to {steps or '…'}")
     return found

@@ -19,11 +19,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import CorruptFileError, OutputError, PlanError, UsageError
 from secateur.files import check_output, disk_error, output_file, write_text
-from secateur.plans import pack_bits, unpack_bits
+from secateur.plans import Plan, pack_bits, unpack_bits
 from secateur.reading import read_json
 from secateur.train.updating import Masks
 
@@ -87,15 +87,9 @@ class Levels:
 
     def masks(self, level: int, shapes: Mapping[str, tuple[int, ...]]) -> Masks | None:
         """The masks of a level, if they are there."""
-        packed = self._read(self._level(level) / MASKS)
-        if packed is None:
-            return None
-        try:
-            return {name: unpack_bits(packed[name], shape) for name, shape in shapes.items()}
-        except (KeyError, PlanError) as error:
-            raise CorruptFileError(
-                f"{self._level(level) / MASKS} doesn't hold the masks of this network: {error}"
-            ) from None
+        path = self._level(level) / MASKS
+        packed = self._read(path)
+        return None if packed is None else _unpacked(path, packed, shapes)
 
     def put_masks(self, level: int, masks: Masks) -> None:
         """Keep the masks of a level."""
@@ -125,12 +119,7 @@ class Levels:
         return self.folder / f"level-{level:02d}"
 
     def _read(self, path: Path) -> dict[str, Tensor] | None:
-        if not path.is_file():
-            return None
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CorruptFileError(f"{path} is damaged: {error}") from None
+        return _loaded(path) if path.is_file() else None
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         try:
@@ -138,6 +127,32 @@ class Levels:
                 save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"can't write {path}: {disk_error(error)}") from None
+
+
+def load_masks(folder: str | Path, module: nn.Module) -> dict[str, Tensor]:
+    """Masks of a network by the name of the weight, of a level of a lottery or of a plan. Raises PlanError and
+    CorruptFileError.
+    """
+    path = Path(folder) / MASKS
+    if not path.is_file():
+        return dict(Plan.load(folder).masks)
+    packed = _loaded(path)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    return _unpacked(path, packed, {name: shapes.get(name, ()) for name in packed})
+
+
+def _loaded(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"{path} is damaged: {error}") from None
+
+
+def _unpacked(path: Path, packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Masks:
+    try:
+        return {name: unpack_bits(packed[name], shape) for name, shape in shapes.items()}
+    except (KeyError, PlanError) as error:
+        raise CorruptFileError(f"{path} doesn't hold the masks of this network: {error}") from None
 
 
 def _check_same(there: Any, asked: dict[str, Any], folder: Path) -> None:

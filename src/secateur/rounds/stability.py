@@ -28,6 +28,7 @@ from secateur.files import check_output, write_text
 from secateur.plans import Plan
 from secateur.reading import read_json
 from secateur.rounds.connecting import Curve, Distance, connect, distance
+from secateur.rounds.levels import load_masks
 from secateur.rounds.run import START, EvaluateFunction, Run, TrainFunction, seeded, trained
 from secateur.tensorfiles import tensors_of
 
@@ -85,13 +86,14 @@ def instability(
     *,
     at: Sequence[int] = (0,),
     length: int = 0,
-    masks: Mapping[str, Tensor] | Plan | None = None,
+    masks: Mapping[str, Tensor] | Plan | str | Path | None = None,
     points: int = 30,
     statistics: str = "recompute",
     data: Iterable[Any] | None = None,
     seed: int = 0,
     orders: tuple[int, int] | None = None,
     higher_is_better: Mapping[str, bool] | None = None,
+    about: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -101,18 +103,19 @@ def instability(
 
     ``network``, ``train(network, run)`` and ``evaluate(network)`` are as for ``secateur.lottery``: a training goes over
     ``run.steps(total)`` with batches in the order of ``run.seed``. ``length`` is that of a whole training, by which it
-    is checked that it starts where it should. ``masks`` (boolean by the name of the weight, or a plan) hold
-    in both copies. ``points``, ``statistics`` (of batch norms, on ``data``) and ``higher_is_better`` are those of
-    ``rounds.connecting.connect``. ``orders`` are the seeds of both copies, by default such that follow from ``seed``
-    and the step. Steps that are done are kept in ``folder``; ``resume`` goes on behind them,
-    ``overwrite`` begins anew.
+    is checked that it starts where it should. ``masks`` (boolean by the name of the weight, a plan, or the folder of
+    a plan or of a level of a lottery) hold in both copies. ``points``, ``statistics`` (of batch norms, on ``data``) and
+    ``higher_is_better`` are those of ``rounds.connecting.connect``. ``orders`` are the seeds of both copies, by default
+    such that follow from ``seed`` and the step. Steps that are done are kept in ``folder``; ``resume`` goes on behind
+    them, ``overwrite`` begins anew. ``about`` are values for JSON, by name, on which the result depends too: ``resume``
+    refuses to go on with others.
 
     Raises UsageError when steps are no steps, when masks don't fit, or when the training doesn't do what it is told, as
     when copies with different seeds are the same; DataError, OutputError, NonFiniteError.
     """
     steps = _checked_steps(at, length)
     made = _made(network, seed)
-    held = _fitting(masks.masks if isinstance(masks, Plan) else masks or {}, made)
+    held = _fitting(_masks(masks, made), made)
     protocol = {
         "points": points,
         "statistics": statistics,
@@ -120,6 +123,7 @@ def instability(
         "orders": list(orders) if orders is not None else None,
         "length": length,
         "live": {name: int(mask.sum()) for name, mask in held.items()},
+        **(about or {}),
     }
     kept = _Kept(Path(folder), protocol, resume, overwrite) if folder is not None else None
     found = []
@@ -179,6 +183,12 @@ def _made(network: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:
         return copy.deepcopy(network)
     with seeded(named_generator("first weights", seed).initial_seed()):
         return network()
+
+
+def _masks(masks: Mapping[str, Tensor] | Plan | str | Path | None, module: nn.Module) -> Mapping[str, Tensor]:
+    if isinstance(masks, str | Path):
+        return load_masks(masks, module)
+    return masks.masks if isinstance(masks, Plan) else masks or {}
 
 
 def _fitting(masks: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

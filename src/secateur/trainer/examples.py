@@ -45,6 +45,10 @@ class Examples(Protocol):
         """Numbers by name on what isn't trained on, the model in evaluation mode."""
         ...
 
+    def inputs(self, numbers: Tensor) -> Any:
+        """What the model is called with on these examples, as training sees them, on the CPU."""
+        ...
+
     def first_look(self, numbers: Tensor) -> dict[str, Any]:
         """What a Sparsifier is told that prunes before training, with these examples."""
         ...
@@ -84,7 +88,7 @@ class Pictures:
         return len(self.y)
 
     def loss(self, model: Any, numbers: Tensor, step: int) -> Tensor:
-        x = self._augmented(self.x[numbers]).to(self.device)
+        x = self.inputs(numbers).to(self.device)
         return self._loss(model, x, self.y[numbers].to(self.device))
 
     def _loss(self, model: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -92,6 +96,9 @@ class Pictures:
         if int(y.max()) >= scores.shape[1]:
             raise DataError(f"the pictures hold class {int(y.max())}, and the network tells {scores.shape[1]} apart")
         return F.cross_entropy(scores.float(), y, label_smoothing=self.smoothing)
+
+    def inputs(self, numbers: Tensor) -> Tensor:
+        return self._augmented(self.x[numbers])
 
     def _augmented(self, x_BCHW: Tensor) -> Tensor:
         """Drawn by the random numbers of the step, which follow from its number."""
@@ -154,6 +161,9 @@ class Texts:
         if not loss < 700:
             raise NonFiniteError(f"the loss on the text that is measured is {loss:g}: the model is broken")
         return {"perplexity": math.exp(loss), "loss": loss}
+
+    def inputs(self, numbers: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": self.ids_NT[numbers]}
 
     def first_look(self, numbers: Tensor) -> dict[str, Any]:
         return {

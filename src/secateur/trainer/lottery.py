@@ -32,7 +32,7 @@ from secateur.sweep.pools import Pool, Task
 from secateur.sweep.worker import Failure
 from secateur.train.weights import find_layers
 from secateur.trainer.examples import Examples, load_examples
-from secateur.trainer.networks import draw_network, open_network
+from secateur.trainer.networks import first_network, open_network
 from secateur.trainer.recipe import Open, TrainRecipe, checked_recipe
 from secateur.trainer.training import train
 
@@ -91,10 +91,7 @@ class LotteryRecipe(TrainRecipe):
 
     @model_validator(mode="after")
     def _one_way(self) -> LotteryRecipe:
-        if self.track or self.format != "dense":
-            raise ValueError("track and format are for a single training: leave them out")
-        if self.sparsifier is not None:
-            raise ValueError("a lottery removes weights between trainings: leave the sparsifier out")
+        self.check_repeated("a lottery removes weights between trainings")
         pretrained = self.data.text is not None and self.model.start != "random"
         if "reinit" in self.lottery.controls and (pretrained or self.model.start == "pretrained"):
             raise ValueError("the control reinit draws the network anew, and this one starts pretrained")
@@ -188,9 +185,8 @@ class LotteryWorker:
         if seed not in self._rounds:
             recipe, spec = self._job.recipe, self._job.recipe.lottery
             network, examples = self._open()
-            drawn = recipe.data.text is None or recipe.model.start == "random"
             self._rounds[seed] = Rounds(
-                self._draw if drawn else network,
+                first_network(recipe, network, trust_remote_code=self._job.trust_remote_code),
                 lambda network, run: _train(network, run, recipe, examples),
                 method=spec.method,
                 folder=Path(self._job.folder) / f"seed-{seed}",
@@ -201,9 +197,6 @@ class LotteryWorker:
                 **spec.method_options(recipe.length(examples.count)),
             )
         return self._rounds[seed]
-
-    def _draw(self) -> Any:
-        return draw_network(self._job.recipe, trust_remote_code=self._job.trust_remote_code).module
 
 
 def _train(network: Any, run: Run, recipe: LotteryRecipe, examples: Examples) -> dict[str, float]:

@@ -100,6 +100,16 @@ def draw_network(recipe: TrainRecipe, *, trust_remote_code: bool = False, progre
     return found
 
 
+def first_network(recipe: TrainRecipe, module: Any, *, trust_remote_code: bool = False) -> Any:
+    """What every one of many trainings begins with: a function that draws the network, or the pretrained one itself.
+
+    ``module`` is the network that ``open_network`` gave.
+    """
+    if recipe.data.text is None or recipe.model.start == "random":
+        return lambda: draw_network(recipe, trust_remote_code=trust_remote_code).module
+    return module
+
+
 def _classifier(recipe: TrainRecipe, trust_remote_code: bool, progress: Progress | None) -> Network:
     spec = recipe.model
     if spec.tokenizer is not None:

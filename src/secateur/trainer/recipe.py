@@ -224,6 +224,13 @@ class TrainRecipe(_Strict):
             gamma=given.gamma,
         )
 
+    def check_repeated(self, why: str) -> None:
+        """Refuse what is for a single training that is written; ``why`` is there no sparsifier? Raises ValueError."""
+        if self.track or self.format != "dense":
+            raise ValueError("track and format are for a single training: leave them out")
+        if self.sparsifier is not None:
+            raise ValueError(f"{why}: leave the sparsifier out")
+
     def check(self) -> None:
         """Look up what can be without loading anything. Raises UsageError."""
         from secateur.observe.images import ImageSource
@@ -236,6 +243,8 @@ class TrainRecipe(_Strict):
                 ImageSource.parse(source, "data")
 
 
+COMMANDS = {"lottery": "lottery tickets", "stability": "the stability of a training"}
+"""keys that make more of a training, and the command of the same name"""
 SPECS: dict[str, type[BaseModel]] = {
     "": TrainRecipe,
     "model": ModelSpec,
@@ -252,22 +261,25 @@ def load_train_recipe(path: str | Path, **given: Any) -> TrainRecipe:
 
 def make_train_recipe(data: Mapping[str, Any], where: str) -> TrainRecipe:
     """A validated recipe from plain values; ``where`` names their origin in errors. Raises UsageError."""
-    if "steps" in data and isinstance(data["steps"], list):
-        raise RecipeError(f"{where} prunes a trained model in several steps: run it with 'secateur prune --recipe'")
-    if "lottery" in data:
-        raise RecipeError(f"{where} asks for lottery tickets: run it with 'secateur lottery'")
     return checked_recipe(TrainRecipe, data, where)
 
 
 Asked = TypeVar("Asked", bound=TrainRecipe)
 
 
-def checked_recipe(kind: type[Asked], data: Mapping[str, Any], where: str) -> Asked:
-    """A recipe of this kind from plain values. Raises UsageError with the place."""
+def checked_recipe(
+    kind: type[Asked], data: Mapping[str, Any], where: str, places: Mapping[str, type[BaseModel]] | None = None
+) -> Asked:
+    """A recipe of this kind from plain values; ``places`` are keys of its own. Raises UsageError with the place."""
+    if "steps" in data and isinstance(data["steps"], list):
+        raise RecipeError(f"{where} prunes a trained model in several steps: run it with 'secateur prune --recipe'")
+    for key, what in COMMANDS.items():
+        if key in data and key not in kind.model_fields:
+            raise RecipeError(f"{where} asks for {what}: run it with 'secateur {key}', or leave the key {key} out")
     try:
         recipe = kind.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {explain(error.errors()[0], SPECS | {'': kind})}") from None
+        raise RecipeError(f"{where}: {explain(error.errors()[0], {**SPECS, **(places or {}), '': kind})}") from None
     try:
         recipe.check()
     except UsageError as error:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.methods import Descriptor, TicketMethod, option, register
-from secateur.methods.rounds import checked_start
+from secateur.methods.rounds import checked_step
 
 
 @register("lottery_rewind")
@@ -47,7 +47,7 @@ class LotteryRewind(TicketMethod):
         self.start()
 
     def start(self) -> int:
-        return checked_start(self.name, self.start_at, self.steps)
+        return checked_step(f"{self.name}: start_at", self.start_at, self.steps)
 
     def length(self) -> int:
         return self.steps
