@@ -19,7 +19,7 @@ from secateur.cli.options import (
     check_resume,
     load_plugins,
 )
-from secateur.cli.output import print_json, show, working
+from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.prune import given
 from secateur.cli.saving import drawn, how_to_load
 from secateur.files import check_output
@@ -65,6 +65,7 @@ def train(
             progress=progress,
         )
     if ranks.main:
+        show_notes(done.report.notes, quiet)
         _show(done, str(asked.out), json, language=asked.data.text is not None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from secateur.errors import NonFiniteError, OutputError, UsageError, first_line,
 from secateur.files import check_output, check_output_file, output_file, output_folder
 from secateur.finite import all_finite
 from secateur.manifest import write_manifest
+from secateur.networks.applying import module_fingerprint
 from secateur.networks.example import Example
 from secateur.networks.kinds import FILES, is_onnx
 from secateur.plans import Plan
@@ -58,6 +59,7 @@ def save_network(
     html: bool = False,
     overwrite: bool = False,
     factory: str = "",
+    arguments: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a cut network, all or nothing; returns where it is.
 
@@ -65,7 +67,7 @@ def save_network(
     folder, for the weights (``model.safetensors``, or ``model.onnx``), the plan, the report, with ``html`` drawn as
     well, and a README that says how to load it. An ONNX model that goes to a file, and a module that was trained and
     not pruned (the report says so), do without a plan.
-    ``factory`` names what makes the dense module.
+    ``factory`` names what makes the dense module, called with these ``arguments``.
     Raises UsageError, NonFiniteError, OutputError, and MissingExtraError when an exporter is missing.
     """
     check_place(out, onnx_model=is_onnx(network), overwrite=overwrite)
@@ -93,7 +95,9 @@ def save_network(
             from safetensors.torch import save_model
 
             save_model(network, str(folder / WEIGHTS))
-            code = _load_module(str(out), factory, plan)
+            code = _load_module(
+                str(out), factory, arguments or {}, plan if plan is not None and _cuts(plan, network) else None
+            )
         else:
             save_onnx(network, folder / GRAPH)
             code = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{out}/{GRAPH}")\n'
@@ -152,12 +156,19 @@ def _save_program(network: Any, out: str | Path, plan: Plan) -> None:
         torch.export.save(_exported(network, plan), path)
 
 
-def _load_module(out: str, factory: str, plan: Plan | None) -> str:
+def _cuts(plan: Plan, module: nn.Module) -> bool:
+    """Whether the module is what the plan makes of the dense one, and not the dense one with zeros."""
+    return bool(plan.keep) and module_fingerprint(module).shapes != plan.model.shapes
+
+
+def _load_module(out: str, factory: str, arguments: Mapping[str, Any], plan: Plan | None) -> str:
+    """Python that loads what was written; ``plan`` is the one that cuts the dense module."""
     source, _, name = factory.rpartition(":")
     module = Path(source).stem if is_file(source) else source
-    dense = f"{name}()" if factory else "dense"
+    called = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    dense = f"{name}({called})" if factory else "dense"
     first = f"from {module} import {name}  # what makes the dense module\n" if factory else ""
-    if plan is None or not plan.keep:
+    if plan is None:
         # nothing was cut, and the zeros are among the weights
         return (
             f"from safetensors.torch import load_model\n{first}\nmodule = {dense}  # as it was made for training\n"

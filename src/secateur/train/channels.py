@@ -34,7 +34,9 @@ class Channels:
         include: Sequence[str],
         exclude: Sequence[str],
     ) -> None:
-        _check(method, example, include)
+        if not example.leaves():
+            raise UsageError("units='channels' traces the network: give example_inputs=(x,), what it is called with")
+        check_method(method, include)
         anatomy = module_anatomy(module, example, ignore=exclude)
         self.example = example
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -82,9 +84,8 @@ class Channels:
         return found
 
 
-def _check(method: TrainingMethod, example: Example, include: Sequence[str]) -> None:
-    if not example.leaves():
-        raise UsageError("units='channels' traces the network: give example_inputs=(x,), what it is called with")
+def check_method(method: TrainingMethod, include: Sequence[str]) -> None:
+    """Raises UsageError when a method prunes single weights alone, with its options and these ``include``."""
     moves = getattr(method, "fraction", 0.0)
     alone = getattr(method, "pattern", "") or getattr(method, "block", "")
     if not isinstance(method, GradualMethod) or moves or alone or method.needed() or method.random_start():

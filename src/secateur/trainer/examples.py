@@ -49,6 +49,10 @@ class Examples(Protocol):
         """What the model is called with on these examples, as training sees them, on the CPU."""
         ...
 
+    def outputs(self, model: Any) -> Tensor:
+        """What the model gives on some of what is measured on, on the CPU."""
+        ...
+
     def first_look(self, numbers: Tensor) -> dict[str, Any]:
         """What a Sparsifier is told that prunes before training, with these examples."""
         ...
@@ -99,6 +103,9 @@ class Pictures:
 
     def inputs(self, numbers: Tensor) -> Tensor:
         return self._augmented(self.x[numbers])
+
+    def outputs(self, model: Any) -> Tensor:
+        return _scores(model, self.x_test[:_MEASURED_AT_ONCE].to(self.device)).cpu()
 
     def _augmented(self, x_BCHW: Tensor) -> Tensor:
         """Drawn by the random numbers of the step, which follow from its number."""
@@ -164,6 +171,10 @@ class Texts:
 
     def inputs(self, numbers: Tensor) -> dict[str, Tensor]:
         return {"input_ids": self.ids_NT[numbers]}
+
+    def outputs(self, model: Any) -> Tensor:
+        ids_NT = self.test_NT[:1].to(next(model.parameters()).device)
+        return model(input_ids=ids_NT, use_cache=False).logits.cpu()
 
     def first_look(self, numbers: Tensor) -> dict[str, Any]:
         return {

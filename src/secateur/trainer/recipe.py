@@ -28,6 +28,7 @@ from secateur.errors import RecipeError, UsageError, nearest
 from secateur.loop import SHAPES, Rate
 from secateur.methods import TrainingMethod
 from secateur.recipes import explain, read_recipe
+from secateur.train.channels import check_method
 from secateur.train.sparsifier import training_method
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -133,15 +134,31 @@ class ScheduleSpec(_Strict):
 
 
 class SparsifierSpec(Open):
-    """A method that prunes while training or before; every other key is its own."""
+    """A method that prunes while training or before; every other key is its own. Channels are cut in the end."""
 
     method: str
+    units: Literal["weights", "channels"] = "weights"
     include: list[str] = Field(default_factory=list)
     exclude: list[str] = Field(default_factory=list)
+    cut: bool = True
+
+    @model_validator(mode="after")
+    def _cuts(self) -> SparsifierSpec:
+        if "cut" in self.model_fields_set and self.units == "weights":
+            raise ValueError("cut is for units: channels, which leave a smaller network: single weights stay as zeros")
+        return self
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the trained network is cut."""
+        return self.cut and self.units == "channels"
 
     def made(self, steps: int, seed: int) -> TrainingMethod:
         """The method; it knows the length and the seed of the training. Raises UsageError."""
-        return training_method(self.method, self.all_options(steps, seed))
+        method = training_method(self.method, self.all_options(steps, seed))
+        if self.units == "channels":
+            check_method(method, self.include)
+        return method
 
     def all_options(self, steps: int, seed: int) -> dict[str, Any]:
         """The options as the method takes them."""
@@ -195,6 +212,11 @@ class TrainRecipe(_Strict):
             raise ValueError("give the length of the training by steps or by epochs, one of them")
         if self.format == "packed" and self.data.text is None:
             raise ValueError("packed checkpoints are those of language models: other networks are saved with zeros")
+        if self.sparsifier is not None and self.sparsifier.units == "channels" and self.data.text is not None:
+            raise ValueError(
+                "channels are those of networks for images: of a language model, single weights leave in a training,"
+                " and 'secateur prune' cuts heads and neurons, after which 'secateur heal' trains"
+            )
         if self.smoothing and self.data.text is not None:
             raise ValueError("smoothing is of the labels of images")
         return self

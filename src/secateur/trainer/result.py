@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from secateur.report import Metric, Report
+from secateur.train.flops import count
 from secateur.trainer.examples import Examples
 from secateur.trainer.networks import Network
 from secateur.trainer.recipe import TrainRecipe
@@ -16,17 +17,20 @@ _HIGHER_IS_BETTER = {"accuracy": True, "perplexity": False, "loss": False}
 _UNITS = {"accuracy": "fraction"}
 
 
-def report_of(recipe: TrainRecipe, network: Network, examples: Examples, trained: Trained) -> Report:
-    """The report, with the training as one of its sections."""
+def report_of(recipe: TrainRecipe, dense: Network, network: Network, examples: Examples, trained: Trained) -> Report:
+    """The report, with the training as one of its sections.
+
+    ``dense`` is the network as it was trained, with its zeros, and ``network`` the one that is written.
+    """
     spec = recipe.sparsifier
     steps = recipe.length(examples.count)
     report = Report(
         model=network.name,
         method=spec.method if spec is not None else "",
         options=spec.made(steps, recipe.seed).options() if spec is not None else {},
-        requested="the schedule of the method" if spec is None else f"a sparsity of {_asked(recipe, steps):.1%}",
+        requested=_requested(recipe, steps),
         achieved=trained.sparsity,
-        metrics=[*_measured(examples, trained), *_counted(network, trained)],
+        metrics=[*_measured(examples, trained), *_counted(dense, network, examples, trained)],
         trainings=[section(recipe, examples, trained)],
         versions=library_versions(),
         machine=machine(),
@@ -53,6 +57,13 @@ def section(recipe: TrainRecipe, examples: Examples, trained: Trained) -> dict[s
     }
 
 
+def _requested(recipe: TrainRecipe, steps: int) -> str:
+    if recipe.sparsifier is None:
+        return "the schedule of the method"
+    of = " of the channels" if recipe.sparsifier.units == "channels" else ""
+    return f"a sparsity of {_asked(recipe, steps):.1%}{of}"
+
+
 def _asked(recipe: TrainRecipe, steps: int) -> float:
     assert recipe.sparsifier is not None
     method = recipe.sparsifier.made(steps, recipe.seed)
@@ -73,19 +84,26 @@ def _measured(examples: Examples, trained: Trained) -> list[Metric]:
     ]
 
 
-def _counted(network: Network, trained: Trained) -> list[Metric]:
+def _counted(dense: Network, network: Network, examples: Examples, trained: Trained) -> list[Metric]:
     found = []
-    total = sum(p.numel() for p in network.module.parameters())
-    if trained.layers:
-        zeros = sum(int((p == 0).sum()) for p in network.module.parameters())
-        found.append(Metric("parameters that aren't zero", "parameters", {"start": total, "trained": total - zeros}))
+    modules = {"start": dense.module, "trained": network.module}
+    sizes = {name: float(sum(p.numel() for p in module.parameters())) for name, module in modules.items()}
+    if network is not dense:
+        args, kwargs = examples.example()
+        operations = {name: float(count(module, {}, args, kwargs)[0]) for name, module in modules.items()}
+        found.append(Metric("parameters", "parameters", sizes))
+        protocol = "two for a multiply-accumulate of one example"
+        found.append(Metric("operations of inference", "", operations, higher_is_better=False, protocol=protocol))
+    elif trained.layers:
+        sizes["trained"] -= sum(int((p == 0).sum()) for p in network.module.parameters())
+        found.append(Metric("parameters that aren't zero", "parameters", sizes))
     if trained.flops is not None:
         flops = trained.flops
         protocol = "two for a multiply-accumulate of one example; what a machine that makes use of zeros would save"
-        for name, dense, sparse in (
+        for name, before, after in (
             ("operations of inference", flops.dense, flops.inference),
             ("operations of a training step", flops.dense_training, flops.training),
         ):
-            values = {"start": dense, "trained": sparse}
+            values = {"start": before, "trained": after}
             found.append(Metric(name, "", values, higher_is_better=False, protocol=protocol))
     return found

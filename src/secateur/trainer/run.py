@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import UsageError
+from secateur.errors import SecateurError, UsageError
 from secateur.files import check_output
 from secateur.loop import Progress
 from secateur.models.saving import save_model
@@ -19,6 +19,7 @@ from secateur.runs.folder import RunFolder, run_path
 from secateur.runs.kept import hint, kept
 from secateur.runs.states import StateKeeper, TrainingFolder
 from secateur.trainer.curve import TrainingCurve
+from secateur.trainer.cutting import cut_network
 from secateur.trainer.examples import load_examples
 from secateur.trainer.networks import Network, open_network
 from secateur.trainer.recipe import TrainRecipe
@@ -30,7 +31,9 @@ from secateur.versions import library_versions
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What ``run_training`` returns: the trained network in eval mode, what training gave, and the report."""
+    """What ``run_training`` returns: the trained network in eval mode, cut where its channels left, what training gave,
+    and the report.
+    """
 
     network: Network
     trained: Trained
@@ -50,9 +53,11 @@ def run_training(
     """Train as the recipe says and write the result to ``out``, or to the folder that it names.
 
     A language model is written as a checkpoint with its plan, any other network as weights with the plan and the
-    lines that load it. A run that was killed or stopped goes on with ``resume`` and gives the same weights. In
-    processes that torchrun has started, all ranks call this together. Raises UsageError, DataError, ModelError,
-    OutputError, MissingExtraError, NonFiniteError, and Stopped (a KeyboardInterrupt) when a signal came.
+    lines that load it. Where whole channels left it is cut, and held against the one with zeros; should they disagree,
+    the zeros are written, and then it is an UnsupportedModelError. A run that was killed or stopped goes on with
+    ``resume`` and gives the same weights. In processes that torchrun has started, all ranks call this together. Raises
+    UsageError, DataError, ModelError, OutputError, MissingExtraError, NonFiniteError, and Stopped (a KeyboardInterrupt)
+    when a signal came.
     """
     out = out or recipe.out
     if out is None:
@@ -61,6 +66,7 @@ def run_training(
     check_trackers(recipe.track)
     ranks = join()
     with ranks.together():
+        # where the result goes, and who watches, changes nothing
         said = recipe.model_dump(exclude={"out", "track"})
         # of several ranks each has its own
         recipe = recipe.model_copy(update={"device": ranks.device(recipe.device)})
@@ -70,7 +76,6 @@ def run_training(
         if recipe.sparsifier is not None:
             recipe.sparsifier.made(steps, recipe.seed)
         document = {
-            # where the result goes, and who watches, changes nothing
             "training": said,
             "network": module_fingerprint(network.module).model_dump(),
             "data": examples.fingerprint,
@@ -93,8 +98,18 @@ def run_training(
                     progress=progress if ranks.main else lambda *_: None,
                 )
             stop.defer(False)
-            report = report_of(recipe, network, examples, trained)
+            dense, notes, failed = network, list[str](), None
+            if trained.plan is not None and recipe.sparsifier is not None and recipe.sparsifier.cuts:
+                try:
+                    network, notes = cut_network(network, trained.plan, examples)
+                except SecateurError as error:
+                    # a training isn't lost for it
+                    failed = error
+            report = report_of(recipe, dense, network, examples, trained)
+            report.notes += notes
             ranks.on_main(_writing(recipe, network, trained, report, folder, out, html, overwrite))
+    if failed is not None:
+        raise type(failed)(f"{out} holds the network with its zeros, and not cut: {failed}")
     return TrainedRun(network, trained, report)
 
 
@@ -113,7 +128,7 @@ def _writing(
         if recipe.data.text is not None:
             save_model(network.module, network.tokenizer, out, format=recipe.format, **told)
         else:
-            save_network(network.module, out, factory=network.factory, **told)
+            save_network(network.module, out, factory=network.factory, arguments=recipe.model.options, **told)
         folder.remove()
 
     return write

@@ -30,7 +30,7 @@ class Trained:
     plan: Plan | None = None
     sparsity: float = 0.0
     layers: Mapping[str, float] | None = None
-    """sparsity by the name of the weight"""
+    """sparsity by the name of the weight, or of the group of channels"""
     flops: Flops | None = None
 
 
@@ -108,10 +108,13 @@ def _sparse(
     method = spec.made(steps, recipe.seed)
     arguments = {
         "method": spec.method,
+        "units": spec.units,
         "include": spec.include,
         "exclude": spec.exclude,
         **spec.all_options(steps, recipe.seed),
     }
+    if spec.units == "channels":
+        arguments["example_inputs"], arguments["example_kwargs"] = examples.example()
     # the examples of the first step, whether or not it is this sitting that takes it
     return Sparse(
         model,
@@ -126,7 +129,10 @@ def _trained(curve: TrainingCurve, sparse: Sparse | None, examples: Examples) ->
         return Trained(curve)
     made = sparse.sparsifier
     args, kwargs = examples.example()
-    return Trained(curve, made.plan(), made.sparsity, made.sparsities, made.flops(*args, **kwargs))
+    plan = made.plan()
+    # those of a network with fewer channels are counted when it is cut
+    flops = None if plan.keep else made.flops(*args, **kwargs)
+    return Trained(curve, plan, made.sparsity, made.sparsities, flops)
 
 
 class _Noting(Keeper):
