@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import secateur as sc
-from secateur.errors import UsageError
 from sparse_training import STEPS, batch, network, sgd, sparsifier
 
 
@@ -33,12 +27,3 @@ def job(rank: int, method: str, folder: Path) -> None:
         pruned.step()
         masks.append(pruned.masks)
     torch.save(masks, folder / f"{rank}.pt")
-    sharded_weights_are_refused()
-
-
-def sharded_weights_are_refused() -> None:
-    sharded = nn.Linear(4, 4)
-    mesh = init_device_mesh("cpu", (2,))
-    sharded.weight = nn.Parameter(distribute_tensor(sharded.weight.detach(), mesh, [Shard(0)]))
-    with pytest.raises(UsageError, match="weight is sharded over ranks, and masks that change need whole weights"):
-        sc.Sparsifier(sharded, method="erk_random")

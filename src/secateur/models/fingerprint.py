@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,11 +33,16 @@ def fingerprint(source: Source) -> Fingerprint:
 
 
 def memory_fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """The same of a model in memory, of any architecture."""
+    """The same of a model in memory, of any architecture; of one that is sharded over ranks all of them call this."""
     parameters = dict(model.named_parameters())
 
+    @lru_cache(maxsize=1)
+    def flat(name: str) -> torch.Tensor:
+        tensor: Any = parameters[name].detach()
+        return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).flatten()
+
     def part(name: str, first: int, count: int) -> torch.Tensor:
-        return parameters[name].detach().flatten()[first : first + count]
+        return flat(name)[first : first + count]
 
     return _fingerprint(model, part)
 

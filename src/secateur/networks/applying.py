@@ -38,6 +38,8 @@ def module_fingerprint(module: nn.Module) -> Fingerprint:
     weights = hashlib.sha256()
     for _, tensor in _named_tensors(module):
         if not tensor.is_meta:
+            # of a module that is sharded over ranks
+            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     name = type(module).__name__
     return Fingerprint(

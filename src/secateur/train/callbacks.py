@@ -53,7 +53,8 @@ class SparsifierCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Put the state into the checkpoint that the trainer has written."""
-        if state.is_world_process_zero:
+        # of sharded weights every rank has its part
+        if state.is_world_process_zero or self._made().sharded:
             self._made().save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **parts: Any) -> None:

@@ -17,7 +17,8 @@ from secateur.errors import CorruptFileError, OutputError, PlanError, Unsupporte
 from secateur.files import disk_error, output_file
 from secateur.methods import RoundsMethod, TrainingMethod
 from secateur.networks.applying import module_fingerprint
-from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance, pack_bits, unpack_bits
+from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance, unpack_bits
+from secateur.train.parts import plain_name
 from secateur.versions import library_versions
 
 FORMAT = 1
@@ -77,20 +78,29 @@ def _provenance(
 
 
 def _fingerprint(model: nn.Module) -> Fingerprint:
-    """As a decoder where it is one, or else as a module."""
-    from secateur.models.fingerprint import fingerprint
-    from secateur.models.sources import Source
+    """As a decoder where it is one, or else as a module; weights that are sharded over ranks are gathered."""
+    from secateur.models.decoders import decoder_blocks
+    from secateur.models.fingerprint import memory_fingerprint
 
+    found = None
     if hasattr(model, "config"):
         try:
-            return fingerprint(Source(model))  # type: ignore[arg-type]
+            decoder_blocks(model)  # type: ignore[arg-type]
+            found = memory_fingerprint(model)  # type: ignore[arg-type]
         except UnsupportedModelError:
             pass
-    return module_fingerprint(model)
+    found = module_fingerprint(model) if found is None else found
+    plain, sharded = plain_name(model), type(model).__name__
+    return (
+        found
+        if plain == sharded
+        else found.model_copy(update={"architecture": plain, "name": plain if found.name == sharded else found.name})
+    )
 
 
 def state_of(
     method: TrainingMethod,
+    shapes: Mapping[str, Sequence[int]],
     masks: Mapping[str, Tensor],
     momentum: Mapping[str, Tensor],
     counters: Mapping[str, float],
@@ -98,7 +108,7 @@ def state_of(
     log: Sequence[Mapping[str, Any]],
     pace: Sequence[float],
 ) -> dict[str, Any]:
-    """See ``Sparsifier.state_dict``."""
+    """See ``Sparsifier.state_dict``; ``masks`` are packed."""
     return {
         "format": FORMAT,
         "method": method.name,
@@ -107,14 +117,14 @@ def state_of(
         "counters": dict(counters),
         "kept_steps": dict(kept_steps),
         "log": [dict(entry) for entry in log],
-        "shapes": {name: list(mask.shape) for name, mask in masks.items()},
-        "masks": {name: pack_bits(mask) for name, mask in masks.items()},
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "masks": dict(masks),
         "momentum": {name: tensor.detach().clone() for name, tensor in momentum.items()},
     }
 
 
 def read_state(
-    state: Mapping[str, Any], method: TrainingMethod, masks: Mapping[str, Tensor], pace: Sequence[float]
+    state: Mapping[str, Any], method: TrainingMethod, shapes: Mapping[str, Sequence[int]], pace: Sequence[float]
 ) -> State:
     """Check that a state belongs to this training. Raises UsageError."""
     missing = {"format", "method", "options", "masks", "shapes", "counters"} - set(state)
@@ -133,7 +143,7 @@ def read_state(
         raise UsageError(
             "the state was saved with another schedule: a training goes on with the one that it began with"
         )
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    shapes = {name: list(shape) for name, shape in shapes.items()}
     if state["shapes"] != shapes:
         other = sorted(n for n in {*shapes, *state["shapes"]} if shapes.get(n) != state["shapes"].get(n))
         raise UsageError(f"the state was saved for other weights: {other[0]} isn't the same in both")

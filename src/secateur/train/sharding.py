@@ -31,6 +31,7 @@ from secateur.models.weightless import weightless_copy
 from secateur.ranks import join
 from secateur.rowmasks import clear_masked, pack_rows, packed_shape, shard_like, unpack_rows
 from secateur.train.masks import check_zero, masks_of
+from secateur.train.parts import reshard
 from secateur.train.shards import check_same, checkpoint_library, read_contents, read_sharded, write_sharded
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Sharded:
 
     def step_masks(self) -> None:
         """Zero what the plan masks in this rank's weights; for optimizers that this object doesn't know."""
-        self._reshard()
+        reshard(self.model)
         for name, packed in self._masks.items():
             clear_masked(self._weights[name], packed)
 
@@ -129,7 +130,7 @@ class Sharded:
 
         The state of the optimizer is not part of it. Raises OutputError when the folder exists or can't be written.
         """
-        self._reshard()
+        reshard(self.model)
         write_sharded(self._ranks, folder, self._blank, self._weights, self._masks, overwrite=overwrite)
 
     def load(self, folder: str | Path) -> None:
@@ -141,7 +142,7 @@ class Sharded:
         with self._ranks.together():
             contents = self._ranks.on_main(lambda: read_contents(Path(folder)))
         check_same(contents, self._weights, folder)
-        self._reshard()
+        reshard(self.model)
         masks = {}
         for name, shape in contents.masks.items():
             masks[name] = shard_like(torch.zeros(packed_shape(shape), dtype=torch.uint8), self._weights[name])
@@ -177,14 +178,6 @@ class Sharded:
         weights: dict[str, Tensor] = dict(self.model.named_parameters())
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         return weights | {n: t for n, t in self.model.state_dict().items() if n not in tied}
-
-    def _reshard(self) -> None:
-        """Let go of gathered weights: FSDP keeps some after a forward, and they would hide what is changed here."""
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 def _check_group() -> None:

@@ -23,18 +23,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from secateur.allocate import Schedule
+from secateur.allocate import Schedule, fewest_kept, kept_counts
 from secateur.errors import UsageError
 from secateur.methods import StartingMethod, Trained
 from secateur.networks.example import Example
 from secateur.observe.gradients import Loss
-from secateur.plans import Plan
+from secateur.plans import Plan, pack_bits
+from secateur.ranks import join
 from secateur.train import checkpoints, flops
 from secateur.train.asked import checked_schedule, training_method
 from secateur.train.channels import Channels
+from secateur.train.parts import local, part_of, reshard, whole, whole_like
 from secateur.train.starting import Given, starting_masks
-from secateur.train.updating import Masks, Update, exchanged, random_masks, scored, thinned
+from secateur.train.updating import Masks, Update, decides_alone, exchanged, random_mask, scored, thinned
 from secateur.train.watching import Watched, mean_over_ranks
 from secateur.train.weights import Layer, find_layers, fraction_of_zeros, unwrapped
 
@@ -64,6 +67,10 @@ class Sparsifier:
     ``process_group``. Without an ``optimizer`` every call of ``step`` counts, and nothing that optimizers remember is
     known.
 
+    Of weights that are sharded over ranks (FSDP2) each rank holds its part of the masks. All ranks make this object,
+    ``step``, and ask for masks, a plan or a state together. Where masks change, one layer is gathered after the other,
+    or all of them at once where layers compete (``scope``) or exchange weights (``snfs``).
+
     Raises UsageError, DataError or NonFiniteError before anything is changed.
     """
 
@@ -88,10 +95,15 @@ class Sparsifier:
     ) -> None:
         self.method = training_method(method, options)
         self.model = unwrapped(model)
+        reshard(self.model)
         self._group = process_group
+        self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
+        """whether some of the weights are sharded over ranks"""
         self._layers: dict[str, Layer] = {}
         self._channels: Channels | None = None
         if units == "channels":
+            if self.sharded:
+                raise UsageError("units='channels' traces the network, which is sharded over ranks: use DDP instead")
             example = Example(tuple(example_inputs or ()), example_kwargs)
             channels = self._channels = Channels(self.model, self.method, example, include, exclude)
             self._pruned = channels.parameters
@@ -102,6 +114,7 @@ class Sparsifier:
                 exclude=exclude,
                 keep_first=self.method.keep_first,
                 depthwise=self.method.depthwise,
+                sharded=not isinstance(self.method, StartingMethod),
             )
             self._pruned = {name: layer.weight for name, layer in self._layers.items()}
         else:
@@ -115,18 +128,21 @@ class Sparsifier:
         if self._channels is None:
             self._check_target(masks)
         self._watched = None
-        self._masks: Masks = self._first_masks(masks, Given(data, loss, example_inputs, example_kwargs))
+        ones = self._channels.all_live() if self._channels is not None else self._pruned
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in ones.items()}
+        self._sizes = {name: tensor.numel() for name, tensor in ones.items()}
+        first, kept = self._first_masks(masks, Given(data, loss, example_inputs, example_kwargs))
         self._momentum: dict[str, Tensor] = {}
         self._step = 0
         self._dense_steps = 0
-        self._kept_steps = dict.fromkeys(self._masks, 0)
+        self._kept_steps = dict.fromkeys(first, 0)
         self._log: list[Update] = []
         # the sparsity that masks were made for; what moves afterwards stays where it is until more is asked for
         self._reached = self._schedule(0) if self._begins_sparse else 0.0
         if optimizer is not None:
             self._watched = Watched(optimizer, self._pruned.values(), self._takes_back, self._looks)
-        self._set(self._masks)
-        self._warn_of_collapse(self._masks, dict.fromkeys(self._masks, 1))
+        self._set(first, kept)
+        self._warn_of_collapse(kept, dict.fromkeys(kept, 1))
         self._hold()
         if resume is not None:
             self._resume(resume)
@@ -141,12 +157,12 @@ class Sparsifier:
     @property
     def sparsity(self) -> float:
         """Fraction of the pruned weights, or channels, that is dead."""
-        return 1.0 - sum(self._kept.values()) / sum(mask.numel() for mask in self._masks.values())
+        return 1.0 - sum(self._kept.values()) / sum(self._sizes.values())
 
     @property
     def sparsities(self) -> dict[str, float]:
         """The same of every weight, or group, by name."""
-        return {name: 1.0 - self._kept[name] / mask.numel() for name, mask in self._masks.items()}
+        return {name: 1.0 - self._kept[name] / size for name, size in self._sizes.items()}
 
     @property
     def target(self) -> float:
@@ -155,8 +171,8 @@ class Sparsifier:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Boolean masks by name, True = live; copies, on the device of the weight."""
-        return {name: mask.clone() for name, mask in self._masks.items()}
+        """Boolean masks by name, True = live; copies, on the device of the weight, whole where that is sharded."""
+        return {name: self._whole(name, mask).clone() for name, mask in self._masks.items()}
 
     @property
     def log(self) -> list[Update]:
@@ -196,18 +212,20 @@ class Sparsifier:
             return
         for name, weight in self._pruned.items():
             if weight.grad is not None:
-                weight.grad.mul_(self._entries[name])
+                local(weight.grad).mul_(self._entries[name])
 
     def apply(self, module: nn.Module) -> None:
         """Zero in another module of the same names, such as an average of weights, what is dead here."""
         module = unwrapped(module)
+        reshard(module)
         own = dict(module.named_parameters())
-        for name, mask in self._entries.items():
-            if name not in own or own[name].shape != mask.shape:
-                raise UsageError(f"the module has no parameter {name} of shape {list(mask.shape)} to mask")
+        for name, weight in self._pruned.items():
+            if name not in own or own[name].shape != weight.shape:
+                raise UsageError(f"the module has no parameter {name} of shape {list(weight.shape)} to mask")
         with torch.no_grad():
             for name, mask in self._entries.items():
-                own[name].mul_(mask.to(own[name].device))
+                mine = part_of(whole_like(mask, self._pruned[name]), own[name])
+                local(own[name]).mul_(mine.to(own[name].device))
 
     def finish(self) -> Plan:
         """Let go of the optimizer and give the masks as a plan; weights hold the zeros, and nothing else is left."""
@@ -222,7 +240,8 @@ class Sparsifier:
         if self._channels is not None:
             inputs = self._channels.example.recorded()
             return checkpoints.cutting_plan_of(self.model, self.method, self._masks, (note,), inputs)
-        return checkpoints.plan_of(self.model, self.method, self._masks, (note,))
+        reshard(self.model)
+        return checkpoints.plan_of(self.model, self.method, self.masks, (note,))
 
     def flops(self, *example_inputs: Any, **example_kwargs: Any) -> flops.Flops:
         """Effective operations on these inputs: of inference with the masks as they are, and of training so far."""
@@ -231,7 +250,7 @@ class Sparsifier:
                 "effective operations are those of sparse weights: apply the plan, and count the cut network's"
             )
         total, per_layer = flops.count(self.model, self._layers, example_inputs, example_kwargs)
-        sizes = {name: mask.numel() for name, mask in self._masks.items()}
+        sizes = self._sizes
         now = {name: self._kept[name] / size for name, size in sizes.items()}
         steps = max(self._step, 1)
         mean = {
@@ -244,13 +263,15 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs beside model and optimizer; masks take one bit per weight.
 
+        Of weights that are sharded it is the state of the whole, from which any number of ranks goes on.
         Tensors, numbers and text only, which torch reads with ``weights_only``. What is random follows from the seed
         among the options and the step.
         """
         return checkpoints.state_of(
             self.method,
-            self._masks,
-            self._momentum,
+            self._shapes,
+            {name: pack_bits(self._whole(name, mask)) for name, mask in self._masks.items()},
+            {name: self._whole(name, mean) for name, mean in self._momentum.items()},
             {"step": self._step, "dense_steps": self._dense_steps, "reached": self._reached},
             self._kept_steps,
             [asdict(update) for update in self._log],
@@ -263,20 +284,34 @@ class Sparsifier:
         Load their states afterwards, or make this object with ``resume``: a method that begins at a random mask has
         laid it on the weights already. Raises UsageError when it belongs to another method, schedule or model.
         """
-        found = checkpoints.read_state(state, self.method, self._masks, self._pace())
+        found = checkpoints.read_state(state, self.method, self._shapes, self._pace())
         self._step, self._dense_steps = int(found.counters["step"]), int(found.counters["dense_steps"])
         self._reached = found.counters["reached"]
         self._kept_steps = dict(found.kept_steps)
         self._log = [Update(**entry) for entry in found.log]
+        reshard(self.model)
         self._momentum = {
-            name: tensor.to(self._layers[name].weight.device).clone() for name, tensor in found.momentum.items()
+            name: self._mine(name, tensor.to(self._layers[name].weight.device)).clone()
+            for name, tensor in found.momentum.items()
         }
-        self._set({name: mask.to(self._masks[name].device) for name, mask in found.masks.items()})
+        self._set(
+            {name: self._mine(name, mask.to(self._masks[name].device)) for name, mask in found.masks.items()},
+            {name: int(mask.sum()) for name, mask in found.masks.items()},
+        )
         self._hold()
 
     def save(self, path: str | Path) -> Path:
-        """Write the state to one safetensors file, all or nothing. Raises OutputError."""
-        return checkpoints.write_state(path, self.state_dict())
+        """Write the state to one safetensors file, all or nothing; of sharded weights the first rank does.
+
+        Raises OutputError.
+        """
+        state = self.state_dict()
+        if not self.sharded:
+            return checkpoints.write_state(path, state)
+        ranks = join()
+        with ranks.together():
+            ranks.on_main(lambda: str(checkpoints.write_state(path, state)))
+        return Path(path)
 
     def load(self, path: str | Path) -> None:
         """Go on from a file that ``save`` wrote. Raises UsageError, or CorruptFileError."""
@@ -304,22 +339,46 @@ class Sparsifier:
                 self._watched.release()
             raise
 
-    def _first_masks(self, given: Mapping[str, Tensor] | Plan | None, told: Given) -> Masks:
-        ones = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._pruned.items()}
+    def _first_masks(self, given: Mapping[str, Tensor] | Plan | None, told: Given) -> tuple[Masks, dict[str, int]]:
+        """(this rank's masks, how many entries of each live on all ranks)."""
+        ones = {name: torch.ones_like(local(weight), dtype=torch.bool) for name, weight in self._pruned.items()}
         if self._channels is not None:
             ones = self._channels.all_live()
         if given is not None:
             return self._given_masks(ones, given.masks if isinstance(given, Plan) else given)
         if isinstance(self.method, StartingMethod):
-            return starting_masks(self.method, self.model, self._layers, told, self._reduce)
+            masks = starting_masks(self.method, self.model, self._layers, told, self._reduce)
+            return masks, _counted(masks)
         start = self._schedule(0)
         if not self._begins_sparse:
-            return ones
-        parts = {name: self._part(name, ones[name], 0) for name in ones}
-        if self.method.random_start():
-            return random_masks(self.method, parts, start)
-        scores = scored(parts, self.method.score, self._reduce, "scores")
-        return self._thinned(parts, scores, start)
+            return ones, dict(self._sizes)
+        found: Masks = {}
+        kept: dict[str, int] = {}
+        drawn = self.method.random_start()
+        counts = kept_counts(self._shapes, start, drawn) if drawn else {}
+        for names in self._fields(alone=bool(drawn)):
+            parts = {name: self._part(name, self._whole(name, ones[name]), 0) for name in names}
+            if drawn:
+                masks = {name: random_mask(part, counts[name]) for name, part in parts.items()}
+            else:
+                scores = scored(parts, self.method.score, self._reduce, "scores")
+                masks = self._thinned(parts, scores, start)
+            found |= {name: self._mine(name, mask) for name, mask in masks.items()}
+            kept |= _counted(masks)
+        return found, kept
+
+    def _fields(self, *, alone: bool = False) -> list[list[str]]:
+        """Names of what is decided together: each layer by itself where it can be, and gathered by itself then."""
+        names = list(self._shapes)
+        return [[name] for name in names] if alone or decides_alone(self.method) else [names]
+
+    def _mine(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's part of the whole mask, or of what is shaped like it."""
+        return part_of(tensor, self._layers[name].weight) if name in self._layers else tensor
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """Inverse of ``_mine``."""
+        return whole_like(part, self._layers[name].weight) if name in self._layers else part
 
     @property
     def _begins_sparse(self) -> bool:
@@ -327,34 +386,41 @@ class Sparsifier:
         by_score = self._updates.due(0) and not self._needed
         return self._schedule(0) > 0 and (bool(self.method.random_start()) or by_score)
 
-    def _given_masks(self, ones: Masks, given: Mapping[str, Tensor]) -> Masks:
+    def _given_masks(self, ones: Masks, given: Mapping[str, Tensor]) -> tuple[Masks, dict[str, int]]:
         for name, mask in given.items():
-            if name not in ones or mask.shape != ones[name].shape or mask.dtype != torch.bool:
+            if name not in ones or tuple(mask.shape) != self._shapes[name] or mask.dtype != torch.bool:
                 raise UsageError(
                     f"masks: {name} is no weight that is pruned here, or its mask isn't boolean and shaped so"
                 )
-        masks = {name: given[name].to(one.device).clone() if name in given else one for name, one in ones.items()}
-        there = 1.0 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
+        masks = {
+            name: self._mine(name, given[name].to(one.device)).clone() if name in given else one
+            for name, one in ones.items()
+        }
+        kept = {**self._sizes, **_counted(given)}
+        there = 1.0 - sum(kept.values()) / sum(self._sizes.values())
         final = self._schedule(self._updates.end or 0)
         if there > final + 1e-6:
             raise UsageError(
                 f"the masks that were given have a sparsity of {there:.1%}, which is more than the {final:.1%} that is"
                 " asked for: ask for more"
             )
-        return masks
+        return masks, kept
 
-    def _set(self, masks: Masks) -> None:
+    def _set(self, masks: Masks, kept: Mapping[str, int]) -> None:
+        """This rank's masks, and how many entries of each live on all ranks."""
         self._masks = masks
         self._entries = masks if self._channels is None else self._channels.entries(masks)
         # counted once, and not at every step
-        self._kept = {name: int(mask.sum()) for name, mask in masks.items()}
+        self._kept = dict(kept)
         self._thin = [name for name, mask in self._entries.items() if not bool(mask.all())]
 
     def _hold(self) -> None:
         """Dead weights are zero, and what the optimizer remembers of them."""
+        if self.sharded:
+            reshard(self.model)
         for name in self._thin:
             weight, mask = self._pruned[name], self._entries[name]
-            weight.data.mul_(mask)
+            local(weight.data).mul_(mask)
             if self._watched is not None:
                 self._watched.mask(weight, mask)
 
@@ -375,48 +441,60 @@ class Sparsifier:
                 f"{self.method.name} looks at gradients, and {name} has none at step {self._step}: call"
                 " sparsifier.step() after optimizer.step() and before optimizer.zero_grad()"
             )
-        return found.detach().float()
+        return local(found).float()
 
     def _follow_gradients(self) -> None:
         smoothing = self.method.smoothing()
         for name in self._layers:
-            mean = self._momentum.setdefault(name, torch.zeros_like(self._layers[name].weight, dtype=torch.float32))
+            mean = self._momentum.setdefault(name, torch.zeros_like(self._gradient(name)))
             mean.mul_(smoothing).add_(self._gradient(name), alpha=1.0 - smoothing)
 
     def _part(self, name: str, mask: Tensor, step: int) -> Trained:
+        """The whole of a layer as methods see it, with its whole mask."""
         if self._channels is not None:
             return self._channels.part(name, mask, step, self.method.seed)
         told: dict[str, Any] = {}
         if step and "gradient" in self._needed:
-            told["gradient"] = self._gradient(name)
+            told["gradient"] = self._whole(name, self._gradient(name))
         if step and "momentum" in self._needed:
-            told["momentum"] = self._momentum[name]
-        weight = self._layers[name].weight.detach()
+            told["momentum"] = self._whole(name, self._momentum[name])
+        weight = whole(self._layers[name].weight)
         weight = weight if weight.dtype == torch.float64 else weight.float()
         return Trained(name, weight, mask, step=step, seed=self.method.seed, **told)
 
     def _update(self) -> None:
-        parts = {name: self._part(name, mask, self._step) for name, mask in self._masks.items()}
-        scores = scored(parts, self.method.score, self._reduce, "scores")
         target = self._schedule(self._step)
-        thin = self._masks
-        if target > self._reached:
-            thin, self._reached = self._thinned(parts, scores, target), target
-        masks, moved = exchanged(self.method, parts, thin, scores, self._step, self._reduce)
-        self._warn_of_collapse(masks, self._kept)
-        # what grows begins at zero, unless it has left in the same exchange
-        self._set({name: thin[name] & mask for name, mask in masks.items()})
+        asked = target > self._reached
+        # what is sparse enough as a whole has its weights where they are
+        thins = asked and sum(self._kept.values()) > fewest_kept(sum(self._sizes.values()), target)
+        found: Masks = {}
+        staying: Masks = {}
+        kept: dict[str, int] = {}
+        exchanges = 0
+        for names in self._fields():
+            parts = {name: self._part(name, self._whole(name, self._masks[name]), self._step) for name in names}
+            scores = scored(parts, self.method.score, self._reduce, "scores")
+            thin = self._thinned(parts, scores, target) if thins else {name: part.mask for name, part in parts.items()}
+            masks, moved = exchanged(self.method, parts, thin, scores, self._step, self._reduce)
+            # what grows begins at zero, unless it has left in the same exchange
+            staying |= {name: self._mine(name, thin[name] & mask) for name, mask in masks.items()}
+            found |= {name: self._mine(name, mask) for name, mask in masks.items()}
+            kept |= _counted(masks)
+            exchanges += moved
+        self._reached = target if asked else self._reached
+        self._warn_of_collapse(kept, self._kept)
+        self._set(staying, kept)
         self._hold()
-        self._set(masks)
-        self._log.append(Update(self._step, target, self.sparsity, moved))
+        self._set(found, kept)
+        self._log.append(Update(self._step, target, self.sparsity, exchanges))
 
     def _thinned(self, parts: Mapping[str, Trained], scores: Masks, sparsity: float) -> Masks:
         # a network without any channel of a group can't be cut
         least = 0.0 if self._channels is None else _LEAST
         return thinned(self.method, self._layers, parts, scores, sparsity, least)
 
-    def _warn_of_collapse(self, masks: Masks, before: Mapping[str, int]) -> None:
-        empty = [name for name, mask in masks.items() if before[name] and not bool(mask.any())]
+    def _warn_of_collapse(self, kept: Mapping[str, int], before: Mapping[str, int]) -> None:
+        empty = [name for name, count in kept.items() if before[name] and not count]
         if empty:
             warnings.warn(
                 f"nothing is left of {', '.join(empty)} after step {self._step}, so that nothing passes there:"
@@ -431,3 +509,7 @@ class Sparsifier:
         """The schedule at some steps, by which another one is told from it."""
         end = self._updates.end or self._updates.begin
         return [self._schedule(step) for step in (0, self._updates.begin, (self._updates.begin + end) // 2, end)]
+
+
+def _counted(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: int(mask.sum()) for name, mask in masks.items()}

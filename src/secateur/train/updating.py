@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secateur.allocate import NofM, fewest_kept, highest_live, keep_highest, kept_counts
+from secateur.allocate import NofM, highest_live, keep_highest
 from secateur.errors import NonFiniteError, UsageError
 from secateur.methods import Blocks, Trained, TrainingMethod
 from secateur.train.weights import Layer
@@ -30,13 +30,9 @@ class Update:
     exchanged: int
 
 
-def random_masks(method: TrainingMethod, parts: Mapping[str, Trained], sparsity: float) -> Masks:
-    """Masks before the first step, at random, with the numbers of live weights that the distribution gives."""
-    counts = kept_counts({name: tuple(p.weight.shape) for name, p in parts.items()}, sparsity, method.random_start())
-    return {
-        name: highest_live(part.uniform("start").reshape(-1), counts[name]).reshape(part.weight.shape)
-        for name, part in parts.items()
-    }
+def random_mask(part: Trained, count: int) -> Tensor:
+    """A mask before the first step with so many live weights, drawn at random."""
+    return highest_live(part.uniform("start").reshape(-1), count).reshape(part.weight.shape)
 
 
 def scored(parts: Mapping[str, Trained], score: Callable[[Trained], Tensor], reduce: Reduce, what: str) -> Masks:
@@ -66,11 +62,6 @@ def thinned(
 
     The method's floor, but at least the fraction ``least``, stays of every one.
     """
-    there = {name: part.mask for name, part in parts.items()}
-    total, live = sum(m.numel() for m in there.values()), sum(int(m.sum()) for m in there.values())
-    # what is sparse enough as a whole has its weights where they are
-    if live <= fewest_kept(total, sparsity):
-        return there
     ranked = {name: scores[name].masked_fill(~part.mask, -torch.inf) for name, part in parts.items()}
     if method.run_length():
         n, m = int(sparsity * method.run_length() + 1e-6), method.run_length()
@@ -82,6 +73,11 @@ def thinned(
     if blocks is None:
         return kept
     return {name: _spread(mask, blocks, parts[name].mask.shape) & parts[name].mask for name, mask in kept.items()}
+
+
+def decides_alone(method: TrainingMethod) -> bool:
+    """Whether the mask of a layer follows from that layer, so that one at a time will do."""
+    return method.competition() == "uniform" and method.shares({}) is None
 
 
 def exchanged(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.errors import UsageError
+from secateur.rowmasks import local
 
 
 class Watched:
@@ -95,10 +96,13 @@ class Watched:
 
 
 def mask_state(optimizer: Optimizer, weight: nn.Parameter, mask: Tensor) -> None:
-    """Zero what an optimizer remembers of dead entries: every state that has an entry for each of the weight's."""
+    """Zero what an optimizer remembers of dead entries: every state that has an entry for each of the weight's.
+
+    Of a weight that is sharded over ranks, ``mask`` is this rank's part.
+    """
     for value in optimizer.state.get(weight, {}).values():
         if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-            value.mul_(mask)
+            local(value).mul_(mask)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from secateur.errors import UsageError
 from secateur.models.decoders import is_linear
 from secateur.structure.groups import matches
+from secateur.train.parts import whole
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ def find_layers(
     exclude: Sequence[str] = (),
     keep_first: bool = False,
     depthwise: bool = False,
+    sharded: bool = False,
 ) -> dict[str, Layer]:
     """The weights of linear, convolutional, recurrent and attention modules that are trained, by name.
 
     Norms, biases and embeddings stay, weights that are tied to an embedding too. ``include`` are patterns of further
-    parameters of two dimensions or more, ``exclude`` of weights or modules that stay. Raises UsageError.
+    parameters of two dimensions or more, ``exclude`` of weights or modules that stay. Raises UsageError, also for
+    weights that are sharded over ranks, unless ``sharded``.
     """
     known = dict(_multiplying(model, depthwise))
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
@@ -82,9 +85,12 @@ def find_layers(
     if not found:
         why = " once those that exclude and keep_first name are left out" if exclude or keep_first else ""
         raise UsageError(f"{type(model).__name__} has no weights to prune{why}: see include and exclude")
-    sharded = next((name for name, layer in found.items() if isinstance(layer.weight, DTensor)), None)
-    if sharded is not None:
-        raise UsageError(f"{sharded} is sharded over ranks, and masks that change need whole weights: use DDP instead")
+    parted = next((name for name, layer in found.items() if isinstance(layer.weight, DTensor)), None)
+    if parted is not None and not sharded:
+        raise UsageError(
+            f"{parted} is sharded over ranks, and masks that are found before training or in rounds need whole weights:"
+            " use DDP instead, or find them on one rank and begin with masks="
+        )
     return found
 
 
@@ -108,5 +114,5 @@ def _all_names(model: nn.Module, parameter: Tensor) -> list[str]:
 
 def fraction_of_zeros(layers: Mapping[str, Layer]) -> float:
     """Which part of the weights is zero already."""
-    zeros = sum(layer.weight.numel() - int(torch.count_nonzero(layer.weight.detach())) for layer in layers.values())
+    zeros = sum(layer.weight.numel() - int(torch.count_nonzero(whole(layer.weight))) for layer in layers.values())
     return zeros / sum(layer.weight.numel() for layer in layers.values())
