@@ -56,7 +56,8 @@ class Timed(Item):
         read = timing.now(device) - start
         dense = cache_shape(model).dense_bytes(self.tokens)
         names = ("bytes_dense", "bytes_held", "bytes_ideal")
-        report = dict.fromkeys(names, dense) if spec == DENSE else cache.report()
+        report = None if spec == DENSE else cache.report()
+        sizes: dict[str, Any] = {name: dense if report is None else report[name] for name in names}
         start = timing.now(device)
         for _ in range(self.new):
             logits_BV, cache = cached_forward(model, logits_BV.argmax(dim=-1, keepdim=True), cache)
@@ -64,7 +65,7 @@ class Timed(Item):
         return Measurement(
             self.name,
             spec,
-            **{name: report[name] for name in names},
+            **sizes,
             length=self.tokens,
             prefill=self.tokens / read,
             decode=self.new / written,
