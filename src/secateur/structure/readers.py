@@ -212,13 +212,20 @@ def short_name(node: fx.Node) -> str:
 
 def _only_read(name: str, readers: list[Reader], entries: Moved, made: Collection[fx.Node]) -> bool:
     """Whether nothing but readers uses a parameter, and each entry belongs to one matrix, however often applied."""
-    distinct = {r.entries.numpy().tobytes(): r.entries.flatten() for r in readers}
-    together = torch.cat(list(distinct.values()))
-    if len(torch.unique(together)) != len(together):
+    if len(readers) > 1 and not _apart(readers):
         return False
     nodes = [n for n, (owner, _) in entries.items() if owner == name]
     uses = [user for node in nodes for user in node.users if user not in entries]
     return all(user in made and _reads_once(user, nodes) for user in uses)
+
+
+def _apart(readers: list[Reader]) -> bool:
+    """Whether matrices that aren't the same have no entry in common."""
+    distinct = {r.entries.numpy().tobytes(): r.entries.flatten() for r in readers}
+    together = torch.cat(list(distinct.values()))
+    taken = torch.zeros(int(together.max()) + 1, dtype=torch.bool)
+    taken[together] = True
+    return int(taken.sum()) == len(together)
 
 
 def _reads_once(user: fx.Node, nodes: list[fx.Node]) -> bool:
