@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from secateur.cache.sizes import cache_shape, predicted_bytes
 from secateur.cachestudy.harness import answerings
@@ -17,11 +15,11 @@ from secateur.cachestudy.smallest import STEPS, first_true
 from secateur.cachestudy.speed import timings
 from secateur.errors import OutputError, UsageError
 from secateur.evaluation.retrieval import Retrieval
-from secateur.files import write_text
 from secateur.journal import LineJournal
 from secateur.methods.cachespec import at_sparsity, parse_cache_spec
 from secateur.models.fingerprint import fingerprint
 from secateur.models.sources import Source
+from secateur.report.folder import write_study
 from secateur.versions import library_versions
 
 if TYPE_CHECKING:
@@ -99,9 +97,7 @@ def compare_caches(
     )
     name = str(getattr(model, "secateur_name", "") or type(model).__name__)
     made = CacheComparison(name, asked, rows_of(settings, found), tuple(found), tuple(missing))
-    if out is not None:
-        _write(made, Path(out))
-    return made
+    return made if out is None else replace(made, missing=(*made.missing, *_write(made, Path(out))))
 
 
 def _sized(asked: Protocol) -> int:
@@ -184,17 +180,15 @@ def _journal(
     return journal, {}
 
 
-def _write(made: CacheComparison, folder: Path) -> None:
-    write_text(folder / _FILES[1], json.dumps(made.to_dict(), indent=1, ensure_ascii=False) + "\n")
-    if importlib.util.find_spec("plotly") is not None:
-        from secateur.cachestudy.page import render
+def _write(made: CacheComparison, folder: Path) -> list[str]:
+    def render() -> str:
+        from secateur.cachestudy import page
 
-        write_text(folder / _FILES[2], render(made))
+        return page.render(made)
+
+    return write_study(folder, _FILES[1], made.to_dict(), _FILES[2], render)
 
 
-def notes_of(made: CacheComparison, out: Any) -> list[str]:
+def notes_of(made: CacheComparison) -> list[str]:
     """What the user should know beside the table."""
-    notes = [*made.missing, *(f"{row.spec} failed: {row.error}" for row in made.failed)]
-    if out is not None and importlib.util.find_spec("plotly") is None:
-        notes.append("cache.html needs plotly, which is not installed: pip install 'secateur[report]'")
-    return notes
+    return [*made.missing, *(f"{row.spec} failed: {row.error}" for row in made.failed)]

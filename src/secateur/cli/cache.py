@@ -150,7 +150,7 @@ def compare(
             overwrite=overwrite,
             progress=progress,
         )
-    show_notes(notes_of(made, out), quiet)
+    show_notes(notes_of(made), quiet)
     if json:
         print_json({"output": str(out), **made.to_dict()})
     else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json as json_module
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -182,17 +180,12 @@ def _run(
 
 def _write(results: Results, curves: list[Any], out: Path) -> list[str]:
     """``curve.json`` and ``curve.html``, each whole or not at all; returns notes on what is missing."""
-    from secateur.files import write_text
+    from secateur.report.folder import write_study
     from secateur.sweep.curve import curve_document
-
-    document = json_module.dumps(curve_document(curves, results), indent=1, ensure_ascii=False)
-    write_text(out / "curve.json", document + "\n")
-    if importlib.util.find_spec("plotly") is None:
-        return ["curve.html needs plotly, which is not installed: pip install 'secateur[report]'"]
     from secateur.sweep.curvepage import render_curve
 
-    write_text(out / "curve.html", render_curve(curves, results))
-    return []
+    document = curve_document(curves, results)
+    return write_study(out, "curve.json", document, "curve.html", lambda: render_curve(curves, results))
 
 
 def _show(results: Results, curves: list[Any], out: Path, json: bool) -> None:

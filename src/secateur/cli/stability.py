@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,7 @@ from secateur.cli.options import (
     check_resume,
     load_plugins,
 )
-from secateur.cli.output import json_text, print_json, show, show_notes, working
+from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.prune import given
 from secateur.errors import UsageError
 
@@ -208,11 +207,7 @@ def _show(found: Stability, limit: Limit, out: Path | None, name: str, json: boo
 
 def _write(found: Stability, limit: Limit, out: Path, name: str) -> list[str]:
     """Numbers and page, each whole or not at all; returns notes on what is missing."""
-    from secateur.files import write_text
+    from secateur.report.folder import write_study
     from secateur.rounds.stabilitypage import document, render
 
-    write_text(out / RESULTS, json_text(document(found, limit)) + "\n")
-    if importlib.util.find_spec("plotly") is None:
-        return [f"{PAGE} needs plotly, which is not installed: pip install 'secateur[report]'"]
-    write_text(out / PAGE, render(found, limit, name))
-    return []
+    return write_study(out, RESULTS, document(found, limit), PAGE, lambda: render(found, limit, name))

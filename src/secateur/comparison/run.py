@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +9,8 @@ from pathlib import Path
 from secateur.comparison.asked import TOLERANCE, Asked, ask, split
 from secateur.comparison.overlap import jaccard
 from secateur.comparison.rows import Comparison, Overlap, compare_records
-from secateur.files import write_text
 from secateur.plans import Plan
+from secateur.report.folder import write_study
 from secateur.sweep.pools import InSequence
 from secateur.sweep.runner import Results, check_folder, make_job, open_journal, resumable, run_sweep
 
@@ -95,14 +93,13 @@ def compare(
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[str]:
     """``compare.json`` and ``compare.html``, each whole or not at all; returns notes on what is missing."""
-    document = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)
-    write_text(folder / DOCUMENT, document + "\n")
-    if importlib.util.find_spec("plotly") is None:
-        return [f"{PAGE} needs plotly, which is not installed: pip install 'secateur[report]'"]
-    from secateur.comparison.page import render
 
-    write_text(folder / PAGE, render(comparison))
-    return []
+    def render() -> str:
+        from secateur.comparison import page
+
+        return page.render(comparison)
+
+    return write_study(folder, DOCUMENT, comparison.to_dict(), PAGE, render)
 
 
 def _check_tasks(asked: Asked) -> None:

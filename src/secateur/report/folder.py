@@ -1,13 +1,15 @@
-"""What lies beside the weights in every folder that is written: plans, report, README."""
+"""What lies in every folder that is written: plans, report and README beside weights; numbers and page of a study."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from secateur.files import write_text
 from secateur.report.numbers import json_ready
 
 if TYPE_CHECKING:
@@ -33,3 +35,20 @@ def write_documents(path: Path, plans: Sequence[Plan], report: Report | None, re
 
             write_report(report, path / "report.html")
     (path / "README.md").write_text(readme, encoding="utf8")
+
+
+def write_study(
+    folder: Path, numbers: str, document: Any, page: str, render: Callable[[], str], *, csv: str | None = None
+) -> list[str]:
+    """The ``document`` of a study as the file ``numbers``, its ``csv``, and the ``page`` that ``render`` gives.
+
+    Each is written whole or not at all. Returns notes on what is missing: the page is, without plotly. Raises
+    OutputError.
+    """
+    write_text(folder / numbers, json.dumps(json_ready(document), indent=1, ensure_ascii=False) + "\n")
+    if csv is not None:
+        write_text((folder / numbers).with_suffix(".csv"), csv)
+    if importlib.util.find_spec("plotly") is None:
+        return [f"{page} needs plotly, which is not installed: pip install 'secateur[report]'"]
+    write_text(folder / page, render())
+    return []

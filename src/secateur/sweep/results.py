@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.files import write_text
+from secateur.report.folder import write_study
 from secateur.report.numbers import MISSING, format_value, json_ready, percent
 from secateur.sweep.pareto import COSTS, Front, fronts, qualities
 from secateur.sweep.records import DENSE, Record
@@ -26,14 +24,15 @@ BEST = "●"
 
 def write_results(results: Results, folder: Path) -> list[str]:
     """Write the three files, each whole or not at all; returns notes on what is missing. Raises OutputError."""
-    write_text(folder / "results.json", json.dumps(results_document(results), indent=1, ensure_ascii=False) + "\n")
-    write_text(folder / "results.csv", results_csv(results))
-    if importlib.util.find_spec("plotly") is None:
-        return ["sweep.html needs plotly, which is not installed: pip install 'secateur[report]'"]
-    from secateur.sweep.page import render
 
-    write_text(folder / "sweep.html", render(results))
-    return []
+    def render() -> str:
+        from secateur.sweep import page
+
+        return page.render(results)
+
+    return write_study(
+        folder, "results.json", results_document(results), "sweep.html", render, csv=results_csv(results)
+    )
 
 
 def results_document(results: Results) -> dict[str, Any]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
 import io
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from secateur.files import write_text
 from secateur.report.charts import INK, Chart, axis, frame
+from secateur.report.folder import write_study
 from secateur.report.looks import LOOKS_STYLE, Look, key_of, looks_of
 from secateur.report.numbers import MISSING, format_count, format_value, json_ready
 from secateur.report.page import facts_table, figure, page, table
@@ -28,12 +26,9 @@ DENSE = "dense"
 
 def write_results(found: Tickets, folder: Path) -> list[str]:
     """Write the three files, each whole or not at all; returns notes on what is missing. Raises OutputError."""
-    write_text(folder / "results.json", json.dumps(document(found), indent=1, ensure_ascii=False) + "\n")
-    write_text(folder / "results.csv", as_csv(found))
-    if importlib.util.find_spec("plotly") is None:
-        return ["lottery.html needs plotly, which is not installed: pip install 'secateur[report]'"]
-    write_text(folder / "lottery.html", render(found))
-    return []
+    return write_study(
+        folder, "results.json", document(found), "lottery.html", lambda: render(found), csv=as_csv(found)
+    )
 
 
 def document(found: Tickets) -> dict[str, Any]:
