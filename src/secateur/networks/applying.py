@@ -39,8 +39,9 @@ def module_fingerprint(module: nn.Module) -> Fingerprint:
     for _, tensor in _named_tensors(module):
         if not tensor.is_meta:
             # of a module that is sharded over ranks
-            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            whole: Any = tensor
+            whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+            weights.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     name = type(module).__name__
     return Fingerprint(
         architecture=name, shapes=_hash_of_shapes(module), weights=weights.hexdigest(), num_layers=0, name=name
