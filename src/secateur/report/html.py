@@ -113,8 +113,11 @@ def _big_number(metric: Metric) -> str:
     change = _change(metric, before, after)
     # the data set is told in the table, and one line keeps the numbers level
     name = re.split(r"[(:]", metric.name)[0].strip()
+    number, _, unit = metric_value(metric, after).partition(" ")
+    # a long unit as large as its number would stand over the column
+    small = f' <span class="unit">{escape(unit)}</span>' if unit else ""
     return (
-        f'<div><dt>{escape(name)}</dt><dd class="now">{escape(metric_value(metric, after))}</dd>'
+        f'<div><dt>{escape(name)}</dt><dd class="now">{escape(number)}{small}</dd>'
         f'<dd class="was">from {escape(metric_value(metric, before))}, {change}</dd></div>'
     )
 

@@ -63,6 +63,7 @@ a { color: inherit; }
 .headline dt { color: var(--muted); font-size: .875rem; }
 .headline dd { margin: 0; font-variant-numeric: tabular-nums; }
 .headline .now { font-size: 1.7rem; line-height: 1.25; font-weight: 600; letter-spacing: -.01em; white-space: nowrap; }
+.headline .unit { font-size: .65em; }
 .headline .was { color: var(--muted); font-size: .875rem; }
 .better, .worse, .same { white-space: nowrap; }
 .better { color: var(--better); }
