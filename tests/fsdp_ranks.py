@@ -11,11 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 import secateur as sc
 from secateur.errors import UsageError
-from sparse_training import STEPS, batch, network, sgd, sparsifier
+from sparse_training import STEPS, batch, halves, network, sgd, sparsifier
 
 LAST = 6
 """The step behind which a training is saved."""
@@ -35,14 +34,8 @@ def train(
 ) -> list[dict[str, torch.Tensor]]:
     """Masks after every step, on this rank's half of every batch."""
     seen = []
-    for step in range(first, last + 1):
-        x, y = batch(step)
-        half = slice(8 * rank, 8 * rank + 8)
-        optimizer.zero_grad()
-        F.cross_entropy(module(x[half]), y[half]).backward()
-        optimizer.step()
-        pruned.step()
-        seen.append(pruned.masks)
+    for masks in halves(rank, module, optimizer, pruned, first, last):
+        seen.append(masks)
         _check_parts(module, optimizer, pruned)
     return seen
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_training import STEPS, batch, network, sgd, sparsifier
+from sparse_training import halves, network, sgd, sparsifier
 
 
 def job(rank: int, method: str, folder: Path) -> None:
@@ -17,13 +16,5 @@ def job(rank: int, method: str, folder: Path) -> None:
     module = DistributedDataParallel(network().eval())
     optimizer = sgd(module)
     pruned = sparsifier(module, optimizer, method, sparsity=0.8)
-    masks = []
-    for step in range(1, STEPS + 1):
-        x, y = batch(step)
-        half = slice(8 * rank, 8 * rank + 8)
-        optimizer.zero_grad()
-        F.cross_entropy(module(x[half]), y[half]).backward()
-        optimizer.step()
-        pruned.step()
-        masks.append(pruned.masks)
+    masks = list(halves(rank, module, optimizer, pruned))
     torch.save(masks, folder / f"{rank}.pt")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,6 +67,20 @@ def train(
         if pruned is not None:
             pruned.step()
         seen(step)
+
+
+def halves(
+    rank: int, module: nn.Module, optimizer: Any, pruned: sc.Sparsifier, first: int = 1, last: int = STEPS
+) -> Iterator[dict[str, Tensor]]:
+    """Train on this one of two ranks' half of every batch; the masks after every step."""
+    for step in range(first, last + 1):
+        x, y = batch(step)
+        half = slice(8 * rank, 8 * rank + 8)
+        optimizer.zero_grad()
+        F.cross_entropy(module(x[half]), y[half]).backward()
+        optimizer.step()
+        pruned.step()
+        yield pruned.masks
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:

@@ -60,6 +60,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank; all ranks call this together."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def clear_masked(tensor: Tensor, packed: Tensor) -> None:
     """Zero the masked entries of this rank's part of ``tensor``, in place, whatever they hold."""
     part = local(tensor)

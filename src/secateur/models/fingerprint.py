@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from secateur.plans import Fingerprint
+from secateur.rowmasks import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,8 +39,7 @@ def memory_fingerprint(model: PreTrainedModel) -> Fingerprint:
 
     @lru_cache(maxsize=1)
     def flat(name: str) -> torch.Tensor:
-        tensor: Any = parameters[name].detach()
-        return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).flatten()
+        return whole(parameters[name]).flatten()
 
     def part(name: str, first: int, count: int) -> torch.Tensor:
         return flat(name)[first : first + count]

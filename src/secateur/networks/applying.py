@@ -17,6 +17,7 @@ from secateur.networks.example import Example
 from secateur.networks.fitting import kept_entries
 from secateur.networks.optimizers import check_optimizer, shrink_optimizer
 from secateur.plans import Fingerprint, Plan, Provenance
+from secateur.rowmasks import whole
 from secateur.structure.graphcut import cut_graph, zero_tensor
 from secateur.structure.groups import TracedAnatomy, traced_anatomy
 from secateur.structure.modulecut import Different, cut_module, shell
@@ -34,14 +35,11 @@ def module_anatomy(module: nn.Module, example: Example, *, heads: str = "outer",
 
 
 def module_fingerprint(module: nn.Module) -> Fingerprint:
-    """Class, hash of all names and shapes, hash of all values."""
+    """Class, hash of all names and shapes, hash of all values; of a module that is sharded over ranks all call this."""
     weights = hashlib.sha256()
     for _, tensor in _named_tensors(module):
         if not tensor.is_meta:
-            # of a module that is sharded over ranks
-            whole: Any = tensor
-            whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
-            weights.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            weights.update(whole(tensor).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     name = type(module).__name__
     return Fingerprint(
         architecture=name, shapes=_hash_of_shapes(module), weights=weights.hexdigest(), num_layers=0, name=name

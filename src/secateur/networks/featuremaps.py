@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from secateur.errors import NonFiniteError, UnsupportedModelError
+from secateur.finite import all_finite
 from secateur.methods import FeatureMaps
 from secateur.networks.calibrating import Calibration
 from secateur.observe.featuremaps import MapRanks
@@ -41,7 +42,7 @@ def rank_maps(anatomy: TracedAnatomy, calibration: Calibration) -> Ranks:
     def visit(node: fx.Node, tensors: Tensors) -> None:
         for place in due.get(node, ()):
             for x in tensors(place.node):
-                if not bool(torch.isfinite(x).all()):
+                if not all_finite(x):
                     raise NonFiniteError(f"{describe(place.node)} gives NaN or inf on the data that was given")
                 ranks[place.node].update(place.maps(x))
 

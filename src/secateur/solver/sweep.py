@@ -15,9 +15,6 @@ from torch import Tensor
 BlockMask = Callable[[Tensor], Tensor]
 """Scores of some columns, [outputs, columns] → keep, bool of the same shape."""
 
-_STEP = 32
-"""Columns that are updated one by one; what lies behind them in a block is by one product."""
-
 
 def sweep_flops(outputs: int, inputs: int, block: int = 128) -> int:
     """Operations of the products in ``obs_sweep``, from every block of columns to those on its right."""
@@ -51,13 +48,9 @@ def obs_sweep(
             keep_BO[part] = choose(scores.T).T
             # what a column loses, as a multiple of it
             lost_BO = (~keep_BO[part]).to(w_BO.dtype).div_(diagonal[part, None])
-            right = min(left + width, stop - start)
-            for first in range(left, right, _STEP):
-                last = min(first + _STEP, right)
-                for j in range(first, last):
-                    error_O = torch.mul(w_BO[j], lost_BO[j - left], out=error_BO[j])
-                    w_BO[j + 1 : last].addr_(u_BB[j, j + 1 : last], error_O, alpha=-1)
-                w_BO[last:].addmm_(u_BB[first:last, last:].T, error_BO[first:last], alpha=-1)
+            for j in range(left, min(left + width, stop - start)):
+                error_O = torch.mul(w_BO[j], lost_BO[j - left], out=error_BO[j])
+                w_BO[j + 1 :].addr_(u_BB[j, j + 1 :], error_O, alpha=-1)
         w_OI[:, start:stop] = w_BO.masked_fill(~keep_BO, 0).T
         keep[:, start:stop] = keep_BO.T
         loss += 0.5 * float(error_BO.double().square().sum())

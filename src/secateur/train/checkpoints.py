@@ -91,11 +91,8 @@ def _fingerprint(model: nn.Module) -> Fingerprint:
             pass
     found = module_fingerprint(model) if found is None else found
     plain, sharded = plain_name(model), type(model).__name__
-    return (
-        found
-        if plain == sharded
-        else found.model_copy(update={"architecture": plain, "name": plain if found.name == sharded else found.name})
-    )
+    # only of a module without a name of its own it is the class
+    return found.model_copy(update={"architecture": plain, "name": plain if found.name == sharded else found.name})
 
 
 def state_of(

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from secateur.rowmasks import local
+from secateur.rowmasks import local, whole
 
 __all__ = ["local", "part_of", "plain_name", "reshard", "whole", "whole_like"]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every rank; all ranks call this together."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from secateur.errors import UsageError, require_extra
 from secateur.models.decoders import decoder_blocks
 from secateur.models.weightless import weightless_copy
 from secateur.ranks import join
-from secateur.rowmasks import clear_masked, pack_rows, packed_shape, shard_like, unpack_rows
+from secateur.rowmasks import clear_masked, pack_rows, packed_shape, shard_like, unpack_rows, whole
 from secateur.train.masks import check_zero, masks_of
 from secateur.train.parts import reshard
 from secateur.train.shards import check_same, checkpoint_library, read_contents, read_sharded, write_sharded
@@ -168,9 +167,9 @@ class Sharded:
         """The masks in the shapes of the weights, boolean on the CPU of rank 0, True = kept; None on other ranks."""
         masks = {}
         for name, packed in self._masks.items():
-            whole = packed.full_tensor() if isinstance(packed, DTensor) else packed
+            gathered = whole(packed)
             if self._ranks.main:
-                masks[name] = unpack_rows(whole.cpu(), tuple(self._weights[name].shape))
+                masks[name] = unpack_rows(gathered.cpu(), tuple(self._weights[name].shape))
         return masks if self._ranks.main else None
 
     def _sharded_weights(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CorruptFileError, PlanError
+from secateur.finite import all_finite
 from secateur.plans import KINDS, check_basis, read_document, unpack_bits
 from secateur.reading import check_links
 from secateur.tensorfiles import Stored, read_header
@@ -99,5 +100,5 @@ def check_plan(plan: StoredPlan) -> None:
         for name, stored in plan.parts[kind].items():
             if kind == "value" and name not in plan.document.masks:
                 raise PlanError(f"values of {name} don't match its mask")
-            if stored.dtype not in _FLOATS or not bool(torch.isfinite(stored.read()).all()):
+            if stored.dtype not in _FLOATS or not all_finite(stored.read()):
                 raise PlanError(f"{'values' if kind == 'value' else 'the bias'} of {name} must be finite numbers")
