@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -21,9 +21,6 @@ from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.prune import given
 from secateur.cli.sweep import DEFAULT_WORKERS, absolute
 from secateur.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def lottery(
