@@ -13,7 +13,7 @@ from secateur.allocators import Allocator, Measuring
 from secateur.engine.keeping import Decision, Keeper, SeenByModule
 from secateur.errors import DataError
 from secateur.healing import Refit
-from secateur.memory import trim
+from secateur.memory import reuse, trim
 from secateur.methods import Method, Target
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.sources import Source, check_finite
@@ -86,6 +86,7 @@ class Run:
 
     def blocks(self, stage: str, finished: int | None = None) -> Iterator[int]:
         """The blocks that are not finished yet, each checked when its turn comes."""
+        reuse()
         for layer in range(self.keeper.finished if finished is None else finished, self.layers):
             for name, tensor in self.source.block_tensors(layer).items():
                 self.source.check(name, tensor, layer)
