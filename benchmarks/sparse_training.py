@@ -41,7 +41,7 @@ the start, the random masks and the order of the data. `weights` are those that 
   cells come close to the numbers there, so these agree in part by choice.
 - `small dense`: the same training of dense perceptrons 64-h-h-10 with as few weights.
 - `before training`: a perceptron 64-256-128-128-10 with one mask, found before the first step.
-- `pictures`: a ResNet-20 on CIFAR-10 at half its size, see below for the number of steps and pictures.
+- `pictures`: a small ResNet on CIFAR-10 at half its size, see below for its depth and the number of steps and pictures.
 
 What the papers claim, and what shows here, with three seeds:
 
@@ -143,7 +143,7 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
 
         variants = dynamic(steps, steps * 2 // 3, steps // 60)
         yield Setting(
-            "pictures", lambda: ResNet(), pictures, steps, (0.9, 0.95, 0.98), variants,
+            "pictures", lambda: ResNet(arguments.blocks), pictures, steps, (0.9, 0.95, 0.98), variants,
             batch=128, optimizer={"momentum": 0.9, "weight_decay": 5e-4}, cosine=True,
         )  # fmt: skip
 
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=10_000, help="pictures to train on (default 10000)")
     parser.add_argument("--test", type=int, default=2000, help="pictures to test on (default 2000)")
     parser.add_argument("--steps", type=int, default=1200, help="steps on pictures (default 1200)")
+    parser.add_argument("--blocks", type=int, default=3, help="of a stage of the ResNet; 3 make a ResNet-20 (default 3)")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many (default 3)")
     parser.add_argument("--only", help="one setting alone, such as 'before training'")
     arguments = parser.parse_args()
@@ -164,7 +165,7 @@ def main() -> None:
     if arguments.cifar:
         about["pictures"] = (
             f"{arguments.cifar.name}, {arguments.train} trained on and {arguments.test} tested on, in"
-            f" {arguments.steps} steps of 128, cosine from 0.1"
+            f" {arguments.steps} steps of 128, cosine from 0.1, by a ResNet-{6 * arguments.blocks + 2}"
         )
     for setting in settings(arguments):
         if arguments.only in (None, setting.name):
