@@ -56,6 +56,8 @@ def main() -> None:
     arguments = _arguments()
     if arguments.profile:
         find_sampler()
+    if arguments.work:
+        Path(arguments.work).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix="against-") as work:
         study = Study(arguments, Path(work))
         setting = study.setting()

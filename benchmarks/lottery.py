@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=10_000, help="pictures to train on (default 10000)")
     parser.add_argument("--test", type=int, default=2000, help="pictures to test on (default 2000)")
     parser.add_argument("--steps", type=int, default=1200, help="steps on pictures (default 1200)")
-    parser.add_argument("--blocks", type=int, default=3, help="of a stage of the ResNet; 3 make a ResNet-20 (default 3)")
+    parser.add_argument("--blocks", type=int, default=3, help="of a stage; 3 make a ResNet-20 (default 3)")
     parser.add_argument("--seeds", type=int, default=5, help="how many, of tickets (default 5)")
     parser.add_argument("--work", type=Path, default=cache_folder() / "lottery-study", help="where trainings are kept")
     parser.add_argument("--only", help="one part alone, such as 'tickets'")

@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=10_000, help="pictures to train on (default 10000)")
     parser.add_argument("--test", type=int, default=2000, help="pictures to test on (default 2000)")
     parser.add_argument("--steps", type=int, default=1200, help="steps on pictures (default 1200)")
-    parser.add_argument("--blocks", type=int, default=3, help="of a stage of the ResNet; 3 make a ResNet-20 (default 3)")
+    parser.add_argument("--blocks", type=int, default=3, help="of a stage; 3 make a ResNet-20 (default 3)")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many (default 3)")
     parser.add_argument("--only", help="one setting alone, such as 'before training'")
     arguments = parser.parse_args()
