@@ -55,6 +55,11 @@ What the papers claim, and what shows here, with three seeds:
   below the small dense one is as good.
 - Before training, at 98 %: `SynFlow` and SNIP in rounds are ahead of SNIP at once, and magnitude and random masks learn
   nothing. At 95 % the first three are within a point and a half.
+- On pictures, with few steps, masks that grow are ahead of fixed ones as well: by 3 points at 90 % and by 5 at 95 and
+  98 %, where all weights must compete for it (`GMP, global`; at 98 % `GMP` layer by layer is behind a fixed mask with
+  ERK). The distribution over layers matters more than moving the mask: ERK is ahead of uniform by 3 points at 90 % and
+  by 11 at 98 %, while `SET` and `RigL` stay within 2.3 points of the fixed mask with ERK. `GraNet` is at most level
+  with `GMP, global`, and `SNFS` falls behind all fixed masks from 95 % on. A one-shot cut of the dense network guesses.
 """
 
 
