@@ -129,6 +129,8 @@ def main() -> None:
         rows.append({"model": variant, "sparsity": zeros(model), "perplexity": measured, "train seconds": seconds})
         print(rows[-1], flush=True)
         text = TEXT.format(**{**vars(arguments), "end": arguments.steps * 2 // 3})
+        if left := [f"`{v}`" for v in variants(arguments) if all(row["model"] != v for row in rows)]:
+            text += f"\nNot run yet: {', '.join(left)}.\n"
         write_result(name, TITLE, setting, rows, text)
 
 

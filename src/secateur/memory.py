@@ -11,7 +11,7 @@ from typing import Any
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MOST_MMAP = 32 << 20
 # whoever set these has other wishes
-_TOLD = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+TOLD = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 @cache
@@ -22,7 +22,7 @@ def reuse() -> None:
     fetched and zeroed anew, which is a tenth of the time of a block on CPUs. Its own adjustment ends at these values
     when a tensor of 32 MB has been freed.
     """
-    if (tell := _function("mallopt")) is not None and not any(name in os.environ for name in _TOLD):
+    if (tell := _function("mallopt")) is not None and not any(name in os.environ for name in TOLD):
         tell(_MMAP_THRESHOLD, _MOST_MMAP)
         tell(_TRIM_THRESHOLD, 2 * _MOST_MMAP)
 
