@@ -29,7 +29,7 @@ from secateur.files import cache_folder
 from secateur.methods import Contest, option
 from secateur.methods.training.sap import SAP
 from secateur.rounds import Entry, Run
-from sparse_training import MLP, accuracy, digits, mirrored, perceptron
+from sparse_training import MLP, about_pictures, accuracy, digits, mirrored, perceptron
 
 NAME, TITLE = "lottery", "Lottery tickets"
 EARLY = 150
@@ -207,10 +207,7 @@ def put(arguments: argparse.Namespace, name: str, rows: list[dict[str, Any]]) ->
     kept.sort(key=lambda row: parts.index(row["part"]) if row["part"] in parts else len(parts))
     about = {"data": "digits of scikit-learn, 1000 trained on and 797 tested on"}
     if arguments.cifar:
-        about["pictures"] = (
-            f"{arguments.cifar.name}, {arguments.train} trained on and {arguments.test} tested on, in {arguments.steps}"
-            f" steps of 128, cosine from 0.1, by a ResNet-{6 * arguments.blocks + 2}"
-        )
+        about["pictures"] = about_pictures(arguments)
     write_result(NAME, TITLE, about, kept, TEXT)
     print(name, *rows[-1:], flush=True)
 

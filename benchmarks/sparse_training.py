@@ -168,14 +168,19 @@ def main() -> None:
     rows = finished_rows(NAME)
     about = {"seeds": list(range(arguments.seeds)), "data": "digits of scikit-learn, 1000 trained on and 797 tested on"}
     if arguments.cifar:
-        about["pictures"] = (
-            f"{arguments.cifar.name}, {arguments.train} trained on and {arguments.test} tested on, in"
-            f" {arguments.steps} steps of 128, cosine from 0.1, by a ResNet-{6 * arguments.blocks + 2}"
-        )
+        about["pictures"] = about_pictures(arguments)
     for setting in settings(arguments):
         if arguments.only in (None, setting.name):
             complete(setting, range(arguments.seeds), rows, about)
     publish(rows, about)
+
+
+def about_pictures(arguments: argparse.Namespace) -> str:
+    """What was trained on pictures, and how, in one line."""
+    return (
+        f"{arguments.cifar.name}, {arguments.train} trained on and {arguments.test} tested on, in {arguments.steps}"
+        f" steps of 128, cosine from 0.1, by a ResNet-{6 * arguments.blocks + 2}"
+    )
 
 
 def complete(setting: Setting, seeds: range, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
