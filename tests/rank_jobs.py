@@ -239,6 +239,48 @@ def train(rank: int, recipe: Mapping[str, Any], out: Path) -> None:
     run_training(make_train_recipe(recipe, "the recipe"), out=out)
 
 
-def heal(rank: int, folder: Path, out: Path, how: Mapping[str, Any]) -> None:
-    """Train a checkpoint on the ranks together."""
-    sc.heal(folder, out=out, **how)
+def heal(rank: int, source: Path, folder: Path, ways: Mapping[str, Mapping[str, Any]]) -> None:
+    """Train a checkpoint on the ranks together, in several ways; note how much of it this rank has meanwhile."""
+    from secateur.loop import Loop
+    from secateur.rowmasks import local
+
+    real = Loop._step
+    for name, how in ways.items():
+        note: dict[str, int] = {}
+
+        def step(self: Loop, number: int, note: dict[str, int] = note) -> float:
+            loss = real(self, number)
+            note["trained"] = sum(p.numel() for p in self._parameters.values())
+            note["all weights"] = sum(p.numel() for p in self._model.parameters())
+            note["weights"] = sum(local(p).numel() for p in self._model.parameters())
+            states = [state for state in self._optimizer.state.values()]
+            note["remembered"] = sum(local(state[key]).numel() for state in states for key in ("exp_avg", "exp_avg_sq"))
+            return loss
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Loop, "_step", step)
+            sc.heal(source, out=folder / name, **how)
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(note), encoding="utf8")
+
+
+def heal_in_two_sittings(rank: int, source: Path, folder: Path, how: Mapping[str, Any]) -> None:
+    """Train a checkpoint at one go, and once more with a signal to one rank behind the second step."""
+    import os
+    import signal
+
+    from secateur.runs.signals import Stopped
+    from secateur.runs.states import StateKeeper
+
+    sc.heal(source, out=folder / "whole", **how)
+    real = StateKeeper.finished
+
+    def finished(self: StateKeeper, curve: Any, *args: Any, **kwargs: Any) -> None:
+        if curve.steps == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(self, curve, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StateKeeper, "finished", finished)
+        with pytest.raises(Stopped, match="stopped after step 2 of the training"):
+            sc.heal(source, out=folder / "again", **how)
+    sc.heal(source, out=folder / "again", resume=True, **how)

@@ -41,9 +41,9 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def shard_like(packed: Tensor, weight: Tensor) -> Tensor:
-    """The part of a packed mask that belongs to this rank's part of ``weight``; every rank gives the whole mask.
+    """The part of a tensor with the rows of ``weight``, such as a packed mask, that belongs to this rank's part of it.
 
-    Raises UsageError for a weight that isn't sharded by rows.
+    Every rank gives the whole tensor, and nothing is sent. Raises UsageError for a weight that isn't sharded by rows.
     """
     if not isinstance(weight, DTensor):
         return packed.to(weight.device)

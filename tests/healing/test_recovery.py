@@ -20,7 +20,7 @@ from secateur.healing.recovery import Curve, RecoveryOptions, parse_recovery, sp
 from secateur.healing.recovery.losses import Objective, cross_entropy, divergence, hidden_distance
 from secateur.healing.recovery.trained import STRATEGIES
 from secateur.healing.recovery.trainer import Windows, learning_rate, recover
-from secateur.loop import Keeper, examples_of
+from secateur.loop import Callback, Keeper, examples_of
 from secateur.models.decoders import decoder_blocks, is_linear
 from secateur.train.masks import masks_left
 
@@ -224,6 +224,21 @@ def test_norms_and_biases_alone():
     before = weights(biased)
     train(biased, train="norms")
     assert changed(before, biased) == {name for name in before if "norm" in name or name.endswith("bias")}
+
+
+def test_what_watches_a_training_needs_whole_weights():
+    model = make_tiny("llama")
+    before = weights(model)
+    with pytest.raises(UsageError, match="need whole weights: leave fsdp out"):
+        recover(model, Windows(tiny_ids(8), tiny_ids(2)), RecoveryOptions(fsdp=True), callback=Callback())
+    assert changed(before, model) == set()
+
+
+def test_alone_there_is_nobody_to_share_with():
+    one, two = make_tiny("llama"), make_tiny("llama")
+    train(one, train="full")
+    train(two, train="full", fsdp=True)
+    assert changed(weights(one), two) == set()
 
 
 def test_ranks_by_module_and_targets_by_name():

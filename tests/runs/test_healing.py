@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -238,24 +239,65 @@ def test_a_run_trains_what_it_has_cut_and_resumes(tiny_checkpoint, tmp_path, mon
 # ranks
 
 
-def test_two_ranks_train_like_one(pruned, tiny_checkpoint, tmp_path):
-    alone = {"train": "lora", "teacher": str(tiny_checkpoint), **HOW}
-    alone["options"] = {**HOW["options"], "dropout": 0.0, "batch": 4, "micro": 1}
-    one = sc.heal(pruned["masked"], out=tmp_path / "one", **alone)
-    run_ranks(rank_jobs.heal, 2, pruned["masked"], tmp_path / "two", alone)
-    two = json.loads((tmp_path / "two" / "report.json").read_text(encoding="utf8"))["recoveries"][0]
+RANKED = {**HOW, "options": {**HOW["options"], "dropout": 0.0, "batch": 4, "micro": 1}}
+
+
+@pytest.fixture(scope="module")
+def ranked(pruned, tiny_checkpoint, tmp_path_factory) -> Path:
+    """What two ranks made of one checkpoint in several ways, and their notes."""
+    folder = tmp_path_factory.mktemp("ranked")
+    run_ranks(rank_jobs.heal, 2, pruned["masked"], folder, {name: ways(tiny_checkpoint, name) for name in WAYS})
+    return folder
+
+
+WAYS = {
+    "lora": {"train": "lora"},
+    "lora fsdp": {"train": "lora", "fsdp": True},
+    "full fsdp": {"train": "full", "fsdp": True, "loss": "kl+hidden*0.1", "checkpointing": True, "micro": 2},
+    "norms fsdp": {"train": "norms", "fsdp": True},
+}
+
+
+def ways(teacher: Path, name: str) -> dict[str, Any]:
+    own = dict(WAYS[name])
+    how = {"train": own.pop("train"), "loss": own.pop("loss", None), "teacher": str(teacher)}
+    return {**RANKED, **how, "options": {**RANKED["options"], **own}}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_two_ranks_train_like_one(name, ranked, pruned, tiny_checkpoint, tmp_path):
+    how = ways(tiny_checkpoint, name)
+    one = sc.heal(pruned["masked"], out=tmp_path / "one", **how)
+    two = json.loads((ranked / name / "report.json").read_text(encoding="utf8"))["recoveries"][0]
     assert two["losses"] == pytest.approx(one.curve.losses, rel=1e-4)
-    first, second = (sc.load(tmp_path / name)[0].state_dict() for name in ("one", "two"))
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-4)
-        assert torch.equal(second[name] != 0, weight != 0)
-    assert not (tmp_path / "two.run").exists()
+    assert [value for _, value in two["measured"]] == pytest.approx([v for _, v in one.curve.measured], rel=1e-4)
+    assert two["teacher_perplexity"] == pytest.approx(one.curve.teacher, rel=1e-6)
+    first, second = (sc.load(folder)[0].state_dict() for folder in (tmp_path / "one", ranked / name))
+    for key, weight in first.items():
+        torch.testing.assert_close(second[key], weight, rtol=1e-3, atol=1e-4)
+        assert torch.equal(second[key] != 0, weight != 0)
+    assert not (ranked / f"{name}.run").exists()
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_ranks_share_what_a_training_takes(name, ranked):
+    notes = [json.loads((ranked / f"{name}-{rank}.json").read_text(encoding="utf8")) for rank in range(2)]
+    # what the optimiser remembers of all ranks together: once if it is shared, and as often as there are ranks if not
+    whole = notes[0]["trained"]
+    assert sum(note["remembered"] for note in notes) == 2 * whole * (1 if "fsdp" in name else 2)
+    assert all((note["weights"] < 0.7 * note["all weights"]) == ("fsdp" in name) for note in notes)
+
+
+def test_a_sharded_training_goes_on_to_the_bit(pruned, tiny_checkpoint, tmp_path):
+    how = ways(tiny_checkpoint, "full fsdp")
+    run_ranks(rank_jobs.heal_in_two_sittings, 2, pruned["masked"], tmp_path, how)
+    assert same_weights(tmp_path / "whole", tmp_path / "again")
 
 
 def test_ranks_that_cannot_share_a_step_say_so_together(pruned, tmp_path):
     how = {**HOW, "options": {**HOW["options"], "batch": 3}}
     with pytest.raises(ProcessRaisedException, match="batch 3 can't be shared by 2 ranks in forwards of 1 windows"):
-        run_ranks(rank_jobs.heal, 2, pruned["cut"], tmp_path / "out", how)
+        run_ranks(rank_jobs.heal, 2, pruned["cut"], tmp_path, {"out": how})
     assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
 
 

@@ -101,6 +101,7 @@ def recover_decoder(
         keeper=keeper,
         measure=measure,
         ranks=ranks,
+        pieces=lambda one: decoder_blocks(one)[1],
         progress=progress,
     )
     if model.dtype != stored:

@@ -107,7 +107,8 @@ class Perplexity:
         return losses
 
 
-@torch.inference_mode()
+# not inference_mode: FSDP gathers weights into buffers that a training goes on with
+@torch.no_grad()
 def window_losses(
     model: PreTrainedModel, ids_NT: Tensor, progress: Callable[[int], None] = lambda done: None
 ) -> Tensor:

@@ -15,12 +15,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from secateur.errors import NonFiniteError, UsageError, require_extra
 from secateur.loop.order import examples_of, step_seed
 from secateur.loop.rates import Rate
 from secateur.ranks import ALONE, Ranks
+from secateur.rowmasks import local, shard_like, whole
 
 Progress = Callable[[str, int, int], None]
 _CALLBACK, _PARAMETER, _BUFFER, _OPTIMIZER = "callback/", "parameter/", "buffer/", "optimizer/"
@@ -110,7 +113,8 @@ class Loop:
     """Trains the ``parameters`` of ``model`` in place; ``loss(model, examples, step)`` is that of some examples.
 
     ``examples`` are numbers below ``count``, [micro] int64, drawn without replacement until all are gone. ``what`` an
-    example is called in errors. All ``ranks`` share the examples of every step. Raises UsageError.
+    example is called in errors. All ``ranks`` share the examples of every step; ``model`` is the same on all of them,
+    or sharded over them by FSDP2. Raises UsageError.
     """
 
     def __init__(
@@ -139,7 +143,8 @@ class Loop:
             )
         self._accelerator = accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         # ranks keep equal parameters by equal steps; the wrapper means their gradients
-        self._wrapped = self._accelerator.prepare(model) if ranks.size > 1 else model
+        self._replicated = ranks.size > 1 and not isinstance(model, FSDPModule)
+        self._wrapped = self._accelerator.prepare(model) if self._replicated else model
 
     def run(
         self,
@@ -198,9 +203,9 @@ class Loop:
         torch.manual_seed(step_seed(step, pace.seed) * ranks.size + ranks.rank)
         total = torch.zeros((), device=self._device)
         for place, part in enumerate(parts, start=1):
-            alone = ranks.size == 1 or place == len(parts)
-            # ranks exchange gradients once, when all of them are there
-            with nullcontext() if alone else self._accelerator.no_sync(self._wrapped), self._precision():
+            # ranks exchange gradients once, when all of them are there; of shards every time, since no rank has room
+            waits = self._replicated and place < len(parts)
+            with self._accelerator.no_sync(self._wrapped) if waits else nullcontext(), self._precision():
                 loss = self._loss(self._wrapped, part, step) / len(parts)
             self._accelerator.backward(loss)
             total += loss.detach().float()
@@ -239,8 +244,8 @@ class Loop:
             self._wrapped.train()
 
     def _state(self) -> dict[str, Tensor]:
-        """All tensors that a later sitting needs, by name."""
-        found: dict[str, Tensor] = {f"{_PARAMETER}{name}": p.detach() for name, p in self._parameters.items()}
+        """All tensors that a later sitting needs, by name; all ranks call this together."""
+        found: dict[str, Tensor] = {f"{_PARAMETER}{name}": self._gathered(p) for name, p in self._parameters.items()}
         found |= {f"{_BUFFER}{name}": buffer for name, buffer in self._buffers().items()}
         for number, callback in enumerate(self._callbacks):
             found |= {f"{_CALLBACK}{number}/{name}": tensor for name, tensor in callback.state().items()}
@@ -248,8 +253,15 @@ class Loop:
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 # SGD without momentum remembers None
                 if isinstance(value, Tensor):
-                    found[f"{_OPTIMIZER}{key}/{name}"] = value
+                    found[f"{_OPTIMIZER}{key}/{name}"] = self._gathered(value)
         return found
+
+    def _gathered(self, tensor: Tensor) -> Tensor:
+        """All of a tensor, of one that is sharded on the first rank alone, and there on the CPU."""
+        if not isinstance(tensor, DTensor):
+            return tensor.detach()
+        gathered = whole(tensor)
+        return gathered.cpu() if self._ranks.main else torch.empty(0)
 
     def _buffers(self) -> dict[str, Tensor]:
         """Running statistics, and whatever else a checkpoint of the model holds beside parameters."""
@@ -259,7 +271,7 @@ class Loop:
     def _restore(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(state[f"{_PARAMETER}{name}"])
+                local(parameter).copy_(local(shard_like(state[f"{_PARAMETER}{name}"], parameter)))
             for name, buffer in self._buffers().items():
                 buffer.copy_(state[f"{_BUFFER}{name}"])
         for full, value in state.items():
@@ -267,7 +279,7 @@ class Loop:
                 key, _, name = full.removeprefix(_OPTIMIZER).partition("/")
                 parameter = self._parameters[name]
                 # counters of steps stay where optimisers make them
-                there = value.clone() if value.dim() == 0 else value.to(parameter.device).clone()
+                there = value.clone() if value.dim() == 0 else shard_like(value, parameter).clone()
                 self._optimizer.state[parameter][key] = there
         for number, callback in enumerate(self._callbacks):
             own = f"{_CALLBACK}{number}/"

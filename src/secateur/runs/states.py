@@ -61,9 +61,12 @@ class StateKeeper(Keeper):
 
     def finished(self, curve: Curve, state: Callable[[], Mapping[str, Tensor]], *, last: bool) -> None:
         stopping = self._ranks.any(self._step.stopping)
-        old = time.monotonic() - self._last >= SECONDS_BETWEEN_STATES
-        if self._ranks.main and (stopping or last or old):
-            self._write(curve, state())
+        old = self._ranks.any(self._ranks.main and time.monotonic() - self._last >= SECONDS_BETWEEN_STATES)
+        if stopping or last or old:
+            # ranks that share the weights gather them together
+            tensors = state()
+            if self._ranks.main:
+                self._write(curve, tensors)
         if stopping:
             self._step.check_stop(f"step {curve.steps} of the training", self._ranks)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from secateur.ranks.shards import reshard
 from secateur.rowmasks import local, whole
 
 __all__ = ["local", "part_of", "plain_name", "reshard", "whole", "whole_like"]
@@ -35,15 +36,6 @@ def whole_like(part: Tensor, weight: Tensor) -> Tensor:
         sent, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
     return placed.full_tensor().to(part.dtype)
-
-
-def reshard(model: nn.Module) -> None:
-    """Let go of gathered weights: FSDP keeps some after a forward, and they would hide what is changed here."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def plain_name(model: nn.Module) -> str:

@@ -63,6 +63,9 @@ class RecoveryOptions:
     targets: str = option("", "modules that get adapters, joined by +: q_proj+v_proj (default: all of the blocks)")
     dtype: str = option("float32", "dtype of the forwards; weights stay as they are", choices=("float32", "bfloat16"))
     checkpointing: bool = option(False, "compute activations again for the gradients instead of keeping them")
+    fsdp: bool = option(
+        False, "share weights, gradients and the optimiser's state among the ranks (FSDP2), if there are several"
+    )
     data: str = option("", "text to train on: builtin, self, a file or a data set (default: the calibration text)")
     held_out: int = option(16, "last windows of the text, which are measured and not trained on", unit="windows", ge=1)
     measure: int = option(0, "steps from one measurement to the next; 0: a tenth of all", unit="steps", ge=0)

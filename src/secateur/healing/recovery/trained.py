@@ -19,7 +19,7 @@ from secateur.errors import NonFiniteError, UsageError, nearest, require_extra
 from secateur.finite import all_finite
 from secateur.healing.recovery.options import RecoveryOptions
 from secateur.loop import Callback
-from secateur.rowmasks import clear_masked, pack_rows, unpack_rows
+from secateur.rowmasks import clear_masked, pack_rows, shard_like, unpack_rows
 
 _ADAPTER = "recovery"
 
@@ -31,26 +31,31 @@ class Trained(Callback):
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        self._model = model
-        self._wanted = {id(p): p.requires_grad for p in model.parameters()}
+        self._model = self._stepped = model
+        self._wanted = {name: p.requires_grad for name, p in model.named_parameters()}
         self._masks = {name: pack_rows(mask) for name, mask in masks.items()}
+
+    def follow(self, stepped: nn.Module) -> None:
+        """Steps are taken by ``stepped``: the model, or a sharded copy of which it has the weights in the end."""
+        self._stepped = stepped
+        self._masks = {name: shard_like(packed, stepped.get_parameter(name)) for name, packed in self._masks.items()}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """By name, in the order of the model."""
-        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self._stepped.named_parameters() if p.requires_grad}
 
     def on_gradients(self, step: int) -> None:
         """Zero the gradients of masked entries, so that neither the norm nor momentum knows of them."""
         for name, packed in self._masks.items():
-            gradient = self._model.get_parameter(name).grad
+            gradient = self._stepped.get_parameter(name).grad
             if gradient is not None:
                 clear_masked(gradient, packed)
 
     def finish(self, *, learnt: bool = True) -> None:
         """Leave the model as an ordinary one, with what was ``learnt`` in its weights."""
-        for parameter in self._model.parameters():
-            parameter.requires_grad_(self._wanted.get(id(parameter), True))
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(self._wanted[name])
             parameter.grad = None
 
     def _only(self, chosen: Collection[str], what: str) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import DataError
+from secateur.errors import DataError, UsageError
 from secateur.healing.recovery.curve import Curve
 from secateur.healing.recovery.losses import Objective
 from secateur.healing.recovery.options import RecoveryOptions
 from secateur.healing.recovery.trained import STRATEGIES, Trained
 from secateur.loop import Callback, Keeper, Loop, Pace, Progress, Rate
 from secateur.ranks import ALONE, Ranks
+from secateur.ranks.shards import Pieces, sharded
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def recover(
     keeper: Keeper | None = None,
     measure: Callable[[Any], float] | None = None,
     ranks: Ranks = ALONE,
+    pieces: Pieces = lambda model: (),
     progress: Progress = lambda stage, done, total: None,
 ) -> Curve:
     """Train ``model`` in place, on its device; returns the curve. Afterwards it is an ordinary model in eval mode.
@@ -60,21 +62,31 @@ def recover(
     ``modules`` are the names of those that can have adapters, ``masks`` (boolean, True = kept) what must stay zero,
     ``layers`` the blocks of ``teacher`` that the blocks of the model came from, ``lora_ranks`` ranks by module where
     they differ; ``callback`` takes part in every step. ``measure`` gives the held-out perplexity of a model. All
-    ``ranks`` call this together and share the windows of every step. After an error adapters are gone; with ``full``
-    and ``norms`` the model stays where it was. Raises UsageError, DataError, NonFiniteError when a loss is NaN,
-    MissingExtraError, and what ``callback`` and ``keeper`` raise.
+    ``ranks`` call this together and share the windows of every step; with ``fsdp`` they share the weights, too, and
+    gather one of the ``pieces`` of a model at a time. After an error adapters are gone; with ``full`` and ``norms`` the
+    model stays where it was, and one that was sharded has no weights, nor has its teacher. Raises UsageError,
+    DataError, NonFiniteError when a loss is NaN, MissingExtraError, and what ``callback`` and ``keeper`` raise.
     """
     if len(windows.trained_on) == 0:
         raise DataError("there is nothing to train on: the text has no window beside those that are held out")
-    objective = Objective(options.terms(teacher is not None), options.temperature, teacher, layers)
+    if options.fsdp and callback is not None:
+        raise UsageError("heads and neurons that leave while adapters are trained need whole weights: leave fsdp out")
+    terms = options.terms(teacher is not None)
     trained = STRATEGIES[options.train](model, options, masks or {}, modules=modules, ranks=lora_ranks)
     taking_part = callback or Callback()
+    models = [one for one in (model, teacher) if one is not None]
+    spread = options.fsdp and ranks.size > 1
     try:
-        loop = _loop(model, trained, objective, windows.trained_on, options, ranks, taking_part)
-        taking_part.begin(model)
-        curve = Curve(options.batch * windows.trained_on.shape[1])
-        with _checkpointing(model, options):
-            curve = loop.run(curve, keeper, _noting(model, measure, ranks), progress, "heal")
+        with sharded(models, pieces, ranks) if spread else nullcontext(models) as (stepped, *dense):
+            trained.follow(stepped)
+            objective = Objective(terms, options.temperature, *(dense or [None]), layers=layers)
+            loop = _loop(stepped, trained, objective, windows.trained_on, options, ranks, taking_part)
+            taking_part.begin(stepped)
+            curve = Curve(options.batch * windows.trained_on.shape[1])
+            # all ranks take part in the forwards of a model that is spread over them
+            note = _noting(stepped, measure, ALONE if spread else ranks)
+            with _checkpointing(stepped, options):
+                curve = loop.run(curve, keeper, note, progress, "heal")
     except BaseException:
         taking_part.end()
         trained.finish(learnt=False)
