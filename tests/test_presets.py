@@ -33,6 +33,12 @@ def test_early_blocks_stay_denser_where_most_weights_leave():
     assert settled(make_method("best", {"sparsity": 0.6}), None)[1] is None
 
 
+def test_what_has_seconds_is_fitted_anew():
+    for asked in ({}, {"sparsity": 0.7}, {"pattern": "2:4"}):
+        method, allocate = settled(make_method("best", {"effort": "seconds", **asked}), None)
+        assert (method.name, method.options()["heal"], allocate) == ("wanda", "refit", None)
+
+
 def test_the_plan_is_that_of_what_it_stands_for(make_llama, tiny_tokenizer, tmp_path):
     model, text = make_llama(), tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 40)
