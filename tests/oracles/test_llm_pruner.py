@@ -368,6 +368,10 @@ def test_plans_of_other_sizes_share_their_scores(tmp_path, monkeypatch, tiny_lla
         ({"rounds": 2, "uniform": True}, "rounds need a budget"),
         ({"ratio": 0.5, "budget": "kv_bytes"}, "ratio and a budget"),
         ({"granularity": "layer", "heal": "bias"}, "granularity=layer goes with neither"),
+        (
+            {"granularity": "channel", "scope": "global", "first": 2},
+            "granularity=channel doesn't go with scope, first$",
+        ),
     ],
 )
 def test_options_that_contradict_each_other(options, message):

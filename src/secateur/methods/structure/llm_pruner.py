@@ -67,6 +67,9 @@ _GROUPINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "second": lambda x_TUE: x_TUE[-1],
 }
 
+_OF_BLOCKS = ("scope", "first", "last", "first_mlp", "last_mlp", "fold", "fill")
+"""Options that say something of heads and neurons alone."""
+
 _WITHIN: dict[tuple[str, bool], Callable[[float], Allocator]] = {
     ("local", True): UniformAllocator,
     ("local", False): CountedAllocator,
@@ -137,6 +140,11 @@ class LLMPruner(CoupledMethod):
             raise OptionError(
                 f"llm_pruner: granularity={self.granularity} goes with neither heal, rounds, uniform nor such budgets"
             )
+        unread = [
+            f.name for f in dataclasses.fields(self) if f.name in _OF_BLOCKS and getattr(self, f.name) != f.default
+        ]
+        if self.granularity != "block" and unread:
+            raise OptionError(f"llm_pruner: granularity={self.granularity} doesn't go with {', '.join(unread)}")
         if self.ratio and self.programmed:
             raise OptionError("llm_pruner: ratio and a budget both say how much stays: give one of them")
 
