@@ -263,7 +263,7 @@ def heal(rank: int, source: Path, folder: Path, ways: Mapping[str, Mapping[str, 
         (folder / f"{name}-{rank}.json").write_text(json.dumps(note), encoding="utf8")
 
 
-def heal_in_two_sittings(rank: int, source: Path, folder: Path, how: Mapping[str, Any]) -> None:
+def heal_in_two_sittings(rank: int, source: Path, folder: Path, ways: Mapping[str, Mapping[str, Any]]) -> None:
     """Train a checkpoint at one go, and once more with a signal to one rank behind the second step."""
     import os
     import signal
@@ -271,7 +271,6 @@ def heal_in_two_sittings(rank: int, source: Path, folder: Path, how: Mapping[str
     from secateur.runs.signals import Stopped
     from secateur.runs.states import StateKeeper
 
-    sc.heal(source, out=folder / "whole", **how)
     real = StateKeeper.finished
 
     def finished(self: StateKeeper, curve: Any, *args: Any, **kwargs: Any) -> None:
@@ -279,8 +278,11 @@ def heal_in_two_sittings(rank: int, source: Path, folder: Path, how: Mapping[str
             os.kill(os.getpid(), signal.SIGINT)
         real(self, curve, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StateKeeper, "finished", finished)
-        with pytest.raises(Stopped, match="stopped after step 2 of the training"):
-            sc.heal(source, out=folder / "again", **how)
-    sc.heal(source, out=folder / "again", resume=True, **how)
+    for name, how in ways.items():
+        sc.heal(source, out=folder / name, **how)
+        again = folder / f"{name}, again"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StateKeeper, "finished", finished)
+            with pytest.raises(Stopped, match="stopped after step 2 of the training"):
+                sc.heal(source, out=again, **how)
+        sc.heal(source, out=again, resume=True, **how)

@@ -289,9 +289,10 @@ def test_ranks_share_what_a_training_takes(name, ranked):
 
 
 def test_a_sharded_training_goes_on_to_the_bit(pruned, tiny_checkpoint, tmp_path):
-    how = ways(tiny_checkpoint, "full fsdp")
-    run_ranks(rank_jobs.heal_in_two_sittings, 2, pruned["masked"], tmp_path, how)
-    assert same_weights(tmp_path / "whole", tmp_path / "again")
+    chosen = {name: ways(tiny_checkpoint, name) for name in ("full fsdp", "lora fsdp")}
+    run_ranks(rank_jobs.heal_in_two_sittings, 2, pruned["masked"], tmp_path, chosen)
+    for name in chosen:
+        assert same_weights(tmp_path / name, tmp_path / f"{name}, again")
 
 
 def test_ranks_that_cannot_share_a_step_say_so_together(pruned, tmp_path):
