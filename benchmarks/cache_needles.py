@@ -18,7 +18,7 @@ from common import write_result
 import secateur as sc
 from secateur.progress import Progress
 
-PRESSES = "random_kv,streaming_llm,snapkv,expected_attention,keydiff,mustafar"
+PRESSES = "random_kv,streaming_llm,tova,snapkv,expected_attention,keydiff,kvzip,mustafar"
 
 
 def main() -> None:

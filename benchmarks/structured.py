@@ -1,115 +1,154 @@
-"""Structured methods side by side at equal budgets, as ``secateur compare`` gives it.
+"""Structured methods side by side at equal budgets, as ``secateur compare`` gives it, without and with recovery.
 
-    python benchmarks/structured.py --calibration VALID.txt --evaluation TEST.txt --work FOLDER
+    python benchmarks/structured.py --calibration VALID.txt --evaluation TEST.txt
+    python benchmarks/structured.py --calibration VALID.txt --evaluation TEST.txt --heal lora:steps=300
 
-Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 windows of 512 tokens. ``FOLDER`` is that
-of the comparison: page, plans, and what is done, so that a second call goes on where the first stopped. Methods join
-one after the other, and the result is written after each.
+Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 windows of 512 tokens. Methods are compared
+two by two, the result is written after every pair, and a second call goes on behind what it holds: the losses of every
+window are in its JSON, so that the verdict is one over all methods.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import write_result
+from common import finished_rows, write_result
 
 import secateur as sc
-from secateur.comparison import Comparison
-from secateur.comparison.table import mark
+from secateur.comparison.asked import TOLERANCE
+from secateur.comparison.verdict import SURE, Candidate, judge
 
-METHODS = ("flap", "wanda_sp", "shortgpt", "magnitude_sp", "osscar", "flap:heal=refit", "random_sp")
+# the cheap ones first
+METHODS = (
+    "flap", "wanda_sp", "shortgpt", "magnitude_sp", "minitron", "amp", "cfsp", "llm_pruner", "angular", "osscar",
+    "flap:heal=refit", "random_sp", "adapt_pruner", "blockpruner", "prunenet", "loraprune", "tyr", "evopress",
+)  # fmt: skip
 SPARSITIES = (0.2, 0.4)
 SEEDS = (0, 1, 2)
 TEXT = """
-Perplexity after structured pruning, no training afterwards. `removed` is the fraction of the linear weights of the
-blocks that is really gone; who misses what was asked for by more than 0.01 has no part in the verdict. Random methods
-run with three seeds, and ± is the standard deviation over them. `p` is the probability that the best method of a
-budget is better, when the windows are drawn anew (paired bootstrap); below 0.95 two methods are not distinguishable.
-Seconds and memory are those of planning and cutting, in one process that also holds the dense model; `shared` times
-would be longer without statistics that another row had taken.
+Perplexity after structured pruning, by `recovery`: none, or the same training for all. `removed` is the fraction of the
+linear weights of the blocks that is really gone; who misses what was asked for by more than 0.01 has no part in the
+verdict. Random methods run with three seeds, and ± is the standard deviation over them. `p` is the probability that the
+best method of a budget is better, when the windows are drawn anew (paired bootstrap); below 0.95 two methods are not
+distinguishable. Seconds and memory are those of planning, cutting and training, in one process that also holds the
+dense model, beside whatever else ran on the machine; `shared` times would be longer without statistics that another row
+had taken. Methods that the command has and this table doesn't were not run yet: a second call goes on with them.
 """
+HIDDEN = ("losses",)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--work", required=True, help="folder of the comparison")
-    parser.add_argument("--methods", type=int, default=len(METHODS), help="how many of them, the first ones")
+    parser.add_argument("--heal", default="", help="training that all get, such as lora:steps=300")
+    parser.add_argument("--methods", default=",".join(METHODS), help="which of them (default: all)")
     arguments = parser.parse_args()
-    for count in range(2, arguments.methods + 1):
-        publish(compared(arguments, METHODS[:count]), Path(arguments.model).name)
+    name = f"compare-{Path(arguments.model).name}"
+    rows = finished_rows(name)
+    there = {row["method"] for row in rows if row["recovery"] == arguments.heal}
+    todo = [method for method in arguments.methods.split(",") if method not in there]
+    for first in range(0, len(todo), 2):
+        pair = todo[first : first + 2]
+        # a comparison is of two at least
+        shown = pair if len(pair) == 2 else [*pair, METHODS[0] if pair[0] != METHODS[0] else METHODS[1]]
+        compared = _compared(arguments, shown)
+        rows += [row for row in compared if row["method"] in pair or (row["method"] == "dense" and not rows)]
+        _judged(rows)
+        rows.sort(key=_place)
+        _publish(name, arguments, rows)
+        print(
+            *(row for row in rows if row["method"] in pair and row["recovery"] == arguments.heal), sep="\n", flush=True
+        )
 
 
-def compared(arguments: argparse.Namespace, methods: tuple[str, ...], **more: Any) -> Comparison:
-    """The comparison of the first methods; what an earlier call has done is not done again."""
-    return sc.compare(
-        arguments.model,
-        methods=methods,
-        sparsity=SPARSITIES,
-        seeds=SEEDS,
-        tasks=[f"perplexity:{arguments.evaluation}"],
-        calibration=arguments.calibration,
-        dtype="float32",
-        out=arguments.work,
-        resume=(Path(arguments.work) / "journal.jsonl").exists(),
-        **more,
-    )
+def _compared(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str, Any]]:
+    """Rows of some methods, the dense model first."""
+    with tempfile.TemporaryDirectory() as folder:
+        document = sc.compare(
+            arguments.model,
+            methods=methods,
+            sparsity=SPARSITIES,
+            seeds=SEEDS,
+            tasks=[f"perplexity:{arguments.evaluation}"],
+            calibration=arguments.calibration,
+            heal=arguments.heal or None,
+            dtype="float32",
+            out=Path(folder) / "compare",
+        ).to_dict()
+    metric = next(iter(document["dense"]["parts"]))
+    sizes = {key: round(document["dense"]["metrics"][key] / 1e6, 2) for key in ("parameters", "MACs")}
+    dense = {"recovery": "", "sparsity": "", "method": "dense", "perplexity": document["dense"]["metrics"][metric]}
+    return [{**dense, **_millions(sizes)}, *(_row(arguments, metric, row) for row in document["rows"])]
 
 
-def publish(comparison: Comparison, model: str) -> None:
-    """The table, with the verdicts above it."""
-    base = comparison.results.sweep.base
-    calibration = base.calibration
+def _row(arguments: argparse.Namespace, metric: str, row: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"recovery": arguments.heal, "sparsity": row["sparsity"], "method": row["method"]}
+    if row["status"] != "done":
+        return {**found, "verdict": "failed", "error": row["error"]}
+    metrics = row["metrics"]
+    sizes = {key: round(metrics[key]["mean"] / 1e6, 2) for key in ("parameters", "MACs")}
+    return {
+        **found,
+        "perplexity": metrics[metric]["mean"],
+        "±": "" if metrics[metric]["spread"] is None else metrics[metric]["spread"],
+        "removed": f"{row['removed']:.4f}",
+        **_millions(sizes),
+        "seeds": len(row["seeds"]),
+        "seconds": row["seconds"],
+        "shared": "yes" if row["shared_statistics"] else "",
+        "peak MB": (row["peak_bytes"] or 0) / 1e6,
+        "losses": [[round(value, 5) for value in one] for one in row["parts"][metric]],
+    }
+
+
+def _millions(sizes: dict[str, float]) -> dict[str, float]:
+    return {f"M {key}": value for key, value in sizes.items()}
+
+
+def _judged(rows: list[dict[str, Any]]) -> list[str]:
+    """Give every row its chance; the sentences."""
+    said = []
+    for recovery in dict.fromkeys(row["recovery"] for row in rows):
+        for sparsity in SPARSITIES:
+            mine = [r for r in rows if (r["recovery"], r["sparsity"]) == (recovery, sparsity) and "losses" in r]
+            meets = [row for row in mine if abs(float(row["removed"]) - sparsity) <= TOLERANCE + 1e-9]
+            candidates = [Candidate(row["method"], row["perplexity"], tuple(row["losses"])) for row in meets]
+            if not candidates:
+                continue
+            verdict = judge(sparsity, "perplexity", candidates, higher_is_better=False, dense=rows[0]["perplexity"])
+            chances = verdict.probabilities or {}
+            for row in mine:
+                chance = chances.get(row["method"])
+                row["p"] = "" if chance is None else f"{chance:.3f}"
+                level = row["method"] == verdict.best or (chance is not None and chance < SURE)
+                row["verdict"] = "off budget" if row not in meets else "" if not level else "best"
+                if level and verdict.rivals:
+                    row["verdict"] = "≈ best"
+            said.append(f"- {f'With {recovery}: ' if recovery else ''}{verdict.sentence}")
+    return said
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    known = METHODS.index(row["method"]) if row["method"] in METHODS else -1
+    return row["method"] != "dense", row["recovery"], row["sparsity"] or 0, known
+
+
+def _publish(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    model = Path(arguments.model).name
     setting = {
         "model": model,
-        "calibration": f"{calibration.samples} consecutive windows of {calibration.length} tokens of "
-        f"{Path(calibration.source).name}",
-        "evaluation": next(m.protocol for m in comparison.results.dense.metrics if m.parts),  # type: ignore[union-attr]
-        "seeds": list(comparison.asked.seeds),
-        "dtype": base.dtype,
+        "calibration": f"{Path(arguments.calibration).name}, 64 consecutive windows of 512 tokens",
+        "evaluation": f"{Path(arguments.evaluation).name}, first 40 windows of 512 tokens",
+        "seeds": list(SEEDS),
+        "dtype": "float32",
     }
-    sentences = "\n".join(f"- {verdict.sentence}" for verdict in comparison.first_verdicts)
-    title = f"Structured methods side by side on {model}"
-    write_result(f"compare-{model}", title, setting, rows_of(comparison), f"{sentences}\n{TEXT}")
-
-
-def rows_of(comparison: Comparison) -> list[dict[str, Any]]:
-    """The dense model, then every method at every budget."""
-    metric = next(iter(comparison.metrics))
-    chances = {v.sparsity: v.probabilities or {} for v in comparison.first_verdicts}
-    dense: Any = comparison.dense
-    sizes = {"M parameters": dense.metric("parameters") / 1e6, "M MACs": dense.metric("MACs") / 1e6}
-    rows = [{"sparsity": "", "method": "dense", "removed": "", **sizes, "perplexity": dense.metric(metric)}]
-    for row in comparison.rows:
-        found: dict[str, Any] = {"sparsity": row.sparsity, "method": row.method}
-        if row.done:
-            spread = row.spread(metric)
-            found |= {
-                "removed": f"{row.removed:.4f}",
-                "M parameters": _mega(row.mean("parameters")),
-                "M MACs": _mega(row.mean("MACs")),
-                "perplexity": row.mean(metric),
-                "±": "" if spread is None else spread,
-                "seeds": len(row.records),
-                "p": _chance(chances[row.sparsity].get(row.method)),
-                "seconds": row.seconds,
-                "shared": "yes" if row.shared else "",
-                "peak MB": (row.peak_bytes or 0) / 1e6,
-            }
-        rows.append({**found, "verdict": mark(comparison, row)})
-    return rows
-
-
-def _mega(value: float | None) -> float | str:
-    return "" if value is None else value / 1e6
-
-
-def _chance(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    text = "\n".join(_judged(rows)) + f"\n{TEXT}"
+    write_result(name, f"Structured methods side by side on {model}", setting, rows, text, leave_out=HIDDEN)
 
 
 if __name__ == "__main__":
