@@ -28,6 +28,7 @@ METHODS = (
 )  # fmt: skip
 SPARSITIES = (0.2, 0.4)
 SEEDS = (0, 1, 2)
+TEXTS = {"samples": 64, "length": 512, "windows": 40}
 TEXT = """
 Perplexity after structured pruning, by `recovery`: none, or the same training for all. `removed` is the fraction of the
 linear weights of the blocks that is really gone; who misses what was asked for by more than 0.01 has no part in the
@@ -78,10 +79,12 @@ def _compared(arguments: argparse.Namespace, methods: list[str]) -> list[dict[st
             calibration=arguments.calibration,
             heal=arguments.heal or None,
             dtype="float32",
+            tolerance=TOLERANCE,
+            **TEXTS,
             out=Path(folder) / "compare",
         ).to_dict()
     metric = next(iter(document["dense"]["parts"]))
-    sizes = {key: round(document["dense"]["metrics"][key] / 1e6, 2) for key in ("parameters", "MACs")}
+    sizes = {key: document["dense"]["metrics"][key] / 1e6 for key in ("parameters", "MACs")}
     dense = {"recovery": "", "sparsity": "", "method": "dense", "perplexity": document["dense"]["metrics"][metric]}
     return [{**dense, **_millions(sizes)}, *(_row(arguments, metric, row) for row in document["rows"])]
 
@@ -91,7 +94,7 @@ def _row(arguments: argparse.Namespace, metric: str, row: dict[str, Any]) -> dic
     if row["status"] != "done":
         return {**found, "verdict": "failed", "error": row["error"]}
     metrics = row["metrics"]
-    sizes = {key: round(metrics[key]["mean"] / 1e6, 2) for key in ("parameters", "MACs")}
+    sizes = {key: metrics[key]["mean"] / 1e6 for key in ("parameters", "MACs")}
     return {
         **found,
         "perplexity": metrics[metric]["mean"],
@@ -139,11 +142,11 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _publish(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    model = Path(arguments.model).name
+    model, length = Path(arguments.model).name, TEXTS["length"]
     setting = {
         "model": model,
-        "calibration": f"{Path(arguments.calibration).name}, 64 consecutive windows of 512 tokens",
-        "evaluation": f"{Path(arguments.evaluation).name}, first 40 windows of 512 tokens",
+        "calibration": f"{Path(arguments.calibration).name}, {TEXTS['samples']} consecutive windows of {length} tokens",
+        "evaluation": f"{Path(arguments.evaluation).name}, first {TEXTS['windows']} windows of {length} tokens",
         "seeds": list(SEEDS),
         "dtype": "float32",
     }

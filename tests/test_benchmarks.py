@@ -1,6 +1,5 @@
 """What the studies in ``benchmarks/`` rest on: memory of one process, the stages of a profile, and what is compared."""
 
-import argparse
 import importlib
 import json
 import os
@@ -209,7 +208,8 @@ def test_a_mask_shuffled_within_its_channels_uses_no_others(study):
 def test_published_rows_of_the_breadth_study_are_gone_on_from(study, monkeypatch):
     breadth = study("breadth")
     ours = {"class": "exact", "error": 1e-9, "macs fall": 0.4, "averages": "", "form": "module", "export s": 3.0}
-    theirs = {"class": "fails", "reason": "RuntimeError: shape '[2, 3|4]' is invalid"}
+    ours["ranking"] = "mean"
+    theirs = {"class": "fails", "reason": "RuntimeError: shape '[2, 3|4]' is invalid", "ranking": "mean"}
     known = {("t", "a", "secateur"): ours, ("t", "a", "torch-pruning"): theirs, ("t", "b", "secateur"): ours}
     table = [breadth._table_row(known, "t", name) for name in "ab"]
     monkeypatch.setattr(breadth, "finished_rows", lambda name: table)
@@ -307,23 +307,35 @@ def test_the_front_of_second_order_methods_and_its_picture(study):
 
 
 def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_checkpoint, tmp_path):
-    structured, written = study("structured"), []
-    monkeypatch.setattr(structured, "write_result", lambda *given: written.append(given))
-    text = tmp_path / "text.txt"
+    structured, written = study("structured"), [[]]
+    monkeypatch.setattr(structured, "finished_rows", lambda name: json.loads(json.dumps(written[-1])))
+    monkeypatch.setattr(structured, "write_result", lambda name, title, about, rows, said, leave_out: write(rows, said))
+    monkeypatch.setattr(structured, "TEXTS", {"samples": 2, "length": 32, "windows": 4})
+    monkeypatch.setattr(structured, "TOLERANCE", 0.1)
+    text, said = tmp_path / "text.txt", []
     text.write_text("the quick brown fox jumps over the lazy dog, again and again\n" * 60, encoding="utf8")
-    arguments = argparse.Namespace(
-        model=str(tiny_checkpoint), calibration=str(text), evaluation=str(text), work=str(tmp_path / "work")
-    )
-    for methods in (("magnitude_sp", "wanda_sp"), ("magnitude_sp", "wanda_sp", "random_sp")):
-        found = structured.compared(arguments, methods, samples=2, length=32, windows=4, tolerance=0.1)
-        structured.publish(found, "tiny")
-    assert found.results.reused == 4
-    ((name, _, setting, first, _), (_, _, _, rows, said)) = written
-    assert name == "compare-tiny" and "text.txt" in setting["calibration"] and str(tmp_path) not in str(written)
-    assert [row["method"] for row in rows] == ["dense", *["magnitude_sp", "wanda_sp", "random_sp"] * 2]
-    assert len(first) == 5 and rows[3]["seeds"] == 3 and rows[3]["±"] > 0 and rows[1]["±"] == ""
-    assert rows[1]["M parameters"] < rows[0]["M parameters"]
-    assert all(verdict.sentence in said for verdict in found.first_verdicts)
+
+    def write(rows, what):
+        written.append(json.loads(json.dumps(rows)))
+        said.append(what)
+
+    command = ["structured.py", "--model", str(tiny_checkpoint), "--calibration", str(text), "--evaluation", str(text)]
+    for more in (
+        ["--methods", "magnitude_sp,wanda_sp"],
+        ["--methods", "magnitude_sp,wanda_sp,random_sp"],
+        ["--methods", "magnitude_sp,wanda_sp", "--heal", "norms:steps=1,batch=1,length=32"],
+    ):
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        structured.main()
+    _, first, second, third = written
+    assert [row["method"] for row in first] == ["dense", *["wanda_sp", "magnitude_sp"] * 2]
+    assert [row["method"] for row in second] == ["dense", *["wanda_sp", "magnitude_sp", "random_sp"] * 2]
+    assert second[3]["seeds"] == 3 and second[3]["±"] > 0 and second[1]["±"] == ""
+    assert second[1]["M parameters"] < second[0]["M parameters"]
+    # rows of the first call are those of the second, but for what the verdict says with one more method
+    assert [row["losses"] for row in second[1:3]] == [row["losses"] for row in first[1:3]]
+    assert len(third) == 11 and {row["recovery"] for row in third[7:]} == {"norms:steps=1,batch=1,length=32"}
+    assert said[1].count("- Sparsity") == 2 and said[2].count("- With norms") == 2
 
 
 class Clock:
