@@ -58,7 +58,7 @@ def run(module: nn.Module, case: Case) -> tuple[list[Tensor], int]:
 # -- secateur ----------------------------------------------------------------------------------------------------------
 
 
-def secateur(entry: Entry, fraction: float) -> Row:
+def secateur(entry: Entry, fraction: float, ranking: str = "mean") -> Row:
     """exact, wrong or refused; refused is a SecateurError, whose sentence is the reason."""
     case = prepare(entry)
     dense, macs = run(case.module, case)
@@ -70,7 +70,7 @@ def secateur(entry: Entry, fraction: float) -> Row:
         row["trace s"] = time.process_time() - start - row["export s"]
         with _timed(row, "group s"):
             anatomy = traced_anatomy(found)
-        removed = lowest(case.module, anatomy, fraction)
+        removed = lowest(case.module, anatomy, fraction, ranking)
         row |= _about(anatomy, removed)
         if not removed:
             return {**row, "class": "refused", "reason": _why_nothing(anatomy)}
@@ -95,8 +95,11 @@ def secateur(entry: Entry, fraction: float) -> Row:
     return row
 
 
-def lowest(module: nn.Module, anatomy: TracedAnatomy, fraction: float) -> set[int]:
-    """The units with the smallest L1 norm relative to their group's mean, of all groups; one of each stays."""
+def lowest(module: nn.Module, anatomy: TracedAnatomy, fraction: float, ranking: str) -> set[int]:
+    """The units with the smallest L1 norm of all groups; one of each stays.
+
+    Norms count relative to the mean of their group, or standardised in it.
+    """
     groups = [g for g in anatomy.groups if g.frozen is None and g.units > 1]
     tensors = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     candidates: list[tuple[float, int]] = []
@@ -105,7 +108,8 @@ def lowest(module: nn.Module, anatomy: TracedAnatomy, fraction: float) -> set[in
         score = l1(group, tensors)
         ids = (anatomy.ids or {})[group.name]
         order = score.argsort()[:-1].tolist()  # without its best
-        candidates += [(float(score[u] / score.mean()), ids[u]) for u in order]
+        relative = (score - score.mean()) / score.std() if ranking == "standardised" else score / score.mean()
+        candidates += [(float(relative[u]), ids[u]) for u in order]
         total += group.units
     return {unit for _, unit in sorted(candidates)[: round(fraction * total)]}
 
@@ -188,8 +192,11 @@ def _export_timed(row: Row) -> Iterator[None]:
 
 # -- Torch-Pruning -----------------------------------------------------------------------------------------------------
 
+NORMALIZER = {"mean": "mean", "standardised": "gaussian"}
+"""Its names of the rankings."""
 
-def torch_pruning(entry: Entry, fraction: float) -> Row:
+
+def torch_pruning(entry: Entry, fraction: float, ranking: str = "mean") -> Row:
     """exact, differs, runs (nothing to hold it to) or fails, with the error."""
     import torch_pruning as tp
 
@@ -202,7 +209,7 @@ def torch_pruning(entry: Entry, fraction: float) -> Row:
             pruner = tp.pruner.MagnitudePruner(
                 pruned,
                 example_inputs=dict(case.kwargs) or case.args,
-                importance=tp.importance.GroupMagnitudeImportance(p=1),
+                importance=tp.importance.GroupMagnitudeImportance(p=1, normalizer=NORMALIZER[ranking]),
                 global_pruning=True,
                 pruning_ratio=fraction,
                 ignored_layers=final_layers(pruned, case),

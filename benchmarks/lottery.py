@@ -266,9 +266,9 @@ def pictures(arguments: argparse.Namespace) -> dict[str, Callable[[str], None]]:
         # 20.97 and 4.4 % are left
         "pictures, from the first step": lambda name: tickets(task, name, arguments, 14, (7, 14)),
         "pictures, from 3 %": lambda name: tickets(task, name, arguments, 14, (7, 14), **rewound),
-        "pictures, fixed rate": lambda name: adaptive(task, name, arguments, 20),
-        "pictures, SAP, layer": lambda name: adaptive(task, name, arguments, 20, scope="layer", **sap),
-        "pictures, SAP, neuron": lambda name: adaptive(task, name, arguments, 20, scope="neuron", **sap),
+        "pictures, fixed rate": lambda name: adaptive(task, name, arguments, 12),
+        "pictures, SAP, layer": lambda name: adaptive(task, name, arguments, 12, scope="layer", **sap),
+        "pictures, SAP, neuron": lambda name: adaptive(task, name, arguments, 12, scope="neuron", **sap),
     }
 
 
