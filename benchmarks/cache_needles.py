@@ -18,7 +18,7 @@ from common import write_result
 import secateur as sc
 from secateur.progress import Progress
 
-PRESSES = "random_kv,streaming_llm,tova,snapkv,expected_attention,keydiff,kvzip,mustafar"
+PRESSES = "random_kv,streaming_llm,tova,snapkv,expected_attention,keydiff,mustafar"
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")
     parser.add_argument("--presses", default=PRESSES)
     parser.add_argument("--ratios", default="0.5,0.75")
-    parser.add_argument("--tasks", default="niah:length=1024/4096,depths=5 kv:length=1024/4096,depths=5")
+    parser.add_argument("--tasks", default="niah:length=4096,depths=5 kv:length=4096,depths=5")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = sc.load(arguments.model)
@@ -71,6 +71,15 @@ Facts hidden at several depths of a prompt and asked for behind its compressed c
 the answer, and how often greedy decoding writes it. `later`: the context alone is compressed, and the question is read
 behind it. `at the end`: the question is compressed with its context. The beginning of the sentence that the answer ends
 is read behind both.
+
+What the papers claim, and what shows on SmolLM2-135M at 4,096 tokens, of which its dense cache finds every second fact:
+
+- Where the question is compressed with its context, SnapKV and TOVA keep what it asks for: with a quarter of the tokens
+  an answer is 2 and 1.7 times as probable as behind StreamingLLM, which keeps sinks and what is recent.
+- Where the question comes later, SnapKV falls to the level of StreamingLLM: it kept what the end of the context looked
+  at. KeyDiff doesn't look at any question and loses nothing by that; neither does expected attention, which is hardly
+  better than StreamingLLM here. TOVA, which asks the last token alone, stays at twice that.
+- Half of the elements of all tokens (Mustafar) leave more of the answer than half of the tokens do by any score.
 """
 
 if __name__ == "__main__":
