@@ -13,12 +13,15 @@ def causal_attention(queries_BHWE: Tensor, keys_BKSE: Tensor, scaling: float, so
     """
     batch, heads, window, width = queries_BHWE.shape
     kv_heads, tokens = keys_BKSE.shape[1:3]
-    grouped = queries_BHWE.float().reshape(batch, kv_heads, -1, width)
-    logits = (grouped @ keys_BKSE.float().mT).view(batch, heads, window, tokens) * scaling
+    grouped = (queries_BHWE.float() * scaling).reshape(batch, kv_heads, -1, width)
+    logits = (grouped @ keys_BKSE.float().mT).view(batch, heads, window, tokens)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    ahead = torch.ones(window, tokens, dtype=torch.bool, device=logits.device).triu(tokens - window + 1)
-    return logits.masked_fill(ahead, float("-inf")).softmax(dim=-1)
+    # only the last tokens can lie ahead of a query
+    near = min(window, tokens)
+    ahead = torch.ones(window, near, dtype=torch.bool, device=logits.device).triu(near - window + 1)
+    logits[..., tokens - near :].masked_fill_(ahead, float("-inf"))
+    return logits.softmax(dim=-1)
 
 
 def per_kv_head(x_BHx: Tensor, kv_heads: int) -> Tensor:

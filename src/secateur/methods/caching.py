@@ -76,6 +76,8 @@ class EvictionMethod(CacheMethod):
     """The option that takes the place of the sparsity where it is given."""
     local: ClassVar[bool] = False
     """Whether keys and values of the candidates are all that is looked at, so that any of them can be scored again."""
+    reads_values: ClassVar[bool] = True
+    """Whether values are looked at; of a ``local`` method that needn't be given any."""
     rereads: ClassVar[bool] = False
     """Whether it is a ``RereadMethod``."""
     again: ClassVar[bool] = True

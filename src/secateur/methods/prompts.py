@@ -30,12 +30,15 @@ class Rope:
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
         """``x`` [..., E] turned by ``positions`` [...] (negative = back), without the scale; in float32."""
         angle = positions[..., None].to(torch.float32) * self.frequencies
-        cos, sin = torch.cat([angle.cos()] * 2, dim=-1), torch.cat([angle.sin()] * 2, dim=-1)
-        width = cos.shape[-1]
-        turning, rest = x[..., :width].float(), x[..., width:].float()
-        first, second = turning.chunk(2, dim=-1)
-        turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
-        return torch.cat([turned, rest.expand(*turned.shape[:-1], rest.shape[-1])], dim=-1)
+        cos, sin, half = angle.cos(), angle.sin(), len(self.frequencies)
+        x = x.float()
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        # written into the halves of one tensor: a prompt is large, and every copy of it costs as much as the arithmetic
+        turned = x.new_empty(*torch.broadcast_shapes(x.shape[:-1], positions.shape), x.shape[-1])
+        torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=turned[..., half : 2 * half]).addcmul_(first, sin)
+        turned[..., 2 * half :] = rest
+        return turned
 
     def mean_rotation(self, positions: Tensor, width: int) -> Tensor:
         """The mean over ``positions`` of the matrix that turns a vector of that width, [E, E] float32, with scale."""
@@ -108,8 +111,9 @@ class Prompt:
         if self.rope is None:
             return self.queries.float()
         back = self.rope.turned(self.queries, -self.positions[:, None])
-        width = 2 * len(self.rope.frequencies)
-        return torch.cat([back[..., :width] / self.rope.scale, back[..., width:]], dim=-1)
+        if self.rope.scale != 1:
+            back[..., : 2 * len(self.rope.frequencies)] /= self.rope.scale
+        return back
 
     def output_weights(self, method: str) -> Tensor:
         """``reader`` by query heads, [H, E, hidden] float32. Raises UnsupportedModelError where it isn't known."""

@@ -47,13 +47,13 @@ class BlockKV(WrapperMethod):
         kept = whole[..., :count]
         for start in range(count, prompt.tokens, self.length):
             candidates = torch.cat([kept, whole[..., start : start + self.length]], dim=-1)
-            chosen = top(self.score(_only(prompt, candidates)), count)
+            chosen = top(self.score(_only(prompt, candidates, values=self.inner.reads_values)), count)
             kept = candidates[chosen].view(batch, heads, count)
         return torch.zeros_like(whole, dtype=torch.bool).scatter(-1, kept, True)
 
 
-def _only(prompt: Prompt, tokens_BKC: Tensor) -> Prompt:
-    """The prompt with these tokens of every head."""
+def _only(prompt: Prompt, tokens_BKC: Tensor, *, values: bool) -> Prompt:
+    """The prompt with these tokens of every head; without ``values`` those stay what they were."""
     batch, heads, tokens = prompt.keys.shape[:3]
     # whole rows are copied at a time, which gathering element by element doesn't do
     first = torch.arange(batch * heads, device=tokens_BKC.device).view(batch, heads, 1) * tokens
@@ -61,6 +61,6 @@ def _only(prompt: Prompt, tokens_BKC: Tensor) -> Prompt:
     shape = (batch, heads, tokens_BKC.shape[-1], -1)
     sides = {
         name: side.reshape(batch * heads * tokens, -1).index_select(0, rows).view(shape)
-        for name, side in (("keys", prompt.keys), ("values", prompt.values))
+        for name, side in (("keys", prompt.keys), *([("values", prompt.values)] if values else []))
     }
     return replace(prompt, **sides)

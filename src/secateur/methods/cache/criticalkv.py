@@ -41,8 +41,14 @@ class CriticalKV(WrapperMethod):
         values_BKRE = prompt.values[rest].view(*shape, prompt.values.shape[-1]).float()
         weights_HED = prompt.output_weights(self.name)
         group = len(weights_HED) // values_BKRE.shape[1]
-        # head by head: the outputs of all heads at once would be as large as the hidden states of as many layers; the
-        # norm in place, which takes little more than half the time of norm(p=1)
-        outputs = [(values_BKRE[:, h // group] @ weight).abs_().sum(dim=-1) for h, weight in enumerate(weights_HED)]
+        outputs = [_lengths(values_BKRE[:, h // group], weight) for h, weight in enumerate(weights_HED)]
         weighed_BKR = (plain_BKS[rest].view(shape) + self.epsilon) * prompt.per_kv_head(torch.stack(outputs, dim=1))
         return torch.full_like(plain_BKS, float("inf")).masked_scatter(rest, weighed_BKR)
+
+
+def _lengths(values_BRE: Tensor, weight_ED: Tensor, rows: int = 512) -> Tensor:
+    """The L1 norm of what every token adds to the hidden states through one head, [B, R].
+
+    Some rows at a time, which stay in the cache of a processor; in place, which takes half the time of norm(p=1).
+    """
+    return torch.cat([(part @ weight_ED).abs_().sum(dim=-1) for part in values_BRE.split(rows, dim=1)], dim=-1)

@@ -52,13 +52,15 @@ class ExpectedAttention(EvictionMethod):
 
     def score(self, prompt: Prompt) -> Tensor:
         mean_BHE, covariance_BHEE = self._future_queries(prompt)
-        keys = prompt.keys[:, :, None, self.sinks :].float()
+        keys_BKSE = prompt.keys[:, :, self.sinks :].float()
+        # the query heads of a key-value head side by side, so that its keys aren't copied for each
         grouped = (prompt.keys.shape[1], -1)
-        expected = (keys @ mean_BHE.unflatten(1, grouped)[..., None])[..., 0] * prompt.scaling
+        expected_BKSG = keys_BKSE @ mean_BHE.unflatten(1, grouped).mT * prompt.scaling
         if self.covariance:
-            spread = ((keys @ covariance_BHEE.unflatten(1, grouped)) * keys).sum(dim=-1)
-            expected = expected + spread * prompt.scaling**2 / 2
-        score_BKS = expected.softmax(dim=-1).mean(dim=2)
+            side_by_side = covariance_BHEE.unflatten(1, grouped).transpose(2, 3).flatten(3)
+            spread = (keys_BKSE @ side_by_side).unflatten(3, (-1, keys_BKSE.shape[-1]))
+            expected_BKSG += spread.mul_(keys_BKSE[..., None, :]).sum(dim=-1) * prompt.scaling**2 / 2
+        score_BKS = expected_BKSG.softmax(dim=2).mean(dim=3)
         if self.value_norm:
             score_BKS = (score_BKS + self.epsilon) * prompt.values[:, :, self.sinks :].float().norm(dim=-1)
         return protect(score_BKS, first=self.sinks)

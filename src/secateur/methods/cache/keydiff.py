@@ -25,13 +25,15 @@ class KeyDiff(EvictionMethod):
     """Options of KeyDiff."""
 
     local: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = False
     descriptor: ClassVar = Descriptor(
         object="kv_cache", granularity="token", when="inference", score="similarity", allocation="uniform",
         data="none", speedup="real",
     )  # fmt: skip
 
     def score(self, prompt: Prompt) -> Tensor:
-        unit = F.normalize(prompt.keys.float(), dim=-1)
-        # the keys are of length 1 already, which cosine_similarity would not know
-        anchor = F.normalize(unit.mean(dim=2), dim=-1, eps=1e-8)
-        return -(unit @ anchor[..., None])[..., 0]
+        keys = prompt.keys.float()
+        # keys of length 1 are never written: what is divided by their lengths is a number for every key
+        inverse_BK1S = keys.norm(dim=-1).clamp_min(1e-12).reciprocal()[..., None, :]
+        anchor_BK1E = F.normalize(inverse_BK1S @ keys / prompt.tokens, dim=-1, eps=1e-8)
+        return -((anchor_BK1E @ keys.mT) * inverse_BK1S)[..., 0, :]

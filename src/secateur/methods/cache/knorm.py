@@ -22,6 +22,7 @@ class KeyNorm(EvictionMethod):
     """Options of key norm."""
 
     local: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = False
     descriptor: ClassVar = Descriptor(
         object="kv_cache", granularity="token", when="inference", score="magnitude", allocation="uniform", data="none",
         speedup="real",

@@ -25,6 +25,7 @@ class RandomKV(EvictionMethod):
     seed: int = option(0, "seed of the random numbers", ge=0)
 
     local: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = False
     descriptor: ClassVar = Descriptor(
         object="kv_cache", granularity="token", when="inference", score="random", allocation="uniform", data="none",
         speedup="real",
