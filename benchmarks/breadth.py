@@ -64,8 +64,7 @@ make the output. It is run as it is on any model: not with what its examples set
 Random weights of wide layers have nearly equal norms, so that a ranking relative to means spares them all, and leaves
 their multiply-accumulates. Where these fall by less than 15 %, either library therefore cuts once more by norms
 that are standardised within their group, again over all groups together, and that counts if it is exact, too:
-`ranking`, `its ranking`. Nine models of Torch-Pruning's (ViT, DeiT, Swin, DaViT, MobileViT) that are exact with next to
-nothing cut fail there.
+`ranking`, `its ranking`. Where it isn't, the reason says what came of it.
 
 Which entries of a parameter Torch-Pruning left is read off their values, which are all different.
 """
@@ -127,7 +126,8 @@ def run_all(arguments: argparse.Namespace, known: dict[tuple[str, str, str], dic
             row = in_process(library, entry, limit, arguments, "mean")
             if _spares(row):
                 other = in_process(library, entry, limit, arguments, "standardised")
-                row = other if other["class"] == "exact" else row
+                failed = f"standardised: {other['class']}, {other.get('reason', '')}"
+                row = other if other["class"] == "exact" else {**row, "reason": failed}
             row = {"source": entry.source, "model": entry.name, "library": library, **row}
             known[key] = row
             with arguments.rows.open("a", encoding="utf8") as sink:

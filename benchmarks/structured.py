@@ -59,9 +59,8 @@ def main() -> None:
         shown = pair if len(pair) == 2 else [*pair, METHODS[0] if pair[0] != METHODS[0] else METHODS[1]]
         compared = _compared(arguments, shown)
         rows += [row for row in compared if row["method"] in pair or (row["method"] == "dense" and not rows)]
-        _judged(rows)
         rows.sort(key=_place)
-        _publish(name, arguments, rows)
+        _publish(name, arguments, rows, _judged(rows))
         print(
             *(row for row in rows if row["method"] in pair and row["recovery"] == arguments.heal), sep="\n", flush=True
         )
@@ -141,7 +140,7 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["method"] != "dense", row["recovery"], row["sparsity"] or 0, known
 
 
-def _publish(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def _publish(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]], said: list[str]) -> None:
     model, length = Path(arguments.model).name, TEXTS["length"]
     setting = {
         "model": model,
@@ -150,7 +149,7 @@ def _publish(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]
         "seeds": list(SEEDS),
         "dtype": "float32",
     }
-    text = "\n".join(_judged(rows)) + f"\n{TEXT}"
+    text = "\n".join(said) + f"\n{TEXT}"
     write_result(name, f"Structured methods side by side on {model}", setting, rows, text, leave_out=HIDDEN)
 
 

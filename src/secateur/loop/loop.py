@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -23,6 +22,7 @@ from secateur.errors import NonFiniteError, UsageError, require_extra
 from secateur.loop.order import examples_of, step_seed
 from secateur.loop.rates import Rate
 from secateur.ranks import ALONE, Ranks
+from secateur.ranks.shards import is_sharded
 from secateur.rowmasks import local, shard_like, whole
 
 Progress = Callable[[str, int, int], None]
@@ -143,7 +143,7 @@ class Loop:
             )
         self._accelerator = accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         # ranks keep equal parameters by equal steps; the wrapper means their gradients
-        self._replicated = ranks.size > 1 and not isinstance(model, FSDPModule)
+        self._replicated = ranks.size > 1 and not is_sharded(model)
         self._wrapped = self._accelerator.prepare(model) if self._replicated else model
 
     def run(

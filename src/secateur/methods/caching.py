@@ -77,7 +77,7 @@ class EvictionMethod(CacheMethod):
     local: ClassVar[bool] = False
     """Whether keys and values of the candidates are all that is looked at, so that any of them can be scored again."""
     reads_values: ClassVar[bool] = True
-    """Whether values are looked at; of a ``local`` method that needn't be given any."""
+    """Whether values are looked at; a ``local`` method that doesn't isn't always given them."""
     rereads: ClassVar[bool] = False
     """Whether it is a ``RereadMethod``."""
     again: ClassVar[bool] = True

@@ -48,6 +48,13 @@ def _sharded(model: Any, pieces: Pieces, ranks: Ranks) -> Any:
     return shards
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a model."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of gathered weights: FSDP keeps some after a forward, and they would hide what is changed in shards."""
     from torch.distributed.fsdp import FSDPModule
