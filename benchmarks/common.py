@@ -19,6 +19,11 @@ def finished_rows(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf8"))["rows"] if path.exists() else []
 
 
+def here() -> str:
+    """The processor, for rows of a table that is made in several sittings; times of two are not to be compared."""
+    return machine()["cpu"].split("@")[0].replace("(R)", "").replace(" Processor", "").strip()
+
+
 def perplexity_of(model: Any, tokenizer: Any, text: str, *, windows: int, length: int = 512) -> float:
     """Perplexity of a model in memory on the first windows of a text."""
     table = sc.evaluate({"model": model}, tokenizer, [f"perplexity:{text}"], length=length, windows=windows)

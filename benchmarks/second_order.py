@@ -4,7 +4,7 @@
 
 Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 windows of 512 tokens. Every row is a
 process of its own, so that its peak memory is its own; the result is written after every row, and a second call goes
-on where the first stopped. ``--only 0.7`` runs the rows of one setting first.
+on where the first stopped. ``--only 0.7`` runs the rows of one setting first, ``--method osscar`` those of one method.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, finished_rows, write_result
+from common import RESULTS, finished_rows, here, write_result
 from processes import measured
 
 # (method, what else is asked) of single weights, at every setting; those that the claims need come first
@@ -72,10 +72,13 @@ Perplexity after pruning, no training afterwards, with the seconds of the whole 
 process (model, plan and evaluation) beside it. Single weights: fraction of every matrix of the blocks. Heads and
 neurons: fraction of the blocks' linear weights. `refit` is `--heal refit`, `progression` and `owl` are `--allocate`;
 `dense` says that least squares aim at what the dense model gives (`--target dense`). The reference column holds what
-plain second implementations gave with the same windows. `front` marks rows which nothing at the same setting beats in
-both perplexity and processor time. "seconds" are those of a clock on the wall, beside whatever else ran on the machine;
-"cpu seconds" are the processor's, in which a few percent say nothing. Rows that the command has and this table doesn't
-were not run yet: a second call goes on with them.
+plain second implementations gave with the same windows. `on` is the processor and the type of the calibration forwards;
+times of two are not to be compared, and the picture has a colour for each. `front` marks rows which nothing at the same
+setting and on the same processor beats in both perplexity and processor time. "seconds" are those of a clock on the
+wall, beside whatever else ran on the machine; "cpu seconds" are the processor's, in which a few percent say nothing.
+Rows that the command has and this table doesn't were not run yet: a second call goes on with them.
+
+Filled marks are on the front.
 
 ![Perplexity against seconds](second-order-smollm2-135m.svg)
 """
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the calibration forwards")
     parser.add_argument("--only", action="append", help="settings to run, as in the table: 0.7, 2:4; repeatable")
     parser.add_argument("--kind", choices=("weights", "units"), help="default: both")
+    parser.add_argument("--method", action="append", help="as the table calls it: alps + progression; repeatable")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
@@ -115,7 +119,8 @@ def _wanted(arguments: argparse.Namespace) -> Any:
         for (method, options), setting in itertools.product(runs, settings):
             if arguments.kind not in (None, kind) or ("pattern" in setting and "allocate" in options):
                 continue
-            if not arguments.only or str(next(iter(setting.values()))) in arguments.only:
+            chosen = not arguments.method or _label(method, options) in arguments.method
+            if chosen and (not arguments.only or str(next(iter(setting.values()))) in arguments.only):
                 yield kind, method, options, setting
 
 
@@ -172,6 +177,7 @@ def _row(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
         # what this process was given of the processors, whatever else was running
         found["cpu seconds"] = time.process_time() - worked
         found["really removed"] = f"{removed_fraction(plan, sc.anatomy(model)):.4f}"
+        found["on"] = f"{here()}, {arguments.dtype}"
         found["notes"] = len(plan.provenance[0].notes)
         cut = sc.apply(plan, model)
     tasks = [f"perplexity:{arguments.evaluation}"]
@@ -181,14 +187,18 @@ def _row(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
 
 
 def on_front(rows: list[dict[str, Any]], row: dict[str, Any]) -> bool:
-    """Whether no other row of the same setting is at least as good in both perplexity and processor time."""
+    """Whether no row of the same setting and processor is at least as good in both perplexity and processor time."""
     mine = (row["perplexity"], row["cpu seconds"])
     for other in rows:
-        if other is not row and (other.get("kind"), other["removed"]) == (row["kind"], row["removed"]):
+        if other is not row and _rivals(other) == _rivals(row):
             theirs = (other["perplexity"], other["cpu seconds"])
             if theirs[0] <= mine[0] and theirs[1] <= mine[1] and theirs != mine:
                 return False
     return True
+
+
+def _rivals(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row.get("kind"), row["removed"], row.get("on")
 
 
 def _write(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -201,7 +211,7 @@ def _write(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]])
         "calibration": "WikiText-2 validation, file as it is, 64 consecutive windows of 512 tokens",
         "evaluation": "WikiText-2 test, file as it is, first 40 consecutive windows of 512 tokens",
         "seed": 0,
-        "dtype": f"{arguments.dtype} calibration forwards, float32 solvers and evaluation",
+        "dtype": "of calibration forwards as in the rows, float32 solvers and evaluation",
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }
     text = TEXT.replace("second-order-smollm2-135m", name)
@@ -210,25 +220,29 @@ def _write(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]])
 
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 760, 300, 60, 40
+COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")
 
 
 def drawn(rows: list[dict[str, Any]]) -> str:
-    """One panel a setting: perplexity over processor seconds, both logarithmic; the front in another colour."""
+    """One panel a setting: perplexity over processor seconds, both logarithmic; filled where nothing beats it."""
     settings = list(dict.fromkeys((row["kind"], row["removed"]) for row in rows if "cpu seconds" in row))
+    processors = list(dict.fromkeys(row.get("on", "") for row in rows if "cpu seconds" in row))
     parts = []
     for place, (kind, removed) in enumerate(settings):
         mine = [row for row in rows if (row.get("kind"), row["removed"]) == (kind, removed)]
-        parts.append(f'<g transform="translate(0 {place * HEIGHT})">{_panel(f"{kind}, {removed} removed", mine)}</g>')
+        panel = _panel(f"{kind}, {removed} removed", mine, processors)
+        parts.append(f'<g transform="translate(0 {place * HEIGHT})">{panel}</g>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT * max(1, len(settings))}" '
     return head + 'font-family="sans-serif" font-size="11">' + "".join(parts) + "</svg>\n"
 
 
-def _panel(title: str, rows: list[dict[str, Any]]) -> str:
+def _panel(title: str, rows: list[dict[str, Any]], processors: list[str]) -> str:
     across = _axis([row["cpu seconds"] for row in rows], LEFT, WIDTH - 170)
     up = _axis([row["perplexity"] for row in rows], HEIGHT - BOTTOM, 30)
+    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(processors)}
     marks = [
         f'<circle cx="{across(row["cpu seconds"]):.1f}" cy="{up(row["perplexity"]):.1f}" r="4" '
-        f'fill="{"#c2410c" if row["front"] else "#64748b"}"/>'
+        f'stroke="{colours[row.get("on", "")]}" fill="{colours[row.get("on", "")] if row["front"] else "none"}"/>'
         f'<text x="{across(row["cpu seconds"]) + 7:.1f}" y="{up(row["perplexity"]) + 4:.1f}">'
         f"{row['method']} {row['perplexity']:.4g}</text>"
         for row in rows
@@ -239,7 +253,12 @@ def _panel(title: str, rows: list[dict[str, Any]]) -> str:
         f'<text x="{WIDTH - 20}" y="{HEIGHT - 22}" text-anchor="end">processor seconds of the plan, logarithmic</text>'
         f'<text transform="translate(16 {HEIGHT - BOTTOM}) rotate(-90)">perplexity, logarithmic</text>'
     )
-    return axes + names + "".join(marks)
+    shown = [
+        f'<text x="{WIDTH - 20}" y="{16 + 13 * place}" text-anchor="end" fill="{colours[name]}">{name}</text>'
+        for place, name in enumerate(processors)
+        if any(row.get("on", "") == name for row in rows)
+    ]
+    return axes + names + "".join(marks) + "".join(shown)
 
 
 def _axis(values: list[float], start: float, stop: float) -> Any:

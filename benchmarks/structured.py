@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import finished_rows, write_result
+from common import finished_rows, here, write_result
 
 import secateur as sc
 from secateur.comparison.asked import TOLERANCE
@@ -35,8 +35,9 @@ linear weights of the blocks that is really gone; who misses what was asked for 
 verdict. Random methods run with three seeds, and ± is the standard deviation over them. `p` is the probability that the
 best method of a budget is better, when the windows are drawn anew (paired bootstrap); below 0.95 two methods are not
 distinguishable. Seconds and memory are those of planning, cutting and training, in one process that also holds the
-dense model, beside whatever else ran on the machine; `shared` times would be longer without statistics that another row
-had taken. Methods that the command has and this table doesn't were not run yet: a second call goes on with them.
+dense model, beside whatever else ran on the machine; times `on` two processors are not to be compared, and `shared`
+ones would be longer without statistics that another row had taken. Methods that the command has and this table doesn't
+were not run yet: a second call goes on with them.
 """
 HIDDEN = ("losses",)
 
@@ -102,6 +103,7 @@ def _row(arguments: argparse.Namespace, metric: str, row: dict[str, Any]) -> dic
         **_millions(sizes),
         "seeds": len(row["seeds"]),
         "seconds": row["seconds"],
+        "on": here(),
         "shared": "yes" if row["shared_statistics"] else "",
         "peak MB": (row["peak_bytes"] or 0) / 1e6,
         "losses": [[round(value, 5) for value in one] for one in row["parts"][metric]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import tempfile
 from collections.abc import Callable
@@ -30,6 +31,8 @@ def _start(rank: int, job: Callable[..., None], world: int, meeting: str, *argum
     import torch
     import torch.distributed as dist
 
+    # a signal that kills a rank says nothing of where
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
