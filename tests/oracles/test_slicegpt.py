@@ -256,6 +256,21 @@ def test_widths_are_rounded_down_and_shortcuts_are_counted(tiny_llama, tiny_toke
     assert rotated_parts(result.model)["width"] == 16
 
 
+def test_a_budget_of_parameters_counts_the_shortcuts(tiny_llama, tiny_tokenizer):
+    asked = {"method": "slicegpt", "options": {"budget": "params", "round_to": 1}, "samples": 4, "length": 32}
+    result = sc.prune(tiny_llama, tiny_tokenizer, sparsity=0.2, **asked)
+    width = rotated_parts(result.model)["width"]
+    assert result.report.requested == "20.0 % of the parameters" and 0.2 <= result.report.achieved < 0.25
+
+    def left(width: int) -> int:
+        return 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64) * width / 32 + 32 * 64 * (1 - width / 32) + 3 * width**2
+
+    dense = left(32) - 3 * 32**2
+    assert left(width) + 32 * width <= 0.8 * dense < left(width + 1) + 32 * (width + 1)
+    with pytest.raises(BudgetError, match=r"with sparsity 0\.995 and round_to 1 nothing is left"):
+        sc.plan(tiny_llama, tiny_tokenizer, sparsity=0.995, **asked)
+
+
 def run(folder: Path, out: Path, *steps, options=None, **more):
     calibration = {"samples": 8, "length": 64}
     steps = [{"method": "slicegpt", "sparsity": 0.25, "options": options or {}}, *steps]

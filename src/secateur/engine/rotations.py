@@ -25,6 +25,7 @@ from secateur.models.sources import check_finite
 from secateur.observe import Gram
 from secateur.observe.driver import BlockWalk
 from secateur.structure import Anatomy
+from secateur.structure.rotated import rotated_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,11 +35,21 @@ def check_rotation(method: RotationMethod, model: PreTrainedModel, anatomy: Anat
     """Raises UnsupportedModelError, BudgetError."""
     check_rotatable(model, head=method.slice_head)
     size = model.config.hidden_size
-    if method.sparsity and method.width(size) < 1:
+    if method.sparsity and _width(method, model, anatomy) < 1:
         raise BudgetError(
             f"with sparsity {method.sparsity:g} and round_to {method.round_to} nothing is left of a hidden size"
             f" of {size}"
         )
+
+
+def _width(method: RotationMethod, model: PreTrainedModel, anatomy: Anatomy) -> int:
+    size, names = model.config.hidden_size, signals(model, head=method.slice_head)
+
+    def left(width: int) -> float:
+        blocks = range(anatomy.num_layers)
+        return sum(rotated_size(anatomy, layer, names, size, width) for layer in blocks) / anatomy.blocks.params
+
+    return method.width(size, left)
 
 
 def decide_rotations(method: RotationMethod, run: Run) -> None:
@@ -72,6 +83,7 @@ class _Finder:
     def __post_init__(self) -> None:
         model = self.run.source.model
         self.names = signals(model, head=self.method.slice_head)
+        self.width = _width(self.method, model, self.run.anatomy)
         self.blocks, self.parallel = typed_blocks(model), is_parallel(model)
         self.turn: Callable[[Tensor], Tensor] = centred if is_centred(model) else lambda x: x
 
@@ -160,8 +172,7 @@ class _Finder:
         check_finite(gram_DD, name, layer, "entries of the covariance")
         if not bool(gram_DD.any()):
             raise DataError(f"the hidden states behind {name} are all zero: calibrate on other text")
-        size = gram_DD.shape[0]
-        basis_DW = self.method.basis(gram_DD, self.method.width(size), self.names.index(name))
+        basis_DW = self.method.basis(gram_DD, self.width, self.names.index(name))
         check_finite(basis_DW, name, layer, "entries of the basis")
         exact = self.run.source.tensor(self.run.source.block_names(layer)[0]).dtype == torch.float64
         return basis_DW.to("cpu", torch.float64 if exact else torch.float32).contiguous()

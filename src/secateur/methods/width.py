@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,14 +19,22 @@ from secateur.structure.lexicon import Lexicon
 class RotationMethod(Method):
     """Turns the hidden states behind every sub-layer to a basis of their own, and keeps its first directions."""
 
-    sparsity: float = option(0.25, "fraction of the hidden size removed; shortcuts give some of it back", ge=0, lt=1)
+    sparsity: float = option(0.25, "fraction of the budget removed, by default of the hidden size", ge=0, lt=1)
+    budget: str = option(
+        "hidden",
+        "what the sparsity is a fraction of: the hidden size, of which shortcuts give some back, or the blocks'"
+        " parameters with these counted in",
+        choices=("hidden", "params"),
+    )
     round_to: int = option(8, "the directions that stay are a multiple of this, rounded down", unit="directions", ge=1)
-
     slice_head: bool = option(False, "let the head read fewer directions too, with the final norm's scale folded in")
 
-    def width(self, size: int) -> int:
-        """How many of so many directions stay."""
-        return int((1 - self.sparsity) * size) // self.round_to * self.round_to
+    def width(self, size: int, left: Callable[[int], float]) -> int:
+        """How many of ``size`` directions stay; ``left`` gives the fraction of the blocks' parameters at a width."""
+        if self.budget == "hidden":
+            return int((1 - self.sparsity) * size) // self.round_to * self.round_to
+        widths = range(size // self.round_to * self.round_to, 0, -self.round_to)
+        return next((width for width in widths if left(width) <= 1 - self.sparsity), 0)
 
     def basis(self, gram: Tensor, width: int, number: int) -> Tensor:
         """A basis, [hidden, width] float64 with orthonormal columns, for hidden states with this ``gram`` matrix.

@@ -9,6 +9,7 @@ from secateur.plans import Plan
 from secateur.report.report import LayerCut, Metric, Report
 from secateur.structure import HIDDEN, Anatomy
 from secateur.structure.lexicon import VOCABULARY
+from secateur.structure.rotated import rotated_size
 from secateur.versions import library_versions, machine
 
 BUDGET_WORDS = {
@@ -18,6 +19,7 @@ BUDGET_WORDS = {
     "kv_bytes": "bytes of the KV cache",
     "channels": "channels",
     "neurons": "FFN neurons",
+    "hidden": "hidden size",
     "latency": "latency",
 }
 
@@ -65,7 +67,7 @@ def _requested(plan: Plan) -> str:
             parts.append(f"{options['sublayers']} sub-layers")
         elif p.options.get("min_count"):
             parts.append(f"the tokens that are read fewer than {options['min_count']} times")
-        elif plan.rotations or (HIDDEN in plan.keep and len(plan.provenance) == 1):
+        elif HIDDEN in plan.keep and len(plan.provenance) == 1:
             parts.append(f"{100 * options['sparsity']:.1f} % of the hidden size")
         elif p.budgets:
             left = (f"{100 * account.asked:.1f} % of the {BUDGET_WORDS[name]}" for name, account in p.budgets.items())
@@ -116,7 +118,8 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
             sizes[matrix.tensor] = matrix.shape[0] * matrix.shape[1]
     total = sum(sizes.values())
     if plan.rotations:
-        return total - _rotated_size(layer, plan, anatomy)
+        size, width = next(iter(plan.rotations.values())).shape
+        return total - rotated_size(anatomy, layer, plan.rotations, size, width)
     if "layers" in plan.keep and layer not in set(plan.keep["layers"].tolist()):
         return total
     cut = sum(
@@ -130,22 +133,6 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
     # every matrix of a block has the hidden channels along one of its sides
     narrower = len(plan.removed(HIDDEN)) / plan.groups[HIDDEN] if HIDDEN in plan.keep else 0.0
     return gone + narrower * (total - gone)
-
-
-def _rotated_size(layer: int, plan: Plan, anatomy: Anatomy) -> int:
-    """Linear weights of a rotated block, the products between its bases counted in."""
-    size, width = next(iter(plan.rotations.values())).shape
-    last, parallel = f"layers.{layer}.mlp" not in plan.rotations, f"layers.{layer}.attention" not in plan.rotations
-    readers = {group.reader: group.kind for group in anatomy.groups if group.layer == layer}
-    left = width * (size if last else width) + (0 if parallel else width * width)
-    for matrix in anatomy.matrices:
-        if matrix.layer == layer:
-            outputs, inputs = matrix.shape
-            kind = readers.get(matrix.module)
-            # what the last block adds to is in the dense basis
-            dense = last and (kind == "neuron" or (parallel and kind is not None))
-            left += outputs * inputs if dense else width * (outputs if kind is None else inputs)
-    return left
 
 
 def _refitted(layer: int, plan: Plan, anatomy: Anatomy, sizes: Mapping[str, int]) -> set[str]:

@@ -9,9 +9,10 @@ every sub-layer may have hidden states in a basis of its own, where the last dir
 
 Each basis is found in the model that is sliced up to there. All matrices of the blocks become narrower, and so do the
 hidden states; the products between the bases, two per block, are what it costs, so that less leaves than the sparsity
-says. Norms divide by the dense hidden size. Of layer norms the mean is taken out first. The last block gives hidden
-states of the dense basis, and final norm and head stay as they are, unless slice_head is set: a head that was tied to
-the embedding gets a table of its own. No stock class has such blocks: the checkpoint brings its modelling file.
+says (`budget=params` counts them in). Norms divide by the dense hidden size. Of layer norms the mean is taken out
+first. The last block gives hidden states of the dense basis, and final norm and head stay as they are, unless
+slice_head is set: a head that was tied to the embedding gets a table of its own. No stock class has such blocks: the
+checkpoint brings its modelling file.
 
 Source: S. Ashkboos, M. Croci, M. Gennari do Nascimento, T. Hoefler and J. Hensman, "SliceGPT", ICLR 2024,
 arXiv:2401.15024; official code microsoft/TransformerCompression. As there, the signal is the residual and not the
