@@ -54,6 +54,9 @@ UNITS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("wanda_sp", {}),
     ("wanda_sp", {"heal": "refit"}),
     ("wanda_sp", {"heal": "bias"}),
+    ("cfsp", {}),
+    ("cfsp", {"heal": "refit"}),
+    ("osscar", {"allocate": "cfsp"}),
 )
 WEIGHT_SETTINGS = ({"sparsity": 0.7}, {"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.6})
 UNIT_SETTINGS = ({"sparsity": 0.2}, {"sparsity": 0.3}, {"sparsity": 0.4})
