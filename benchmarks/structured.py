@@ -24,8 +24,8 @@ from secateur.comparison.verdict import SURE, Candidate, judge
 # the cheap ones first
 METHODS = (
     "flap", "wanda_sp", "shortgpt", "magnitude_sp", "minitron", "amp", "cfsp", "llm_pruner", "angular", "osscar",
-    "flap:heal=refit", "slicegpt:budget=params,round_to=4", "random_sp", "adapt_pruner", "blockpruner", "prunenet",
-    "loraprune", "tyr", "evopress",
+    "flap:heal=refit", "cfsp:heal=refit", "slicegpt:budget=params,round_to=4,orientation=pca", "random_sp",
+    "adapt_pruner", "blockpruner", "prunenet", "loraprune", "tyr", "evopress",
 )  # fmt: skip
 SPARSITIES = (0.2, 0.4)
 SEEDS = (0, 1, 2)

@@ -39,6 +39,24 @@ def test_what_has_seconds_is_fitted_anew():
         assert (method.name, method.options()["heal"], allocate) == ("wanda", "refit", None)
 
 
+@pytest.mark.parametrize(
+    ("asked", "quick", "slow"),
+    [
+        ({"cut": "heads_and_neurons"}, "cfsp", "cfsp"),
+        ({"budget": "macs", "sparsity": 0.4}, "cfsp", "cfsp"),
+        ({"budget": "params", "sparsity": 0.6}, "flap", "osscar"),
+        ({"budget": "kv_bytes", "sparsity": 0.2}, "flap", "osscar"),
+        ({"budget": "latency=0.8"}, "flap", "osscar"),
+    ],
+)
+def test_neurons_leave_alone_as_long_as_there_are_enough_of_them(asked, quick, slow):
+    asked = {"sparsity": 0.2, **asked}
+    for effort, name in (("seconds", quick), ("minutes", slow)):
+        method, _ = settled(make_method("best", {"effort": effort, **asked}), None)
+        assert method.name == name
+        assert method.options()["heal"] == ("refit" if effort == "minutes" else "none")
+
+
 def test_the_plan_is_that_of_what_it_stands_for(make_llama, tiny_tokenizer, tmp_path):
     model, text = make_llama(), tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 40)

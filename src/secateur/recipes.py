@@ -182,7 +182,7 @@ class Recipe(BaseModel):
         """Whether another seed may lead to another plan: by the method, or by text that the model writes."""
         method, allocation = self.words(step)
         reads = method.uses_data or (allocation is not None and allocation.needs_text)
-        return ("seed" in method.option_fields() and "seed" not in step.options) or (self.calibration.drawn and reads)
+        return (method.draws and "seed" not in step.options) or (self.calibration.drawn and reads)
 
     def check_methods(self) -> None:
         """Look every method, allocator and option up, before anything is loaded. Raises UsageError."""

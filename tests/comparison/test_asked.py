@@ -41,6 +41,9 @@ def test_only_what_is_random_runs_with_every_seed():
         **{(name, s): [0] for name in ("flap", "osscar:damping=0.1") for s in (0.2, 0.4)},
     }
     assert found.sweep.size == 8
+    # a seed that has no say with these options
+    few = asked("llm_pruner,llm_pruner:criterion=random,slicegpt,slicegpt:orientation=pca", seeds=(0, 5))
+    assert few.random == {"llm_pruner:criterion=random", "slicegpt"}
     # text that the model writes itself depends on the seed, for those that read it
     drawn = asked("magnitude_sp,flap", calibration={"source": "self"})
     assert drawn.random == {"flap"}

@@ -59,6 +59,11 @@ class Method:
         return self.statistics
 
     @property
+    def draws(self) -> bool:
+        """Whether anything is drawn at random, so that another seed may give another plan."""
+        return "seed" in self.option_fields()
+
+    @property
     def refits(self) -> bool:
         """Whether the engine solves for what stays, on top of what the method decides."""
         return False

@@ -7,17 +7,23 @@
     weights, more                  minutes, hour    alps, allocate=progression
     weights in a pattern (2:4)     seconds          wanda, heal=refit
     weights in a pattern (2:4)     minutes, hour    alps
-    heads_and_neurons              seconds          flap
-    heads_and_neurons              minutes, hour    osscar
+    neurons, up to 45 %            seconds          cfsp
+    neurons, up to 45 %            minutes, hour    cfsp, heal=refit
+    heads and neurons              seconds          flap
+    heads and neurons              minutes, hour    osscar
 
-Wanda whose kept weights are fitted anew was ahead of SparseGPT at 50, 60 and 70 % and at 2:4, for a tenth more time.
-Unequal sparsities were measured at 50 %, where they cost, and at 70 %, where they gain: the border lies between.
-`cut=auto` takes heads and neurons where a budget is asked for, which single weights can't meet, and weights else. The
-plan names what was taken, with all options, so that the same can be asked for without this name. Efforts are what a
-model of some hundred million parameters takes on two cores; nothing that takes an hour has been measured ahead of what
-takes minutes yet. An allocator that is asked for replaces the one in the table.
+A budget that counts weights, MACs or bytes takes neurons alone, as long as there are enough: at 20 and 40 % CFSP's
+neurons were ahead of FLAP's heads and neurons, and with a refit ahead of OSSCAR's. More, and budgets of the KV cache,
+of latency or of several things, take heads too. Wanda whose kept weights are fitted anew was ahead of SparseGPT
+at 50, 60 and 70 % and at 2:4, for a tenth more time. Unequal sparsities were measured at 50 %, where they cost, and at
+70 %, where they gain: the border lies between. `cut=auto` takes heads and neurons where a budget is asked for, which
+single weights can't meet, and weights else. The plan names what was taken, with all options, so that the same can be
+asked for without this name. Efforts are what a model of some hundred million parameters takes on two cores; nothing
+that takes an hour has been measured ahead of what takes minutes yet. An allocator that is asked for replaces the one in
+the table.
 
-Source: the study benchmarks/second_order.py, docs/results/second-order-smollm2-135m.md, of one model so far.
+Source: the studies benchmarks/second_order.py, docs/results/second-order-smollm2-135m.md, and benchmarks/structured.py,
+docs/results/compare-smollm2-135m.md, of one model so far.
 """
 
 from dataclasses import dataclass, replace
@@ -29,15 +35,20 @@ from secateur.methods import Combination, Descriptor, Preset, get_method, option
 _QUICK = Combination(method="wanda", options={"heal": "refit"})
 _EVEN = Combination(method="alps")
 _SPREAD = Combination(method="alps", allocate="progression")
+_NEURONS = Combination(method="cfsp", options={"heal": "refit"})
 _UNITS = Combination(method="osscar")
 _CHOICES = {
     "weights": {"seconds": _QUICK, "minutes": _EVEN, "hour": _EVEN},
     "most weights": {"seconds": _QUICK, "minutes": _SPREAD, "hour": _SPREAD},
     "pattern": {"seconds": _QUICK, "minutes": _EVEN, "hour": _EVEN},
+    "neurons": {"seconds": Combination(method="cfsp"), "minutes": _NEURONS, "hour": _NEURONS},
     "heads_and_neurons": {"seconds": Combination(method="flap"), "minutes": _UNITS, "hour": _UNITS},
 }
 # above it an early block should stay denser than a late one
 _MOST = 0.65
+# beyond it so many neurons would leave that nobody has measured whether heads shouldn't
+_MOST_NEURONS = 0.45
+_WEIGHT_BUDGETS = ("", "params", "macs", "bytes")
 
 
 @register("best")
@@ -69,9 +80,15 @@ class Best(Preset):
             raise OptionError(f"best: pattern {self.pattern} is for single weights, not for heads and neurons")
         if not units and self.budget:
             raise OptionError(f"best: single weights meet no budget of {self.budget}: leave cut=weights out")
-        weights = "pattern" if self.pattern else "most weights" if self.sparsity > _MOST else "weights"
-        chosen = _CHOICES["heads_and_neurons" if units else weights][self.effort]
+        chosen = _CHOICES[self._units() if units else self._weights()][self.effort]
         known = get_method(chosen.method).option_fields()
         given = {name: getattr(self, name) for name in ("budget", "pattern", "seed") if name in known}
         given = {name: value for name, value in given.items() if value}
         return replace(chosen, options={**chosen.options, "sparsity": self.sparsity, **given})
+
+    def _units(self) -> str:
+        few = self.sparsity <= _MOST_NEURONS and self.budget in _WEIGHT_BUDGETS
+        return "neurons" if few else "heads_and_neurons"
+
+    def _weights(self) -> str:
+        return "pattern" if self.pattern else "most weights" if self.sparsity > _MOST else "weights"

@@ -157,6 +157,10 @@ class LLMPruner(CoupledMethod):
         return self.granularity == "channel"
 
     @property
+    def draws(self) -> bool:
+        return self.criterion == "random" and self.granularity != "layer"
+
+    @property
     def needs(self) -> tuple[str, ...]:
         return _NEEDS.get(self.criterion, ()) if self.granularity != "layer" else ()
 

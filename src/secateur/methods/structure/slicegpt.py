@@ -58,6 +58,10 @@ class SliceGPT(RotationMethod):
         speedup="real",
     )
 
+    @property
+    def draws(self) -> bool:
+        return self.orientation == "random"
+
     def basis(self, gram: Tensor, width: int, number: int) -> Tensor:
         damped_DD = gram + self.damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
         # eigenvalues come ascending
