@@ -69,6 +69,9 @@ def test_a_repair_is_an_axis_and_another_one_another_point():
         ({"method": "magnitude", "heal": "refit"}, False),
         ({"method": "wanda"}, False),
         ({"method": "wanda", "options": {"scope": "global"}}, True),
+        ({"method": "llm_pruner"}, True),
+        ({"method": "llm_pruner", "options": {"rounds": 2}}, False),
+        ({"method": "llm_pruner", "options": {"criterion": "l1"}}, False),
     ],
 )
 def test_points_share_what_is_taken_from_the_dense_model(step, shared):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -78,11 +76,9 @@ def _scores_after_rounds(method: CoupledMethod, run: Run, groups: list[Group]) -
 
 def _stored(method: CoupledMethod, run: Run) -> Path | None:
     """The file of the scores of the dense model, which are the same however much is asked for."""
-    if run.statistics is None or method.rounds > 1:
+    if run.statistics is None or not method.kept_scores:
         return None
-    own = {name: value for name, value in method.options().items() if name not in method.asking}
-    digest = hashlib.sha256(json.dumps([method.name, own], sort_keys=True).encode()).hexdigest()
-    return run.statistics / f"scores-{digest[:16]}.safetensors"
+    return run.statistics / f"scores-{method.kept_scores}.safetensors"
 
 
 def _descended(

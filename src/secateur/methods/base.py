@@ -64,6 +64,11 @@ class Method:
         return "seed" in self.option_fields()
 
     @property
+    def kept_scores(self) -> str:
+        """Under what name scores of the dense model serve whatever is asked for; empty where statistics do, or none."""
+        return ""
+
+    @property
     def refits(self) -> bool:
         """Whether the engine solves for what stays, on top of what the method decides."""
         return False

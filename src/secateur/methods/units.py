@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -191,6 +193,14 @@ class CoupledMethod(UnitMethod):
     @property
     def uses_data(self) -> bool:
         return bool(self.needs) or super().uses_data
+
+    @property
+    def kept_scores(self) -> str:
+        if not self.needs or self.rounds > 1:
+            return ""
+        without = {*self.asking, *(() if self.draws else ("seed",))}
+        own = {name: value for name, value in self.options().items() if name not in without}
+        return hashlib.sha256(json.dumps([self.name, own], sort_keys=True).encode()).hexdigest()[:16]
 
     def partway(self, fraction: float) -> CoupledMethod:
         """The method that removes this fraction of what is asked for."""

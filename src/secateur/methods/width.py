@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,8 +34,9 @@ class RotationMethod(Method):
         """How many of ``size`` directions stay; ``left`` gives the fraction of the blocks' parameters at a width."""
         if self.budget == "hidden":
             return int((1 - self.sparsity) * size) // self.round_to * self.round_to
-        widths = range(size // self.round_to * self.round_to, 0, -self.round_to)
-        return next((width for width in widths if left(width) <= 1 - self.sparsity), 0)
+        widths = range(0, size + 1, self.round_to)
+        # a width of nothing is no width; more of it is more that is left
+        return widths[bisect_right(widths, 1 - self.sparsity, lo=1, key=left) - 1]
 
     def basis(self, gram: Tensor, width: int, number: int) -> Tensor:
         """A basis, [hidden, width] float64 with orthonormal columns, for hidden states with this ``gram`` matrix.

@@ -149,7 +149,7 @@ def objectives(search: Search, dense: Record) -> list[tuple[str, str]]:
 
 
 def statistics_of(point: Point) -> set[str]:
-    """What a point needs of the dense model's statistics, which are kept under such a name; empty when nothing.
+    """What a point needs of the dense model's statistics or scores, which are kept under such a name; empty: nothing.
 
     A sequential method takes its statistics from a model that is cut already, which no other point has; an allocator
     takes them from the dense one.
@@ -161,6 +161,9 @@ def statistics_of(point: Point) -> set[str]:
     calibration = point.recipe.calibration
     text = calibration.model_dump(exclude=set() if calibration.drawn else {"seed"})
     names = {kind_of(observer): sorted(observer.observed_statistics()) for observer in observers}
+    method, _ = point.recipe.words(point.recipe.steps[0])
+    if method.kept_scores:
+        names["scores"] = [method.kept_scores]
     return {json.dumps([kind, needed, text, point.recipe.dtype]) for kind, needed in names.items()}
 
 

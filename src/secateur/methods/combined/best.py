@@ -13,14 +13,14 @@
     heads and neurons              minutes, hour    osscar
 
 A budget that counts weights, MACs or bytes takes neurons alone, as long as there are enough: CFSP's neurons were ahead
-of FLAP's heads and neurons at 20 and 40 %, and with a refit ahead of OSSCAR's at 20, 30 and 40 %. More, and budgets of
-the KV cache, of latency or of several things, take heads too. Wanda whose kept weights are fitted anew was ahead of
-SparseGPT at 50, 60 and 70 % and at 2:4, for a tenth more time. Unequal sparsities were measured at 50 %, where they
-cost, and at 70 %, where they gain: the border lies between. `cut=auto` takes heads and neurons where a budget is asked
-for, which single weights can't meet, and weights else. The plan names what was taken, with all options, so that the
-same can be asked for without this name. Efforts are what a model of some hundred million parameters takes on two cores;
-nothing that takes an hour has been measured ahead of what takes minutes yet. An allocator that is asked for replaces
-the one in the table.
+of FLAP's heads and neurons at 20 and 40 %, and with a refit 1, 2 and 10 % ahead of OSSCAR's at 20, 30 and 40 %. More,
+and budgets of the KV cache, of latency or of several things, take heads too. Wanda whose kept weights are fitted anew
+was ahead of SparseGPT at 50, 60 and 70 % and at 2:4, for a tenth more time. Unequal sparsities were measured at 50 %,
+where they cost, and at 70 %, where they gain: the border lies between. `cut=auto` takes heads and neurons where a
+budget is asked for, which single weights can't meet, and weights else. The plan names what was taken, with all options,
+so that the same can be asked for without this name. Efforts are what a model of some hundred million parameters takes
+on two cores; nothing that takes an hour has been measured ahead of what takes minutes yet. An allocator that is asked
+for replaces the one in the table.
 
 Source: the studies benchmarks/second_order.py, docs/results/second-order-smollm2-135m.md, and benchmarks/structured.py,
 docs/results/compare-smollm2-135m.md, of one model so far.
