@@ -44,6 +44,9 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**COMMON, "multi_query": False, "new_decoder_architecture": False, "alibi": True},
     ),
 }
+# one of every layout: matrices as they are, with biases, with norms in many places, fused, transposed, and both in
+# turns by head; the others are made like one of these
+LAYOUTS = ("llama", "llama-tied-bias", "qwen3", "gemma3", "phi3", "gpt2", "gpt_neox", "opt", "falcon")
 
 
 def make_tiny(family: str, seed: int = 0, **changes: Any):

@@ -1,4 +1,4 @@
-"""What every registered method must do, on every decoder family: a new one is tested before its author begins."""
+"""What every registered method must do, on every layout of decoders: a new one is tested before its author begins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import secateur as sc
-from families import FAMILY_CONFIGS, make_tiny, tiny_ids
+from families import FAMILY_CONFIGS, LAYOUTS, make_tiny, tiny_ids
 from runs import plan_for
 from secateur.errors import OptionError
 from secateur.methods import (
@@ -41,9 +41,14 @@ STRUCTURED = UNITS + LAYERS
 IDS = tiny_ids()
 
 
-@pytest.fixture(scope="module", params=FAMILY_CONFIGS)
-def family(request):
-    return request.param
+# what of a family is no matter of the method is seen with these on all of them
+ON_ALL = {"wanda", "magnitude", "flap", "minitron", "shortgpt"}
+
+
+def on_families(methods):
+    """Every method on every layout, and some on every family."""
+    pairs = [(m, family) for family in FAMILY_CONFIGS for m in methods if family in LAYOUTS or m in ON_ALL]
+    return pytest.mark.parametrize(("method", "family"), pairs, ids=["-".join(pair) for pair in pairs])
 
 
 def logits(model):
@@ -118,8 +123,7 @@ def test_plan_survives_the_disk_unchanged(method, tmp_path):
         assert set(mine) == set(theirs) and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
-# the tests of one family follow each other, so that what they share is made once
-@functools.lru_cache(maxsize=len(METHODS))
+@functools.cache
 def model_plan_and_cut(method: str, family: str):
     """A model, a plan and the cut model, to be read only.
 
@@ -130,7 +134,7 @@ def model_plan_and_cut(method: str, family: str):
     return model, plan, sc.apply(plan, model)
 
 
-@pytest.mark.parametrize("method", STRUCTURED)
+@on_families(STRUCTURED)
 def test_masked_model_equals_cut_model_on_every_family(method, family):
     model, plan, cut = model_plan_and_cut(method, family)
     assert any(len(plan.removed(name)) for name in plan.keep)
@@ -160,7 +164,7 @@ def test_as_many_sub_layers_leave_as_are_asked_for(method, family):
     assert abs(removed_fraction(plan, anatomy) - 0.35) <= largest / anatomy.blocks.macs / 2
 
 
-@pytest.mark.parametrize("method", UNITS)
+@on_families(UNITS)
 def test_query_heads_leave_every_key_value_group_alike(method, family):
     model = make_tiny(family)
     plan = plan_for(method, model, IDS, sparsity=0.25, heads="query", round_to=2)
@@ -181,7 +185,7 @@ def zeros(model, matrix) -> torch.Tensor:
     return (weight.T if matrix.transposed else weight) == 0
 
 
-@pytest.mark.parametrize("method", WEIGHTS)
+@on_families(WEIGHTS)
 def test_weight_methods_reach_their_sparsity_in_every_matrix(method, family):
     model = make_tiny(family)
     plan = plan_for(method, model, IDS, sparsity=0.5)
@@ -275,7 +279,7 @@ def test_rounding_and_minimum_are_respected(method):
 
 
 # a mask changes no shape, so that one method which zeroes weights stands for all
-@pytest.mark.parametrize("method", [*STRUCTURED, "magnitude"])
+@on_families([*STRUCTURED, "magnitude"])
 def test_cut_models_generate_with_the_cache_as_without(method, family):
     _, _, cut = model_plan_and_cut(method, family)
     prompt = IDS[:2, :8]
