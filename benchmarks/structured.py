@@ -5,7 +5,8 @@
 
 Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 windows of 512 tokens. Methods are compared
 two by two, the result is written after every pair, and a second call goes on behind what it holds: the losses of every
-window are in its JSON, so that the verdict is one over all methods.
+window are in its JSON, so that the verdict is one over all methods. With ``--heal`` both are measured, what is cut and
+what is trained, and rows of what is cut that are there already stay as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from common import finished_rows, here, write_result
 
 import secateur as sc
-from secateur.comparison.asked import TOLERANCE
+from secateur.comparison.asked import TOLERANCE, split
 from secateur.comparison.verdict import SURE, Candidate, judge
 
 # the cheap ones first
@@ -48,19 +49,20 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--heal", default="", help="training that all get, such as lora:steps=300")
+    parser.add_argument("--heal", default="", help="training that all get, such as lora:steps=300,batch=1,length=128")
     parser.add_argument("--methods", default=",".join(METHODS), help="which of them (default: all)")
     arguments = parser.parse_args()
     name = f"compare-{Path(arguments.model).name}"
     rows = finished_rows(name)
     there = {row["method"] for row in rows if row["recovery"] == arguments.heal}
-    todo = [method for method in arguments.methods.split(",") if method not in there]
+    todo = [method for method in split(arguments.methods) if method not in there]
     for first in range(0, len(todo), 2):
         pair = todo[first : first + 2]
         # a comparison is of two at least
         shown = pair if len(pair) == 2 else [*pair, METHODS[0] if pair[0] != METHODS[0] else METHODS[1]]
         compared = _compared(arguments, shown)
-        rows += [row for row in compared if row["method"] in pair or (row["method"] == "dense" and not rows)]
+        had = {_key(row) for row in rows}
+        rows += [row for row in compared if row["method"] in [*pair, "dense"] and _key(row) not in had]
         rows.sort(key=_place)
         _publish(name, arguments, rows, _judged(rows))
         print(
@@ -87,28 +89,37 @@ def _compared(arguments: argparse.Namespace, methods: list[str]) -> list[dict[st
     metric = next(iter(document["dense"]["parts"]))
     sizes = {key: document["dense"]["metrics"][key] / 1e6 for key in ("parameters", "MACs")}
     dense = {"recovery": "", "sparsity": "", "method": "dense", "perplexity": document["dense"]["metrics"][metric]}
-    return [{**dense, **_millions(sizes)}, *(_row(arguments, metric, row) for row in document["rows"])]
+    states = ["", arguments.heal] if arguments.heal else [""]
+    found = [_row(heal, arguments.heal != heal, metric, row) for row in document["rows"] for heal in states]
+    return [{**dense, **_millions(sizes)}, *found]
 
 
-def _row(arguments: argparse.Namespace, metric: str, row: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"recovery": arguments.heal, "sparsity": row["sparsity"], "method": row["method"]}
+def _row(heal: str, untrained: bool, metric: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a comparison as a row of the table; of what was trained as it is, or as it was before."""
+    found: dict[str, Any] = {"recovery": heal, "sparsity": row["sparsity"], "method": row["method"]}
     if row["status"] != "done":
         return {**found, "verdict": "failed", "error": row["error"]}
-    metrics = row["metrics"]
-    sizes = {key: metrics[key]["mean"] / 1e6 for key in ("parameters", "MACs")}
+    sizes = {key: row["metrics"][key]["mean"] / 1e6 for key in ("parameters", "MACs")}
+    measured = row["untrained" if untrained else "metrics"][metric]
+    parts = measured["parts"] if untrained else row["parts"][metric]
     return {
         **found,
-        "perplexity": metrics[metric]["mean"],
-        "±": "" if metrics[metric]["spread"] is None else metrics[metric]["spread"],
+        "perplexity": measured["mean"],
+        "±": "" if measured["spread"] is None else measured["spread"],
         "removed": f"{row['removed']:.4f}",
         **_millions(sizes),
         "seeds": len(row["seeds"]),
-        "seconds": row["seconds"],
+        "seconds": sum(seconds for stage, seconds in row["stages"].items() if not (untrained and stage == "heal")),
         "on": here(),
         "shared": "yes" if row["shared_statistics"] else "",
-        "peak MB": (row["peak_bytes"] or 0) / 1e6,
-        "losses": [[round(value, 5) for value in one] for one in row["parts"][metric]],
+        # of a training that needs more than the cut the memory of the cut alone isn't known
+        "peak MB": "" if untrained else (row["peak_bytes"] or 0) / 1e6,
+        "losses": [[round(value, 5) for value in one] for one in parts],
     }
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["method"], row["recovery"], row["sparsity"]
 
 
 def _millions(sizes: dict[str, float]) -> dict[str, float]:

@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "observe",
         "plans",
     },
-    "comparison": {"sweep", "recipes", "methods", "evaluation", "report", "structure", "plans"},
+    "comparison": {"sweep", "recipes", "methods", "evaluation", "healing", "report", "structure", "plans"},
     "estimate": {
         "recipes",
         "allocators",
@@ -80,7 +80,7 @@ ALLOWED: dict[str, set[str]] = {
         "structure",
         "plans",
     },
-    "sweep": {"recipes", "api", "engine", "methods", "models", "evaluation", "observe", "report", "plans"},
+    "sweep": {"recipes", "api", "engine", "methods", "models", "evaluation", "observe", "healing", "report", "plans"},
     "recipes": {"api", "allocators", "methods", "allocate", "healing", "report", "plans"},
     "engine": {
         "evaluation",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from secateur.evaluation import Table
+    from secateur.healing.recovery import RecoveryOptions
     from secateur.methods import Method
     from secateur.networks.example import Example
     from secateur.networks.kinds import Network
@@ -373,24 +374,39 @@ def prune(
     cut = apply(made, model, inplace=inplace)
     report.seconds = {"plan": planned - start, "cut": time.perf_counter() - planned}
     own = fitted(tokenizer, [made])
-    if training is not None:
-        from secateur.engine.recovering import Teacher, recover_decoder
+    result = Result(model=cut, plan=made, report=report, tokenizer=own)
+    if training is None:
+        return result
+    # cut in place there is no dense model any more
+    return train_cut(result, training, teacher=None if inplace else model, **arguments)  # type: ignore[arg-type]
 
-        recovered = recover_decoder(
-            cut,
-            own,
-            training,
-            plans=[made],
-            # cut in place there is no dense model any more
-            teacher=None if inplace else Teacher(model),  # type: ignore[arg-type]
-            source=str(arguments.get("calibration", "builtin")),
-            text_field=arguments.get("text_field"),
-            progress=arguments.get("progress") or _no_progress,
-        )
-        [made] = recovered.on([made])
-        report.recoveries = [recovered.section()]
-        report.seconds["heal"] = recovered.curve.seconds
-    return Result(model=cut, plan=made, report=report, tokenizer=own)
+
+def train_cut(
+    result: Result,
+    training: RecoveryOptions,
+    *,
+    teacher: PreTrainedModel | None,
+    calibration: str | Path = "builtin",
+    text_field: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    **_: Any,
+) -> Result:
+    """Train what ``prune`` has left of a decoder, in place; plan and report then say so. Takes its arguments."""
+    from secateur.engine.recovering import Teacher, recover_decoder
+
+    recovered = recover_decoder(
+        result.model,  # type: ignore[arg-type]
+        result.tokenizer,
+        training,
+        plans=[result.plan],
+        teacher=None if teacher is None else Teacher(teacher),
+        source=str(calibration),
+        text_field=text_field,
+        progress=progress or _no_progress,
+    )
+    result.report.recoveries = [recovered.section()]
+    result.report.seconds["heal"] = recovered.curve.seconds
+    return replace(result, plan=recovered.on([result.plan])[0])
 
 
 def densities(

@@ -21,7 +21,7 @@ def document(folder):
     """``compare.json`` without what tells of time and memory."""
     read = json.loads((folder / "compare.json").read_text(encoding="utf8"))
     for row in read["rows"]:
-        for key in ("seconds", "peak_bytes", "shared_statistics"):
+        for key in ("seconds", "peak_bytes", "shared_statistics", "stages"):
             del row[key]
     return read
 

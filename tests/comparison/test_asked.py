@@ -59,6 +59,18 @@ def test_options_of_one_method_go_before_those_of_all():
     assert {name: step.heal for name, step in steps.items()} == {"wanda_sp": "refit", "wanda_sp:heal=bias": "bias"}
 
 
+@pytest.mark.parametrize("common", ["lora:steps=3,batch=1", "bias+lora:steps=3,batch=1"])
+def test_the_training_of_all_follows_a_repair_of_one(common):
+    found = asked("wanda_sp,wanda_sp:heal=refit,wanda_sp:heal=norms", steps=[{"heal": common}])
+    steps = {name: points[0].recipe.steps[0].heal for (name, _), points in found.points.items()}
+    assert steps == {
+        "wanda_sp": common,
+        "wanda_sp:heal=refit": "refit+lora:steps=3,batch=1",
+        # but not another training
+        "wanda_sp:heal=norms": "norms",
+    }
+
+
 @pytest.mark.parametrize(
     ("methods", "more", "said"),
     [

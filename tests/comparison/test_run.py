@@ -14,6 +14,7 @@ from secateur.comparison.table import columns, mark
 from secateur.comparison.verdict import probability_better
 from secateur.errors import OutputError, UnsupportedModelError, UsageError
 from secateur.plans import Plan
+from secateur.report.numbers import format_value
 from secateur.sweep import worker
 
 METHODS = ["random_sp", "magnitude_sp", "flap", "shortgpt", "wanda", "wanda_sp:heal=refit"]
@@ -124,7 +125,7 @@ def test_json_holds_it_all(compared):
 
 def without_times(document):
     kept = {key: value for key, value in document.items() if key != "rows"}
-    times = ("seconds", "peak_bytes", "shared_statistics")
+    times = ("seconds", "stages", "peak_bytes", "shared_statistics")
     return {**kept, "rows": [{k: v for k, v in row.items() if k not in times} for row in document["rows"]]}
 
 
@@ -234,6 +235,32 @@ def test_a_folder_with_something_else_is_left_alone(tiny_checkpoint, tmp_path, m
     for folder, said in ((tmp_path, "holds no sweep"), (compared.folder, "pass --resume to go on")):
         with pytest.raises(OutputError, match=said):
             compare(str(tiny_checkpoint), methods="flap,magnitude_sp", sparsity=0.5, out=folder, **QUICK)
+
+
+def test_what_was_there_before_the_training_stands_beside_it(compared, tiny_checkpoint, tmp_path):
+    heal = "lora:steps=2,batch=1,length=32,lr=0.01"
+    methods = ["magnitude_sp", "wanda_sp:heal=refit"]
+    found = compare(str(tiny_checkpoint), methods=methods, sparsity=0.5, heal=heal, out=tmp_path / "out", **QUICK)
+    header, rows = columns(found)
+    assert header[3:6] == ["perplexity", "untrained", "removed"] and rows[0][4] == "–"
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf8")
+    assert "untrained: what the first number was before the training" in page
+    told = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf8"))["rows"]
+    for method, cells, entry in zip(methods, rows[1:], told, strict=True):
+        row, cut = row_of(found, method, 0.5), row_of(compared.comparison, method, 0.5)
+        # the same cut as without a training, whose repair it has; then something was learned
+        assert row.values(PERPLEXITY, untrained=True) == cut.values(PERPLEXITY) != row.values(PERPLEXITY)
+        assert cells[4] == format_value(cut.mean(PERPLEXITY))
+        before = entry["untrained"][PERPLEXITY]
+        assert before["mean"] == cut.mean(PERPLEXITY) and before["parts"] == [cut.records[0].parts(PERPLEXITY)]
+        assert set(entry["stages"]) == {"plan", "cut", "heal"} and entry["seconds"] == sum(entry["stages"].values())
+    # a second look at the journal finds it again
+    again = compare(
+        str(tiny_checkpoint), methods=methods, sparsity=0.5, heal=heal, out=tmp_path / "out", resume=True, **QUICK
+    )
+    assert [row.mean(PERPLEXITY, untrained=True) for row in again.rows] == [
+        row.mean(PERPLEXITY, untrained=True) for row in found.rows
+    ]
 
 
 def test_it_prints_itself(compared):

@@ -135,12 +135,12 @@ def _show(comparison: Comparison, out: Path, json: bool) -> None:
     if json:
         print_json({"output": str(out), **comparison.to_dict()})
         return
-    from secateur.comparison.table import CAPTION, columns, width_of
+    from secateur.comparison.table import caption, columns, width_of
     from secateur.report.tables import rows_table
 
     header, rows = columns(comparison)
     show(
-        rows_table(header, rows, words=3, caption=CAPTION),
+        rows_table(header, rows, words=3, caption=caption(comparison)),
         *(verdict.sentence for verdict in comparison.first_verdicts),
         f"compare.html, compare.json and the plan of every point are in {out}",
         least=width_of(header, rows),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import UsageError
+from secateur.healing.recovery import with_training
 from secateur.methods import get_method
 from secateur.options import option_values, parse_named
 from secateur.recipes import CalibrationSpec, Step
@@ -60,8 +61,9 @@ def ask(
     if not 0 <= tolerance < 1:
         raise UsageError(f"tolerance must lie in [0, 1), got {tolerance:g} (it is a fraction of the blocks' weights)")
     grids, random, points = [], [], {}
+    common = recipe["steps"][0].get("heal")
     for name in names:
-        fixed = {key: [value] for key, value in _chosen(name).items()}
+        fixed = {key: [value] for key, value in _chosen(name, common).items()}
         (first,) = _sweep(recipe, [{**fixed, "sparsity": budgets[:1], "seed": [drawn[0]]}]).points
         several = first.recipe.is_random(first.recipe.steps[0])
         grid = {**fixed, "sparsity": list(budgets), "seed": list(drawn if several else drawn[:1])}
@@ -100,8 +102,8 @@ def _budgets(sparsities: Sequence[float]) -> list[float]:
     return found
 
 
-def _chosen(text: str) -> dict[str, Any]:
-    """Method and options of a contender as values of axes. Raises UsageError."""
+def _chosen(text: str, heal: str | None) -> dict[str, Any]:
+    """Method and options of a contender as values of axes; ``heal`` is that of all. Raises UsageError."""
     name, options = parse_named(text, "a method")
     cls = get_method(name)
     common = next((key for key in options if key in _COMMON), None)
@@ -109,6 +111,9 @@ def _chosen(text: str) -> dict[str, Any]:
         raise UsageError(f"{text}: {common} is the same for all methods of a comparison")
     own = {key: value for key, value in options.items() if key not in Step.model_fields}
     option_values(name, cls, own, f"'secateur describe {name}' lists them")
+    if "heal" in options:
+        # a repair of its own doesn't spare it the training of all
+        options["heal"] = with_training(str(options["heal"]), heal)
     return {"method": name, **options}
 
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from secateur.comparison.rows import Comparison, Overlap, Row
-from secateur.comparison.table import CAPTION, columns
+from secateur.comparison.table import caption, columns
 from secateur.comparison.verdict import SURE
 from secateur.report.charts import INK, KEEP, KIND_WORDS, RAISED, REMOVED, Chart, axis, frame, layer_axis
 from secateur.report.looks import LOOKS_STYLE, Look, key_of, looks_of
@@ -57,7 +57,7 @@ def _numbers(comparison: Comparison) -> str:
     others = "".join(f"<li>{escape(sentence)}</li>" for sentence in further)
     return (
         f"<section><h2>Table</h2>{table([header[1], header[0], *header[2:]], shown)}"
-        f'<p class="muted">{escape(CAPTION)}</p>'
+        f'<p class="muted">{escape(caption(comparison))}</p>'
         + (f'<h3>By the other metrics</h3><ul class="notes">{others}</ul>' if others else "")
         + "</section>"
     )

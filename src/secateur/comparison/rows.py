@@ -49,18 +49,18 @@ class Row:
         gone = [record.removed for record in self.records if record.removed is not None]
         return self.done and all(abs(one - self.sparsity) <= self.tolerance + _ROUNDING for one in gone)
 
-    def values(self, metric: str) -> list[float]:
-        """A metric of every seed; empty where it wasn't measured."""
-        found = [record.metric(metric) for record in self.records]
+    def values(self, metric: str, *, untrained: bool = False) -> list[float]:
+        """A metric of every seed, of the trained model or of what it was before; empty where it wasn't measured."""
+        found = [record.metric(metric, untrained=untrained) for record in self.records]
         return [value for value in found if value is not None]
 
-    def mean(self, metric: str) -> float | None:
+    def mean(self, metric: str, *, untrained: bool = False) -> float | None:
         """Its mean over the seeds."""
-        return _mean(self.values(metric))
+        return _mean(self.values(metric, untrained=untrained))
 
-    def spread(self, metric: str) -> float | None:
+    def spread(self, metric: str, *, untrained: bool = False) -> float | None:
         """Its sample standard deviation over the seeds; None for a single one."""
-        values = self.values(metric)
+        values = self.values(metric, untrained=untrained)
         return statistics.stdev(values) if len(values) > 1 else None
 
     def request_ms(self, dense: Record) -> float | None:
@@ -73,9 +73,15 @@ class Row:
         return None if ratio is None or base is None else ratio * base
 
     @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of ``plan``, ``cut`` and ``heal``, each the mean over the seeds."""
+        names = dict.fromkeys(name for record in self.records for name in record.stages)
+        return {name: statistics.fmean(r.stages.get(name, 0.0) for r in self.records if r.stages) for name in names}
+
+    @property
     def seconds(self) -> float | None:
-        """What it took to plan and cut."""
-        return _mean([sum(record.stages.values()) for record in self.records if record.stages])
+        """What it took to plan, cut and train."""
+        return sum(self.stages.values()) if self.stages else None
 
     @property
     def shared(self) -> bool:
@@ -131,6 +137,12 @@ class Comparison:
     def for_all(self) -> dict[str, Any]:
         """What every method was given: allocator, repair and its target, as far as they were asked for."""
         return dict(self.results.sweep.data["steps"][0])
+
+    @property
+    def trained(self) -> bool:
+        """Whether what is left was trained, and the first metric measured before that as well."""
+        first = next(iter(self.metrics), "")
+        return any(row.values(first, untrained=True) for row in self.rows)
 
     @property
     def first_verdicts(self) -> tuple[Verdict, ...]:
@@ -243,8 +255,19 @@ def _entry(row: Row, dense: Record | None) -> dict[str, Any]:
         "metrics": {n: {"mean": row.mean(n), "spread": row.spread(n), "values": row.values(n)} for n in names},
         "parts": {n: parts for n in names if any(parts := [record.parts(n) for record in row.records])},
         "kept": {kind: row.kept(kind) for kind in dict.fromkeys(k for record in row.records for k in record.kept)},
+        "untrained": {
+            n: {
+                "mean": row.mean(n, untrained=True),
+                "spread": row.spread(n, untrained=True),
+                "values": values,
+                "parts": [record.parts(n, untrained=True) for record in row.records],
+            }
+            for n in names
+            if (values := row.values(n, untrained=True))
+        },
         "request_ms": None if dense is None else row.request_ms(dense),
         "seconds": row.seconds,
+        "stages": row.stages,
         "shared_statistics": row.shared,
         "peak_bytes": row.peak_bytes,
         "plans": [f"plans/{record.name}" for record in row.records if record.done],

@@ -50,7 +50,8 @@ def compare(
     ``sparsity`` one or several fractions removed. A method whose plan depends on the seed runs with all ``seeds``, the
     others once. ``tasks`` are those of ``evaluate``; the first decides who is best. ``latency`` measures a request as
     well, in turns with the dense model. ``allocate``, ``heal`` and ``target`` are those of ``plan``, for all methods
-    alike, and so is the calibration text. Whoever removes another fraction of the blocks' linear weights than was asked
+    alike, and so is the calibration text; where ``heal`` trains, the first task is measured before that as well.
+    Whoever removes another fraction of the blocks' linear weights than was asked
     for, by more than ``tolerance``, is shown and has no part in the verdict. What can be shared is computed once.
 
     ``out`` gets ``compare.json``, ``compare.html`` and the plan of every point; ``resume`` goes on with a comparison
@@ -78,6 +79,8 @@ def compare(
         trust_remote_code=trust_remote_code,
         plugins=tuple(plugins),
         timed=(_TIMED,) if latency else (),
+        # what the training was worth: by the task that decides
+        untrained=tuple(asked.sweep.base.evaluate[:1]),
     )
     check_folder(Path(out), resume=resume, overwrite=overwrite)
     pool = InSequence(job)

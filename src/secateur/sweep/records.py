@@ -44,19 +44,23 @@ class Record:
     """largest resident memory of the process while it planned and cut, the dense model included"""
     kept: Mapping[str, list[float]] = field(default_factory=dict)
     """kind of unit, or ``weights`` → the fraction of every block that stays"""
+    untrained: tuple[Metric, ...] = ()
+    """metrics that were measured before a training as well, as they were then"""
 
     @property
     def done(self) -> bool:
         """False for a point that has failed for good."""
         return not self.error
 
-    def metric(self, name: str) -> float | None:
-        """The value of one metric; None when it was not measured."""
-        return next((m.values[self.name] for m in self.metrics if m.name == name and self.name in m.values), None)
+    def metric(self, name: str, *, untrained: bool = False) -> float | None:
+        """The value of one metric, of the trained model or of what it was before; None when it was not measured."""
+        found = self.untrained if untrained else self.metrics
+        return next((m.values[self.name] for m in found if m.name == name and self.name in m.values), None)
 
-    def parts(self, name: str) -> list[float]:
+    def parts(self, name: str, *, untrained: bool = False) -> list[float]:
         """What the value of one metric was computed from, see ``Metric``; empty where that is not known."""
-        return next((m.parts[self.name] for m in self.metrics if m.name == name and self.name in m.parts), [])
+        found = self.untrained if untrained else self.metrics
+        return next((m.parts[self.name] for m in found if m.name == name and self.name in m.parts), [])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -65,8 +69,8 @@ class Record:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
         """The inverse of ``to_dict``."""
-        metrics = tuple(Metric(**metric) for metric in data.pop("metrics"))
-        return cls(**{**data, "metrics": metrics, "notes": tuple(data.pop("notes"))})
+        several = {key: tuple(Metric(**metric) for metric in data.pop(key, ())) for key in ("metrics", "untrained")}
+        return cls(**{**data, **several, "notes": tuple(data.pop("notes"))})
 
 
 class Journal(LineJournal):

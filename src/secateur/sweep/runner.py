@@ -41,11 +41,18 @@ class Results:
 
 
 def make_job(
-    sweep: Sweep, folder: Path, *, trust_remote_code: bool, plugins: tuple[str, ...], timed: tuple[str, ...] = ()
+    sweep: Sweep,
+    folder: Path,
+    *,
+    trust_remote_code: bool,
+    plugins: tuple[str, ...],
+    timed: tuple[str, ...] = (),
+    untrained: tuple[str, ...] = (),
 ) -> Job:
     """What the workers are told. Size is always measured, and perplexity when nothing else is asked for.
 
-    ``timed`` are more tasks, which are measured in turns with the dense model.
+    ``timed`` are more tasks, which are measured in turns with the dense model, and ``untrained`` those of the tasks
+    that are measured before a training as well.
     """
     base = sweep.base
     assert base.model is not None
@@ -63,6 +70,7 @@ def make_job(
         trust_remote_code=trust_remote_code,
         plugins=plugins,
         timed=timed,
+        untrained=untrained,
     )
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class Job:
     """What all points of a sweep share. ``folder`` is that of the sweep, seen from ``directory``.
 
-    ``timed`` are tasks that are measured in turns with the dense model, so that a machine that slows down meets both.
+    ``timed`` are tasks that are measured in turns with the dense model, so that a machine that slows down meets both,
+    and ``untrained`` those that are measured before a training as well.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Job:
     trust_remote_code: bool = False
     plugins: tuple[str, ...] = ()
     timed: tuple[str, ...] = ()
+    untrained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,21 +113,35 @@ class Worker:
 
     def _measure(self, point: Point) -> dict[str, Any]:
         from secateur import api
+        from secateur.healing.recovery import split_heal
         from secateur.recipes import merge_reports
 
         dense, tokenizer = self._dense()
         current, own, plans, reports = dense, tokenizer, [], []
         stored = Path(self._job.folder) / "statistics"
         before = _files(stored)
-        with PeakMemory(self._job.device) as memory:
-            for step in point.recipe.steps:
-                # later steps work on models that no other point has
-                statistics = None if plans else stored
-                arguments = point.recipe.plan_arguments(step)
-                result = api.prune(current, own, inplace=current is not dense, statistics=statistics, **arguments)
-                current, own = result.model, result.tokenizer
-                plans.append(result.plan)
-                reports.append(result.report)
+        peaks: list[int] = []
+        untrained: tuple[Metric, ...] = ()
+        for step in point.recipe.steps:
+            # later steps work on models that no other point has
+            first, arguments = not plans, point.recipe.plan_arguments(step)
+            repair, training = split_heal(arguments.pop("heal"), point.recipe.calibration.seed)
+            with PeakMemory(self._job.device) as memory:
+                result = api.prune(
+                    current, own, inplace=not first, statistics=stored if first else None, heal=repair, **arguments
+                )
+            peaks.append(memory.bytes)
+            if training is not None:
+                if self._job.untrained:
+                    untrained = tuple(
+                        self._table({point.name: result.model}, self._job.untrained, {point.name: result.tokenizer})
+                    )
+                with PeakMemory(self._job.device) as memory:
+                    result = api.train_cut(result, training, teacher=dense if first else None, **arguments)
+                peaks.append(memory.bytes)
+            current, own = result.model, result.tokenizer
+            plans.append(result.plan)
+            reports.append(result.report)
         shared = bool(statistics_of(point)) and _files(stored) == before
         write_plans(plans, Path(self._job.folder) / "plans" / point.name)
         report = merge_reports(reports)
@@ -135,11 +151,12 @@ class Worker:
             "values": point.values,
             "removed": report.achieved,
             "metrics": self._evaluate(point.name, current, own),
+            "untrained": untrained,
             "model": plans[0].model.weights,
             "notes": tuple(dict.fromkeys(report.notes)),
             "stages": report.seconds,
             "shared": shared,
-            "peak_bytes": memory.bytes,
+            "peak_bytes": max(peaks),
             "kept": kept_fractions(report.layers),
         }
 

@@ -6,6 +6,22 @@ One trainer for every method: ``options`` says how, ``trained`` what (adapters, 
 
 from secateur.healing.recovery.capacity import check_guided
 from secateur.healing.recovery.curve import Curve
-from secateur.healing.recovery.options import RecoveryOptions, make_recovery, parse_recovery, split_heal, stages_of
+from secateur.healing.recovery.options import (
+    RecoveryOptions,
+    make_recovery,
+    parse_recovery,
+    split_heal,
+    stages_of,
+    with_training,
+)
 
-__all__ = ["Curve", "RecoveryOptions", "check_guided", "make_recovery", "parse_recovery", "split_heal", "stages_of"]
+__all__ = [
+    "Curve",
+    "RecoveryOptions",
+    "check_guided",
+    "make_recovery",
+    "parse_recovery",
+    "split_heal",
+    "stages_of",
+    "with_training",
+]

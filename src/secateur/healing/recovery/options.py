@@ -135,6 +135,18 @@ def parse_recovery(text: str) -> RecoveryOptions:
     return recovery
 
 
+def with_training(text: str, common: str | None) -> str:
+    """The ``heal`` text of one method, with the training that is ``common`` to all where it has none of its own.
+
+    Raises UsageError and OptionError.
+    """
+    training = split_heal(common)[1]
+    if common is None or training is None or split_heal(text)[1] is not None:
+        return text
+    repair = split_heal(common)[0]
+    return f"{text}+{common[len(repair) + 1 :] if repair else common}"
+
+
 def stages_of(text: str, fractions: Sequence[float]) -> list[str]:
     """A ``heal`` text for every stage of a training, which has these fractions of its steps; alike without a training.
 
