@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--heal", default="", help="training that all get, such as lora:steps=300,batch=1,length=128")
     parser.add_argument("--methods", default=",".join(METHODS), help="which of them (default: all)")
+    parser.add_argument("--work", help="folder to keep comparisons in, so that a second call goes on within a pair")
     arguments = parser.parse_args()
     name = f"compare-{Path(arguments.model).name}"
     rows = finished_rows(name)
@@ -72,7 +74,8 @@ def main() -> None:
 
 def _compared(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str, Any]]:
     """Rows of some methods, the dense model first."""
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(arguments.work) if arguments.work else tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "+".join([*methods, *([arguments.heal] if arguments.heal else [])])
         document = sc.compare(
             arguments.model,
             methods=methods,
@@ -84,7 +87,8 @@ def _compared(arguments: argparse.Namespace, methods: list[str]) -> list[dict[st
             dtype="float32",
             tolerance=TOLERANCE,
             **TEXTS,
-            out=Path(folder) / "compare",
+            out=out,
+            resume=out.is_dir(),
         ).to_dict()
     metric = next(iter(document["dense"]["parts"]))
     sizes = {key: document["dense"]["metrics"][key] / 1e6 for key in ("parameters", "MACs")}
