@@ -41,6 +41,9 @@ WEIGHTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sparsegpt", {"allocate": "progression", "heal": "refit"}),
     ("alps", {"allocate": "owl"}),
     ("alps", {"target": "dense"}),
+    ("alps", {"target": "stream"}),
+    ("alps", {"allocate": "progression", "target": "stream"}),
+    ("wanda", {"heal": "refit", "target": "stream"}),
     ("wanda", {"heal": "refit", "target": "dense"}),
     ("admm", {"heal": "refit"}),
     ("magnitude", {}),
@@ -58,6 +61,8 @@ UNITS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cfsp", {}),
     ("cfsp", {"heal": "refit"}),
     ("osscar", {"allocate": "cfsp"}),
+    ("osscar", {"target": "stream"}),
+    ("cfsp", {"heal": "refit", "target": "stream"}),
 )
 WEIGHT_SETTINGS = ({"sparsity": 0.7}, {"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.6})
 UNIT_SETTINGS = ({"sparsity": 0.2}, {"sparsity": 0.3}, {"sparsity": 0.4})
@@ -77,7 +82,7 @@ TEXT = """
 Perplexity after pruning, no training afterwards, with the seconds of the whole plan and the peak memory of its
 process (model, plan and evaluation) beside it. Single weights: fraction of every matrix of the blocks. Heads and
 neurons: fraction of the blocks' linear weights. `refit` is `--heal refit`, `progression` and `owl` are `--allocate`;
-`dense` says that least squares aim at what the dense model gives (`--target dense`). The reference column holds what
+`dense` and `stream` say what least squares aim at (`--target`). The reference column holds what
 plain second implementations gave with the same windows. `on` is the processor and the type of the calibration forwards;
 times of two are not to be compared, and the picture has a colour for each. `front` marks rows which nothing at the same
 setting and on the same processor beats in both perplexity and processor time. "seconds" are those of a clock on the
@@ -146,7 +151,7 @@ def _place(row: dict[str, Any]) -> tuple[int, ...]:
 
 def _label(method: str, options: dict[str, Any]) -> str:
     words = [method or "dense", *(options[key] for key in ("allocate", "heal") if key in options)]
-    return " + ".join(words) + (", dense" if options.get("target") == "dense" else "")
+    return " + ".join(words) + (f", {options['target']}" if "target" in options else "")
 
 
 def _measure(arguments: argparse.Namespace, method: str, options: dict[str, Any]) -> dict[str, Any]:

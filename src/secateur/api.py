@@ -164,8 +164,9 @@ def plan(
     ``sparsity`` is the fraction removed, in [0, 1). ``pattern`` is N:M for weight methods. ``allocate`` names an
     allocator with its options, which gives every matrix its own sparsity (``owl:m=5,lam=0.08``). ``heal="refit"``
     solves for what stays by least squares, whatever chose it, and ``heal="bias"`` puts the mean of removed heads and
-    neurons into a bias; ``target="dense"`` fits to what the dense model gives, so that a block repairs the errors of
-    those before it, ``"current"`` to what its own dense weights make of the inputs as they are. ``calibration`` is
+    neurons into a bias; ``target="current"`` fits to what the dense weights make of the inputs as they are,
+    ``"stream"`` also to a quarter of what the hidden states have lost before, so that a block repairs the errors of
+    those before it, and ``"dense"`` to what every layer gives in the dense model. ``calibration`` is
     ``builtin``, ``self``, a text/jsonl/parquet file or the name of a data set; ``samples`` windows of ``length``
     tokens are read. ``dtype`` is that of the calibration forwards. ``options`` are the method's own.
     ``statistics`` is a folder in which statistics of the dense model are kept, and found again by later plans that

@@ -21,7 +21,7 @@ from secateur.estimate.work import flops, forward_flops, seconds
 from secateur.methods import make_method
 from secateur.models.opening import open_source
 from secateur.models.sources import Source
-from secateur.observe import Cross, Gram, Moments, SequenceMoments, SumSquares
+from secateur.observe import Cross, Gram, Lost, Moments, SequenceMoments, SumSquares
 from secateur.observe.driver import BlockWalk
 from secateur.solver import obs_sweep, sweep_flops
 
@@ -103,6 +103,7 @@ def test_variants_go_through_their_block_and_those_behind_it(sizes):
         ("wanda", {"heal": "refit", "scope": "global"}, 5, 1),
         ("flap", {"heal": "refit"}, 5, 1),
         ("flap", {"heal": "refit", "target": "dense"}, 7, 2),
+        ("alps", {"target": "stream"}, 5, 2),
         ("magnitude_sp", {"heal": "bias"}, 2, 1),
         ("osscar", {}, 3, 1),
         ("tyr", {"generations": 0}, 3, 1),
@@ -217,12 +218,12 @@ def test_sweep_products_are_those_that_torch_runs():
     assert counted.get_total_flops() == 2 * 8 * 16 * 96 == sweep_flops(8, 64, block=16)
 
 
-@pytest.mark.parametrize("kind", [Gram, SumSquares, Moments, SequenceMoments, Cross])
+@pytest.mark.parametrize("kind", [Gram, SumSquares, Moments, SequenceMoments, Cross, Lost])
 def test_statistics_take_what_they_say(kind):
     statistic = kind()
     for _ in range(2):
         # a pair of inputs comes side by side
-        statistic.update(torch.randn(2, 16, 24 * (2 if kind is Cross else 1)))
+        statistic.update(torch.randn(2, 16, 24 * (2 if kind in (Cross, Lost) else 1)))
     held = sum(t.numel() * t.element_size() for t in statistic.state().values() if t.dim())
     needs = kind.needs(24, tokens=TOKENS, batch=32, length=16)
     # one number per sequence aside; and SumSquares has half of the sums that a statistic may have

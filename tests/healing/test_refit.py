@@ -9,12 +9,13 @@ import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for
 from secateur.engine import decide
-from secateur.errors import DataError, OptionError
+from secateur.errors import DataError, OptionError, UnsupportedModelError
 from secateur.healing import Refit, with_statistics
+from secateur.healing.refit import STREAM_SHARE
 from secateur.methods import UnitMethod, WeightMethod, get_method, list_methods, make_method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.sources import Source
-from secateur.observe import Cross, Gram, Moments
+from secateur.observe import Cross, Gram, Lost, Moments, SumSquares
 from secateur.observe.driver import BlockWalk
 from secateur.plans import Plan
 from secateur.report.build import removed_fraction
@@ -74,7 +75,7 @@ def only(plan: Plan, part: str) -> Plan:
     return replace(plan, **{k: {n: v for n, v in getattr(plan, k).items() if part in n} for k in kinds}, scores={})
 
 
-@pytest.mark.parametrize("target", ["current", "dense"])
+@pytest.mark.parametrize("target", ["current", "stream", "dense"])
 def test_a_refit_solves_for_what_the_mask_keeps(model, target):
     plan = plan_for("magnitude", model, IDS, dtype=DOUBLE, sparsity=0.5, heal="refit", target=target)
     plain = plan_for("magnitude", model, IDS, sparsity=0.5)
@@ -88,9 +89,59 @@ def test_a_refit_solves_for_what_the_mask_keeps(model, target):
         w, keep = model.get_parameter(tensor), plan.masks[tensor]
         assert torch.equal(keep, plain.masks[tensor])
         wanted = (dense if target == "dense" else now)[name] @ w.T
+        if target == "stream" and name.endswith("down_proj"):
+            # some of what the first block, as it is cut, has lost of what the second, which is dense, gives
+            wanted = wanted + lost(model, behind) * STREAM_SHARE
         torch.testing.assert_close(
             cut.get_parameter(tensor), refitted(w, keep, now[name], wanted), rtol=1e-6, atol=1e-8
         )
+
+
+def lost(model, behind):
+    """What the second block gives in one model and not in the other, [tokens, hidden]."""
+    found = []
+    for one in (model, behind):
+        handle = one.model.layers[1].register_forward_hook(lambda m, args, out: found.append(out.flatten(0, 1)))
+        logits(one)
+        handle.remove()
+    return (found[0] - found[1]).detach()
+
+
+def test_columns_and_bias_make_up_for_the_stream(model):
+    options = {"dtype": DOUBLE, "sparsity": 0.3, "heal": "refit"}
+    plan = plan_for("flap", model, IDS, target="stream", **options)
+    name = "model.layers.1.mlp.down_proj"
+    behind = sc.apply(only(plan, ".0."), model)
+    x, w = inputs_of(behind, [name])[name], model.get_parameter(f"{name}.weight").detach()
+    wanted = x @ w.T + lost(model, behind) * STREAM_SHARE
+    kept = plan.keep["layers.1.mlp"]
+    cut = sc.apply(plan, model).get_submodule(name).requires_grad_(False)
+    wide = torch.cat([x[:, kept], torch.ones(len(x), 1, dtype=DOUBLE)], dim=1)
+    best = (wanted - wide @ torch.linalg.lstsq(wide, wanted).solution).square().sum()
+    assert float(best) <= float((wanted - cut(x[:, kept])).square().sum()) < 1.05 * float(best)
+    torch.testing.assert_close(cut(x[:, kept]).mean(dim=0), wanted.mean(dim=0), rtol=0, atol=1e-5)
+    # nothing is lost before the first block
+    plain = plan_for("flap", model, IDS, **options)
+    tensor = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(plan.values[tensor], plain.values[tensor])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "olmo2", "granite"])
+@pytest.mark.parametrize(("method", "heal"), [("wanda", "refit"), ("flap", "refit"), ("alps", "none")])
+def test_the_stream_is_no_target_where_blocks_add_something_else(family, method, heal):
+    with pytest.raises(
+        UnsupportedModelError, match="target=stream needs blocks that add what their FFN gives as it is"
+    ):
+        plan_for(method, make_tiny(family), IDS, heal=heal, target="stream", sparsity=0.5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "falcon", "opt", "phi3"])
+def test_the_stream_can_be_the_target_of_any_other_family(family):
+    model = make_tiny(family)
+    plans = [plan_for("wanda", model, IDS, sparsity=0.6, heal="refit", target=t) for t in ("current", "stream")]
+    differ = {name for name, value in plans[0].values.items() if not torch.equal(value, plans[1].values[name])}
+    # nothing is lost before the first block, and its last matrix is the only one to make up for something
+    assert differ and not any(".0." in name for name in differ)
 
 
 def error(model, pruned):
@@ -170,6 +221,8 @@ def test_nothing_is_observed_twice_and_what_is_missing_is_added():
     assert set(make_method("magnitude").observed_statistics()) == set()
     found = make_method("magnitude", {"heal": "refit", "target": "dense"}).observed_statistics()
     assert set(found.values()) == {Gram, Cross}
+    assert set(make_method("alps", {"target": "stream"}).observed_statistics().values()) == {Gram, Lost}
+    assert set(make_method("wanda", {"target": "stream"}).observed_statistics().values()) == {SumSquares}
     # the walk that decides takes what it did, and the later one what a refit needs
     flap = make_method("flap", {"heal": "refit"})
     assert flap.observed_statistics() == make_method("flap").observed_statistics()

@@ -14,6 +14,7 @@ from secateur.observe import (
     Cross,
     Gram,
     LastTokens,
+    Lost,
     Moments,
     SequenceMoments,
     Similarity,
@@ -32,7 +33,7 @@ class Told(Contributions):
         super().update(x_BTC)
 
 
-KINDS = [SumSquares, Moments, SequenceMoments, Gram, Cross, Similarity, Angle, LastTokens, Amplitudes, Told]
+KINDS = [SumSquares, Moments, SequenceMoments, Gram, Cross, Lost, Similarity, Angle, LastTokens, Amplitudes, Told]
 
 
 def values(statistic) -> dict[str, torch.Tensor]:
@@ -47,6 +48,8 @@ def values(statistic) -> dict[str, torch.Tensor]:
         return {"gram": statistic.total_CC.double(), "count": torch.tensor([statistic.sequences, statistic.tokens])}
     if isinstance(statistic, Cross):
         return {"cross": statistic.total_CC.double(), "sum": statistic.dense_sum_C}
+    if isinstance(statistic, Lost):
+        return {"lost": statistic.total_OC.double(), "sum": statistic.sum_O}
     if isinstance(statistic, LastTokens):
         return {"rows": statistic.rows_NC.double()}
     if isinstance(statistic, Amplitudes):
@@ -139,6 +142,17 @@ def test_cross_equals_the_plain_product_and_a_gram_where_both_inputs_are_one():
     torch.testing.assert_close(same.total_CC, gram.total_CC)
     with pytest.raises(ValueError, match="no data"):
         _ = Cross().total_CC
+
+
+def test_what_is_lost_is_held_against_an_input_of_another_width():
+    generator = torch.Generator().manual_seed(0)
+    x, lost = (torch.randn(3, 11, n, generator=generator, dtype=torch.float64) for n in (5, 4))
+    found = Lost()
+    found.update_lost(x, lost)
+    torch.testing.assert_close(found.total_OC, lost.reshape(-1, 4).T @ x.reshape(-1, 5))
+    torch.testing.assert_close(found.sum_O, lost.sum(dim=(0, 1)))
+    with pytest.raises(ValueError, match="no data"):
+        _ = Lost().total_OC
 
 
 def test_gram_says_when_it_has_seen_nothing():

@@ -44,6 +44,7 @@ METHODS = {
 HEALED = {
     "magnitude, refit": ("magnitude", {"heal": "refit", "target": "dense"}),
     "flap, refit": ("flap", {"sparsity": 0.3, "heal": "refit"}),
+    "wanda, refit to the stream": ("wanda", {"sparsity": 0.5, "heal": "refit", "target": "stream"}),
     "magnitude_sp, bias": ("magnitude_sp", {"sparsity": 0.3, "heal": "bias"}),
     "tyr": ("tyr", {"sparsity": 0.3, "levels": 3, "iterations": 2, "generations": 1, "offspring": 2}),
     "llm_pruner, refit": ("llm_pruner", {"sparsity": 0.3, "heal": "refit", "rounds": 2}),

@@ -91,8 +91,9 @@ Aim = Annotated[
     str | None,
     typer.Option(
         "--target",
-        metavar="current|dense",
-        help="What least squares aim at: outputs on the inputs as they are now, or those of the dense model.",
+        metavar="current|stream|dense",
+        help="What least squares aim at: outputs on the inputs as they are now, those and a quarter of what the hidden "
+        "states have lost so far, or outputs of the dense model.",
     ),
 ]
 Stages = Annotated[

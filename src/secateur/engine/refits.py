@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,30 @@ from torch import Tensor
 from secateur.allocate import parse_pattern
 from secateur.engine.keeping import Decided, Decision, SeenByModule
 from secateur.engine.run import Run, set_weight
+from secateur.errors import UnsupportedModelError
 from secateur.healing import find
 from secateur.healing.refit import few_tokens
 from secateur.methods import UnitMethod, WeightMethod
+from secateur.models.decoders import family_of
 from secateur.models.sources import check_finite
 from secateur.observe import Gram
 from secateur.structure import Group, Matrix
 from secateur.structure.surgery import complement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_target(method: WeightMethod | UnitMethod, model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError where the target of least squares can't be had."""
+    if method.target != "stream":
+        return
+    family, name = family_of(model), type(model).__name__
+    if family is None or not family.plain_sum or getattr(model.config, "do_layer_norm_before", True) is False:
+        raise UnsupportedModelError(
+            f"target=stream needs blocks that add what their FFN gives as it is, and those of {name} don't, or aren't"
+            " known to: take target=current"
+        )
 
 
 def refit(run: Run, method: WeightMethod | UnitMethod) -> None:

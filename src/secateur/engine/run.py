@@ -15,9 +15,9 @@ from secateur.errors import DataError
 from secateur.healing import Refit
 from secateur.memory import reuse, trim
 from secateur.methods import Method, Target
-from secateur.models.decoders import decoder_anatomy
+from secateur.models.decoders import decoder_anatomy, typed_blocks
 from secateur.models.sources import Source, check_finite
-from secateur.observe import Cross, Statistic
+from secateur.observe import Statistic, beside_dense, of_ending
 from secateur.observe.activations import Activations
 from secateur.observe.calibration import Tokens
 from secateur.observe.driver import BlockWalk
@@ -79,7 +79,7 @@ class Run:
                 dtype=self.dtype,
                 batch_tokens=self.batch_tokens,
                 hidden=self.hidden,
-                dense=self.hidden.another("dense") if Cross in self.observed.values() else None,
+                dense=self.hidden.another("dense") if beside_dense(self.observed) else None,
             )
             self.keeper.resume(self.walk)
         return self.walk
@@ -105,10 +105,19 @@ class Run:
         inside = [self.inside(name) for name in modules]
         heads = [g for g in self.anatomy if g.layer == layer and g.reader in modules]
         columns = {self.inside(g.reader or ""): g.columns.reshape(g.units * g.parts, -1) for g in heads}
-        found = walk.observe(block, layer, inside, self.observed, advance=advance, columns=columns)
+        found = walk.observe(
+            block, layer, inside, self.observed, advance=advance, columns=columns, ending=self.ending(layer)
+        )
         seen = {full: found[short] for full, short in zip(modules, inside, strict=True)}
         self._complete(layer, seen, dense=advance)
         return block, seen
+
+    def ending(self, layer: int) -> str | None:
+        """The module of a block, by its name within it, whose output is added last; None where nobody asks for it."""
+        if not of_ending(self.observed):
+            return None
+        block = typed_blocks(self.source.model)[layer]
+        return self.inside(block.down) if block.has_mlp else None
 
     def observe_block(self, layer: int) -> Mapping[str, Any]:
         """Statistics of (input, output) of a block of the dense model."""

@@ -23,7 +23,7 @@ from secateur.methods import (
     UnitMethod,
     WeightMethod,
 )
-from secateur.observe import Cross, Needs
+from secateur.observe import Needs, beside_dense, of_ending
 from secateur.observe.statistics import Accumulator
 from secateur.solver import cg_flops, refit_columns_flops
 
@@ -92,15 +92,15 @@ class Job:
     @property
     def streams(self) -> int:
         """How many hidden states there are of every token: those of the dense model too, where they are the target."""
-        return 2 if Cross in (*self._deciding.values(), *self._refitting.values()) else 1
+        return 2 if beside_dense(self._deciding) or beside_dense(self._refitting) else 1
 
     @property
     def passes(self) -> tuple[int, int]:
         """How often text goes through a block, and through the last one, which needn't give inputs to another."""
         again = 1 if self.method.in_sequence else 0
-        paired = 1 if Cross in self._deciding.values() else 0
+        paired = int(beside_dense(self._deciding))
         first = (1 + again + paired, 1 + paired) if self._deciding else (0, 0)
-        paired = 1 if Cross in self._refitting.values() else 0
+        paired = int(beside_dense(self._refitting))
         later = (2 + paired, 1 + paired) if self._refitting else (0, 0)
         # up, up again with a graph, and back, which is twice that
         back = 4 if self.walks_back else 0
@@ -175,7 +175,8 @@ class Job:
     @property
     def unread(self) -> int:
         """How many of the passes only look at inputs, and so end at the last of them."""
-        return self.repeats * int(bool(self._deciding) and self.method.in_sequence) + int(bool(self._refitting))
+        deciding, refitting = (bool(taken) and not of_ending(taken) for taken in (self._deciding, self._refitting))
+        return self.repeats * int(deciding and self.method.in_sequence) + int(refitting)
 
     def targets(self, block: BlockSizes) -> tuple[Inputs, ...]:
         """What the method looks at in a block: all inputs, those of readers, or none."""

@@ -19,14 +19,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from secateur.observe import Cross, Gram, Moments, Statistic
+from secateur.observe import Cross, Gram, Lost, Moments, Statistic
 from secateur.solver import Curvature, Problem, damping_notes, refit, refit_columns
 from secateur.solver.masked import RTOL, STEPS
 
 Seen = Mapping[str, Any]
 Kind = TypeVar("Kind")
 
-TARGETS = ("current", "dense")
+TARGETS = ("current", "stream", "dense")
+_BESIDE: dict[str, tuple[type[Statistic], ...]] = {"current": (), "stream": (Lost,), "dense": (Cross,)}
+# of what the hidden states have lost; all of it would follow the noise of the calibration text
+STREAM_SHARE = 0.25
 # up to so many inputs whole columns are judged and solved for in float64, which then costs little
 EXACT_INPUTS = 4096
 # with fewer tokens for every input that stays, a fit follows the noise of the calibration text
@@ -52,11 +55,13 @@ class Refit:
         self, name: str, dense_OI: Tensor, gone_I: Tensor, seen: Seen, *, bias: bool = False
     ) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
         """(weight [outputs, inputs] with zeros in ``gone_I``, addition to the bias [outputs] or None, notes)."""
-        gram, cross = find(seen, Gram), find(seen, Cross, missing=True)
+        gram, cross, lost = find(seen, Gram), find(seen, Cross, missing=True), find(seen, Lost, missing=True)
         exact = len(gone_I) <= EXACT_INPUTS
         h_II, c_II = (None if s is None else s.total_CC.double() if exact else s.total_CC for s in (gram, cross))
         assert h_II is not None
+        added_OI = None if lost is None else STREAM_SHARE * lost.total_OC.to(h_II.dtype)
         mean_I = wanted_I = torch.zeros((), dtype=h_II.dtype)
+        more_O = torch.zeros((), dtype=h_II.dtype)
         if bias:
             moments = find(seen, Moments)
             mean_I = wanted_I = moments.mean_C.to(h_II.dtype)
@@ -64,9 +69,12 @@ class Refit:
                 wanted_I = (cross.dense_sum_C / cross.tokens).to(h_II.dtype)
                 c_II = c_II - moments.count * torch.outer(mean_I, wanted_I)
             h_II = h_II - moments.count * torch.outer(mean_I, mean_I)
+            if lost is not None and added_OI is not None:
+                more_O = STREAM_SHARE * (lost.sum_O / lost.tokens).to(h_II.dtype)
+                added_OI = added_OI - moments.count * torch.outer(more_O, mean_I)
         curvature = Curvature.of(h_II, self.damping)
-        w_OI = refit_columns(curvature.problem(dense_OI, c_II), gone_I)
-        added_O = dense_OI.to(h_II.dtype) @ wanted_I - w_OI @ mean_I if bias else None
+        w_OI = refit_columns(curvature.problem(dense_OI, c_II, added_OI), gone_I)
+        added_O = dense_OI.to(h_II.dtype) @ wanted_I + more_O - w_OI @ mean_I if bias else None
         notes = damping_notes(name, self.damping, curvature.damping)
         return w_OI.to(dense_OI.dtype), added_O, notes
 
@@ -78,15 +86,16 @@ def problem_of(
 
     It is float64 where ``exact`` says so, and otherwise of the dtype of the statistics.
     The outputs that are wanted are those of the dense network where a ``Cross`` was taken, and otherwise those of the
-    dense weight on the inputs as they are now.
+    dense weight on the inputs as they are now, with a quarter of what the block has lost where there is a ``Lost``.
     """
-    gram, cross = find(seen, Gram), find(seen, Cross, missing=True)
+    gram, cross, lost = find(seen, Gram), find(seen, Cross, missing=True), find(seen, Lost, missing=True)
 
     def curved(gram: Gram) -> Curvature:
         return Curvature.of(gram.total_CC.double() if exact else gram.total_CC, damping, on)
 
     curvature = gram.cached(f"curvature on {on}{', exact' if exact else ''}", damping, curved)
-    problem = curvature.problem(dense_OI, None if cross is None else cross.total_CC)
+    added_OI = None if lost is None else STREAM_SHARE * lost.total_OC
+    problem = curvature.problem(dense_OI, None if cross is None else cross.total_CC, added_OI)
     return problem, damping_notes(name, damping, curvature.damping)
 
 
@@ -101,6 +110,11 @@ def find(seen: Seen, kind: type[Kind], *, missing: bool = False) -> Any:
 def with_statistics(own: Mapping[str, type[Statistic]], *more: type[Statistic]) -> dict[str, type[Statistic]]:
     """The statistics ``own`` and those kinds of ``more`` that aren't among them, by name."""
     return {**own, **{f"heal.{kind.__name__.lower()}": kind for kind in more if kind not in own.values()}}
+
+
+def aimed(target: str) -> tuple[type[Statistic], ...]:
+    """The statistics that a target takes beside the Gram matrix."""
+    return _BESIDE[target]
 
 
 def few_tokens(tokens: int, kept: int) -> tuple[str, ...]:

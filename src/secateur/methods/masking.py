@@ -9,13 +9,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.allocate import MaskRule
-from secateur.healing.refit import TARGETS, with_statistics
+from secateur.healing.refit import TARGETS, aimed, with_statistics
 from secateur.methods.base import Method
 from secateur.methods.views import (
     Seen,
     Target,
 )
-from secateur.observe import Cross, Gram, Statistic
+from secateur.observe import Gram, Statistic
 from secateur.options import option
 from secateur.search import Descent
 
@@ -33,7 +33,8 @@ class WeightMethod(Method):
     )
     target: str = option(
         "current",
-        "what least squares aim at: outputs of the dense weight on the inputs as they are now, or of the dense model",
+        "what least squares aim at: outputs of the dense weight on the inputs as they are now, those and a quarter "
+        "of what the hidden states have lost so far, or outputs of the dense model",
         choices=TARGETS,
     )
 
@@ -63,13 +64,13 @@ class WeightMethod(Method):
 
     def observed_statistics(self) -> Mapping[str, type[Statistic]]:
         more: list[type[Statistic]] = [Gram] if self.refits and not self.refits_later else []
-        if self.target == "dense" and (more or self.fits):
-            more.append(Cross)
+        if more or self.fits:
+            more += aimed(self.target)
         return with_statistics(self.needed_statistics(), *more)
 
     def refit_statistics(self) -> Mapping[str, type[Statistic]]:
         """What is observed in a walk that only refits."""
-        return with_statistics({}, Gram, *([Cross] if self.target == "dense" else []))
+        return with_statistics({}, Gram, *aimed(self.target))
 
     def solve_flops(self, outputs: int, inputs: int) -> int:
         """Operations of the products by which the method itself finds new weights for one matrix; for estimates."""

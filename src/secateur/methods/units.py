@@ -20,7 +20,7 @@ from secateur.criteria.fitness import Fitness
 from secateur.errors import OptionError
 from secateur.healing.recovery import RecoveryOptions
 from secateur.healing.recovery.adapted import Adapted
-from secateur.healing.refit import TARGETS, with_statistics
+from secateur.healing.refit import TARGETS, aimed, with_statistics
 from secateur.methods.base import Method
 from secateur.methods.views import (
     Coupled,
@@ -28,7 +28,7 @@ from secateur.methods.views import (
     Seen,
     Target,
 )
-from secateur.observe import Cross, Gram, Moments, Statistic
+from secateur.observe import Gram, Moments, Statistic
 from secateur.options import option
 from secateur.search import Episodes, Evolution
 from secateur.structure import Anatomy
@@ -79,7 +79,8 @@ class UnitMethod(StructuredMethod):
     )
     target: str = option(
         "current",
-        "what least squares aim at: outputs of the dense weight on the inputs as they are now, or of the dense model",
+        "what least squares aim at: outputs of the dense weight on the inputs as they are now, those and a quarter "
+        "of what the hidden states have lost so far, or outputs of the dense model",
         choices=TARGETS,
     )
 
@@ -108,13 +109,13 @@ class UnitMethod(StructuredMethod):
         if self.refits and not self.refits_later:
             more = list(self.refit_statistics().values())
         elif self.fits:
-            more += [Cross] if self.target == "dense" else []
+            more += aimed(self.target)
         return with_statistics(self.needed_statistics(), *more)
 
     def refit_statistics(self) -> Mapping[str, type[Statistic]]:
         """What is observed to refit columns, and the bias with them."""
         more = [Moments] if self.compensates else []
-        return with_statistics({}, Gram, *more, *([Cross] if self.target == "dense" else []))
+        return with_statistics({}, Gram, *more, *aimed(self.target))
 
     def revise(self, target: Target, seen: Seen, removed: Tensor) -> Tensor:
         """The units that leave, ascending int64 [removed], once their number is known; by default as allocated."""

@@ -52,6 +52,8 @@ class Family:
     """why the hidden states must stay in one basis; empty where every sub-layer may have its own"""
     full_width: str = ""
     """why hidden channels must stay; empty where they may leave"""
+    plain_sum: bool = True
+    """whether a block adds what its sub-layers give as it is, without a norm or a factor"""
 
 
 _POST_NORMS = "norms behind attentions and FFNs scale what these add, entry by entry"
@@ -63,12 +65,12 @@ _QWEN3 = Family(model_type="qwen3", attention_bias_key="attention_bias")
 
 _TABLE = (
     _LLAMA,
-    replace(_LLAMA, model_type="granite"),
+    replace(_LLAMA, model_type="granite", plain_sum=False),
     replace(_LLAMA, model_type="smollm3"),
     _QWEN3,
-    replace(_QWEN3, model_type="gemma2", one_basis=_POST_NORMS, full_width=_SCALED),
-    replace(_QWEN3, model_type="gemma3_text", one_basis=_POST_NORMS, full_width=_SCALED),
-    replace(_QWEN3, model_type="olmo2", wide_norms=("q_norm", "k_norm"), one_basis=_POST_NORMS),
+    replace(_QWEN3, model_type="gemma2", one_basis=_POST_NORMS, full_width=_SCALED, plain_sum=False),
+    replace(_QWEN3, model_type="gemma3_text", one_basis=_POST_NORMS, full_width=_SCALED, plain_sum=False),
+    replace(_QWEN3, model_type="olmo2", wide_norms=("q_norm", "k_norm"), one_basis=_POST_NORMS, plain_sum=False),
     Family(model_type="mistral"),
     Family(model_type="qwen2"),
     Family(

@@ -9,6 +9,7 @@ from secateur.observe.statistics import (
     Cross,
     Gram,
     LastTokens,
+    Lost,
     Moments,
     Needs,
     SequenceMoments,
@@ -16,6 +17,8 @@ from secateur.observe.statistics import (
     Statistic,
     SumSquares,
     angles,
+    beside_dense,
+    of_ending,
 )
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "Cross",
     "Gram",
     "LastTokens",
+    "Lost",
     "MapRanks",
     "Moments",
     "Needs",
@@ -34,4 +38,6 @@ __all__ = [
     "Statistic",
     "SumSquares",
     "angles",
+    "beside_dense",
+    "of_ending",
 ]

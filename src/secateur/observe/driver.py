@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.errors import NonFiniteError
 from secateur.finite import all_finite
 from secateur.observe.activations import Activations
-from secateur.observe.statistics import Statistic
+from secateur.observe.statistics import Statistic, of_ending
 
 StatisticTypes = Mapping[str, type[Statistic]]
 
@@ -87,25 +87,30 @@ class BlockWalk:
         *,
         advance: bool,
         columns: Mapping[str, Tensor] | None = None,
+        ending: str | None = None,
     ) -> dict[str, dict[str, Statistic]]:
         """Statistics of the input of every named module of ``block``; modules that read one tensor share them.
 
         With ``advance`` the outputs become the inputs of the next block; without, a forward ends at the last of the
         named modules, whose product nobody reads. Those of the dense stream always do, so that the block must be as it
         was opened. ``columns`` are those of every unit, [units, width], of modules whose statistics look at their
-        weight too. Raises NonFiniteError.
+        weight too. ``ending`` is the module whose output the block adds last to its own, of which statistics like
+        ``Lost`` are taken. Raises NonFiniteError.
         """
-        watch = _InputWatch(block, modules, statistics, whole=advance, columns=columns or {})
+        watch = _InputWatch(block, modules, statistics, whole=advance, columns=columns or {}, ending=ending)
         with watch:
             for i in range(len(self.hidden)):
                 # with `_AllSeen` there is no output
+                output = None
                 with suppress(_AllSeen):
                     output = self._run(block, layer, i, self.hidden[i])
                     if advance:
                         self.hidden[i] = output
                 if self.dense is not None:
                     with watch.second():
-                        self.dense[i] = self._run(block, layer, i, self.dense[i])
+                        self.dense[i] = dense = self._run(block, layer, i, self.dense[i])
+                    if output is not None:
+                        watch.lost(output, dense)
                 watch.end_of_batch()
         watch.check_finite(layer)
         if advance:
@@ -241,8 +246,9 @@ class _AllSeen(Exception):
 class _InputWatch:
     """Hooks that feed the inputs of modules to statistics; modules which read the same tensor share one set.
 
-    Statistics of pairs get the input of the first run of a batch together with that of the second. Unless the ``whole``
-    of the first is wanted, the hook that saw its last input raises ``_AllSeen``.
+    Statistics of pairs get the input of the first run of a batch together with that of the second, and those of what a
+    block has lost the input of its ``ending`` with the difference of both outputs. Unless the ``whole`` of the first is
+    wanted, for them or otherwise, the hook that saw its last input raises ``_AllSeen``.
     """
 
     def __init__(
@@ -253,6 +259,7 @@ class _InputWatch:
         *,
         whole: bool,
         columns: Mapping[str, Tensor],
+        ending: str | None,
     ) -> None:
         self._columns = columns
         self._modules = {name: block.get_submodule(name) for name in modules}
@@ -261,8 +268,10 @@ class _InputWatch:
         self._owned: set[str] = set()
         self._held: list[Tensor] = []
         self._paired = [name for name, kind in statistics.items() if getattr(kind, "paired", False)]
+        self._of_ending = of_ending(statistics)
         self._first: dict[str, Tensor] = {}
-        self._whole = whole
+        self._ending = ending if self._of_ending and ending in self._modules else None
+        self._whole = whole or self._ending is not None
         self._first_batch, self._second = True, False
         self._missing = set(self._modules)
         self._handles: list[Any] = []
@@ -284,6 +293,13 @@ class _InputWatch:
             yield
         finally:
             self._second = False
+
+    def lost(self, output_BTD: Tensor, dense_BTD: Tensor) -> None:
+        """The outputs of both runs of a batch."""
+        if self._ending is not None:
+            for key in self._of_ending:
+                statistic: Any = self.seen[self._ending][key]
+                statistic.update_lost(self._first[self._ending], dense_BTD - output_BTD)
 
     def end_of_batch(self) -> None:
         self._first_batch = False
@@ -319,15 +335,19 @@ class _InputWatch:
             if owner != name:
                 self.seen[name] = self.seen[owner]
                 return
-            self.seen[name] = {key: self._made(name, kind) for key, kind in self._statistics.items()}
+            self.seen[name] = {
+                key: self._made(name, kind)
+                for key, kind in self._statistics.items()
+                if key not in self._of_ending or name == self._ending
+            }
             self._owned.add(name)
         elif name not in self._owned:
             return
         x_BTC = x if x.dim() == 3 else x.unsqueeze(0)
         for key, statistic in self.seen[name].items():
-            if key not in self._paired:
+            if key not in self._paired and key not in self._of_ending:
                 statistic.update(x_BTC)
-        if self._paired:
+        if self._paired or name == self._ending:
             self._first[name] = x_BTC
 
     def _made(self, name: str, kind: type[Statistic]) -> Statistic:

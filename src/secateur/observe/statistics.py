@@ -57,6 +57,16 @@ class Needs:
     solve_flops: int = 0
 
 
+def beside_dense(statistics: Mapping[str, type[Statistic]]) -> bool:
+    """Whether some of these are of the dense network as well, whose hidden states go beside those of the cut one."""
+    return any(getattr(kind, "beside_dense", False) for kind in statistics.values())
+
+
+def of_ending(statistics: Mapping[str, type[Statistic]]) -> list[str]:
+    """The names of those that are taken of what a block gives, at the input of the module that ends it."""
+    return [name for name, kind in statistics.items() if getattr(kind, "ending", False)]
+
+
 class Accumulator:
     """A statistic whose attributes are tensors, numbers, or lists of either; names with ``_cache`` aside."""
 
@@ -378,7 +388,7 @@ class Cross(Accumulator):
     inputs are of the same tokens.
     """
 
-    paired = True
+    beside_dense = paired = True
 
     @classmethod
     def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
@@ -423,6 +433,60 @@ class Cross(Accumulator):
     @property
     def total_CC(self) -> Tensor:
         """X^T X0, [channels, channels]: rows are inputs as they are now, columns those of the dense network."""
+        if self._total is None:
+            raise ValueError("this product has seen no data")
+        return self._total
+
+
+class Lost(Accumulator):
+    """E^T X over all tokens: what the output of a block has lost against the dense network, times an input within it.
+
+    ``total_OC`` float32 (float64 for float64 inputs) is [outputs of the block, channels of the input], and
+    ``sum_O`` the sum of E over all tokens, float64. The block is the dense one in both networks: E is what those
+    before it have lost.
+    """
+
+    beside_dense = ending = True
+
+    @classmethod
+    def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
+        """See ``Accumulator``; with as many outputs as channels, which are rather more."""
+        square = 4 * channels * channels
+        return Needs(
+            state=square + 8 * channels,
+            stored=square + 8 * channels,
+            # the input is held until the second output is there
+            update=2 * 4 * batch * channels,
+            moved=4 * 4 * tokens * channels,
+            update_flops=2 * tokens * channels * channels,
+        )
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self.sum_O = torch.zeros((), dtype=torch.float64)
+        self.tokens = 0
+
+    def update_lost(self, x_BTC: Tensor, lost_BTO: Tensor) -> None:
+        """Take in one batch of both, [sequences, tokens, channels] and [sequences, tokens, outputs]."""
+        x, lost = (_at_least_float32(part.reshape(-1, part.shape[-1])) for part in (x_BTC, lost_BTO))
+        total = lost.T @ x
+        self._total = total if self._total is None else self._total.add_(total)
+        self.sum_O = self.sum_O.to(lost.device) + _column_sums(lost).double()
+        self.tokens += x.shape[0]
+
+    def update(self, x_BTC: Tensor) -> None:
+        """Both, concatenated along channels, of which there are as many."""
+        self.update_lost(*x_BTC.chunk(2, dim=-1))
+
+    def merge(self, other: Lost) -> None:
+        if other._total is not None:
+            self._total = other._total.clone() if self._total is None else self._total + other._total
+        self.sum_O = self.sum_O + other.sum_O
+        self.tokens += other.tokens
+
+    @property
+    def total_OC(self) -> Tensor:
+        """E^T X, [outputs, channels]."""
         if self._total is None:
             raise ValueError("this product has seen no data")
         return self._total

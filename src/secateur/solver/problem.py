@@ -65,12 +65,12 @@ class Curvature:
             self._inverses[rho] = torch.cholesky_inverse(torch.linalg.cholesky(penalised_II))
         return self._inverses[rho]
 
-    def problem(self, w_OI: Tensor, cross_II: Tensor | None = None) -> Problem:
+    def problem(self, w_OI: Tensor, cross_II: Tensor | None = None, added_OI: Tensor | None = None) -> Problem:
         """The problem of one dense weight [outputs, inputs].
 
         ``cross_II`` is X^T X0 with the inputs of the dense network; without, the outputs that are wanted are those of
-        the dense weight on the same inputs. What is added to H is added to G for the dense weight as well, so that
-        damping pulls towards it.
+        the dense weight on the same inputs. ``added_OI`` is E^T X, where E is wanted on top of them. What is added to H
+        is added to G for the dense weight as well, so that damping pulls towards it.
         """
         w_OI = w_OI.to(self.h_II.dtype)
         scaled_OI = w_OI * self.scale_I
@@ -79,7 +79,10 @@ class Curvature:
             # of inputs that were never active the dense weight stays
             pulled_OI = w_OI * (self.ridge_I + self.silent_I)
             g_OI = (w_OI @ cross_II.to(w_OI.dtype).T + pulled_OI) / self.scale_I
-        start_OI = scaled_OI if cross_II is None else torch.cholesky_solve(g_OI.T, torch.linalg.cholesky(self.h_II)).T
+        if added_OI is not None:
+            g_OI = g_OI + added_OI.to(g_OI.dtype) / self.scale_I
+        same = cross_II is None and added_OI is None
+        start_OI = scaled_OI if same else torch.cholesky_solve(g_OI.T, torch.linalg.cholesky(self.h_II)).T
         return Problem(self, g_OI, start_OI, w_OI)
 
 

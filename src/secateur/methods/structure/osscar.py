@@ -46,7 +46,10 @@ class OSSCAR(UnitMethod):
         "refit", "refit: solve for the columns that stay by least squares", choices=("none", "bias", "refit")
     )
     target: str = option(
-        "current", "outputs of the dense weight on the inputs as they are now, or of the dense model", choices=TARGETS
+        "current",
+        "outputs of the dense weight on the inputs as they are now, those and a quarter of what the hidden states have "
+        "lost so far, or outputs of the dense model",
+        choices=TARGETS,
     )
 
     statistics: ClassVar = {"gram": Gram}
