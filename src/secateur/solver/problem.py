@@ -4,7 +4,8 @@
 
 X are the inputs that the pruned network gives, Y the outputs that are wanted. For Y = X W0^T, what the dense weight
 makes of the same inputs, G = W0 H. With the inputs X0 of the dense network, Y = X0 W0^T and G = W0 (X^T X0)^T: then
-W also repairs what was lost before it. H and G are sums over tokens, so they merge over batches and ranks.
+W also repairs what was lost before it. Where E is wanted on top, Y = X W0^T + E, G = W0 H + E^T X. H and G are sums
+over tokens, so they merge over batches and ranks.
 
 Everything is solved with inputs scaled so that H has a unit diagonal, which keeps float32 exact enough and makes
 conjugate gradients quick. O outputs, I inputs.
