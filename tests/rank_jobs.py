@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import secateur as sc
 from secateur.errors import NonFiniteError, OutputError, RankError, SecateurError, UsageError
-from secateur.observe import Cross, Gram, Moments, SequenceMoments, Similarity, SumSquares
+from secateur.observe import Cross, Gram, Lost, Moments, SequenceMoments, Similarity, SumSquares
 from secateur.observe.driver import BlockWalk
 from secateur.ranks import Ranks, join
 from secateur.runs.folder import DiskKeeper
@@ -23,6 +23,7 @@ from secateur.runs.folder import DiskKeeper
 STATISTICS = {
     "cross": Cross,
     "gram": Gram,
+    "lost": Lost,
     "moments": Moments,
     "sequences": SequenceMoments,
     "pair": Similarity,
