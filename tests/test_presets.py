@@ -70,6 +70,12 @@ def test_the_plan_is_that_of_what_it_stands_for(make_llama, tiny_tokenizer, tmp_
     assert own.provenance[0].allocation.allocator == "erk"
 
 
+@pytest.mark.parametrize("asked", [{}, {"pattern": "2:4"}, {"budget": "params"}, {"effort": "seconds"}])
+def test_the_target_is_that_of_what_is_taken(asked):
+    targets = [settled(make_method("best", {**asked, **more}), None)[0].target for more in ({}, {"target": "stream"})]
+    assert targets == ["current", "stream"]
+
+
 def test_what_does_not_go_together():
     with pytest.raises(OptionError, match="pattern 2:4 is for single weights, not for heads and neurons"):
         settled(make_method("best", {"pattern": "2:4", "budget": "latency=0.7"}), None)
