@@ -150,8 +150,9 @@ def _place(row: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _label(method: str, options: dict[str, Any]) -> str:
+    target = options.get("target", "current")
     words = [method or "dense", *(options[key] for key in ("allocate", "heal") if key in options)]
-    return " + ".join(words) + (f", {options['target']}" if "target" in options else "")
+    return " + ".join(words) + (f", {target}" if target != "current" else "")
 
 
 def _measure(arguments: argparse.Namespace, method: str, options: dict[str, Any]) -> dict[str, Any]:
