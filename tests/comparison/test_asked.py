@@ -61,13 +61,14 @@ def test_options_of_one_method_go_before_those_of_all():
 
 @pytest.mark.parametrize("common", ["lora:steps=3,batch=1", "bias+lora:steps=3,batch=1"])
 def test_the_training_of_all_follows_a_repair_of_one(common):
-    found = asked("wanda_sp,wanda_sp:heal=refit,wanda_sp:heal=norms", steps=[{"heal": common}])
+    found = asked("wanda_sp,wanda_sp:heal=refit,wanda_sp:heal=norms,wanda_sp:heal=none", steps=[{"heal": common}])
     steps = {name: points[0].recipe.steps[0].heal for (name, _), points in found.points.items()}
     assert steps == {
         "wanda_sp": common,
         "wanda_sp:heal=refit": "refit+lora:steps=3,batch=1",
-        # but not another training
+        # but neither another training nor what wants none
         "wanda_sp:heal=norms": "norms",
+        "wanda_sp:heal=none": "none",
     }
 
 

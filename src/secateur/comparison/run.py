@@ -51,8 +51,8 @@ def compare(
     others once. ``tasks`` are those of ``evaluate``; the first decides who is best. ``latency`` measures a request as
     well, in turns with the dense model. ``allocate``, ``heal`` and ``target`` are those of ``plan``, for all methods
     alike, and so is the calibration text; where ``heal`` trains, the first task is measured before that as well.
-    Whoever removes another fraction of the blocks' linear weights than was asked
-    for, by more than ``tolerance``, is shown and has no part in the verdict. What can be shared is computed once.
+    Whoever removes another fraction of the blocks' linear weights than was asked for, by more than ``tolerance``, is
+    shown and has no part in the verdict. What can be shared is computed once.
 
     ``out`` gets ``compare.json``, ``compare.html`` and the plan of every point; ``resume`` goes on with a comparison
     that was stopped or killed, ``overwrite`` begins anew. ``plugins`` are those that were loaded.

@@ -138,12 +138,11 @@ def parse_recovery(text: str) -> RecoveryOptions:
 def with_training(text: str, common: str | None) -> str:
     """The ``heal`` text of one method, with the training that is ``common`` to all where it has none of its own.
 
-    Raises UsageError and OptionError.
+    ``none`` wants none. Raises UsageError and OptionError.
     """
-    training = split_heal(common)[1]
-    if common is None or training is None or split_heal(text)[1] is not None:
+    repair, training = split_heal(common)
+    if common is None or training is None or text == "none" or split_heal(text)[1] is not None:
         return text
-    repair = split_heal(common)[0]
     return f"{text}+{common[len(repair) + 1 :] if repair else common}"
 
 
