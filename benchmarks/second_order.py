@@ -89,7 +89,7 @@ setting and on the same processor beats in both perplexity and processor time. "
 wall, beside whatever else ran on the machine; "cpu seconds" are the processor's, in which a few percent say nothing.
 Rows that the command has and this table doesn't were not run yet: a second call goes on with them.
 
-`other` is the perplexity on C4's web text, which chose nothing. {best}
+`other`, where it was measured, is the perplexity on C4's web text, which chose nothing. {best}
 
 Filled marks are on the front.
 
