@@ -229,7 +229,7 @@ def test_a_refit_from_the_command_line(cli, tiny_checkpoint, tmp_path):
     [
         (["--method", "wanda", "--heal", "bias"], "heal must be one of none, refit, got 'bias'"),
         (["--method", "flap", "--heal", "refitt"], "did you mean 'refit'?"),
-        (["--method", "flap", "--target", "past"], "target must be one of current, dense"),
+        (["--method", "flap", "--target", "past"], "target must be one of current, stream, dense"),
         (["--method", "shortgpt", "--heal", "refit"], "shortgpt takes no heal"),
         (["--method", "flap", "--heal", "bias", "--set", "heal=refit"], "given twice"),
     ],
