@@ -47,6 +47,7 @@ ON_ALL = {"wanda", "magnitude", "flap", "minitron", "shortgpt"}
 
 def on_families(methods):
     """Every method on every layout, and some on every family."""
+    assert set(METHODS) >= ON_ALL and set(LAYOUTS) <= set(FAMILY_CONFIGS)
     pairs = [(m, family) for family in FAMILY_CONFIGS for m in methods if family in LAYOUTS or m in ON_ALL]
     return pytest.mark.parametrize(("method", "family"), pairs, ids=["-".join(pair) for pair in pairs])
 

@@ -47,9 +47,9 @@ def values(statistic) -> dict[str, torch.Tensor]:
     if isinstance(statistic, Gram):
         return {"gram": statistic.total_CC.double(), "count": torch.tensor([statistic.sequences, statistic.tokens])}
     if isinstance(statistic, Cross):
-        return {"cross": statistic.total_CC.double(), "sum": statistic.dense_sum_C}
+        return {"cross": statistic.total_CC.double(), "sum": statistic.sum_C}
     if isinstance(statistic, Lost):
-        return {"lost": statistic.total_OC.double(), "sum": statistic.sum_O}
+        return {"lost": statistic.total_OC.double(), "sum": statistic.sum_C}
     if isinstance(statistic, LastTokens):
         return {"rows": statistic.rows_NC.double()}
     if isinstance(statistic, Amplitudes):
@@ -138,7 +138,7 @@ def test_cross_equals_the_plain_product_and_a_gram_where_both_inputs_are_one():
     same.update_pair(x, x)
     gram.update(x)
     torch.testing.assert_close(cross.total_CC, x.reshape(-1, 5).T @ dense.reshape(-1, 5))
-    torch.testing.assert_close(cross.dense_sum_C, dense.sum(dim=(0, 1)))
+    torch.testing.assert_close(cross.sum_C, dense.sum(dim=(0, 1)))
     torch.testing.assert_close(same.total_CC, gram.total_CC)
     with pytest.raises(ValueError, match="no data"):
         _ = Cross().total_CC
@@ -148,9 +148,9 @@ def test_what_is_lost_is_held_against_an_input_of_another_width():
     generator = torch.Generator().manual_seed(0)
     x, lost = (torch.randn(3, 11, n, generator=generator, dtype=torch.float64) for n in (5, 4))
     found = Lost()
-    found.update_lost(x, lost)
+    found.update_pair(x, lost)
     torch.testing.assert_close(found.total_OC, lost.reshape(-1, 4).T @ x.reshape(-1, 5))
-    torch.testing.assert_close(found.sum_O, lost.sum(dim=(0, 1)))
+    torch.testing.assert_close(found.sum_C, lost.sum(dim=(0, 1)))
     with pytest.raises(ValueError, match="no data"):
         _ = Lost().total_OC
 

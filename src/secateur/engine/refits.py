@@ -16,6 +16,7 @@ from secateur.healing import find
 from secateur.healing.refit import few_tokens
 from secateur.methods import UnitMethod, WeightMethod
 from secateur.models.decoders import family_of
+from secateur.models.families import is_post_norm
 from secateur.models.sources import check_finite
 from secateur.observe import Gram
 from secateur.structure import Group, Matrix
@@ -30,7 +31,7 @@ def check_target(method: WeightMethod | UnitMethod, model: PreTrainedModel) -> N
     if method.target != "stream":
         return
     family, name = family_of(model), type(model).__name__
-    if family is None or not family.plain_sum or getattr(model.config, "do_layer_norm_before", True) is False:
+    if family is None or not family.plain_sum or is_post_norm(model.config):
         raise UnsupportedModelError(
             f"target=stream needs blocks that add what their FFN gives as it is, and those of {name} don't, or aren't"
             " known to: take target=current"

@@ -66,11 +66,11 @@ class Refit:
             moments = find(seen, Moments)
             mean_I = wanted_I = moments.mean_C.to(h_II.dtype)
             if cross is not None and c_II is not None:
-                wanted_I = (cross.dense_sum_C / cross.tokens).to(h_II.dtype)
+                wanted_I = (cross.sum_C / cross.tokens).to(h_II.dtype)
                 c_II = c_II - moments.count * torch.outer(mean_I, wanted_I)
             h_II = h_II - moments.count * torch.outer(mean_I, mean_I)
             if lost is not None and added_OI is not None:
-                more_O = STREAM_SHARE * (lost.sum_O / lost.tokens).to(h_II.dtype)
+                more_O = STREAM_SHARE * (lost.sum_C / lost.tokens).to(h_II.dtype)
                 added_OI = added_OI - moments.count * torch.outer(more_O, mean_I)
         curvature = Curvature.of(h_II, self.damping)
         w_OI = refit_columns(curvature.problem(dense_OI, c_II, added_OI), gone_I)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import UnsupportedModelError
-from secateur.models.families import FAMILIES, Family, frozen_heads, frozen_layers, frozen_width
+from secateur.models.families import FAMILIES, Family, frozen_heads, frozen_layers, frozen_width, is_post_norm
 from secateur.models.tokens import vocabulary_group
 from secateur.structure import HIDDEN, Anatomy, Cost, Frozen, Group, Matrix, Slices
 
@@ -169,7 +169,7 @@ def decoder_anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:
             groups += [_mlp_group(block)] if block.has_mlp else []
     matrices = _matrices(name, blocks)
     reason = frozen_layers(model.config)
-    groups.append(_layers_group(name, blocks, reason, post_norm=_is_post_norm(model.config)))
+    groups.append(_layers_group(name, blocks, reason, post_norm=is_post_norm(model.config)))
     groups.append(vocabulary_group(model))
     groups += [_hidden_group(model)] if family is not None else []
     frozen += [Frozen(g.name, g.frozen) for g in groups if g.frozen]
@@ -182,10 +182,6 @@ def decoder_anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:
         blocks=_linear_cost(blocks),
         total=_total_cost(model),
     )
-
-
-def _is_post_norm(config: Any) -> bool:
-    return config.model_type == "opt" and not config.do_layer_norm_before
 
 
 def qkv_rows(layout: str, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -156,11 +156,16 @@ def frozen_heads(config: Any) -> str | None:
     return None
 
 
+def is_post_norm(config: Any) -> bool:
+    """Whether a norm follows every residual sum."""
+    return getattr(config, "do_layer_norm_before", True) is False
+
+
 def frozen_hidden(config: Any, family: Family) -> str | None:
     """Why the hidden states of a model of this config must stay in one basis, or None."""
     if family.one_basis:
         return family.one_basis
-    if getattr(config, "do_layer_norm_before", True) is False:
+    if is_post_norm(config):
         return "its norms follow the residual sums"
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         return "a projection stands between its embedding and its blocks"

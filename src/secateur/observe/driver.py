@@ -299,7 +299,7 @@ class _InputWatch:
         if self._ending is not None:
             for key in self._of_ending:
                 statistic: Any = self.seen[self._ending][key]
-                statistic.update_lost(self._first[self._ending], dense_BTD - output_BTD)
+                statistic.update_pair(self._first[self._ending], dense_BTD - output_BTD)
 
     def end_of_batch(self) -> None:
         self._first_batch = False

@@ -381,18 +381,18 @@ class Gram(Accumulator):
         return whole.add_(whole.triu(1).T)
 
 
-class Cross(Accumulator):
-    """X^T X0 over all tokens: the inputs of a module in the network as it is now, times those in the dense one.
+class _Product(Accumulator):
+    """X^T Z over all tokens, float32 (float64 for float64 inputs), and ``sum_C``, the sum of Z, float64.
 
-    ``total_CC`` float32 (float64 for float64 inputs) is [channels, channels], and ``dense_sum_C`` the sum of X0. Both
-    inputs are of the same tokens.
+    X is the input of a module in the network as it is now, and Z something that is known once the same tokens have
+    gone through the dense one.
     """
 
-    beside_dense = paired = True
+    beside_dense = True
 
     @classmethod
     def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
-        """See ``Accumulator``; not symmetric, so that all of it is computed."""
+        """See ``Accumulator``; not symmetric, so that all of it is computed. Z is taken to be as wide as X."""
         square = 4 * channels * channels
         return Needs(
             state=square + 8 * channels,
@@ -405,91 +405,60 @@ class Cross(Accumulator):
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
-        self.dense_sum_C = torch.zeros((), dtype=torch.float64)
+        self.sum_C = torch.zeros((), dtype=torch.float64)
         self.tokens = 0
 
-    def update_pair(self, x_BTC: Tensor, dense_BTC: Tensor) -> None:
-        """Take in one batch of both inputs, [sequences, tokens, channels] each."""
-        x, dense = (part.reshape(-1, part.shape[-1]) for part in (x_BTC, dense_BTC))
+    def update_pair(self, x_BTC: Tensor, z_BTC: Tensor) -> None:
+        """Take in one batch of X and Z, [sequences, tokens, channels] each."""
+        x, z = (part.reshape(-1, part.shape[-1]) for part in (x_BTC, z_BTC))
         exact = x.dtype == torch.bfloat16
-        x, dense = (part if part.dtype == torch.float64 else part.float() for part in (x, dense))
+        x, z = _at_least_float32(x), _at_least_float32(z)
         if self._total is None:
-            self._total = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+            self._total = torch.zeros(x.shape[1], z.shape[1], dtype=x.dtype, device=x.device)
         with _bfloat16_factors() if exact else nullcontext():
-            self._total.addmm_(x.T, dense)
-        self.dense_sum_C = self.dense_sum_C.to(dense.device) + _column_sums(dense).double()
+            self._total.addmm_(x.T, z)
+        self.sum_C = self.sum_C.to(z.device) + _column_sums(z).double()
         self.tokens += x.shape[0]
 
     def update(self, x_BTC: Tensor) -> None:
-        """Both inputs, concatenated along channels."""
+        """X and Z, concatenated along channels, of which both have as many."""
         self.update_pair(*x_BTC.chunk(2, dim=-1))
 
-    def merge(self, other: Cross) -> None:
+    def merge(self, other: _Product) -> None:
         if other._total is not None:
             self._total = other._total.clone() if self._total is None else self._total + other._total
-        self.dense_sum_C = self.dense_sum_C + other.dense_sum_C
+        self.sum_C = self.sum_C + other.sum_C
         self.tokens += other.tokens
+
+    def _product(self) -> Tensor:
+        if self._total is None:
+            raise ValueError("this product has seen no data")
+        return self._total
+
+
+class Cross(_Product):
+    """X^T X0 over all tokens: the inputs of a module in the network as it is now, times those in the dense one."""
+
+    paired = True
 
     @property
     def total_CC(self) -> Tensor:
         """X^T X0, [channels, channels]: rows are inputs as they are now, columns those of the dense network."""
-        if self._total is None:
-            raise ValueError("this product has seen no data")
-        return self._total
+        return self._product()
 
 
-class Lost(Accumulator):
+class Lost(_Product):
     """E^T X over all tokens: what the output of a block has lost against the dense network, times an input within it.
 
-    ``total_OC`` float32 (float64 for float64 inputs) is [outputs of the block, channels of the input], and
-    ``sum_O`` the sum of E over all tokens, float64. The block is the dense one in both networks: E is what those
-    before it have lost.
+    The block is the dense one in both networks: E is what those before it have lost.
     """
 
-    beside_dense = ending = True
-
-    @classmethod
-    def needs(cls, channels: int, *, tokens: int, batch: int, length: int) -> Needs:
-        """See ``Accumulator``; with as many outputs as channels, which are rather more."""
-        square = 4 * channels * channels
-        return Needs(
-            state=square + 8 * channels,
-            stored=square + 8 * channels,
-            # the input is held until the second output is there
-            update=2 * 4 * batch * channels,
-            moved=4 * 4 * tokens * channels,
-            update_flops=2 * tokens * channels * channels,
-        )
-
-    def __init__(self) -> None:
-        self._total: Tensor | None = None
-        self.sum_O = torch.zeros((), dtype=torch.float64)
-        self.tokens = 0
-
-    def update_lost(self, x_BTC: Tensor, lost_BTO: Tensor) -> None:
-        """Take in one batch of both, [sequences, tokens, channels] and [sequences, tokens, outputs]."""
-        x, lost = (_at_least_float32(part.reshape(-1, part.shape[-1])) for part in (x_BTC, lost_BTO))
-        total = lost.T @ x
-        self._total = total if self._total is None else self._total.add_(total)
-        self.sum_O = self.sum_O.to(lost.device) + _column_sums(lost).double()
-        self.tokens += x.shape[0]
-
-    def update(self, x_BTC: Tensor) -> None:
-        """Both, concatenated along channels, of which there are as many."""
-        self.update_lost(*x_BTC.chunk(2, dim=-1))
-
-    def merge(self, other: Lost) -> None:
-        if other._total is not None:
-            self._total = other._total.clone() if self._total is None else self._total + other._total
-        self.sum_O = self.sum_O + other.sum_O
-        self.tokens += other.tokens
+    ending = True
 
     @property
     def total_OC(self) -> Tensor:
-        """E^T X, [outputs, channels]."""
-        if self._total is None:
-            raise ValueError("this product has seen no data")
-        return self._total
+        """E^T X, [outputs of the block, channels of the input]."""
+        return self._product().T
 
 
 class Similarity(Accumulator):

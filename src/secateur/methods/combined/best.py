@@ -20,8 +20,8 @@ where they cost, and at 70 %, where they gain: the border lies between. `cut=aut
 budget is asked for, which single weights can't meet, and weights else. The plan names what was taken, with all options,
 so that the same can be asked for without this name. Efforts are what a model of some hundred million parameters takes
 on two cores; nothing that takes an hour has been measured ahead of what takes minutes yet. An allocator that is asked
-for replaces the one in the table. With ``target=stream`` ALPS was 5 % ahead of itself at 50 % of the weights, and
-CFSP's refitted neurons 8 % at 40 %; models with norms behind their FFNs can't have it, and so it has to be asked for.
+for replaces the one in the table. With ``target=stream`` CFSP's refitted neurons were 8 % ahead of themselves at 40 %,
+and ALPS 5 % at 50 % of the weights; models with norms behind their FFNs can't have it, and so it has to be asked for.
 
 Source: the studies benchmarks/second_order.py, docs/results/second-order-smollm2-135m.md, and benchmarks/structured.py,
 docs/results/compare-smollm2-135m.md, of one model so far.
