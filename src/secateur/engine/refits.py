@@ -16,7 +16,6 @@ from secateur.healing import find
 from secateur.healing.refit import few_tokens
 from secateur.methods import UnitMethod, WeightMethod
 from secateur.models.decoders import family_of
-from secateur.models.families import is_post_norm
 from secateur.models.sources import check_finite
 from secateur.observe import Gram
 from secateur.structure import Group, Matrix
@@ -28,13 +27,10 @@ if TYPE_CHECKING:
 
 def check_target(method: WeightMethod | UnitMethod, model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError where the target of least squares can't be had."""
-    if method.target != "stream":
-        return
-    family, name = family_of(model), type(model).__name__
-    if family is None or not family.plain_sum or is_post_norm(model.config):
+    if method.target == "stream" and family_of(model) is None:
         raise UnsupportedModelError(
-            f"target=stream needs blocks that add what their FFN gives as it is, and those of {name} don't, or aren't"
-            " known to: take target=current"
+            f"target=stream needs to know how a block of {type(model).__name__} adds what its FFN gives, and secateur"
+            f" doesn't know the model type {model.config.model_type}: take target=current"
         )
 
 

@@ -16,8 +16,9 @@ from secateur.healing import Refit
 from secateur.memory import reuse, trim
 from secateur.methods import Method, Target
 from secateur.models.decoders import decoder_anatomy, typed_blocks
+from secateur.models.families import summed
 from secateur.models.sources import Source, check_finite
-from secateur.observe import Statistic, beside_dense, of_ending
+from secateur.observe import Ending, Statistic, beside_dense, of_ending
 from secateur.observe.activations import Activations
 from secateur.observe.calibration import Tokens
 from secateur.observe.driver import BlockWalk
@@ -112,12 +113,13 @@ class Run:
         self._complete(layer, seen, dense=advance)
         return block, seen
 
-    def ending(self, layer: int) -> str | None:
-        """The module of a block, by its name within it, whose output is added last; None where nobody asks for it."""
+    def ending(self, layer: int) -> Ending | None:
+        """What a block adds last to its hidden states; None where nobody asks for it or its FFN has left."""
         if not of_ending(self.observed):
             return None
         block = typed_blocks(self.source.model)[layer]
-        return self.inside(block.down) if block.has_mlp else None
+        norm, factor = summed(self.source.model.config, block.family)
+        return Ending(self.inside(block.down), norm, factor) if block.has_mlp else None
 
     def observe_block(self, layer: int) -> Mapping[str, Any]:
         """Statistics of (input, output) of a block of the dense model."""

@@ -52,12 +52,15 @@ class Family:
     """why the hidden states must stay in one basis; empty where every sub-layer may have its own"""
     full_width: str = ""
     """why hidden channels must stay; empty where they may leave"""
-    plain_sum: bool = True
-    """whether a block adds what its sub-layers give as it is, without a norm or a factor"""
+    ffn_norm: str = ""
+    """norm between what the FFN gives and the sum"""
+    factor_key: str = ""
+    """config key of the factor of what the FFN gives in the sum"""
 
 
 _POST_NORMS = "norms behind attentions and FFNs scale what these add, entry by entry"
 _SCALED = "embeddings are scaled by the root of the hidden size, which would become another"
+_FFN_NORM = "post_feedforward_layernorm"
 _HEADS_FOLLOW = "its config gives heads no width of their own: it is the hidden size over the heads"
 _LLAMA = Family(model_type="llama", attention_bias_key="attention_bias", mlp_bias_key="mlp_bias")
 # one flag gives all four projections a bias in these, and none exists for the MLP
@@ -65,12 +68,12 @@ _QWEN3 = Family(model_type="qwen3", attention_bias_key="attention_bias")
 
 _TABLE = (
     _LLAMA,
-    replace(_LLAMA, model_type="granite", plain_sum=False),
+    replace(_LLAMA, model_type="granite", factor_key="residual_multiplier"),
     replace(_LLAMA, model_type="smollm3"),
     _QWEN3,
-    replace(_QWEN3, model_type="gemma2", one_basis=_POST_NORMS, full_width=_SCALED, plain_sum=False),
-    replace(_QWEN3, model_type="gemma3_text", one_basis=_POST_NORMS, full_width=_SCALED, plain_sum=False),
-    replace(_QWEN3, model_type="olmo2", wide_norms=("q_norm", "k_norm"), one_basis=_POST_NORMS, plain_sum=False),
+    replace(_QWEN3, model_type="gemma2", one_basis=_POST_NORMS, full_width=_SCALED, ffn_norm=_FFN_NORM),
+    replace(_QWEN3, model_type="gemma3_text", one_basis=_POST_NORMS, full_width=_SCALED, ffn_norm=_FFN_NORM),
+    replace(_QWEN3, model_type="olmo2", wide_norms=("q_norm", "k_norm"), one_basis=_POST_NORMS, ffn_norm=_FFN_NORM),
     Family(model_type="mistral"),
     Family(model_type="qwen2"),
     Family(
@@ -159,6 +162,12 @@ def frozen_heads(config: Any) -> str | None:
 def is_post_norm(config: Any) -> bool:
     """Whether a norm follows every residual sum."""
     return getattr(config, "do_layer_norm_before", True) is False
+
+
+def summed(config: Any, family: Family) -> tuple[str, float]:
+    """What the FFN's output passes on its way out of a block: (a norm behind it or behind the sum or "", a factor)."""
+    norm = family.norms[1] if is_post_norm(config) else family.ffn_norm
+    return norm, float(getattr(config, family.factor_key)) if family.factor_key else 1.0
 
 
 def frozen_hidden(config: Any, family: Family) -> str | None:

@@ -1,5 +1,6 @@
 """Statistics of calibration data, and the walk that collects them block by block."""
 
+from secateur.observe.ending import Ending
 from secateur.observe.featuremaps import MapRanks
 from secateur.observe.statistics import (
     Amplitudes,
@@ -27,6 +28,7 @@ __all__ = [
     "Change",
     "Contributions",
     "Cross",
+    "Ending",
     "Gram",
     "LastTokens",
     "Lost",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur.errors import NonFiniteError
 from secateur.finite import all_finite
 from secateur.observe.activations import Activations
+from secateur.observe.ending import Ending, EndingWatch
 from secateur.observe.statistics import Statistic, of_ending
 
 StatisticTypes = Mapping[str, type[Statistic]]
@@ -87,15 +88,14 @@ class BlockWalk:
         *,
         advance: bool,
         columns: Mapping[str, Tensor] | None = None,
-        ending: str | None = None,
+        ending: Ending | None = None,
     ) -> dict[str, dict[str, Statistic]]:
         """Statistics of the input of every named module of ``block``; modules that read one tensor share them.
 
         With ``advance`` the outputs become the inputs of the next block; without, a forward ends at the last of the
         named modules, whose product nobody reads. Those of the dense stream always do, so that the block must be as it
         was opened. ``columns`` are those of every unit, [units, width], of modules whose statistics look at their
-        weight too. ``ending`` is the module whose output the block adds last to its own, of which statistics like
-        ``Lost`` are taken. Raises NonFiniteError.
+        weight too. Statistics like ``Lost`` are taken at the ``ending``. Raises NonFiniteError.
         """
         watch = _InputWatch(block, modules, statistics, whole=advance, columns=columns or {}, ending=ending)
         with watch:
@@ -259,7 +259,7 @@ class _InputWatch:
         *,
         whole: bool,
         columns: Mapping[str, Tensor],
-        ending: str | None,
+        ending: Ending | None,
     ) -> None:
         self._columns = columns
         self._modules = {name: block.get_submodule(name) for name in modules}
@@ -270,7 +270,9 @@ class _InputWatch:
         self._paired = [name for name, kind in statistics.items() if getattr(kind, "paired", False)]
         self._of_ending = of_ending(statistics)
         self._first: dict[str, Tensor] = {}
-        self._ending = ending if self._of_ending and ending in self._modules else None
+        self._ending: EndingWatch | None = None
+        if self._of_ending and ending is not None and ending.module in self._modules:
+            self._ending = EndingWatch(block, ending)
         self._whole = whole or self._ending is not None
         self._first_batch, self._second = True, False
         self._missing = set(self._modules)
@@ -280,6 +282,8 @@ class _InputWatch:
     def __enter__(self) -> None:
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+        if self._ending is not None:
+            self._handles += self._ending.begin()
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -297,14 +301,17 @@ class _InputWatch:
     def lost(self, output_BTD: Tensor, dense_BTD: Tensor) -> None:
         """The outputs of both runs of a batch."""
         if self._ending is not None:
+            name, asked_BTD = self._ending.module, self._ending.asked(dense_BTD - output_BTD)
             for key in self._of_ending:
-                statistic: Any = self.seen[self._ending][key]
-                statistic.update_pair(self._first[self._ending], dense_BTD - output_BTD)
+                statistic: Any = self.seen[name][key]
+                statistic.update_pair(self._first[name], asked_BTD)
 
     def end_of_batch(self) -> None:
         self._first_batch = False
         self._held.clear()
         self._first.clear()
+        if self._ending is not None:
+            self._ending.end_of_batch()
         self._missing = set(self._modules)
 
     def check_finite(self, layer: int) -> None:
@@ -338,7 +345,7 @@ class _InputWatch:
             self.seen[name] = {
                 key: self._made(name, kind)
                 for key, kind in self._statistics.items()
-                if key not in self._of_ending or name == self._ending
+                if key not in self._of_ending or self._ends(name)
             }
             self._owned.add(name)
         elif name not in self._owned:
@@ -347,8 +354,11 @@ class _InputWatch:
         for key, statistic in self.seen[name].items():
             if key not in self._paired and key not in self._of_ending:
                 statistic.update(x_BTC)
-        if self._paired or name == self._ending:
+        if self._paired or self._ends(name):
             self._first[name] = x_BTC
+
+    def _ends(self, name: str) -> bool:
+        return self._ending is not None and name == self._ending.module
 
     def _made(self, name: str, kind: type[Statistic]) -> Statistic:
         made: Any = kind()
