@@ -53,6 +53,7 @@ def plan_for(method: str, model: Any, ids: torch.Tensor, *, dtype: torch.dtype =
         options=chosen.options(),
         model=fingerprint(Source(model)),
         allocation=allocation.provenance if allocation else None,
+        notes=tuple(decision.notes),
     ).allocated(keeper.allocated())
     parts = {k: getattr(decision, k) for k in ("groups", "keep", "masks", "values", "biases", "scores", "rotations")}
     return Plan(provenance=(provenance,), **parts)

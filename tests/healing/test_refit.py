@@ -9,7 +9,7 @@ import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for
 from secateur.engine import decide
-from secateur.errors import DataError, OptionError, UnsupportedModelError
+from secateur.errors import DataError, OptionError
 from secateur.healing import Refit, with_statistics
 from secateur.healing.refit import STREAM_SHARE
 from secateur.methods import UnitMethod, WeightMethod, get_method, list_methods, make_method
@@ -126,11 +126,14 @@ def test_columns_and_bias_make_up_for_the_stream(model):
     assert torch.equal(plan.values[tensor], plain.values[tensor])
 
 
-def test_the_stream_is_no_target_of_a_model_type_that_nobody_knows():
+def test_a_model_type_that_nobody_knows_is_fitted_to_the_inputs_as_they_are():
     model = make_tiny("llama")
     model.config.model_type = "unheard_of"
-    with pytest.raises(UnsupportedModelError, match="doesn't know the model type unheard_of: take target=current"):
-        plan_for("wanda", model, IDS, heal="refit", target="stream", sparsity=0.5)
+    for method, heal in (("wanda", "refit"), ("alps", "none")):
+        plan, plain = (plan_for(method, model, IDS, heal=heal, target=t, sparsity=0.5) for t in ("stream", "current"))
+        (note,) = set(plan.provenance[0].notes) - set(plain.provenance[0].notes)
+        assert "model type unheard_of" in note and "target=current was taken" in note
+        assert all(torch.equal(value, plain.values[name]) for name, value in plan.values.items())
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,7 @@ def test_the_second_stream_goes_through_the_dense_blocks(model):
 
 def test_little_data_is_said_once(model):
     plan = plan_for("wanda", model, IDS[:2], heal="refit", sparsity=0.5)
-    assert plan is not None
+    assert len([note for note in plan.provenance[0].notes if "weights of an output" in note]) == 1
     from secateur.healing.refit import few_tokens
 
     assert few_tokens(400, 100) == ()

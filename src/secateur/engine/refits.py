@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,27 +11,14 @@ from torch import Tensor
 from secateur.allocate import parse_pattern
 from secateur.engine.keeping import Decided, Decision, SeenByModule
 from secateur.engine.run import Run, set_weight
-from secateur.errors import UnsupportedModelError
 from secateur.healing import find
 from secateur.healing.refit import few_tokens
 from secateur.methods import UnitMethod, WeightMethod
 from secateur.models.decoders import family_of
 from secateur.models.sources import check_finite
-from secateur.observe import Gram
+from secateur.observe import Gram, of_ending
 from secateur.structure import Group, Matrix
 from secateur.structure.surgery import complement
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-def check_target(method: WeightMethod | UnitMethod, model: PreTrainedModel) -> None:
-    """Raises UnsupportedModelError where the target of least squares can't be had."""
-    if method.target == "stream" and family_of(model) is None:
-        raise UnsupportedModelError(
-            f"target=stream needs to know how a block of {type(model).__name__} adds what its FFN gives, and secateur"
-            f" doesn't know the model type {model.config.model_type}: take target=current"
-        )
 
 
 def refit(run: Run, method: WeightMethod | UnitMethod) -> None:
@@ -47,7 +34,7 @@ def refit(run: Run, method: WeightMethod | UnitMethod) -> None:
         readers = [m.module for m in mine] or [g.reader for g in members if g.reader]
         block, seen = run.observe(layer, readers, advance=False)
         assert block is not None
-        part.notes += few_tokens_noted(layer, seen, method)
+        part.notes += few_tokens_noted(layer, seen, method) + target_noted(layer, run)
         for matrix in mine:
             weight = _refit_matrix(run, matrix, decided, seen[matrix.module], part)
             set_weight(block, run.inside(matrix.module), weight, matrix.transposed)
@@ -96,3 +83,14 @@ def few_tokens_noted(layer: int, seen: SeenByModule, method: WeightMethod | Unit
     pattern = getattr(method, "pattern", "")
     share = parse_pattern(pattern).share if pattern else method.sparsity
     return few_tokens(widest.tokens, int(len(widest.dead) * (1 - share))) if widest is not None else ()
+
+
+def target_noted(layer: int, run: Run) -> tuple[str, ...]:
+    """Said once, where ``target=stream`` knows of no module that could make up for what the hidden states have lost."""
+    model = run.source.model
+    if layer or not of_ending(run.observed) or family_of(model) is not None:
+        return ()
+    return (
+        f"target=stream: how a block of model type {model.config.model_type} adds what its FFN gives is unknown to"
+        " secateur, so target=current was taken",
+    )

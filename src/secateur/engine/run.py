@@ -15,7 +15,7 @@ from secateur.errors import DataError
 from secateur.healing import Refit
 from secateur.memory import reuse, trim
 from secateur.methods import Method, Target
-from secateur.models.decoders import decoder_anatomy, typed_blocks
+from secateur.models.decoders import decoder_anatomy, family_of, typed_blocks
 from secateur.models.families import summed
 from secateur.models.sources import Source, check_finite
 from secateur.observe import Ending, Statistic, beside_dense, of_ending
@@ -114,8 +114,8 @@ class Run:
         return block, seen
 
     def ending(self, layer: int) -> Ending | None:
-        """What a block adds last to its hidden states; None where nobody asks for it or its FFN has left."""
-        if not of_ending(self.observed):
+        """What a block adds last to its hidden states; None where that isn't asked for, unknown or has left."""
+        if not of_ending(self.observed) or family_of(self.source.model) is None:
             return None
         block = typed_blocks(self.source.model)[layer]
         norm, factor = summed(self.source.model.config, block.family)

@@ -23,7 +23,7 @@ from secateur.engine.budgets import (
 )
 from secateur.engine.hidden import frozen_channels
 from secateur.engine.keeping import Decision, SeenByModule
-from secateur.engine.refits import check_target, few_tokens_noted, refit_groups
+from secateur.engine.refits import few_tokens_noted, refit_groups
 from secateur.engine.run import Run
 from secateur.errors import UnsupportedModelError
 from secateur.healing import BiasHealer, find
@@ -44,8 +44,6 @@ def check_units(method: StructuredMethod, model: PreTrainedModel, anatomy: Anato
         raise UnsupportedModelError(
             frozen_channels(model, anatomy) if HIDDEN in method.kinds else unknown_family(model)
         )
-    if isinstance(method, UnitMethod):
-        check_target(method, model)
 
 
 Scoring = Callable[[list[Group], SeenByModule], dict[str, Tensor]]

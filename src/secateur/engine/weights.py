@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur.allocate import lowest_of_all, parse_pattern
 from secateur.engine.allocation import allocated
 from secateur.engine.keeping import Decision
-from secateur.engine.refits import check_target, few_tokens_noted
+from secateur.engine.refits import few_tokens_noted, target_noted
 from secateur.engine.run import Run, set_weight
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.methods import SearchMethod, WeightMethod
@@ -26,8 +26,6 @@ def check_weights(method: WeightMethod | SearchMethod, model: PreTrainedModel, a
         raise UnsupportedModelError(f"{type(model).__name__} has no linear weights in its blocks")
     if pattern := getattr(method, "pattern", ""):
         _check_pattern(pattern, anatomy.matrices)
-    if isinstance(method, WeightMethod):
-        check_target(method, model)
 
 
 def decide_weights(method: WeightMethod, run: Run) -> None:
@@ -43,6 +41,7 @@ def decide_weights(method: WeightMethod, run: Run) -> None:
         part = Decision()
         members = [m for m in targets if m.layer == layer]
         block, seen = run.observe(layer, [m.module for m in members], advance=not method.in_sequence)
+        part.notes += target_noted(layer, run)
         if method.refits and not method.refits_later:
             part.notes += few_tokens_noted(layer, seen, method)
         for matrix in members:
