@@ -43,6 +43,9 @@ WEIGHTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("alps", {"target": "dense"}),
     ("alps", {"target": "stream"}),
     ("alps", {"allocate": "progression", "target": "stream"}),
+    ("alps", {"target": "stream", "true_sequential": True}),
+    ("alps", {"allocate": "progression", "target": "stream", "true_sequential": True}),
+    ("wanda", {"heal": "refit", "target": "stream", "true_sequential": True}),
     ("wanda", {"heal": "refit", "target": "stream"}),
     ("wanda", {"heal": "refit", "target": "dense"}),
     ("admm", {"heal": "refit"}),
@@ -82,7 +85,8 @@ TEXT = """
 Perplexity after pruning, no training afterwards, with the seconds of the whole plan and the peak memory of its
 process (model, plan and evaluation) beside it. Single weights: fraction of every matrix of the blocks. Heads and
 neurons: fraction of the blocks' linear weights. `refit` is `--heal refit`, `progression` and `owl` are `--allocate`;
-`dense` and `stream` say what least squares aim at (`--target`). The reference column holds what
+`dense` and `stream` say what least squares aim at (`--target`), `true sequential` that matrices see what those before
+them in the same block have become (`true_sequential=true`). The reference column holds what
 plain second implementations gave with the same windows. `on` is the processor and the type of the calibration forwards;
 times of two are not to be compared, and the picture has a colour for each. `front` marks rows which nothing at the same
 setting and on the same processor beats in both perplexity and processor time. "seconds" are those of a clock on the
@@ -152,7 +156,8 @@ def _place(row: dict[str, Any]) -> tuple[int, ...]:
 def _label(method: str, options: dict[str, Any]) -> str:
     target = options.get("target", "current")
     words = [method or "dense", *(options[key] for key in ("allocate", "heal") if key in options)]
-    return " + ".join(words) + (f", {target}" if target != "current" else "")
+    words = [" + ".join(words), *([target] if target != "current" else [])]
+    return ", ".join([*words, *(["true sequential"] if options.get("true_sequential") else [])])
 
 
 def _measure(arguments: argparse.Namespace, method: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -86,6 +86,23 @@ def test_an_allocator_sees_every_block_once_before(sizes, method, allocate, pass
     assert held == (TOKENS * 32 * 4 if passes else 0)
 
 
+@pytest.mark.parametrize(("target", "dense"), [("current", 0), ("stream", 1)])
+def test_a_forward_before_a_stage_ends_at_what_the_stage_reads(sizes, tiny_llama, target, dense):
+    mine = job("wanda", heal="refit", target=target, true_sequential=True)
+    attention, read = 2 * 16 * 32, [0, 2048, 3072, LINEAR - 2048]
+    before = [2 * read[0], *(2 * products + attention for products in read[1:3])]
+    # with the stream the output of the block is looked at too
+    last = 2 * (LINEAR if dense else read[3]) + attention
+    through = 2 * LINEAR + attention
+    assert flops(sizes, mine)["forwards"] == TOKENS * (2 * (sum(before) + last + dense * through) + through)
+    counted = []
+    real = BlockWalk._run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockWalk, "_run", lambda *args: counted.append(args[-1].shape[0]) or real(*args))
+        plan_for("wanda", tiny_llama, torch.arange(16).repeat(4, 1), heal="refit", target=target, true_sequential=True)
+    assert sum(counted) == 4 * (2 * (4 + dense) + 1)
+
+
 def test_variants_go_through_their_block_and_those_behind_it(sizes):
     asked = job("flap", budget="params=0.8,macs=0.9", variant_tokens=32)
     # five of heads and five of neurons, in the first block and in the second

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import secateur as sc
-from families import make_tiny, tiny_ids
+from families import make_tiny
+from refit_reference import DOUBLE, IDS, inputs_of, refitted
 from runs import plan_for
 from secateur.engine import decide
 from secateur.errors import DataError, OptionError
@@ -20,10 +21,8 @@ from secateur.observe.driver import BlockWalk
 from secateur.plans import Plan
 from secateur.report.build import removed_fraction
 
-IDS = tiny_ids(windows=12, length=32)
 WEIGHTS = [m for m in list_methods() if issubclass(get_method(m), WeightMethod)]
 UNITS = [m for m in list_methods() if issubclass(get_method(m), UnitMethod)]
-DOUBLE = torch.float64
 
 
 @pytest.fixture(scope="module")
@@ -32,39 +31,9 @@ def model():
     return make_tiny("llama").double()
 
 
-def inputs_of(model, names):
-    """What modules read when the model reads the calibration tokens, [tokens, channels] each."""
-    seen, handles = {}, []
-    for name in names:
-
-        def hook(module, args, name=name):
-            seen[name] = args[0].detach().reshape(-1, args[0].shape[-1])
-
-        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-    with torch.no_grad():
-        model(IDS)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 def logits(model):
     with torch.no_grad():
         return model(IDS).logits
-
-
-def refitted(w_OI, keep_OI, x, y, damping=0.01):
-    """Row by row by normal equations, damped towards the dense weight."""
-    h = x.T @ x
-    ridge = damping * h.diagonal().mean()
-    out = torch.zeros_like(w_OI)
-    for row, mask in enumerate(keep_OI):
-        k = mask.nonzero().flatten()
-        left = h[k][:, k] + ridge * torch.eye(len(k), dtype=DOUBLE)
-        right = x[:, k].T @ y[:, row] + ridge * w_OI[row, k]
-        # pulled towards the dense weight: of what is removed, the pull acts through nothing
-        out[row, k] = torch.linalg.solve(left, right)
-    return out
 
 
 def only(plan: Plan, part: str) -> Plan:

@@ -39,6 +39,7 @@ CASES = {
     "wanda, owl": {"method": "wanda", "sparsity": 0.5, "allocate": "owl"},
     "magnitude, search": {"method": "magnitude", "sparsity": 0.5, "allocate": "search:generations=3,offspring=2"},
     "two streams": {"method": "wanda", "sparsity": 0.5, "heal": "refit", "target": "stream"},
+    "matrix by matrix": {"method": "alps", "sparsity": 0.5, "target": "stream", "options": {"true_sequential": True}},
     "refit afterwards": {"method": "flap", "sparsity": 0.3, "heal": "refit", "target": "dense"},
 }
 

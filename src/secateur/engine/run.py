@@ -95,19 +95,28 @@ class Run:
             trim()
             self.progress(stage, layer + 1, self.layers)
 
-    def observe(self, layer: int, modules: list[str], *, advance: bool) -> tuple[nn.Module | None, SeenByModule]:
-        """(working copy of the block, statistics by full module name)."""
+    def observe(
+        self, layer: int, modules: list[str], *, advance: bool, begun: nn.Module | None = None
+    ) -> tuple[nn.Module | None, SeenByModule]:
+        """(working copy of the block, statistics by full module name); the copy is the one that was ``begun`` with."""
         if advance and (seen := self._kept_seen(layer)) is not None:
             return None, seen
         walk = self.begin()
         if walk is None:
             return None, {}
-        block = walk.open(layer)
+        block = walk.open(layer) if begun is None else begun
         inside = [self.inside(name) for name in modules]
         heads = [g for g in self.anatomy if g.layer == layer and g.reader in modules]
         columns = {self.inside(g.reader or ""): g.columns.reshape(g.units * g.parts, -1) for g in heads}
         found = walk.observe(
-            block, layer, inside, self.observed, advance=advance, columns=columns, ending=self.ending(layer)
+            block,
+            layer,
+            inside,
+            self.observed,
+            advance=advance,
+            columns=columns,
+            ending=self.ending(layer),
+            begun=begun is not None,
         )
         seen = {full: found[short] for full, short in zip(modules, inside, strict=True)}
         self._complete(layer, seen, dense=advance)

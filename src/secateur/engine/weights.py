@@ -14,10 +14,15 @@ from secateur.engine.refits import few_tokens_noted, target_noted
 from secateur.engine.run import Run, set_weight
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.methods import SearchMethod, WeightMethod
+from secateur.models.decoders import matrix_roles
 from secateur.structure import Anatomy, Matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# by what they are for; see ``matrix_roles``
+_TOGETHER = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",))
 
 
 def check_weights(method: WeightMethod | SearchMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -38,20 +43,34 @@ def decide_weights(method: WeightMethod, run: Run) -> None:
         return
     own = allocated(run, method)
     for layer in run.blocks("prune"):
-        part = Decision()
-        members = [m for m in targets if m.layer == layer]
-        block, seen = run.observe(layer, [m.module for m in members], advance=not method.in_sequence)
+        part, block, seen = Decision(), None, {}
         part.notes += target_noted(layer, run)
+        stages = _stages(run, method, [m for m in targets if m.layer == layer])
+        if layer == 0 and method.true_sequential and len(stages) == 1:
+            part.notes.append(
+                "true_sequential: which matrices of a block come first is unknown, so all were decided at once"
+            )
+        for members in stages:
+            block, seen = run.observe(layer, [m.module for m in members], advance=not method.in_sequence, begun=block)
+            for matrix in members:
+                weight = _prune_matrix(run, own.get(matrix.module, method), matrix, seen.get(matrix.module, {}), part)
+                if block is not None and method.in_sequence:
+                    set_weight(block, run.inside(matrix.module), weight, matrix.transposed)
         if method.refits and not method.refits_later:
             part.notes += few_tokens_noted(layer, seen, method)
-        for matrix in members:
-            weight = _prune_matrix(run, own.get(matrix.module, method), matrix, seen.get(matrix.module, {}), part)
-            if block is not None and method.in_sequence:
-                set_weight(block, run.inside(matrix.module), weight, matrix.transposed)
         run.advance(method, block, layer)
         run.keeper.keep(layer, part, final=True, walk=run.walk)
         # so that the next block and its statistics don't meet these in memory
         del block, seen
+
+
+def _stages(run: Run, method: WeightMethod, members: list[Matrix]) -> list[list[Matrix]]:
+    """Matrices of a block that are decided together: all, or those that read the same, in the order of the forward."""
+    roles = matrix_roles(run.source.model) if method.true_sequential else {}
+    if not all(m.module in roles for m in members):
+        return [members]
+    stages = [[m for m in members if roles[m.module] in together] for together in _TOGETHER]
+    return [stage for stage in stages if stage]
 
 
 def _prune_matrix(run: Run, method: WeightMethod, matrix: Matrix, seen: Mapping[str, Any], part: Decision) -> Tensor:

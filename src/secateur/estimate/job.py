@@ -95,8 +95,16 @@ class Job:
         return 2 if beside_dense(self._deciding) or beside_dense(self._refitting) else 1
 
     @property
+    def in_stages(self) -> bool:
+        """Whether text goes through a block again before every matrix that reads something else."""
+        return isinstance(self.method, WeightMethod) and self.method.true_sequential
+
+    @property
     def passes(self) -> tuple[int, int]:
-        """How often text goes through a block, and through the last one, which needn't give inputs to another."""
+        """How often text goes through a block, and through the last one, which needn't give inputs to another.
+
+        Passes before later stages of a block aren't among them.
+        """
         again = 1 if self.method.in_sequence else 0
         paired = int(beside_dense(self._deciding))
         first = (1 + again + paired, 1 + paired) if self._deciding else (0, 0)
@@ -174,7 +182,7 @@ class Job:
 
     @property
     def unread(self) -> int:
-        """How many of the passes only look at inputs, and so end at the last of them."""
+        """How many of the passes only look at inputs, and so end at the last of them; of stages that of the last."""
         deciding, refitting = (bool(taken) and not of_ending(taken) for taken in (self._deciding, self._refitting))
         return self.repeats * int(deciding and self.method.in_sequence) + int(refitting)
 

@@ -27,7 +27,7 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
     passes = [_passes(job, last=layer + 1 == len(sizes.blocks)) for layer in range(len(sizes.blocks))]
     found = {
         "forwards": sum(
-            n * forward_flops(block, sizes, job) - _unread_flops(block, job)
+            n * forward_flops(block, sizes, job) - _unread_flops(block, job) + _stage_flops(block, sizes, job)
             for n, block in zip(passes, sizes.blocks, strict=True)
         ),
         "variants": _variant_flops(sizes, job),
@@ -90,6 +90,17 @@ def _unread_flops(block: BlockSizes, job: Job) -> int:
     """Of the products with the input that comes last: a forward that only looks at inputs ends there."""
     products = sum(2 * job.tokens * o * i for last in block.inputs[-1:] for o, i in last.matrices)
     return job.unread * products
+
+
+def _stage_flops(block: BlockSizes, sizes: Sizes, job: Job) -> int:
+    """Of the forwards before all stages of a block but the last, which end at what their stage reads."""
+    if not job.in_stages:
+        return 0
+    before, products = 0, [sum(o * i for o, i in inputs.matrices) for inputs in block.inputs]
+    for stage in range(len(products) - 1):
+        attention = 2 * job.length * sizes.attention if stage else 0
+        before += job.tokens * (2 * sum(products[:stage]) + attention)
+    return before
 
 
 def _passes(job: Job, *, last: bool) -> int:

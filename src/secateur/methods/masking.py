@@ -9,12 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.allocate import MaskRule
+from secateur.errors import OptionError
 from secateur.healing.refit import TARGETS, aimed, with_statistics
 from secateur.methods.base import Method
-from secateur.methods.views import (
-    Seen,
-    Target,
-)
+from secateur.methods.views import Seen, Target
 from secateur.observe import Gram, Statistic
 from secateur.options import option
 from secateur.search import Descent
@@ -37,6 +35,7 @@ class WeightMethod(Method):
         "of what the hidden states have lost so far, or outputs of the dense model",
         choices=TARGETS,
     )
+    true_sequential: bool = option(False, "matrices see what those before them in the same block have become, too")
 
     fits: ClassVar[bool] = False
     """Whether the method itself solves for weights by the ``target``."""
@@ -44,6 +43,13 @@ class WeightMethod(Method):
     """Whether a fraction of a weight is one that leaves."""
     sweeps: ClassVar[bool] = False
     """Whether it goes through a matrix column by column."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.true_sequential and not self.in_sequence:
+            raise OptionError(f"{self.name}: true_sequential needs a method that decides on what cut blocks give")
+        if self.true_sequential and self.target == "dense":
+            raise OptionError(f"{self.name}: true_sequential needs target=current or target=stream")
 
     @property
     def decides_globally(self) -> bool:

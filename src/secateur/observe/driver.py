@@ -89,13 +89,15 @@ class BlockWalk:
         advance: bool,
         columns: Mapping[str, Tensor] | None = None,
         ending: Ending | None = None,
+        begun: bool = False,
     ) -> dict[str, dict[str, Statistic]]:
         """Statistics of the input of every named module of ``block``; modules that read one tensor share them.
 
         With ``advance`` the outputs become the inputs of the next block; without, a forward ends at the last of the
         named modules, whose product nobody reads. Those of the dense stream always do, so that the block must be as it
         was opened. ``columns`` are those of every unit, [units, width], of modules whose statistics look at their
-        weight too. Statistics like ``Lost`` are taken at the ``ending``. Raises NonFiniteError.
+        weight too. Statistics like ``Lost`` are taken at the ``ending``. A block that was ``begun``
+        with has been observed before, and the dense stream is behind it already. Raises NonFiniteError.
         """
         watch = _InputWatch(block, modules, statistics, whole=advance, columns=columns or {}, ending=ending)
         with watch:
@@ -107,15 +109,17 @@ class BlockWalk:
                     if advance:
                         self.hidden[i] = output
                 if self.dense is not None:
-                    with watch.second():
-                        self.dense[i] = dense = self._run(block, layer, i, self.dense[i])
+                    dense = self.dense[i]
+                    if not begun:
+                        with watch.second():
+                            self.dense[i] = dense = self._run(block, layer, i, dense)
                     if output is not None:
                         watch.lost(output, dense)
                 watch.end_of_batch()
         watch.check_finite(layer)
         if advance:
             self.hidden.turn()
-        if self.dense is not None:
+        if self.dense is not None and not begun:
             self.dense.turn()
         return watch.seen
 
