@@ -27,6 +27,10 @@ Seen = Mapping[str, Any]
 Kind = TypeVar("Kind")
 
 TARGETS = ("current", "stream", "dense")
+ABOUT_TARGET = (
+    "what least squares aim at: outputs of the dense weight on the inputs as they are now, those and a quarter of what "
+    "the hidden states have lost so far, or outputs of the dense model"
+)
 _BESIDE: dict[str, tuple[type[Statistic], ...]] = {"current": (), "stream": (Lost,), "dense": (Cross,)}
 # of what the hidden states have lost; all of it would follow the noise of the calibration text
 STREAM_SHARE = 0.25

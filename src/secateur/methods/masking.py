@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.allocate import MaskRule
 from secateur.errors import OptionError
-from secateur.healing.refit import TARGETS, aimed, with_statistics
+from secateur.healing.refit import ABOUT_TARGET, TARGETS, aimed, with_statistics
 from secateur.methods.base import Method
 from secateur.methods.views import Seen, Target
 from secateur.observe import Gram, Statistic
@@ -29,12 +29,7 @@ class WeightMethod(Method):
         "refit: solve for the weights that stay by least squares, whatever chose them",
         choices=("none", "refit"),
     )
-    target: str = option(
-        "current",
-        "what least squares aim at: outputs of the dense weight on the inputs as they are now, those and a quarter "
-        "of what the hidden states have lost so far, or outputs of the dense model",
-        choices=TARGETS,
-    )
+    target: str = option("current", ABOUT_TARGET, choices=TARGETS)
     true_sequential: bool = option(False, "matrices see what those before them in the same block have become, too")
 
     fits: ClassVar[bool] = False

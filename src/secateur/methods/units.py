@@ -20,7 +20,7 @@ from secateur.criteria.fitness import Fitness
 from secateur.errors import OptionError
 from secateur.healing.recovery import RecoveryOptions
 from secateur.healing.recovery.adapted import Adapted
-from secateur.healing.refit import TARGETS, aimed, with_statistics
+from secateur.healing.refit import ABOUT_TARGET, TARGETS, aimed, with_statistics
 from secateur.methods.base import Method
 from secateur.methods.views import (
     Coupled,
@@ -77,12 +77,7 @@ class UnitMethod(StructuredMethod):
         "bias: put the mean of what leaves into a bias; refit: solve for the columns that stay by least squares",
         choices=("none", "bias", "refit"),
     )
-    target: str = option(
-        "current",
-        "what least squares aim at: outputs of the dense weight on the inputs as they are now, those and a quarter "
-        "of what the hidden states have lost so far, or outputs of the dense model",
-        choices=TARGETS,
-    )
+    target: str = option("current", ABOUT_TARGET, choices=TARGETS)
 
     asking: ClassVar[tuple[str, ...]] = (
         "sparsity", "budget", "uniform", "variants", "variant_tokens", "workload", "min_keep", "round_to",

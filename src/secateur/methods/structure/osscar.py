@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocate import Allocator, UniformAllocator
-from secateur.healing import EXACT_INPUTS, TARGETS, problem_of
+from secateur.healing import EXACT_INPUTS, problem_of
 from secateur.methods import Descriptor, Seen, Target, UnitMethod, option, register
 from secateur.observe import Gram
 from secateur.solver import Problem, elimination, elimination_flops, swaps
@@ -44,12 +44,6 @@ class OSSCAR(UnitMethod):
     fill: bool = option(True, "meet the budget exactly by taking what coarse heads leave over from the neurons")
     heal: str = option(
         "refit", "refit: solve for the columns that stay by least squares", choices=("none", "bias", "refit")
-    )
-    target: str = option(
-        "current",
-        "outputs of the dense weight on the inputs as they are now, those and a quarter of what the hidden states have "
-        "lost so far, or outputs of the dense model",
-        choices=TARGETS,
     )
 
     statistics: ClassVar = {"gram": Gram}
