@@ -17,7 +17,10 @@ RATE = 50
 # Looked for from the innermost frame outwards; the first that matches names the stage. A frame reads
 # "function (file:line)". Files of both tools stand in one list, so that their profiles are counted alike.
 STAGES = (
-    ("statistics", r"secateur/observe/statistics\.py|^(accumulate_\w+|calibrate_module) \(.*/pruning/"),
+    (
+        "statistics",
+        r"secateur/observe/(statistics|products|changes)\.py|^(accumulate_\w+|calibrate_module) \(.*/pruning/",
+    ),
     ("scoring", r"secateur/(methods|criteria|allocate|heal|solver)/|^(sparsify_weight|compress_modules) \(.*/pruning/"),
     ("writing", r"^save_\w+ \(|^_?write\w* \(.*secateur/"),
     ("writing", r"secateur/(models/(saving|card|shards)|runs/(cutting|output)|files|manifest)\.py"),

@@ -185,7 +185,9 @@ def _row(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
             model,
             tokenizer,
             method=row["method"],
-            **row["options"],
+            **{name: value for name, value in row["options"].items() if name != "true_sequential"},
+            # the only one that is the methods' own
+            options={name: value for name, value in row["options"].items() if name == "true_sequential"},
             calibration=arguments.calibration,
             samples=64,
             length=512,

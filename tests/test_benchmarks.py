@@ -29,7 +29,7 @@ THREAD = "thread (8): reader;Thread._bootstrap (/usr/lib/python3.11/threading.py
 STACKS = {
     f"{RUNNER};{BLOCK};{FORWARD};Linear.forward (/env/torch/nn/modules/linear.py:125)": "forwards",
     f"{RUNNER};{BLOCK}": "driver",
-    f"{RUNNER};{BLOCK};{FORWARD};Gram.update (/env/secateur/observe/statistics.py:160)": "statistics",
+    f"{RUNNER};{BLOCK};{FORWARD};Gram.update (/env/secateur/observe/products.py:60)": "statistics",
     f"{RUNNER};_prune_matrix (/v/secateur/engine/weights.py:9);obs_sweep (/v/secateur/solver/sweep.py:8)": "scoring",
     f"{RUNNER};load_model (/env/secateur/models/loading.py:55)": "reading",
     f"{RUNNER};save_model (/env/secateur/models/saving.py:70)": "writing",
