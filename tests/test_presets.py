@@ -64,16 +64,35 @@ def test_the_plan_is_that_of_what_it_stands_for(make_llama, tiny_tokenizer, tmp_
     best = sc.plan(model, tiny_tokenizer, method="best", **how)
     chosen, allocate = settled(make_method("best", {"sparsity": 0.5}), None)
     assert best.provenance[0].method == chosen.name and best.provenance[0].options == chosen.options()
-    same = sc.plan(model, tiny_tokenizer, method=chosen.name, allocate=allocate, **how)
+    more = {name: value for name, value in chosen.options().items() if name not in ("sparsity", "pattern")}
+    same = sc.plan(model, tiny_tokenizer, method=chosen.name, allocate=allocate, options=more, **how)
     assert best.provenance == same.provenance and all(torch.equal(best.masks[n], same.masks[n]) for n in same.masks)
     own = sc.plan(model, tiny_tokenizer, method="best", allocate="erk", options={"effort": "seconds"}, **how)
     assert own.provenance[0].allocation.allocator == "erk"
 
 
-@pytest.mark.parametrize("asked", [{}, {"pattern": "2:4"}, {"budget": "params"}, {"effort": "seconds"}])
-def test_the_target_is_that_of_what_is_taken(asked):
-    targets = [settled(make_method("best", {**asked, **more}), None)[0].target for more in ({}, {"target": "stream"})]
-    assert targets == ["current", "stream"]
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        ({}, "stream"),
+        ({"pattern": "2:4"}, "stream"),
+        ({"budget": "params"}, "current"),
+        ({"budget": "params", "sparsity": 0.3}, "stream"),
+        ({"effort": "seconds"}, "current"),
+    ],
+)
+def test_the_target_is_what_measured_best_or_what_is_asked_for(asked, chosen):
+    assert settled(make_method("best", asked), None)[0].target == chosen
+    for target in ("current", "stream"):
+        assert settled(make_method("best", {**asked, "target": target}), None)[0].target == target
+    with pytest.raises(OptionError, match="target must be one of auto, current, stream"):
+        make_method("best", {**asked, "target": "dense"})
+
+
+def test_matrices_of_a_block_see_each_other_where_there_are_minutes():
+    for asked in ({}, {"pattern": "2:4"}, {"sparsity": 0.7}):
+        assert settled(make_method("best", asked), None)[0].options()["true_sequential"]
+        assert not settled(make_method("best", {**asked, "effort": "seconds"}), None)[0].options()["true_sequential"]
 
 
 def test_what_does_not_go_together():

@@ -31,13 +31,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from secateur.errors import OptionError
-from secateur.healing import TARGETS
 from secateur.methods import Combination, Descriptor, Preset, get_method, option, register
 
 _QUICK = Combination(method="wanda", options={"heal": "refit"})
-_EVEN = Combination(method="alps")
-_SPREAD = Combination(method="alps", allocate="progression")
-_NEURONS = Combination(method="cfsp", options={"heal": "refit"})
+_REPAIRING = {"target": "stream", "true_sequential": True}
+_EVEN = Combination(method="alps", options=_REPAIRING)
+_SPREAD = Combination(method="alps", allocate="progression", options=_REPAIRING)
+_NEURONS = Combination(method="cfsp", options={"heal": "refit", "target": "stream"})
 _UNITS = Combination(method="osscar")
 _CHOICES = {
     "weights": {"seconds": _QUICK, "minutes": _EVEN, "hour": _EVEN},
@@ -63,7 +63,9 @@ class Best(Preset):
     budget: str = option("", "of heads and neurons: what the sparsity is a fraction of, or fractions that may stay")
     cut: str = option("auto", "what is removed", choices=("auto", "weights", "heads_and_neurons"))
     effort: str = option("minutes", "what planning may take on a small model", choices=tuple(_CHOICES["weights"]))
-    target: str = option("current", "what least squares aim at", choices=TARGETS)
+    target: str = option(
+        "auto", "what least squares aim at; auto: what measured best", choices=("auto", "current", "stream")
+    )
     seed: int = option(0, "seed of searches", ge=0)
 
     costly: ClassVar[bool] = True
@@ -86,7 +88,7 @@ class Best(Preset):
         chosen = _CHOICES[self._units() if units else self._weights()][self.effort]
         known = get_method(chosen.method).option_fields()
         given = {name: getattr(self, name) for name in ("budget", "pattern", "target", "seed") if name in known}
-        given = {name: value for name, value in given.items() if value}
+        given = {name: value for name, value in given.items() if value not in ("", "auto")}
         return replace(chosen, options={**chosen.options, "sparsity": self.sparsity, **given})
 
     def _units(self) -> str:
