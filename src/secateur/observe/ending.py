@@ -33,7 +33,7 @@ class Ending:
 
 
 class EndingWatch:
-    """Asks of the module what its block has lost; ``begin`` and ``stop`` hold a hook on the norm in the meantime."""
+    """Asks of the module what its block has lost, batch by batch, with what its norm reads."""
 
     def __init__(self, block: nn.Module, ending: Ending) -> None:
         self.module = ending.module
@@ -42,7 +42,7 @@ class EndingWatch:
         self._normed: Tensor | None = None
 
     def begin(self) -> list[Any]:
-        """The handles of what was put on the block."""
+        """Handles of the hooks that were put on the block."""
         return [] if self._norm is None else [self._norm.register_forward_pre_hook(self._see)]
 
     def end_of_batch(self) -> None:
