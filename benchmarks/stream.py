@@ -10,7 +10,6 @@ call goes on where the first stopped. The package has one share, ``healing.refit
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import time
 from pathlib import Path
@@ -21,7 +20,8 @@ from common import finished_rows, here, perplexity_of, write_result
 import secateur as sc
 from secateur.healing import refit
 
-SHARES = (0.0, 0.25, 0.5, 1.0)
+# (whether matrices of a block follow each other, share); those that decide come first
+ROWS = ((False, 0.0), (True, 0.25), (False, 0.25), (True, 0.0), (True, 0.5), (True, 1.0), (False, 0.5), (False, 1.0))
 TEXT = """
 Perplexity at 50 % of the weights, Wanda's masks, what stays refitted. `share`: how much of what the hidden states have
 lost against the dense model the last matrix of every block is asked to make up for. `true sequential`: matrices of a
@@ -39,12 +39,12 @@ def main() -> None:
     arguments = parser.parse_args()
     name = f"stream-{Path(arguments.model).name}"
     rows = finished_rows(name)
-    for ordered, share in itertools.product((False, True), SHARES):
+    for ordered, share in ROWS:
         key = {"share": share, "true sequential": "yes" if ordered else ""}
         if all({k: row[k] for k in key} != key for row in rows):
             rows.append({**key, **_measured(arguments, share, ordered)})
             print(rows[-1], flush=True)
-            _publish(name, arguments, rows)
+            _publish(name, arguments, sorted(rows, key=lambda row: (row["true sequential"], row["share"])))
 
 
 def _measured(arguments: argparse.Namespace, share: float, ordered: bool) -> dict[str, Any]:
