@@ -1,5 +1,7 @@
 """Matrices that see what those before them in the same block have become."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,8 +19,6 @@ STAGES = {"q": 0, "k": 0, "v": 0, "qkv": 0, "o": 1, "gate": 2, "up": 2, "gate_up
 
 def until(plan: Plan, model, layer: int, stage: int) -> Plan:
     """The part of a plan about what is decided before a stage of a block."""
-    from dataclasses import replace
-
     roles = {f"{module}.weight": role for module, role in matrix_roles(model).items()}
 
     def before(tensor: str) -> bool:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.families import make_tiny, tiny_ids
 
+from families import make_tiny, tiny_ids
 from secateur.models.decoders import typed_blocks
 from secateur.models.families import summed
 from secateur.models.sources import Source
