@@ -298,8 +298,7 @@ def _panel(title: str, rows: list[dict[str, Any]], processors: list[str]) -> str
     marks = [
         f'<circle cx="{across(row["cpu seconds"]):.1f}" cy="{up(row["perplexity"]):.1f}" r="4" '
         f'stroke="{colours[row.get("on", "")]}" fill="{colours[row.get("on", "")] if row["front"] else "none"}"/>'
-        f'<text x="{across(row["cpu seconds"]) + 7:.1f}" y="{up(row["perplexity"]) + 4:.1f}">'
-        f"{row['method']} {row['perplexity']:.4g}</text>"
+        f"{_beside(across(row['cpu seconds']), up(row['perplexity']))}{row['method']} {row['perplexity']:.4g}</text>"
         for row in rows
     ]
     axes = f'<path d="M{LEFT} 24V{HEIGHT - BOTTOM}H{WIDTH - 20}" fill="none" stroke="#94a3b8"/>'
@@ -314,6 +313,12 @@ def _panel(title: str, rows: list[dict[str, Any]], processors: list[str]) -> str
         if any(row.get("on", "") == name for row in rows)
     ]
     return axes + names + "".join(marks) + "".join(shown)
+
+
+def _beside(x: float, y: float) -> str:
+    """The beginning of a label, on the side of its mark where there is more room."""
+    right = x < WIDTH * 0.6
+    return f'<text x="{x + (7 if right else -7):.1f}" y="{y + 4:.1f}" text-anchor="{"start" if right else "end"}">'
 
 
 def _axis(values: list[float], start: float, stop: float) -> Any:
