@@ -268,9 +268,8 @@ def _about_best(rows: list[dict[str, Any]]) -> str:
             said.append(f"| {kind}, {asked} | {label} | {' | '.join([*parts, ''][:2])} |")
     head = "| cut | `best` takes | perplexity (best published method run) | other |\n| --- | --- | --- | --- |\n"
     return (
-        "What `best` takes within minutes, and the best of the published methods beside it:\n\n"
-        + head
-        + "\n".join(said)
+        "What `best` takes within minutes, and the best of the published methods beside it, of those that were run;"
+        " of the second text that is fewer of them:\n\n" + head + "\n".join(said)
     )
 
 

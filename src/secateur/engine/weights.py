@@ -42,15 +42,15 @@ def decide_weights(method: WeightMethod, run: Run) -> None:
         _decide_globally(run, method, targets)
         return
     own = allocated(run, method)
+    roles = _known_roles(run, targets) if method.true_sequential else {}
     for layer in run.blocks("prune"):
         part, block, seen = Decision(), None, {}
         part.notes += target_noted(layer, run)
-        stages = _stages(run, method, [m for m in targets if m.layer == layer])
-        if layer == 0 and method.true_sequential and len(stages) == 1:
+        if layer == 0 and method.true_sequential and not roles:
             part.notes.append(
                 "true_sequential: which matrices of a block come first is unknown, so all were decided at once"
             )
-        for members in stages:
+        for members in _stages([m for m in targets if m.layer == layer], roles):
             block, seen = run.observe(layer, [m.module for m in members], advance=not method.in_sequence, begun=block)
             for matrix in members:
                 weight = _prune_matrix(run, own.get(matrix.module, method), matrix, seen.get(matrix.module, {}), part)
@@ -64,13 +64,19 @@ def decide_weights(method: WeightMethod, run: Run) -> None:
         del block, seen
 
 
-def _stages(run: Run, method: WeightMethod, members: list[Matrix]) -> list[list[Matrix]]:
-    """Matrices of a block that are decided together: all, or those that read the same, in the order of the forward."""
-    roles = matrix_roles(run.source.model) if method.true_sequential else {}
-    if not all(m.module in roles for m in members):
-        return [members]
-    stages = [[m for m in members if roles[m.module] in together] for together in _TOGETHER]
-    return [stage for stage in stages if stage]
+def _known_roles(run: Run, targets: list[Matrix]) -> Mapping[str, str]:
+    """What every matrix is for; nothing where that isn't known of all of them."""
+    roles = matrix_roles(run.source.model)
+    return roles if all(matrix.module in roles for matrix in targets) else {}
+
+
+def _stages(members: list[Matrix], roles: Mapping[str, str]) -> list[list[Matrix]]:
+    """Matrices of a block that are decided together: those that read the same, in the order of the forward.
+
+    All of them without ``roles``. There is one stage at least, as text goes through a block that has no matrices, too.
+    """
+    stages = [[m for m in members if roles[m.module] in together] for together in _TOGETHER] if roles else []
+    return [stage for stage in stages if stage] or [members]
 
 
 def _prune_matrix(run: Run, method: WeightMethod, matrix: Matrix, seen: Mapping[str, Any], part: Decision) -> Tensor:
