@@ -65,12 +65,13 @@ UNITS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cfsp", {"heal": "refit"}),
     ("osscar", {"allocate": "cfsp"}),
     ("osscar", {"target": "stream"}),
+    ("tyr", {}),
     ("cfsp", {"heal": "refit", "target": "stream"}),
 )
 WEIGHT_SETTINGS = ({"sparsity": 0.7}, {"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.6})
 UNIT_SETTINGS = ({"sparsity": 0.2}, {"sparsity": 0.3}, {"sparsity": 0.4})
 # as their papers have them; all else are combinations of ours
-PUBLISHED = ("magnitude", "wanda", "sparsegpt", "admm", "alps", "flap", "osscar", "wanda_sp", "cfsp")
+PUBLISHED = ("magnitude", "wanda", "sparsegpt", "admm", "alps", "flap", "osscar", "wanda_sp", "cfsp", "tyr")
 REFERENCE = {
     ("wanda", "0.5"): "48.4",
     ("sparsegpt", "0.5"): "38.2–38.8",

@@ -2,11 +2,13 @@
 
     python benchmarks/structured.py --calibration VALID.txt --evaluation TEST.txt
     python benchmarks/structured.py --calibration VALID.txt --evaluation TEST.txt --heal lora:steps=300
+    python benchmarks/structured.py --calibration VALID.txt --evaluation TEST.txt --items arc_easy.jsonl.gz
 
 Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 windows of 512 tokens. Methods are compared
 two by two, the result is written after every pair, and a second call goes on behind what it holds: the losses of every
 window are in its JSON, so that the verdict is one over all methods. With ``--heal`` both are measured, what is cut and
-what is trained, and rows of what is cut that are there already stay as they are.
+what is trained, and rows of what is cut that are there already stay as they are. With ``--items``, see ``items.py``,
+rows that haven't seen them are made again.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import items
 from common import finished_rows, here, write_result
 
 import secateur as sc
@@ -39,7 +42,9 @@ verdict. Random methods run with three seeds, and ± is the standard deviation o
 best method of a budget is better, when the windows are drawn anew (paired bootstrap); below 0.95 two methods are not
 distinguishable. Seconds and memory are those of planning, cutting and training, in one process that also holds the
 dense model, beside whatever else ran on the machine; times `on` two processors are not to be compared, and `shared`
-ones would be longer without statistics that another row had taken. Methods that the command has and this table doesn't
+ones would be longer without statistics that another row had taken. `arc_easy` is the share of right answers among four,
+chosen by likelihood, `ioi` that of names that are written as they must follow, each of the first {limit} items of the
+file, so that a difference of less than a tenth may be chance. Methods that the command has and this table doesn't
 were not run yet: a second call goes on with them.
 """
 HIDDEN = ("losses",)
@@ -52,19 +57,22 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--heal", default="", help="training that all get, such as lora:steps=300,batch=1,length=128")
     parser.add_argument("--methods", default=",".join(METHODS), help="which of them (default: all)")
+    parser.add_argument("--items", action="append", default=[], help="file with items of arc_easy, ioi; repeatable")
     parser.add_argument("--work", help="folder to keep comparisons in, so that a second call goes on within a pair")
     arguments = parser.parse_args()
     name = f"compare-{Path(arguments.model).name}"
     rows = finished_rows(name)
-    there = {row["method"] for row in rows if row["recovery"] == arguments.heal}
+    wanted = {items.name_of(file) for file in arguments.items}
+    there = {row["method"] for row in rows if row["recovery"] == arguments.heal and _has(row, wanted)}
     todo = [method for method in split(arguments.methods) if method not in there]
     for first in range(0, len(todo), 2):
         pair = todo[first : first + 2]
         # a comparison is of two at least
         shown = pair if len(pair) == 2 else [*pair, METHODS[0] if pair[0] != METHODS[0] else METHODS[1]]
         compared = _compared(arguments, shown)
-        had = {_key(row) for row in rows}
-        rows += [row for row in compared if row["method"] in [*pair, "dense"] and _key(row) not in had]
+        had = {_key(row) for row in rows if _has(row, wanted)}
+        new = [row for row in compared if row["method"] in [*pair, "dense"] and _key(row) not in had]
+        rows = [row for row in rows if _key(row) not in {_key(one) for one in new}] + new
         rows.sort(key=_place)
         _publish(name, arguments, rows, _judged(rows))
         print(
@@ -75,13 +83,14 @@ def main() -> None:
 def _compared(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str, Any]]:
     """Rows of some methods, the dense model first."""
     with nullcontext(arguments.work) if arguments.work else tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "+".join([*methods, *([arguments.heal] if arguments.heal else [])])
+        asked = [*methods, *([arguments.heal] if arguments.heal else []), *map(items.name_of, arguments.items)]
+        out = Path(folder) / "+".join(asked)
         document = sc.compare(
             arguments.model,
             methods=methods,
             sparsity=SPARSITIES,
             seeds=SEEDS,
-            tasks=[f"perplexity:{arguments.evaluation}"],
+            tasks=[f"perplexity:{arguments.evaluation}", *items.tasks(arguments.items, Path(folder) / "items")],
             calibration=arguments.calibration,
             heal=arguments.heal or None,
             dtype="float32",
@@ -93,6 +102,7 @@ def _compared(arguments: argparse.Namespace, methods: list[str]) -> list[dict[st
     metric = next(iter(document["dense"]["parts"]))
     sizes = {key: document["dense"]["metrics"][key] / 1e6 for key in ("parameters", "MACs")}
     dense = {"recovery": "", "sparsity": "", "method": "dense", "perplexity": document["dense"]["metrics"][metric]}
+    dense |= {name: document["dense"]["metrics"][key] for key, name in items.columns(document["dense"]["metrics"])}
     states = ["", arguments.heal] if arguments.heal else [""]
     found = [_row(heal, arguments.heal != heal, metric, row) for row in document["rows"] for heal in states]
     return [{**dense, **_millions(sizes)}, *found]
@@ -104,13 +114,15 @@ def _row(heal: str, untrained: bool, metric: str, row: dict[str, Any]) -> dict[s
     if row["status"] != "done":
         return {**found, "verdict": "failed", "error": row["error"]}
     sizes = {key: row["metrics"][key]["mean"] / 1e6 for key in ("parameters", "MACs")}
-    measured = row["untrained" if untrained else "metrics"][metric]
+    every = row["untrained" if untrained else "metrics"]
+    measured = every[metric]
     parts = measured["parts"] if untrained else row["parts"][metric]
     return {
         **found,
         "perplexity": measured["mean"],
         "±": "" if measured["spread"] is None else measured["spread"],
         "removed": f"{row['removed']:.4f}",
+        **{name: every[key]["mean"] for key, name in items.columns(every)},
         **_millions(sizes),
         "seeds": len(row["seeds"]),
         "seconds": sum(seconds for stage, seconds in row["stages"].items() if not (untrained and stage == "heal")),
@@ -120,6 +132,11 @@ def _row(heal: str, untrained: bool, metric: str, row: dict[str, Any]) -> dict[s
         "peak MB": "" if untrained else (row["peak_bytes"] or 0) / 1e6,
         "losses": [[round(value, 5) for value in one] for one in parts],
     }
+
+
+def _has(row: dict[str, Any], columns: set[str]) -> bool:
+    """Whether a row has seen all that is wanted; one that failed is as it is."""
+    return columns <= row.keys() or "error" in row
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -167,7 +184,7 @@ def _publish(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]
         "seeds": list(SEEDS),
         "dtype": "float32",
     }
-    text = "\n".join(said) + f"\n{TEXT}"
+    text = "\n".join(said) + "\n" + TEXT.replace("{limit}", str(items.LIMIT))
     write_result(name, f"Structured methods side by side on {model}", setting, rows, text, leave_out=HIDDEN)
 
 

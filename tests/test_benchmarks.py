@@ -314,6 +314,10 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     monkeypatch.setattr(structured, "TOLERANCE", 0.1)
     text, said = tmp_path / "text.txt", []
     text.write_text("the quick brown fox jumps over the lazy dog, again and again\n" * 60, encoding="utf8")
+    chosen, named = tmp_path / "arc_easy.jsonl", tmp_path / "ioi.jsonl"
+    item = {"question": "what does it jump over?", "choices": {"text": ["dogs", "cats"], "label": ["A", "B"]}}
+    chosen.write_text("\n".join(json.dumps({**item, "answerKey": key}) for key in "AAAB"), encoding="utf8")
+    named.write_text(json.dumps({"prompt": "the quick brown", "answer": "fox"}), encoding="utf8")
 
     def write(rows, what):
         written.append(json.loads(json.dumps(rows)))
@@ -324,10 +328,13 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
         ["--methods", "magnitude_sp,wanda_sp"],
         ["--methods", "magnitude_sp,wanda_sp,random_sp"],
         ["--methods", "magnitude_sp,wanda_sp", "--heal", "norms:steps=1,batch=1,length=32"],
+        ["--methods", "magnitude_sp,wanda_sp", "--items", str(chosen), "--items", str(named)],
     ):
         monkeypatch.setattr("sys.argv", [*command, *more])
+        # lm-eval takes seconds for every model
+        monkeypatch.setattr(structured, "SPARSITIES", (0.2,) if "--items" in more else (0.2, 0.4))
         structured.main()
-    _, first, second, third = written
+    _, first, second, third, fourth = written
     assert [row["method"] for row in first] == ["dense", *["wanda_sp", "magnitude_sp"] * 2]
     assert [row["method"] for row in second] == ["dense", *["wanda_sp", "magnitude_sp", "random_sp"] * 2]
     assert second[3]["seeds"] == 3 and second[3]["±"] > 0 and second[1]["±"] == ""
@@ -336,6 +343,11 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     assert [row["losses"] for row in second[1:3]] == [row["losses"] for row in first[1:3]]
     assert len(third) == 11 and {row["recovery"] for row in third[7:]} == {"norms:steps=1,batch=1,length=32"}
     assert said[1].count("- Sparsity") == 2 and said[2].count("- With norms") == 2
+    # what hasn't seen the items is made again, and is still the same
+    seen = [row for row in fourth if "arc_easy" in row]
+    assert [row["method"] for row in seen] == ["dense", "wanda_sp", "magnitude_sp"] and len(fourth) == 11
+    assert all(row["arc_easy"] in (0.25, 0.75) and row["ioi"] in (0, 1) for row in seen)
+    assert [row["losses"] for row in fourth[1:3]] == [row["losses"] for row in first[1:3]]
 
 
 class Clock:
