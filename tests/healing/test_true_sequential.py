@@ -11,7 +11,8 @@ from refit_reference import DOUBLE, IDS, inputs_of, refitted
 from runs import plan_for
 from secateur.errors import OptionError
 from secateur.healing.refit import STREAM_SHARE
-from secateur.models.decoders import matrix_roles
+from secateur.models.decoders import decoder_blocks, matrix_roles, typed_blocks
+from secateur.observe.driver import BlockWalk
 from secateur.plans import Plan
 
 STAGES = {"q": 0, "k": 0, "v": 0, "qkv": 0, "o": 1, "gate": 2, "up": 2, "gate_up": 2, "down": 3}
@@ -78,6 +79,27 @@ def test_it_gains_and_the_same_weights_leave_in_all():
         dense = model(IDS).logits
         off = [float((dense - sc.apply(plan, model)(IDS).logits).square().mean()) for plan in plans]
     assert off[1] < off[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_neox", "falcon", "opt"])
+def test_an_attention_that_is_decided_is_not_computed_again(family, monkeypatch):
+    model = make_tiny(family)
+    options = {"sparsity": 0.5, "heal": "refit", "target": "stream", "true_sequential": True}
+    name = typed_blocks(model)[0].family.attention
+    counted = []
+    kind = type(decoder_blocks(model)[1][0].get_submodule(name))
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: counted.append(1) or forward(*args, **kwargs))
+    plan = plan_for("wanda", model, IDS, **options)
+    once, counted[:] = len(counted), []
+    monkeypatch.setattr(BlockWalk, "settle", lambda *args: None)
+    again = plan_for("wanda", model, IDS, **options)
+    # before the last matrix of a block it isn't, nor on the way to the next block; text comes in six batches
+    layers = len(decoder_blocks(model)[1])
+    assert len(counted) - once == 6 * (layers + layers - 1)
+    assert plan.masks.keys() == again.masks.keys() and plan.values.keys() == again.values.keys()
+    assert all(torch.equal(mask, again.masks[tensor]) for tensor, mask in plan.masks.items())
+    assert all(torch.equal(value, again.values[tensor]) for tensor, value in plan.values.items())
 
 
 def test_a_model_type_that_nobody_knows_is_decided_block_by_block():

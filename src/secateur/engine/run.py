@@ -122,6 +122,11 @@ class Run:
         self._complete(layer, seen, dense=advance)
         return block, seen
 
+    def settle_attention(self, block: nn.Module, layer: int) -> None:
+        """The attention of a block is decided, so that what it gives is the same in all forwards that are to come."""
+        if self.walk is not None:
+            self.walk.settle(block, typed_blocks(self.source.model)[layer].family.attention)
+
     def ending(self, layer: int) -> Ending | None:
         """What a block adds last to its hidden states; None where that isn't asked for, unknown or has left."""
         if not of_ending(self.observed) or family_of(self.source.model) is None:

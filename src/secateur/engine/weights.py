@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # by what they are for; see ``matrix_roles``
 _TOGETHER = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",))
+_LAST_OF_ATTENTION = "o"
 
 
 def check_weights(method: WeightMethod | SearchMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -56,6 +57,8 @@ def decide_weights(method: WeightMethod, run: Run) -> None:
                 weight = _prune_matrix(run, own.get(matrix.module, method), matrix, seen.get(matrix.module, {}), part)
                 if block is not None and method.in_sequence:
                     set_weight(block, run.inside(matrix.module), weight, matrix.transposed)
+            if block is not None and any(roles.get(m.module) == _LAST_OF_ATTENTION for m in members):
+                run.settle_attention(block, layer)
         if method.refits and not method.refits_later:
             part.notes += few_tokens_noted(layer, seen, method)
         run.advance(method, block, layer)

@@ -100,6 +100,11 @@ class Job:
         return isinstance(self.method, WeightMethod) and self.method.true_sequential
 
     @property
+    def states(self) -> int:
+        """How many times as much as one stream is held: the streams, and what an attention that is settled gave."""
+        return self.streams + int(self.in_stages)
+
+    @property
     def passes(self) -> tuple[int, int]:
         """How often text goes through a block, and through the last one, which needn't give inputs to another.
 

@@ -86,7 +86,7 @@ def hidden_bytes(sizes: Sizes, job: Job) -> int:
     """
     if job.trained_tokens:
         return 0
-    states = len(sizes.blocks) + 2 if job.walks_back else job.streams
+    states = len(sizes.blocks) + 2 if job.walks_back else job.states
     return states * job.tokens * sizes.hidden * job.dtype.itemsize
 
 
@@ -97,8 +97,8 @@ def state_bytes(sizes: Sizes, job: Job) -> int:
 
 def spills(sizes: Sizes, job: Job) -> bool:
     """Whether they go to a file."""
-    # each stream has the limit for itself
-    return job.activation_memory is not None and hidden_bytes(sizes, job) > job.streams * job.activation_memory
+    # each of them has the limit for itself
+    return job.activation_memory is not None and hidden_bytes(sizes, job) > job.states * job.activation_memory
 
 
 def _model(sizes: Sizes, block: BlockSizes) -> dict[str, int]:
@@ -114,7 +114,7 @@ def _walk(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
     hidden = hidden_bytes(sizes, job)
     if spills(sizes, job):
         # one batch on its way in, one on its way out
-        hidden = 2 * job.streams * job.batch * sizes.hidden * job.dtype.itemsize
+        hidden = 2 * job.states * job.batch * sizes.hidden * job.dtype.itemsize
     return {"working copy": block.entries * job.dtype.itemsize, "hidden states": hidden}
 
 

@@ -20,6 +20,8 @@ _LOADING = 50
 _SCORING = 8
 # of a group, at most
 VARIANTS = 5
+# inputs: of queries, keys and values, and of what puts heads together
+_OF_ATTENTION = 2
 
 
 def flops(sizes: Sizes, job: Job) -> dict[str, int]:
@@ -27,8 +29,10 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
     passes = [_passes(job, last=layer + 1 == len(sizes.blocks)) for layer in range(len(sizes.blocks))]
     found = {
         "forwards": sum(
-            n * forward_flops(block, sizes, job) - _unread_flops(block, job) + _stage_flops(block, sizes, job)
-            for n, block in zip(passes, sizes.blocks, strict=True)
+            n * forward_flops(block, sizes, job)
+            - _unread_flops(block, job)
+            + _stage_flops(block, sizes, job, last=layer + 1 == len(sizes.blocks))
+            for layer, (n, block) in enumerate(zip(passes, sizes.blocks, strict=True))
         ),
         "variants": _variant_flops(sizes, job),
         "statistics": 0,
@@ -92,15 +96,20 @@ def _unread_flops(block: BlockSizes, job: Job) -> int:
     return job.unread * products
 
 
-def _stage_flops(block: BlockSizes, sizes: Sizes, job: Job) -> int:
-    """Of the forwards before all stages of a block but the last, which end at what their stage reads."""
+def _stage_flops(block: BlockSizes, sizes: Sizes, job: Job, *, last: bool) -> int:
+    """Of the forwards before all stages of a block but the last, which end at what their stage reads.
+
+    Less what later forwards, one in the ``last`` block and two in others, needn't compute of an attention that is
+    settled.
+    """
     if not job.in_stages:
         return 0
-    before, products = 0, [sum(o * i for o, i in inputs.matrices) for inputs in block.inputs]
-    for stage in range(len(products) - 1):
-        attention = 2 * job.length * sizes.attention if stage else 0
-        before += job.tokens * (2 * sum(products[:stage]) + attention)
-    return before
+    products = [sum(o * i for o, i in inputs.matrices) for inputs in block.inputs]
+    attention = 2 * job.length * sizes.attention
+    before = sum(2 * sum(products[:stage]) + (attention if stage else 0) for stage in range(len(products) - 1))
+    if len(products) > _OF_ATTENTION:
+        before -= (1 if last else 2) * (2 * sum(products[:_OF_ATTENTION]) + attention)
+    return job.tokens * before
 
 
 def _passes(job: Job, *, last: bool) -> int:

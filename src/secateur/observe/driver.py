@@ -7,7 +7,7 @@ converted, or even in memory, as a whole. B sequences, T tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from secateur.errors import NonFiniteError
 from secateur.finite import all_finite
 from secateur.observe.activations import Activations
 from secateur.observe.ending import Ending, EndingWatch
+from secateur.observe.settled import Settled
 from secateur.observe.statistics import Statistic, of_ending
 
 StatisticTypes = Mapping[str, type[Statistic]]
@@ -72,6 +73,7 @@ class BlockWalk:
         self.dense = dense
         self._calls: dict[int, list[_Call]] = {}
         self._as_tuple: list[bool] = []
+        self._settled: Settled | None = None
         self._enter(source.shell(dtype))
 
     def open(self, layer: int) -> nn.Module:
@@ -99,12 +101,14 @@ class BlockWalk:
         weight too. Statistics like ``Lost`` are taken at the ``ending``. A block that was ``begun``
         with has been observed before, and the dense stream is behind it already. Raises NonFiniteError.
         """
+        if not begun:
+            self._settled = None
         watch = _InputWatch(block, modules, statistics, whole=advance, columns=columns or {}, ending=ending)
         with watch:
             for i in range(len(self.hidden)):
                 # with `_AllSeen` there is no output
                 output = None
-                with suppress(_AllSeen):
+                with suppress(_AllSeen), self._in_batch(i):
                     output = self._run(block, layer, i, self.hidden[i])
                     if advance:
                         self.hidden[i] = output
@@ -145,8 +149,20 @@ class BlockWalk:
     def advance(self, block: nn.Module, layer: int) -> None:
         """Run the block and make its outputs the inputs of the next one."""
         for i in range(len(self.hidden)):
-            self.hidden[i] = self._run(block, layer, i, self.hidden[i])
+            with self._in_batch(i):
+                self.hidden[i] = self._run(block, layer, i, self.hidden[i])
         self.hidden.turn()
+        self._settled = None
+
+    def settle(self, block: nn.Module, module: str) -> None:
+        """A module of a block that was begun with is final: it is run once more, and not again before the next block.
+
+        Nothing that its inputs come from may change any more, either.
+        """
+        self._settled = Settled(block.get_submodule(module), self.hidden.another("settled"))
+
+    def _in_batch(self, batch: int) -> AbstractContextManager[None]:
+        return nullcontext() if self._settled is None else self._settled.in_batch(batch)
 
     @torch.inference_mode()
     def run(self, block: nn.Module, layer: int, batch: int, hidden: Tensor) -> Tensor:
