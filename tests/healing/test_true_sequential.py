@@ -81,6 +81,21 @@ def test_it_gains_and_the_same_weights_leave_in_all():
     assert off[1] < off[0]
 
 
+@pytest.mark.parametrize(
+    ("family", "more"), [("llama", {}), ("gemma3", {}), ("olmo2", {}), ("opt", {"do_layer_norm_before": False})]
+)
+def test_forwards_in_bfloat16_cost_nothing_but_their_digits(family, more):
+    model = make_tiny(family, **more)
+    options = {"sparsity": 0.5, "heal": "refit", "target": "stream", "true_sequential": True}
+    off = []
+    with torch.no_grad():
+        dense = model(IDS).logits
+        for dtype in (torch.float32, torch.bfloat16):
+            cut = sc.apply(plan_for("wanda", model, IDS, dtype=dtype, **options), model)
+            off.append(float((dense - cut(IDS).logits).square().mean()))
+    assert off[1] == pytest.approx(off[0], rel=0.05)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_neox", "falcon", "opt"])
 def test_an_attention_that_is_decided_is_not_computed_again(family, monkeypatch):
     model = make_tiny(family)
