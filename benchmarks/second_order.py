@@ -66,10 +66,14 @@ UNITS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("osscar", {"allocate": "cfsp"}),
     ("osscar", {"target": "stream"}),
     ("tyr", {}),
+    ("tyr", {"accumulation": "centre"}),
+    ("tyr", {"accumulation": "centre", "first_order": "off"}),
     ("cfsp", {"heal": "refit", "target": "stream"}),
 )
 WEIGHT_SETTINGS = ({"sparsity": 0.7}, {"sparsity": 0.5}, {"pattern": "2:4"}, {"sparsity": 0.6})
 UNIT_SETTINGS = ({"sparsity": 0.2}, {"sparsity": 0.3}, {"sparsity": 0.4})
+# options that are the methods' own, and how a row is called that has them
+OWN = {"true_sequential": "true sequential", "accumulation": "{} handed on", "first_order": "first order {}"}
 # as their papers have them; all else are combinations of ours
 PUBLISHED = ("magnitude", "wanda", "sparsegpt", "admm", "alps", "flap", "osscar", "wanda_sp", "cfsp", "tyr")
 REFERENCE = {
@@ -160,7 +164,7 @@ def _label(method: str, options: dict[str, Any]) -> str:
     target = options.get("target", "current")
     words = [method or "dense", *(options[key] for key in ("allocate", "heal") if key in options)]
     words = [" + ".join(words), *([target] if target != "current" else [])]
-    return ", ".join([*words, *(["true sequential"] if options.get("true_sequential") else [])])
+    return ", ".join([*words, *(said.format(options[name]) for name, said in OWN.items() if options.get(name))])
 
 
 def _measure(arguments: argparse.Namespace, method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -188,9 +192,8 @@ def _row(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
             model,
             tokenizer,
             method=row["method"],
-            **{name: value for name, value in row["options"].items() if name != "true_sequential"},
-            # the only one that is the methods' own
-            options={name: value for name, value in row["options"].items() if name == "true_sequential"},
+            **{name: value for name, value in row["options"].items() if name not in OWN},
+            options={name: value for name, value in row["options"].items() if name in OWN},
             calibration=arguments.calibration,
             samples=64,
             length=512,
