@@ -43,8 +43,8 @@ best method of a budget is better, when the windows are drawn anew (paired boots
 distinguishable. Seconds and memory are those of planning, cutting and training, in one process that also holds the
 dense model, beside whatever else ran on the machine; times `on` two processors are not to be compared, and `shared`
 ones would be longer without statistics that another row had taken. `arc_easy` is the share of right answers among four,
-chosen by likelihood, `ioi` that of names that are written as they must follow, each of the first {limit} items of the
-file, so that a difference of less than a tenth may be chance. Methods that the command has and this table doesn't
+chosen by likelihood, `ioi` that of names (`lambada_openai`: of last words) that are written as they must follow, each of
+the first {limit} items of the file, so that a difference of less than a tenth may be chance. Methods that the command has and this table doesn't
 were not run yet: a second call goes on with them.
 """
 HIDDEN = ("losses",)
@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--heal", default="", help="training that all get, such as lora:steps=300,batch=1,length=128")
     parser.add_argument("--methods", default=",".join(METHODS), help="which of them (default: all)")
-    parser.add_argument("--items", action="append", default=[], help="file with items of arc_easy, ioi; repeatable")
+    parser.add_argument(
+        "--items", action="append", default=[], help="file with items of arc_easy, ioi or lambada_openai; repeatable"
+    )
     parser.add_argument("--work", help="folder to keep comparisons in, so that a second call goes on within a pair")
     arguments = parser.parse_args()
     name = f"compare-{Path(arguments.model).name}"
