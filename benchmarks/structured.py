@@ -43,9 +43,9 @@ best method of a budget is better, when the windows are drawn anew (paired boots
 distinguishable. Seconds and memory are those of planning, cutting and training, in one process that also holds the
 dense model, beside whatever else ran on the machine; times `on` two processors are not to be compared, and `shared`
 ones would be longer without statistics that another row had taken. `arc_easy` is the share of right answers among four,
-chosen by likelihood, `ioi` that of names (`lambada_openai`: of last words) that are written as they must follow, each of
-the first {limit} items of the file, so that a difference of less than a tenth may be chance. Methods that the command has and this table doesn't
-were not run yet: a second call goes on with them.
+chosen by likelihood, `ioi` that of names (`lambada_openai`: of last words) that are written as they must follow, each
+of the first {limit} items of the file, so that a difference of less than a tenth may be chance. Methods that the
+command has and this table doesn't were not run yet: a second call goes on with them.
 """
 HIDDEN = ("losses",)
 
