@@ -10,7 +10,7 @@ Local pruning of the heads read by o_proj or the neurons read by down_proj, for 
     finally W_K = G_K (H_KK)^-1 on the columns K that stay
 
 Neurons leave in 16 rounds, heads in one. `first_order` is the second term: signed in the code, its absolute value in
-the paper, `off` for what the loss really grows by, which gave the better model in our study.
+the paper, `off` for what the loss really grows by, which gave the better model at 40 % (one seed).
 
 Supernet: level e of a layer loses e steps more than its middle; levels that would lose less than nothing or leave too
 little are left out. Later blocks see the mean of what all levels give (eq. 5), weighted by what they keep:
