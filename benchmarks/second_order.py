@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -101,7 +102,7 @@ Rows that the command has and this table doesn't were not run yet: a second call
 
 `other`, where it was measured, is the perplexity on C4's web text, which chose nothing. {best}
 
-Filled marks are on the front.
+Filled marks are on the front. What is more than four times the median stands at the upper edge, whatever its number.
 
 ![Perplexity against seconds](second-order-smollm2-135m.svg)
 """
@@ -296,14 +297,18 @@ def drawn(rows: list[dict[str, Any]]) -> str:
 
 def _panel(title: str, rows: list[dict[str, Any]], processors: list[str]) -> str:
     across = _axis([row["cpu seconds"] for row in rows], LEFT, WIDTH - 170)
-    up = _axis([row["perplexity"] for row in rows], HEIGHT - BOTTOM, 30)
+    # one ruinous row would press all others together
+    highest = 4 * statistics.median(row["perplexity"] for row in rows)
+    up = _axis([min(row["perplexity"], highest) for row in rows], HEIGHT - BOTTOM, 30)
     colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(processors)}
+    places = {id(row): (across(row["cpu seconds"]), up(min(row["perplexity"], highest))) for row in rows}
     marks = [
-        f'<circle cx="{across(row["cpu seconds"]):.1f}" cy="{up(row["perplexity"]):.1f}" r="4" '
-        f'stroke="{colours[row.get("on", "")]}" fill="{colours[row.get("on", "")] if row["front"] else "none"}"/>'
-        f"{_beside(across(row['cpu seconds']), up(row['perplexity']))}{row['method']} {row['perplexity']:.4g}</text>"
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" stroke="{colours[row.get("on", "")]}" '
+        f'fill="{colours[row.get("on", "")] if row["front"] else "none"}"/>'
         for row in rows
+        for x, y in [places[id(row)]]
     ]
+    marks += _labels([(*places[id(row)], f"{row['method']} {row['perplexity']:.4g}") for row in rows])
     axes = f'<path d="M{LEFT} 24V{HEIGHT - BOTTOM}H{WIDTH - 20}" fill="none" stroke="#94a3b8"/>'
     names = (
         f'<text x="{LEFT}" y="16" font-weight="bold">{title}</text>'
@@ -318,10 +323,30 @@ def _panel(title: str, rows: list[dict[str, Any]], processors: list[str]) -> str
     return axes + names + "".join(marks) + "".join(shown)
 
 
-def _beside(x: float, y: float) -> str:
-    """The beginning of a label, on the side of its mark where there is more room."""
-    right = x < WIDTH * 0.6
-    return f'<text x="{x + (7 if right else -7):.1f}" y="{y + 4:.1f}" text-anchor="{"start" if right else "end"}">'
+LINE = 11
+"""Height of a label."""
+
+
+def _labels(marks: list[tuple[float, float, str]]) -> list[str]:
+    """A label beside every mark, at the nearest height where it lies on no other label and in the panel."""
+    taken = [(x - 4, x + 4, y) for x, y, _ in marks]
+    drawn = []
+    for x, y, text in sorted(marks):
+        right = x < WIDTH * 0.6
+        # six pixels a letter at most, of a font of eleven
+        start, end = (x + 6, x + 7 + 6 * len(text)) if right else (x - 7 - 6 * len(text), x - 6)
+        heights = [y + sign * step * LINE / 2 for step in range(2 * HEIGHT // LINE) for sign in (-1, 1)]
+        free = [
+            height
+            for height in heights
+            if 24 < height < HEIGHT - BOTTOM
+            and not any(left < end and start < other and abs(at - height) < LINE for left, other, at in taken)
+        ]
+        y = free[0] if free else y
+        taken.append((start, end, y))
+        at = f'x="{x + (7 if right else -7):.1f}" y="{y + 4:.1f}"'
+        drawn.append(f'<text {at} text-anchor="{"start" if right else "end"}">{text}</text>')
+    return drawn
 
 
 def _axis(values: list[float], start: float, stop: float) -> Any:

@@ -1,6 +1,7 @@
 """What the studies in ``benchmarks/`` rest on: memory of one process, the stages of a profile, and what is compared."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -304,6 +305,14 @@ def test_the_front_of_second_order_methods_and_its_picture(study):
     assert [row["front"] for row in rows] == ["yes", "", "yes"]
     picture = module.drawn([{"removed": "", "method": "dense", "perplexity": 25.6}, *rows])
     assert picture.count("<circle") == 3 and "weights, 0.5 removed" in picture
+    # a row that is ruined takes no room from the others, and no two labels lie on each other
+    ruined = {"kind": "weights", "removed": "0.5", "method": "dense targets", "perplexity": 469.0, "cpu seconds": 201.0}
+    crowd = [{**rows[2], "method": f"like it {place}", "front": ""} for place in range(9)]
+    picture = module.drawn([*rows, *crowd, {**ruined, "front": ""}])
+    marks = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', picture)]
+    assert min(marks) == marks[-1] and sorted(marks)[1] - marks[-1] > module.HEIGHT / 4
+    heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)" text-anchor="end">(?:like|alps)', picture))
+    assert len(heights) == 10 and all(b - a >= module.LINE / 2 for a, b in itertools.pairwise(heights))
 
 
 def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_checkpoint, tmp_path):
