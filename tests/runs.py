@@ -17,7 +17,7 @@ from secateur.plans import CalibrationInfo, Plan, Provenance
 # a small search or training, where models are tiny: what it finds is looked at elsewhere
 QUICK: dict[str, dict[str, Any]] = {
     "tyr": {"levels": 3, "iterations": 1, "generations": 1, "offspring": 2},
-    "icbs": {"block": 512},
+    "icbs": {"block": 64, "batch": 2},
     "loraprune": {"steps": 4, "every": 1, "batch": 2},
     "adapt_pruner": {"steps": 4},
     "prunenet": {"episodes": 2},
