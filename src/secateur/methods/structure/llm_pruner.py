@@ -44,29 +44,12 @@ from secateur.allocate import (
     WindowAllocator,
 )
 from secateur.criteria import random_scores
+from secateur.criteria.projections import EXPANSIONS, GROUPINGS, grouped, summed_rows
 from secateur.errors import OptionError
 from secateur.methods import Coupled, CoupledMethod, Descriptor, Part, option, register
 from secateur.structure import HIDDEN
 
-# Shapes: T projections, U units, E channels of one projection (a key-value head's; one of a neuron).
-
-_NEEDS = {
-    "param_first": ("gradient",),
-    "param_second": ("diagonal",),
-    "param_mix": ("gradient", "diagonal"),
-    "vectorize": ("gradient",),
-}
 _POWERS = {"l1": 1, "l2": 2}
-_GROUPINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda x_TUE: x_TUE.sum(dim=0),
-    "mean": lambda x_TUE: x_TUE.mean(dim=0),
-    "max": lambda x_TUE: x_TUE.amax(dim=0),
-    # relative to their means, or the product of small numbers would be none
-    "prod": lambda x_TUE: (x_TUE / x_TUE.mean(dim=(1, 2), keepdim=True).clamp_min(1e-300)).prod(dim=0),
-    "first": lambda x_TUE: x_TUE[0],
-    "second": lambda x_TUE: x_TUE[-1],
-}
-
 _OF_BLOCKS = ("scope", "first", "last", "first_mlp", "last_mlp", "fold", "fill")
 """Options that say something of heads and neurons alone."""
 
@@ -91,12 +74,12 @@ def _window(first: int, last: int) -> Window:
 class LLMPruner(CoupledMethod):
     """Options of LLM-Pruner; defaults from the published run of 7 billion parameters."""
 
-    criterion: str = option("param_first", "what a unit is scored by", choices=(*_NEEDS, *_POWERS, "random"))
+    criterion: str = option("param_first", "what a unit is scored by", choices=(*EXPANSIONS, *_POWERS, "random"))
     grouping: str = option(
         "auto",
         "how the projections of a unit are put together; first: k or gate alone, second: o or down; auto: sum, for l1"
         " and l2 mean",
-        choices=("auto", *_GROUPINGS),
+        choices=("auto", *GROUPINGS),
     )
     granularity: str = option(
         "block",
@@ -162,7 +145,7 @@ class LLMPruner(CoupledMethod):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return _NEEDS.get(self.criterion, ()) if self.granularity != "layer" else ()
+        return EXPANSIONS[self.criterion][0] if self.criterion in EXPANSIONS and self.granularity != "layer" else ()
 
     def partway(self, fraction: float) -> CoupledMethod:
         return dataclasses.replace(self, sparsity=self.sparsity * fraction, ratio=self.ratio * fraction)
@@ -187,34 +170,18 @@ class LLMPruner(CoupledMethod):
         return self.together([self.rows(part) for part in group.parts if part.role != "bias"])
 
     def together(self, rows: Sequence[Tensor]) -> Tensor:
-        lanes = min(row_UW.shape[1] for row_UW in rows)
-        grouping = "sum" if self.grouping == "auto" else self.grouping
-        if self.grouping == "auto" and self.criterion in _POWERS:
-            grouping = "mean"
-        return _GROUPINGS[grouping](torch.stack([self._folded(row_UW, lanes) for row_UW in rows])).sum(dim=1)
+        auto = "mean" if self.criterion in _POWERS else "sum"
+        grouping = auto if self.grouping == "auto" else self.grouping
+        return grouped(rows, grouping, strided=self.fold == "official")
 
     def rows(self, part: Part) -> Tensor:
         if self.criterion == "random":
             return random_scores(f"{part.tensor}.{part.dim}", self.seed, (len(part.index), 1))
-        others = [d for d in range(part.weight.dim()) if d != part.dim]
-        salience = self._salience(part)
-        whole = self.criterion == "vectorize"
-        summed = salience if whole else salience.abs()
-        channels = summed.sum(dim=others, dtype=torch.float64) if others else summed.double()
-        return channels.abs()[part.index.to(channels.device)]
+        rows = summed_rows(self._salience(part), part.dim, signed=self.criterion == "vectorize")
+        return rows[part.index.to(rows.device)]
 
     def _salience(self, part: Part) -> Tensor:
-        w = part.weight
         if self.criterion in _POWERS:
-            return w.abs().pow(_POWERS[self.criterion])
-        if self.criterion == "param_second":
-            return w.square() * part.diagonal
-        change = w * part.gradient
-        return change - 0.5 * w.square() * part.diagonal if self.criterion == "param_mix" else change
-
-    def _folded(self, row_UW: Tensor, lanes: int) -> Tensor:
-        """The query heads of a key-value head added up, [units, lanes]."""
-        units, width = row_UW.shape
-        if self.fold == "official":
-            return row_UW.reshape(width // lanes, units, lanes).sum(dim=0)
-        return row_UW.reshape(units, width // lanes, lanes).sum(dim=1)
+            return part.weight.abs().pow(_POWERS[self.criterion])
+        needs, expansion = EXPANSIONS[self.criterion]
+        return expansion(part.weight, *(getattr(part, name) for name in needs))
