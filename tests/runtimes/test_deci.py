@@ -18,6 +18,7 @@ from secateur.errors import OutputError, UnsupportedModelError
 from secateur.manifest import read_manifest
 from secateur.models.sources import Source
 from secateur.runtimes.deci import write_deci
+from sublayers import plan_without
 
 IDS = torch.tensor([[3, 41, 5, 92, 65, 35, 8, 83]])
 
@@ -102,6 +103,19 @@ def test_missing_sub_layers_are_no_ops(tmp_path: Path) -> None:
         if name.startswith("model.layers."):
             _, _, layer, part, *_ = name.split(".")
             assert not getattr(blocks[int(layer)], parts[part]).no_op, name
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied-bias"])
+def test_sub_layers_that_a_plan_removes_are_no_ops(family: str, tmp_path: Path) -> None:
+    model = make_tiny(family)
+    cut = sc.apply(plan_without(model, ["layers.1.attention", "layers.2.mlp"]), model)
+    out = sc.convert(sc.save(cut, None, tmp_path / "cut"), tmp_path / "out", to="deci")
+    blocks = AutoConfig.from_pretrained(out, trust_remote_code=True).block_configs
+    assert [block.attention.no_op for block in blocks] == [False, True, False]
+    assert [block.ffn.no_op for block in blocks] == [False, False, True]
+    stored, kept = load_file(out / "model.safetensors"), dict(cut.named_parameters())
+    assert all(torch.equal(stored[name], kept[name]) for name in stored)
+    assert {name for name in kept if "layernorm" not in name} - {"lm_head.weight"} <= set(stored)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from secateur.errors import (
 from secateur.models.sources import Source
 from secateur.runtimes.deci import write_deci
 from secateur.runtimes.gguf import write_gguf
+from sublayers import plan_without
 
 IDS = [3, 41, 5, 92, 65, 35, 8, 97, 93, 2, 38, 46]
 
@@ -108,6 +109,16 @@ def test_sub_layers_that_are_gone(tmp_path: Path, tiny_tokenizer) -> None:
     # the graph skips the rest of a layer without neurons, so that some get neurons that do nothing
     assert file.entry("feed_forward_length") == [40, 40, 32, 0, 40, 32]
     agree(silenced, file)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_sub_layers_that_a_plan_removes(family: str, tmp_path: Path, tiny_tokenizer) -> None:
+    model = make_tiny(family, vocab_size=512)
+    # beside an attention, without one, and in the last layer, where the graph wants an FFN
+    cut = sc.apply(plan_without(model, ["layers.0.mlp", "layers.1.attention", "layers.2.mlp"]), model)
+    file = converted(cut, tiny_tokenizer, tmp_path)
+    assert file.entry("attention.head_count") == [4, 0, 4] and file.entry("feed_forward_length") == [32, 40, 32]
+    agree(cut, file)
 
 
 def test_a_sub_layer_that_leaves_a_bias_is_refused(tmp_path: Path, tiny_tokenizer) -> None:

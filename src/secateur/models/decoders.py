@@ -83,18 +83,22 @@ class DecoderBlock:
 
     @cached_property
     def heads(self) -> int:
+        if not self.has_attention:
+            return 0
         return features(self.get(self.family.attention, self.family.out))[0] // self.head_dim
 
     @cached_property
     def kv_heads(self) -> int:
         family = self.family
+        if not self.has_attention:
+            return 0
         if len(family.qkv) == 3:
             return features(self.get(family.attention, family.qkv[1]))[1] // self.head_dim
         return (features(self.get(family.attention, family.qkv[0]))[1] // self.head_dim - self.heads) // 2
 
     @cached_property
     def neurons(self) -> int:
-        return features(self.get(self.family.mlp, self.family.down))[0]
+        return features(self.get(self.family.mlp, self.family.down))[0] if self.has_mlp else 0
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -155,6 +159,13 @@ def unknown_family(model: PreTrainedModel) -> str:
     return f"heads and neurons of model type '{model.config.model_type}' are unknown to secateur (known: {known})"
 
 
+def turned_blocks(blocks: nn.ModuleList) -> str | None:
+    """Why neither blocks nor sub-layers can leave a rotated model: what is behind them reads another basis."""
+    if any(hasattr(block, "rotated") for block in blocks):
+        return "hidden states change their basis in them (slicegpt); remove them first, and rotate afterwards"
+    return None
+
+
 def decoder_anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:
     """See ``secateur.anatomy``."""
     name, blocks = decoder_blocks(model)
@@ -168,7 +179,7 @@ def decoder_anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:
             groups += [_attention_group(block, model, heads)] if block.has_attention else []
             groups += [_mlp_group(block)] if block.has_mlp else []
     matrices = _matrices(name, blocks)
-    reason = frozen_layers(model.config)
+    reason = frozen_layers(model.config) or turned_blocks(blocks)
     groups.append(_layers_group(name, blocks, reason, post_norm=is_post_norm(model.config)))
     groups.append(vocabulary_group(model))
     groups += [_hidden_group(model)] if family is not None else []

@@ -98,7 +98,7 @@ def _tensors(source: Source, sizes: Sizes) -> dict[str, TensorSource]:
     for group in (_ATTENTION, _FFN):
         paths = [path for path, role in sizes.roles.items() if role in group]
         if any(f"{path}.bias" in found for path in paths):
-            for path in paths:
+            for path in (path for path in paths if f"{path}.weight" in found):
                 weight = found[f"{path}.weight"]
                 zeros = torch.zeros(weight.shape[:1], dtype=weight.dtype)
                 found.setdefault(f"{path}.bias", Made.of(zeros))

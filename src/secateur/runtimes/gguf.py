@@ -174,6 +174,12 @@ def _pieces(source: Source, graph: Graph, sizes: Sizes) -> Iterator[Piece]:
             found = gguf_name(part)
             if not found.startswith(tuple(f"{place}_" for place in gone)):
                 yield _piece(source, found, name, rows, graph.norm_offset if name.endswith("norm.weight") else 0.0)
+    for block, width in zip(sizes.blocks, _widths(sizes), strict=True):
+        if width and not block.has_mlp:
+            # as the graph has them, which splits what is fused
+            reads, writes = (width, sizes.hidden), (sizes.hidden, width)
+            for part, shape in (("gate_proj", reads), ("up_proj", reads), ("down_proj", writes)):
+                yield Piece(gguf_name(block.path("mlp", part, "weight")), shape, partial(torch.zeros, shape))
     if graph.own_head and model.config.tie_word_embeddings:
         tied = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
         yield _piece(source, "output.weight", tied, None, 0.0)
@@ -205,6 +211,14 @@ def _parts(name: str, graph: Graph, sizes: Sizes) -> Iterator[tuple[str, Tensor 
     if block is None or role not in ("q", "k", "qkv", "gate_up"):
         yield name, None
         return
+    if role == "gate_up":
+        if not graph.split:
+            yield name, None
+            return
+        gate, up = torch.arange(2 * block.neurons).chunk(2)
+        yield block.path("mlp", f"gate_proj.{leaf}"), gate
+        yield block.path("mlp", f"up_proj.{leaf}"), up
+        return
     q, k, v = qkv_rows(block.family.qkv_layout, block.heads, block.kv_heads, block.head_dim)
     if role == "qkv" and graph.split:
         yield block.path("self_attn", f"q_proj.{leaf}"), _paired(q, graph)
@@ -212,12 +226,8 @@ def _parts(name: str, graph: Graph, sizes: Sizes) -> Iterator[tuple[str, Tensor 
         yield block.path("self_attn", f"v_proj.{leaf}"), v.flatten()
     elif role == "qkv":
         yield name, torch.cat([q.flatten(), k.flatten(), v.flatten()])
-    elif role == "gate_up" and graph.split:
-        gate, up = torch.arange(2 * block.neurons).chunk(2)
-        yield block.path("mlp", f"gate_proj.{leaf}"), gate
-        yield block.path("mlp", f"up_proj.{leaf}"), up
     else:
-        yield name, _paired({"q": q, "k": k}[role], graph) if role in ("q", "k") and graph.interleaved else None
+        yield name, _paired({"q": q, "k": k}[role], graph) if graph.interleaved else None
 
 
 def _paired(rows_HE: Tensor, graph: Graph) -> Tensor:

@@ -71,7 +71,11 @@ class Sizes:
 
     @property
     def head_dim(self) -> int:
-        return self.blocks[0].head_dim
+        """Width of a head. Raises UnsupportedModelError for a model without attentions."""
+        attending = [block.head_dim for block in self.blocks if block.has_attention]
+        if not attending:
+            raise UnsupportedModelError("no attention is left, and the runtime has no graph for that")
+        return attending[0]
 
     @property
     def uniform(self) -> bool:
