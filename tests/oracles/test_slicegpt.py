@@ -324,6 +324,9 @@ def test_what_cannot_be_rotated_is_refused(tiny_llama, tiny_tokenizer):
     with pytest.raises(BudgetError, match="nothing is left of a hidden size of 32"):
         sc.plan(tiny_llama, tiny_tokenizer, sparsity=0.9, **asked)
     made = sc.prune(tiny_llama, tiny_tokenizer, **asked)
+    for method in ("angular", "blockpruner"):
+        with pytest.raises(UnsupportedModelError, match=r"must stay: hidden states change their basis in them"):
+            sc.plan(made.model, tiny_tokenizer, method=method, sparsity=0.5, samples=4, length=32)
     with pytest.raises(UnsupportedModelError, match="has been rotated already"):
         sc.plan(made.model, tiny_tokenizer, **asked)
     with pytest.raises(UsageError, match="has no masked form"):

@@ -11,7 +11,7 @@ from secateur.engine.run import Run
 from secateur.engine.trials import SublayerTrials
 from secateur.errors import BudgetError, UnsupportedModelError, UsageError
 from secateur.methods import Gone, Sublayer, SublayerMethod
-from secateur.models.decoders import unknown_family
+from secateur.models.decoders import decoder_blocks, turned_blocks, unknown_family
 from secateur.models.surgery import sublayer_kind
 from secateur.structure import Anatomy, Group
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def check_sublayers(method: SublayerMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
     """Raises UnsupportedModelError."""
+    if turned := turned_blocks(decoder_blocks(model)[1]):
+        raise UnsupportedModelError(f"sub-layers of {type(model).__name__} must stay: {turned}")
     if not _sublayers(anatomy):
         raise UnsupportedModelError(unknown_family(model))
 
