@@ -131,6 +131,38 @@ def test_layers_keep_their_dense_numbers_after_a_removal():
     assert cuts == {0: pytest.approx(0.3), 1: 1.0, 2: 0.5}
 
 
+def test_a_second_mask_begins_with_the_zeros_of_the_first():
+    def masking(method, masked):
+        return report(method, masked, [LayerCut(0, {}, masked, {"q": masked}, masked)], masked=masked)
+
+    whole = merge_reports([masking("magnitude", 0.5), masking("magnitude", 0.6)])
+    assert whole.achieved == whole.layers[0].sparsity == pytest.approx(0.6)
+    cut = report("flap", 0.3, [LayerCut(0, {"neuron": (10, 7)}, 0.3)])
+    whole = merge_reports([masking("wanda", 0.5), cut, masking("magnitude", 0.5)])
+    assert whole.achieved == whole.layers[0].sparsity == pytest.approx(0.65)
+    assert list(whole.options) == ["step 1: wanda", "step 2: flap", "step 3: magnitude"]
+
+
+def test_groups_keep_their_dense_numbers_after_a_removal():
+    gone = report("shortgpt", 1 / 3, [LayerCut(0), LayerCut(1, {"layer": (1, 0)}, 1.0), LayerCut(2)])
+    kept = {"layers.0.mlp": [0], "layers.1.mlp": [1]}
+    cut = report("flap", 0.5, [LayerCut(0), LayerCut(1)], keep=kept, scores={"layers.1.mlp": [1.0]})
+    whole = merge_reports([gone, cut])
+    assert whole.keep == {"layers.0.mlp": [0], "layers.2.mlp": [1]} and whole.scores == {"layers.2.mlp": [1.0]}
+
+
+def test_masks_of_steps_are_counted_as_they_are_in_the_checkpoint(tiny_checkpoint, tmp_path):
+    import secateur as sc
+
+    steps = [{"method": "magnitude", "sparsity": 0.5}, {"method": "magnitude", "sparsity": 0.6}]
+    job = {"model": str(tiny_checkpoint), "out": str(tmp_path / "out"), "steps": steps}
+    found = sc.run(job)
+    model, _ = sc.load(tmp_path / "out")
+    matrices = [model.get_parameter(m.tensor) for m in sc.anatomy(model).matrices]
+    zeros = sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
+    assert found.achieved == pytest.approx(zeros, abs=1e-6) and zeros == pytest.approx(0.6, abs=0.01)
+
+
 def test_one_report_is_left_as_it_is():
     single = report("flap", 0.2, [])
     assert merge_reports([single]) is single

@@ -277,11 +277,14 @@ def growing(stages: int, growth: str) -> list[float]:
 def merge_reports(reports: Sequence[Report]) -> Report:
     """One report of steps that followed each other; layers are numbered as in the dense model.
 
-    The fraction removed is that of the whole: 20 % and then half of the rest is 60 %.
+    The fraction removed is that of the whole: 20 % and then half of the rest is 60 %. A mask of half and then one of
+    60 % are 60 %, as what is zero already is what a second mask takes first.
     """
     whole = reports[0]
     for report in reports[1:]:
         whole = _followed_by(whole, report)
+    if len(reports) > 1:
+        whole.options = {f"step {number}: {one.method}": one.options for number, one in enumerate(reports, start=1)}
     return whole
 
 
@@ -291,15 +294,16 @@ def _followed_by(first: Report, second: Report) -> Report:
     # a step after a removal of layers counts the layers that are left
     renumbered = {cut.layer: left[cut.layer] if cut.layer < len(left) else cut.layer for cut in second.layers}
     later = {renumbered[cut.layer]: cut for cut in second.layers}
+    masked = max(first.masked, second.masked)
     return replace(
         second,
         method=first.method if first.method.endswith(second.method) else f"{first.method}+{second.method}",
-        options={first.method: first.options, second.method: second.options},
         requested=f"{first.requested}, then {second.requested}",
-        achieved=_compose(first.achieved, second.achieved),
+        achieved=_compose(_cut_alone(first.achieved, first.masked), _cut_alone(second.achieved, second.masked), masked),
+        masked=masked,
         layers=[_cut_again(cut, later.get(cut.layer)) for cut in first.layers] or second.layers,
-        scores={**first.scores, **second.scores},
-        keep={**first.keep, **second.keep},
+        scores={**first.scores, **_named_as_before(second.scores, renumbered)},
+        keep={**first.keep, **_named_as_before(second.keep, renumbered)},
         recoveries=[*first.recoveries, *second.recoveries],
         notes=[*first.notes, *second.notes],
         seconds={
@@ -316,12 +320,31 @@ def _cut_again(first: LayerCut, second: LayerCut | None) -> LayerCut:
     units = dict(first.units)
     for kind, (before, after) in second.units.items():
         units[kind] = (first.units.get(kind, (before, before))[0], after)
-    sparsity = _compose(first.sparsity, second.sparsity)
-    return replace(first, units=units, sparsity=sparsity, matrices={**first.matrices, **second.matrices})
+    masked = max(first.masked, second.masked)
+    cuts = [_cut_alone(cut.sparsity, cut.masked) for cut in (first, second)]
+    matrices = {**first.matrices, **second.matrices}
+    return replace(first, units=units, sparsity=_compose(*cuts, masked), matrices=matrices, masked=masked)
 
 
-def _compose(first: float, second: float) -> float:
-    return 1.0 - (1.0 - first) * (1.0 - second)
+def _compose(*fractions: float) -> float:
+    """What is removed by several steps, each of which removes a fraction of what the others leave."""
+    return 1.0 - math.prod(1.0 - fraction for fraction in fractions)
+
+
+def _cut_alone(removed: float, masked: float) -> float:
+    """What is cut, where zeros are counted by themselves: a second mask begins with the zeros of the first."""
+    return 1.0 - (1.0 - removed) / (1.0 - masked) if masked < 1 else 0.0
+
+
+def _named_as_before(values: Mapping[str, Any], renumbered: Mapping[int, int]) -> dict[str, Any]:
+    """Values by group, under the numbers that layers had before some of them left."""
+    named = {}
+    for name, value in values.items():
+        room, _, rest = name.partition(".")
+        layer, _, part = rest.partition(".")
+        here = int(layer) if layer.isdecimal() else -1
+        named[f"{room}.{renumbered[here]}.{part}" if here in renumbered else name] = value
+    return named
 
 
 _MODELS: dict[str, type[BaseModel]] = {"": Recipe, "calibration": CalibrationSpec, "steps": Step}

@@ -29,6 +29,8 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
     provenance = plan.provenance[-1]
     allocation = provenance.allocation
     layers = [_layer_cut(layer, plan, anatomy) for layer in range(anatomy.num_layers)]
+    gone = [_removed_in(layer, plan, anatomy) for layer in range(anatomy.num_layers)]
+    cut, masked = (sum(parts) for parts in zip(*gone, strict=True)) if gone else (0.0, 0.0)
     return Report(
         model=plan.model.name,
         revision=plan.model.revision,
@@ -36,6 +38,7 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
         options=dict(provenance.options) | ({"allocate": allocation.label} if allocation else {}),
         requested=_requested(plan),
         achieved=removed_fraction(plan, anatomy),
+        masked=masked / max(anatomy.blocks.params - cut, 1),
         layers=layers,
         scores={name: scores.tolist() for name, scores in plan.scores.items()},
         # how many tokens stay is told in a note: their ids would be most of the page
@@ -52,7 +55,8 @@ def removed_fraction(plan: Plan, anatomy: Anatomy) -> float:
     """Fraction of the linear weights of all blocks that is gone (cut, or zero); of the tokens if only these are cut."""
     if set(plan.keep) == {VOCABULARY} and not plan.masks:
         return 1 - len(plan.keep[VOCABULARY]) / plan.groups[VOCABULARY]
-    return sum(_removed_in(layer, plan, anatomy) for layer in range(anatomy.num_layers)) / max(anatomy.blocks.params, 1)
+    gone = sum(sum(_removed_in(layer, plan, anatomy)) for layer in range(anatomy.num_layers))
+    return gone / max(anatomy.blocks.params, 1)
 
 
 def _requested(plan: Plan) -> str:
@@ -107,11 +111,15 @@ def _layer_cut(layer: int, plan: Plan, anatomy: Anatomy) -> LayerCut:
         if m.layer == layer and m.tensor in plan.masks
     }
     total = sum(m.shape[0] * m.shape[1] for m in anatomy.matrices if m.layer == layer)
-    return LayerCut(layer, units, _removed_in(layer, plan, anatomy) / max(total, 1), matrices)
+    cut, masked = _removed_in(layer, plan, anatomy)
+    return LayerCut(layer, units, (cut + masked) / max(total, 1), matrices, masked / max(total - cut, 1))
 
 
-def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
-    """Linear weights of one block that are gone; a mask and a cut of one plan are counted as independent."""
+def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> tuple[float, float]:
+    """Linear weights of one block that are cut, and those of the others that a mask makes zero.
+
+    A mask and a cut of one plan are counted as independent.
+    """
     sizes: dict[str, int] = defaultdict(int)
     for matrix in anatomy.matrices:
         if matrix.layer == layer:
@@ -119,9 +127,9 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
     total = sum(sizes.values())
     if plan.rotations:
         size, width = next(iter(plan.rotations.values())).shape
-        return total - rotated_size(anatomy, layer, plan.rotations, size, width)
+        return total - rotated_size(anatomy, layer, plan.rotations, size, width), 0.0
     if "layers" in plan.keep and layer not in set(plan.keep["layers"].tolist()):
-        return total
+        return total, 0.0
     cut = sum(
         (group.units - len(plan.keep[group.name])) * group.cost.macs
         for group in anatomy.groups
@@ -129,10 +137,10 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> float:
     )
     refitted = _refitted(layer, plan, anatomy, sizes)
     masked = sum(plan.sparsity(t) * size for t, size in sizes.items() if t in plan.masks and t not in refitted)
-    gone = cut + masked * (1 - cut / total) if total else 0.0
     # every matrix of a block has the hidden channels along one of its sides
     narrower = len(plan.removed(HIDDEN)) / plan.groups[HIDDEN] if HIDDEN in plan.keep else 0.0
-    return gone + narrower * (total - gone)
+    left = 1 - narrower
+    return total - left * (total - cut), left * masked * (1 - cut / max(total, 1))
 
 
 def _refitted(layer: int, plan: Plan, anatomy: Anatomy, sizes: Mapping[str, int]) -> set[str]:

@@ -49,6 +49,8 @@ class LayerCut:
     sparsity: float = 0.0
     matrices: dict[str, float] = field(default_factory=dict)
     """name of the matrix within the block → fraction of its entries that is zero (weight methods)"""
+    masked: float = 0.0
+    """fraction of the linear weights that are left and that a mask makes zero"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Report:
     requested: str
     achieved: float
     """fraction of the blocks' parameters (or of their entries) that is gone"""
+    masked: float = 0.0
+    """fraction of the linear weights that are left and that a mask makes zero"""
     layers: list[LayerCut] = field(default_factory=list)
     scores: dict[str, list[float]] = field(default_factory=dict)
     """group name → score of every unit, higher = kept first"""
