@@ -148,6 +148,17 @@ def test_diff_of_plans_for_other_shapes_is_refused():
         Plan(provenance=provenance("a")).diff(Plan(provenance=provenance("b")))
 
 
+def test_diff_of_other_units_is_refused():
+    model = make_tiny("llama")
+    by_heads = [plan_for("flap", model, IDS, sparsity=0.4, heads=heads) for heads in ("kv", "query")]
+    with pytest.raises(PlanError, match=r"one plan has 2 units in layers\.\d\.attention and the other 4"):
+        by_heads[0].diff(by_heads[1])
+    turned = [plan_for("slicegpt", model, IDS, sparsity=sparsity) for sparsity in (0.3, 0.2)]
+    with pytest.raises(PlanError, match="bases of their own"):
+        turned[0].diff(turned[1])
+    assert not turned[0].diff(turned[0])
+
+
 @pytest.mark.filterwarnings("ignore:the plan was made for other weights")
 def test_merge_applies_both_and_refuses_overlap():
     model = make_tiny("llama")

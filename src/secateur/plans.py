@@ -516,6 +516,7 @@ class PlanDiff:
     def between(cls, first: Plan, second: Plan) -> PlanDiff:
         if first.model.shapes != second.model.shapes:
             raise PlanError("the plans were made for models of different shapes and can't be compared")
+        _check_comparable(first, second)
         rows = {}
         for name in sorted({*first.keep, *second.keep}):
             kept = [_flags(plan, name) for plan in (first, second)]
@@ -526,6 +527,21 @@ class PlanDiff:
 
     def __bool__(self) -> bool:
         return bool(self.rows)
+
+
+def _check_comparable(first: Plan, second: Plan) -> None:
+    """Raises PlanError for plans whose units are others."""
+    for name in sorted({*first.keep} & {*second.keep}):
+        if first.groups[name] != second.groups[name]:
+            raise PlanError(
+                f"one plan has {first.groups[name]} units in {name} and the other {second.groups[name]}, so they"
+                " can't be compared: make both with the same unit of heads (heads)"
+            )
+    names = {*first.rotations, *second.rotations}
+    if any(plan.rotations.keys() != names for plan in (first, second)) or not all(
+        torch.equal(first.rotations[name], second.rotations[name]) for name in names
+    ):
+        raise PlanError("plans that turn hidden states into bases of their own (slicegpt) can't be compared by units")
 
 
 def _flags(plan: Plan, group: str) -> Tensor | None:
