@@ -390,16 +390,20 @@ def train_cut(
     calibration: str | Path = "builtin",
     text_field: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    earlier: Sequence[Plan] = (),
     **_: Any,
 ) -> Result:
-    """Train what ``prune`` has left of a decoder, in place; plan and report then say so. Takes its arguments."""
+    """Train what ``prune`` has left of a decoder, in place; plan and report then say so. Takes its arguments.
+
+    ``earlier`` are the plans that had cut the model before, whose zeros stay, too.
+    """
     from secateur.engine.recovering import Teacher, recover_decoder
 
     recovered = recover_decoder(
         result.model,  # type: ignore[arg-type]
         result.tokenizer,
         training,
-        plans=[result.plan],
+        plans=[*earlier, result.plan],
         teacher=None if teacher is None else Teacher(teacher),
         source=str(calibration),
         text_field=text_field,

@@ -236,6 +236,18 @@ def test_a_run_trains_what_it_has_cut_and_resumes(tiny_checkpoint, tmp_path, mon
     assert same_weights(tmp_path / "out", tmp_path / "whole")
 
 
+def test_zeros_of_earlier_steps_stay_zero_in_a_training(tiny_checkpoint, tmp_path):
+    full = "full:steps=2,batch=2,length=32,held_out=2,lr=0.01"
+    steps = [{"method": "wanda", "sparsity": 0.5}, {"method": "flap", "sparsity": 0.3, "heal": full}]
+    job = {"model": str(tiny_checkpoint), "calibration": DATA, "steps": steps, "dtype": "float32"}
+    sc.run({**job, "out": str(tmp_path / "out")})
+    sc.run({**job, "steps": [steps[0], {**steps[1], "heal": None}], "out": str(tmp_path / "before")})
+    trained, cut = (dict(sc.load(tmp_path / name)[0].named_parameters()) for name in ("out", "before"))
+    matrices = [name for name in cut if "layers" in name and cut[name].dim() == 2]
+    assert all(torch.equal(trained[name] == 0, cut[name] == 0) for name in matrices)
+    assert all(finding.ok for finding in sc.verify(tmp_path / "out", base=tiny_checkpoint))
+
+
 # ranks
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import secateur as sc
-from secateur.errors import OutputError
+from secateur.errors import NonFiniteError, OutputError
 from secateur.runs.folder import Journal, run_path
 from secateur.runs.signals import Stopped
 
@@ -260,6 +260,48 @@ def test_other_weights_do_not_resume(stopped, make_llama, tiny_tokenizer, tmp_pa
     (tmp_path / "out.run" / "run.json").write_text(json.dumps(document))
     with pytest.raises(OutputError, match="its model differs in "):
         sc.run({**stopped, "model": str(tmp_path / "other")}, resume=True)
+
+
+def test_a_text_that_has_changed_does_not_resume(dense, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf8")
+    calibration = {"source": str(text), "samples": 4, "length": 32}
+    job = recipe(dense, tmp_path / "out", CASES["wanda"], calibration=calibration)
+    with monkeypatch.context() as patch:
+        crash_after(patch, 3)
+        with pytest.raises(Crash):
+            sc.run(job)
+    text.write_text("pack my box with five dozen liquor jugs\n" * 40, encoding="utf8")
+    with pytest.raises(OutputError, match=r"out\.run can't go on: its text has changed since it began"):
+        sc.run(job, resume=True)
+    assert run_path(tmp_path / "out").is_dir()
+
+
+def test_what_cannot_be_measured_in_the_end_loses_nothing(cli, dense, tmp_path, monkeypatch):
+    asked = ["prune", dense, "--method", "wanda", "--sparsity", 0.5, "--samples", 4, "--length", 32]
+    asked += ["--evaluate", "perplexity:builtin", "--windows", 2, "--no-report", "--out"]
+
+    def broken(*arguments):
+        raise NonFiniteError("the loss of model pruned is NaN")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.evaluation.perplexity.Perplexity.measure", broken)
+        run = cli(*asked, tmp_path / "out")
+    assert run.code == 1 and "is NaN; " in run.err and "the same command with --resume goes on from there" in run.err
+    assert cli(*asked, tmp_path / "out", "--resume").code == 0
+    assert cli(*asked, tmp_path / "whole").code == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert weights[0] == weights[1] and not run_path(tmp_path / "out").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(dense, tmp_path):
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "precious").write_text("mine", encoding="utf8")
+    with pytest.raises(
+        OutputError, match=r"out\.run is where the run of .*out would be kept, and holds something else"
+    ):
+        sc.run(recipe(dense, tmp_path / "out", CASES["wanda"]), overwrite=True)
+    assert (tmp_path / "out.run" / "precious").read_text(encoding="utf8") == "mine"
 
 
 def test_other_versions_do_not_resume(stopped, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Measurement:
     measure: bool | None = None
     prompt: str | None = None
     sample: bool = False
+    trust_remote_code: bool = False
 
     def __call__(
         self, source: Source, tokenizer: PreTrainedTokenizerBase | None, result: StepResult, report: Report
@@ -41,10 +43,11 @@ class Measurement:
             return
         from secateur import api
 
+        how: Any = {"dtype": "auto", "device": self.job.device, "trust_remote_code": self.trust_remote_code}
         dense: Any = source.model
         if source.folder is not None:
-            dense, _ = api.load(source.folder, dtype="auto", device=self.job.device)
-        pruned, _ = api.load(result.folder, dtype="auto", device=self.job.device)
+            dense, _ = api.load(source.folder, **how)
+        pruned, _ = api.load(result.folder, **how)
         table = api.evaluate(
             {"dense": dense, "pruned": pruned},
             tokenizer,
@@ -66,6 +69,17 @@ class Measurement:
             outputs = {name: continuation(model, readers[name], prompt) for name, model in models.items()}
             report.samples = [*report.samples, Sample(prompt, outputs)]
 
+    def check(self, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Refuse text that can't be measured on, before hours of work. Raises UsageError, DataError."""
+        from secateur.evaluation import Settings, make_task
+        from secateur.evaluation.perplexity import Perplexity
+
+        data = self.job.calibration
+        settings = Settings(length=data.length, windows=self.job.windows, seed=data.seed, text_field=data.text_field)
+        for task in map(make_task, self.job.evaluate):
+            if isinstance(task, Perplexity):
+                task.check(source.model, tokenizer, settings)
+
     def _loads(self, source: Source) -> bool:
         if self.measure is not None:
             return self.measure
@@ -76,7 +90,7 @@ class Measurement:
         from secateur.evaluation.size import stored_size
         from secateur.models.opening import open_source
 
-        pruned, _ = open_source(result.folder)
+        pruned, _ = open_source(result.folder, trust_remote_code=self.trust_remote_code)
         for tally in result.tallies.values():
             pruned.know(tally.zeros)
         try:
@@ -91,16 +105,21 @@ def _asked(plan: Plan) -> list[str]:
 
 
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """What a model makes of a prompt: at most 40 tokens, greedily."""
+    """What a model makes of a prompt: at most 40 tokens, greedily.
+
+    Where the model has fewer positions than that takes, it reads the end of the prompt.
+    """
     import torch
 
-    ids_BT = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    written = min(PROMPT_TOKENS, positions // 2)
+    ids_BT = tokenizer(prompt, return_tensors="pt")["input_ids"][:, written - positions :].to(model.device)
     generate: Any = model.generate
     with torch.inference_mode():
         output_BT = generate(
             input_ids=ids_BT,
             attention_mask=torch.ones_like(ids_BT),
-            max_new_tokens=PROMPT_TOKENS,
+            max_new_tokens=written,
             do_sample=False,
             # sampling parameters of the checkpoint's generation config don't go with greedy decoding
             temperature=None,

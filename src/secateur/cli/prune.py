@@ -226,6 +226,9 @@ def prune(
         from secateur.cli.estimate import Announcement
         from secateur.runs.run import Options, planned, run_recipe
 
+        measurement = Measurement(
+            job, progress, measure=measure, prompt=prompt, sample=html, trust_remote_code=trust_remote_code
+        )
         how = Options(
             resume=resume,
             overwrite=overwrite,
@@ -235,7 +238,8 @@ def prune(
             # a run that goes on has begun to fill the disk, and has fitted before
             announce=Announcement(job, quiet) if estimate and not resume else None,
             progress=progress,
-            measure=Measurement(job, progress, measure=measure, prompt=prompt, sample=html),
+            check=measurement.check,
+            measure=measurement,
         )
         if not dry_run:
             done = run_recipe(job, how)

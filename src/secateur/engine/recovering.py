@@ -81,6 +81,8 @@ def recover_decoder(
     stored = model.dtype
     writer: Any = teacher.model if teacher is not None else model
     text = ranks.on_main(lambda: _text(options, source, tokenizer, text_field, writer))
+    if keeper is not None:
+        ranks.on_main(lambda: keeper.reads(text.info.sha256))
     windows = _split(text, options)
     model.float()
 

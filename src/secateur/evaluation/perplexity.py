@@ -52,6 +52,12 @@ class Perplexity:
         """``perplexity:`` and the source; a file goes by its name."""
         return f"perplexity:{source_name(self.source)}"
 
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: Settings) -> None:
+        """Read the text that ``model`` would be measured on; it may lie on the meta device. Raises what that raises."""
+        check_length(model, settings.length)
+        if self.source != "self":
+            self._tokens(model, tokenizer, settings)
+
     def measure(
         self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
@@ -66,7 +72,16 @@ class Perplexity:
         other = first in settings.tokenizers
         if other and self.source == "self":
             raise UsageError("text that a model writes by itself is that of the dense model: give it as the first")
-        tokens = load_tokens(
+        tokens = self._tokens(None if other else model, tokenizer, settings)
+        losses = {name: self._losses(name, model, tokens, tokenizer, settings) for name, model in models.items()}
+        values = {name: _exp(float(losses_N.mean()), name) for name, losses_N in losses.items()}
+        parts = {name: losses_N.tolist() for name, losses_N in losses.items()}
+        return [Metric(self.name, "", values, False, _protocol(tokens, settings), parts)]
+
+    def _tokens(
+        self, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, settings: Settings
+    ) -> Tokens:
+        return load_tokens(
             self.source,
             tokenizer,
             samples=settings.windows,
@@ -74,13 +89,9 @@ class Perplexity:
             seed=settings.seed,
             split="evaluation",
             text_field=settings.text_field,
-            model=None if other else model,
+            model=model,
             allow_fewer=True,
         )
-        losses = {name: self._losses(name, model, tokens, tokenizer, settings) for name, model in models.items()}
-        values = {name: _exp(float(losses_N.mean()), name) for name, losses_N in losses.items()}
-        parts = {name: losses_N.tolist() for name, losses_N in losses.items()}
-        return [Metric(self.name, "", values, False, _protocol(tokens, settings), parts)]
 
     def _losses(
         self,

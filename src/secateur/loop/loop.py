@@ -48,6 +48,9 @@ class Curve(Protocol):
 class Keeper(Protocol):
     """Keeps what is finished; in memory there is nothing to keep."""
 
+    def reads(self, sha256: str) -> None:
+        """What is trained on has this hash; may refuse another text than that of an earlier sitting."""
+
     def restored(self) -> tuple[Any, Mapping[str, Tensor]] | None:
         """(curve, state) where an earlier sitting ended, or None."""
         return None

@@ -161,6 +161,13 @@ def write_config(model: PreTrainedModel, path: Path, packed: Mapping[str, list[i
 
 
 def _write_config_files(model: PreTrainedModel, path: Path, config: PreTrainedConfig, remote: bool) -> None:
+    # a class of the user's own comes along with its code, and ours only where it is needed
+    ours = type(model).__module__.endswith(_MODELLING_FILE.removesuffix(".py"))
+    if not (remote or ours) and getattr(model, "_auto_class", None) is not None:
+        from transformers.dynamic_module_utils import custom_object_save
+
+        writer: Any = custom_object_save  # which its annotation lets take no config
+        writer(model, str(path), config=config)
     with quiet():
         config.save_pretrained(str(path))
     if remote:

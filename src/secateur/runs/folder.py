@@ -3,6 +3,7 @@
 OUT.run/
   run.json               what is being done: recipe, model, calibration, versions; a resumed run must match it
   step-1/
+    text.sha256          of the tokens that are observed
     journal.jsonl        one line per finished piece of work; nothing counts that isn't in it
     plan/                block-00000.safetensors, ...: the decision about each block; whole-...: what was decided at
                          the end; refit-...: new values of each block after that
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from secateur.engine.keeping import Decision, Keeper, SeenByModule
 from secateur.errors import OutputError
-from secateur.files import sync_folder
+from secateur.files import sync_folder, write_text
 from secateur.methods import Method
 from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen
@@ -94,6 +95,13 @@ class StepFolder:
     def stopping(self) -> bool:
         """Whether a signal has come."""
         return self._stop.made
+
+    def reads(self, sha256: str) -> None:
+        """Note what text is worked on. Raises OutputError where an earlier sitting has read another one."""
+        note = self.path / "text.sha256"
+        if note.is_file() and note.read_text(encoding="utf8") != sha256:
+            raise OutputError(f"the run in {self.path.parent} can't go on: its text has changed since it began")
+        write_text(note, sha256)
 
     def reopen(self) -> None:
         """Read the journal again, which another rank has written to."""
@@ -352,7 +360,8 @@ class RunFolder:
 
     ``document`` says what is being done. Raises OutputError when there is nothing to resume, when the run on disk is
     another one, or when an unfinished run is there and neither ``resume`` nor ``overwrite`` is given. Of several
-    ranks the first makes and removes the folder, and the others open it.
+    ranks the first makes and removes the folder, and the others open it. ``complete`` is set when nothing is left to
+    do but to measure and to write the output.
     """
 
     def __init__(
@@ -360,6 +369,7 @@ class RunFolder:
     ) -> None:
         self.path = run_path(out)
         self.out = out
+        self.complete = False
         self.document = json.loads(json.dumps(document))
         self._parents = [parent for parent in self.path.parents if not parent.exists()]
         self._ranks = ranks
@@ -375,6 +385,11 @@ class RunFolder:
         if head.is_file() and not overwrite:
             raise OutputError(
                 f"{self.path} holds an unfinished run: add --resume to go on with it, or --overwrite to begin again"
+            )
+        if self.path.exists() and not head.is_file() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise OutputError(
+                f"{self.path} is where the run of {self.out} would be kept, and holds something else: rename it, or"
+                " choose another output"
             )
         shutil.rmtree(self.path, ignore_errors=True)
         try:

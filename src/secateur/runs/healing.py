@@ -214,24 +214,31 @@ def heal_step(
     format: str,
     max_shard_size: int,
     device: str,
+    trust_remote_code: bool,
+    earlier: Sequence[Plan],
     stop: StopRequest,
     hint: str,
     ranks: Ranks,
     progress: Progress,
 ) -> tuple[StepResult, Recovered] | None:
-    """Train what a step of a run has written; the first of the ``ranks`` has the result, in a folder of its own."""
+    """Train what a step of a run has written; the first of the ``ranks`` has the result, in a folder of its own.
+
+    ``earlier`` are the plans of the steps before, whose zeros stay, too.
+    """
     started = time.perf_counter()
     step = TrainingFolder(path, stop, hint)
-    if result is not None and ranks.size > 1:
-        result.plan.save(path / "plan", overwrite=True)
+    plans = [*earlier, result.plan] if result is not None else []
+    if ranks.size > 1:
+        for number, plan in enumerate(plans, start=1):
+            plan.save(path / "plan" / f"step-{number}", overwrite=True)
     place = ranks.on_main(lambda: str(result.folder) if result is not None else "")
-    plan = result.plan if result is not None else Plan.load(path / "plan")
-    model, _ = load_model(place, dtype="auto", device=ranks.device(device))
+    plans = plans or _plans_in(path)
+    model, _ = load_model(place, dtype="auto", device=ranks.device(device), trust_remote_code=trust_remote_code)
     recovered = recover_decoder(
         model,
         tokenizer,
         options,
-        plans=[plan],
+        plans=plans,
         teacher=teacher,
         source=calibration,
         text_field=text_field,
@@ -248,7 +255,7 @@ def heal_step(
     plain = not write_model(model, step.out, format, max_shard_size)
     ranks.meet()
     seconds = {**result.seconds, "heal": time.perf_counter() - started}
-    return StepResult(plan.recovered(recovered.record), step.out, plain, {}, seconds), recovered
+    return StepResult(recovered.on(plans)[-1], step.out, plain, {}, seconds), recovered
 
 
 def _plans_in(source: str | Path) -> list[Plan]:

@@ -20,7 +20,10 @@ def hint(out: str | Path) -> str:
 
 @contextmanager
 def kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[StopRequest]:
-    """Keep the folder when the block is left early and something is finished in it; remove it otherwise."""
+    """Keep the folder when the block is left early and something is finished in it; remove it otherwise.
+
+    A mistake of the user ends a run for good, unless it was resumed or all its work is done.
+    """
     with deferred(lambda: _begun(folder), quiet=not ranks.main) as stop:
         try:
             yield stop
@@ -35,7 +38,7 @@ def kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[Sto
             reason = disk_error(error)
             uploading = is_url(folder.out) and isinstance(error, OutputError)
             ours = isinstance(error, SecateurError) and not isinstance(error, RankError)
-            keep = _begun(folder) and (bool(reason) or resumed or not ours)
+            keep = _begun(folder) and (bool(reason) or resumed or folder.complete or not ours)
             if not keep:
                 folder.remove()
             if (uploading or isinstance(error, RankError)) and keep:
@@ -43,6 +46,8 @@ def kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[Sto
             if reason and not uploading:
                 left = hint(folder.out) if keep else "nothing was left behind"
                 raise OutputError(f"can't write {folder.out}: {reason}; {left}") from error
+            if ours and folder.complete and keep:
+                error.args = (f"{error}; {hint(folder.out)}",)
             raise
 
 

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 # (the dense model, the compute dtype), before any work
 Announce = Callable[[Source, torch.dtype], None]
+# (the dense model, its tokenizer), before any work, for what would only fail when all is done
+Check = Callable[[Source, "PreTrainedTokenizerBase | None"], None]
 # (the dense model, its tokenizer, what the last step gave, report to complete)
 Measure = Callable[[Source, "PreTrainedTokenizerBase | None", StepResult, Report], None]
 
@@ -61,6 +63,7 @@ class Options:
     statistics: Path | None = None
     progress: Progress = field(default=lambda stage, done, total: None)
     announce: Announce | None = None
+    check: Check | None = None
     measure: Measure | None = None
 
 
@@ -124,6 +127,9 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
         # it may be a matter of timing, so one rank decides
         fastest = ranks.on_main(lambda: str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch."))
         dtype = previous.get("dtype") or fastest
+        if options.check is not None:
+            check = options.check
+            ranks.on_main(lambda: check(source, tokenizer))
         if options.announce is not None:
             announce = options.announce
             ranks.on_main(lambda: announce(source, getattr(torch, dtype)))
@@ -194,6 +200,7 @@ class _Runner:
         # the next step reads text with what the one before has left
         self._tokenizer = tokenizer
         self._recovered: dict[int, Recovered] = {}
+        self._plans: list[Plan] = []
 
     def run(self) -> Report:
         results, reports = [], []
@@ -206,6 +213,7 @@ class _Runner:
                 results.append(result)
                 reports.append(report)
         self._stop.defer(False)
+        self._folder.complete = True
         return self._ranks.on_main(lambda: self._finish(results, merge_reports(reports)))
 
     def plans(self) -> list[Plan]:
@@ -228,7 +236,11 @@ class _Runner:
                 continue
             before = self._folder.step(number - 1)
             folder = before / "heal" / "out" if self._training(self._recipe.steps[number - 2]) else before / "out"
-            source, _ = open_source(folder, device=_devices(self._recipe, self._ranks))
+            source, _ = open_source(
+                folder,
+                device=_devices(self._recipe, self._ranks),
+                trust_remote_code=self._options.trust_remote_code,
+            )
             try:
                 yield number, step, source
             finally:
@@ -242,6 +254,7 @@ class _Runner:
         self._tokenizer = fitted_to(self._tokenizer, kept)
         training = self._training(step)
         result = result if training is None else self._heal(number, result, training, output)
+        self._plans += [result.plan] if result else []
         return replace(result, tokenizer=self._tokenizer) if result else None
 
     def _training(self, step: Step) -> RecoveryOptions | None:
@@ -267,6 +280,8 @@ class _Runner:
             format=output.format,
             max_shard_size=output.max_shard_size,
             device=self._recipe.device,
+            trust_remote_code=self._options.trust_remote_code,
+            earlier=self._plans,
             stop=self._stop,
             hint=hint(self._folder.out),
             ranks=self._ranks,
@@ -283,6 +298,8 @@ class _Runner:
         # one rank reads, so that a text that is fetched or sampled is the same for all
         observes = method.uses_data or (allocation and allocation.needs_text)
         tokens = self._ranks.on_main(lambda: self._tokens(source)) if observes else None
+        if tokens is not None:
+            self._ranks.on_main(lambda: folder.reads(tokens.info.sha256))
         return folder, method, source, tokens
 
     def _how(self, step: Step) -> dict[str, Any]:
@@ -303,7 +320,12 @@ class _Runner:
         model: Any = source.model
         if data.source == "self" and isinstance(source, CheckpointSource):
             # only a whole model writes text
-            model, _ = load_model(source.folder, dtype="auto", device=self._recipe.device)
+            model, _ = load_model(
+                source.folder,
+                dtype="auto",
+                device=self._recipe.device,
+                trust_remote_code=self._options.trust_remote_code,
+            )
         return load_tokens(
             data.source,
             self._tokenizer,

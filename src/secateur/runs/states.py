@@ -42,6 +42,9 @@ class StateKeeper(Keeper):
         # the first step is kept at once: from then on nothing is lost
         self._last = float("-inf")
 
+    def reads(self, sha256: str) -> None:
+        self._step.reads(sha256)
+
     def restored(self) -> tuple[Any, Mapping[str, Tensor]] | None:
         # nobody reads while somebody writes
         self._ranks.meet()

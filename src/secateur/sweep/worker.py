@@ -137,7 +137,7 @@ class Worker:
                         self._table({point.name: result.model}, self._job.untrained, {point.name: result.tokenizer})
                     )
                 with PeakMemory(self._job.device) as memory:
-                    result = api.train_cut(result, training, teacher=dense if first else None, **arguments)
+                    result = api.train_cut(result, training, teacher=dense, earlier=plans, **arguments)
                 peaks.append(memory.bytes)
             current, own = result.model, result.tokenizer
             plans.append(result.plan)
