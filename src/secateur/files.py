@@ -29,6 +29,8 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
     folder = Path(place(folder))
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; give a folder that doesn't exist yet")
+    if folder.is_dir() and Path.cwd().is_relative_to(folder.resolve()):
+        raise OutputError(f"{folder} is the folder that you are in, and is replaced as a whole: give one inside of it")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise OutputError(f"{folder} exists and is not empty: choose another folder, or pass --overwrite")
 

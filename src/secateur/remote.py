@@ -39,17 +39,17 @@ def is_url(folder: str | Path) -> bool:
 
 
 def place(folder: str | Path) -> Path | str:
-    """A local folder as Path, ``file://`` included; any other URL as it is.
+    """A local folder as Path, ``file://`` included, and what a link leads to; any other URL as it is.
 
     Raises UsageError for a URL in a Path, which has lost one of its slashes.
     """
     if is_url(folder):
         return str(folder).rstrip("/")
-    if isinstance(folder, Path):
-        if found := re.match(r"([a-z][\w+.-]+):/", folder.as_posix()):
-            raise UsageError(f"{folder}: give a URL as text, '{found[1]}://…', not as a Path")
-        return folder
-    return Path(re.sub(rf"^({'|'.join(_LOCAL)})://", "", folder))
+    if isinstance(folder, Path) and (found := re.match(r"([a-z][\w+.-]+):/", folder.as_posix())):
+        raise UsageError(f"{folder}: give a URL as text, '{found[1]}://…', not as a Path")
+    path = Path(re.sub(rf"^({'|'.join(_LOCAL)})://", "", folder) if isinstance(folder, str) else folder)
+    # a link would be renamed and replaced instead of the folder that it stands for, and "." has no name
+    return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
 
 
 def check_remote(url: str, overwrite: bool = False) -> None:

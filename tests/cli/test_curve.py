@@ -112,6 +112,14 @@ def test_misuse_is_one_line_and_code_2(cli, arguments, said, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_budget_is_a_curve_too(cli, tiny_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    asked = ["--method", "magnitude_sp", "--budget", "params", "--sparsities", "0.2,0.4"]
+    run = cli("curve", tiny_checkpoint, *asked, *QUICK, "--out", out)
+    assert run.code == 0, run.err
+    assert {0.2, 0.4} <= {point["sparsity"] for point in document(out)["curves"][0]["points"]}
+
+
 def test_ranges_and_lists():
     assert parse_sparsities("0.1:0.7", 4) == [0.1, 0.3, 0.5, 0.7]
     assert parse_sparsities("0.5, 0.3", 4) == [0.3, 0.5]

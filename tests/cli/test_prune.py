@@ -238,3 +238,61 @@ def test_a_repair_that_is_not_possible_is_refused(cli, no_loading, arguments, sa
     run = cli("prune", "m", *arguments, "--dry-run")
     assert (run.code, run.err.count("\n")) == (2, 1)
     assert said in run.err
+
+
+def test_a_link_stays_a_link(cli, tiny_checkpoint, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    asked = ("prune", tiny_checkpoint, "--method", "magnitude", "--no-measure", *QUICK, "--quiet", "--out")
+    for more in ([], ["--overwrite"]):
+        run = cli(*asked, tmp_path / "link", *more)
+        assert run.code == 0, run.err
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_the_working_folder_is_no_output(cli, tiny_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "..", tmp_path / "here"):
+        run = cli("prune", tiny_checkpoint, "--method", "magnitude", *QUICK, "--out", out, "--overwrite")
+        assert run.code == 1 and "is the folder that you are in" in run.err
+        run = cli("convert", tiny_checkpoint, "--out", out, "--overwrite")
+        assert run.code == 1 and "is the folder that you are in" in run.err
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_layers_of_their_own_sizes_are_pruned_again(cli, tiny_checkpoint, tmp_path):
+    quick = (*QUICK, "--no-measure", "--quiet")
+    run = cli("prune", tiny_checkpoint, "--method", "flap", "--sparsity", 0.3, *quick, "--out", tmp_path / "cut")
+    assert run.code == 0, run.err
+    again = ("--method", "wanda", "--sparsity", 0.5)
+    run = cli("prune", tmp_path / "cut", *again, *quick, "--out", tmp_path / "twice")
+    assert run.code == 0, run.err
+    assert cli("estimate", tmp_path / "cut", *again).code == 0
+
+
+def test_a_model_with_few_positions_still_writes_its_sentence(cli, make_llama, tiny_tokenizer, tmp_path):
+    from families import make_tiny
+
+    model = make_tiny("opt", vocab_size=512, max_position_embeddings=40)
+    api.save(model, tiny_tokenizer, tmp_path / "opt")
+    asked = ("--method", "wanda", "--sparsity", 0.5, "--samples", 2, "--length", 32, "--prompt", "one two three " * 40)
+    run = cli("prune", tmp_path / "opt", *asked, "--no-report", "--out", tmp_path / "out")
+    assert run.code == 0, run.err
+    (sample,) = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf8"))["samples"]
+    assert set(sample["outputs"]) == {"dense", "pruned"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("only three words", "fewer than one window of 32"), (None, "does not exist")],
+)
+def test_text_that_cannot_be_measured_on_is_said_first(cli, tiny_checkpoint, tmp_path, text, said):
+    path = tmp_path / "text.txt"
+    if text:
+        path.write_text(text, encoding="utf8")
+    asked = ("--method", "magnitude", "--evaluate", f"perplexity:{path}", *QUICK, "--out", tmp_path / "out")
+    run = cli("prune", tiny_checkpoint, *asked)
+    assert run.code == 1 and said in run.err and "prune" not in run.err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()

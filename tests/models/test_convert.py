@@ -182,3 +182,12 @@ def test_commands_read_pickles_on_request(cli, tmp_path: Path, command: str) -> 
     assert run.code == 1 and "--allow-pickle" in run.err and run.err.count("\n") == 1
     run = cli(*command.split(), *arguments, "--quiet", "--allow-pickle")
     assert run.code == 0, run.err
+
+
+def test_a_url_of_this_machine_and_one_of_a_store(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    cut = sc.save(tiny("llama"), None, tmp_path / "in")
+    folder = sc.convert(cut, f"file://{tmp_path}/there")
+    assert folder == tmp_path / "there" and (folder / "model.safetensors").is_file()
+    assert sc.convert(cut, "memory://converted/model") == "memory://converted/model"
+    assert "model.safetensors" in {Path(p).name for p in fsspec.filesystem("memory").find("/converted/model")}

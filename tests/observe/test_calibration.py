@@ -180,6 +180,13 @@ def test_rows_without_an_eos_token_are_joined_by_newlines(tmp_path: Path, make_t
     assert torch.equal(tokens.ids.flatten(), ids_of("\n\n".join(r["text"] for r in ROWS), tokenizer)[:40])
 
 
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "half \\ud83d of one, all \\ud83d\\ude00 of another"}\n' * 20)
+    tokens = load_tokens(path, tiny_tokenizer, samples=2, length=20)
+    joined = ids_of("</s>".join(["half \ufffd of one, all \U0001f600 of another"] * 20), tiny_tokenizer)
+    assert torch.equal(tokens.ids.flatten(), joined[:40])
+
+
 def test_text_field_names_the_column(tmp_path: Path, tiny_tokenizer: Any) -> None:
     path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"q": "a b", "a": TEXT[:300]}) for _ in range(9)))
     tokens = load_tokens(path, tiny_tokenizer, samples=1, length=20, text_field="a")
@@ -206,6 +213,9 @@ BAD_FILES = {
     "short": ("a.txt", b"one two three four five", "tokens, fewer than one window of 32"),
     "bad line": ("a.jsonl", jsonl('{"text": "a"}', "{oops"), "calibration file a.jsonl, line 2 is not valid JSON"),
     "bad json": ("a.json", b'[{"text": "a"},', "is not valid JSON"),
+    "deep": ("a.jsonl", b"[" * 100_000, "line 1 is not valid JSON: it is nested too deeply"),
+    "deep file": ("a.json", b"[" * 100_000, "a.json is not valid JSON: it is nested too deeply"),
+    "long number": ("a.jsonl", b'{"text": 1' + b"0" * 5000 + b"}", "line 1 is not valid JSON: Exceeds the limit"),
     "no column": ("a.jsonl", jsonl('{"q": "a", "a": "b"}'), "no column 'text'; name one with text_field"),
     "columns named": ("a.jsonl", jsonl('{"q": "a", "a": "b"}'), "(its columns: q, a)"),
     "gap": ("a.jsonl", jsonl('{"text": "a"}', "", '{"other": "b"}'), "line 3 has no text in 'text'"),

@@ -27,6 +27,7 @@ from secateur.cli.options import (
     TrustRemoteCode,
     Windows,
     check_resume,
+    joined,
     load_plugins,
 )
 from secateur.cli.output import print_json, show, show_notes, working
@@ -97,7 +98,8 @@ def curve(
     if within is not None and not within > 1:
         raise UsageError(f"--within is a factor above 1, got {within:g}: 1.2 allows a fifth more perplexity")
     load_plugins(plugin)
-    step = {"method": method, "budget": budget, "allocate": allocate, "options": own_options(options, effort=effort)}
+    own = own_options(options, effort=effort)
+    step = {"method": method, "budget": joined(budget), "allocate": allocate, "options": own}
     data = {"source": calibration, "samples": samples, "length": length, "seed": seed}
     recipe = {
         "model": model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from secateur.models.decoders import decoder_anatomy, family_of
+from secateur.models.decoders import decoder_anatomy, family_of, typed_blocks
 from secateur.models.sources import CheckpointSource, Source
 from secateur.structure import Anatomy
 
@@ -104,11 +104,10 @@ def sizes_of(source: Source, *, streamed: bool | None = None, heads: str = "kv")
         )
     embedding: Tensor = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    config = model.config.get_text_config()
     return Sizes(
         blocks=tuple(blocks),
         hidden=embedding.shape[1],
-        attention=_attention_width(config, embedding.shape[1]),
+        attention=_attention_width(model, embedding.shape[1]),
         vocabulary=embedding.shape[0],
         embedding=embedding.numel() * embedding.element_size(),
         outside_entries=anatomy.total.params - sum(block.entries for block in blocks),
@@ -150,6 +149,10 @@ def _inputs(model: Any, anatomy: Anatomy, layer: int, prefix: str) -> tuple[Inpu
     )
 
 
-def _attention_width(config: Any, hidden: int) -> int:
+def _attention_width(model: Any, hidden: int) -> int:
+    """Channels of all query heads together, of the layer that has most of them."""
+    if family_of(model) is not None:
+        return max((b.heads * b.head_dim for b in typed_blocks(model) if b.has_attention), default=hidden)
+    config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0) or 0
     return heads * (getattr(config, "head_dim", None) or hidden // max(heads, 1)) or hidden

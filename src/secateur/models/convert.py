@@ -21,6 +21,7 @@ from secateur.models.saving import FORMATS, copy_modelling_file, save_model, sav
 from secateur.models.shards import parse_size, write_shards
 from secateur.models.skeleton import Checkpoint
 from secateur.models.weightfiles import has_safetensors
+from secateur.remote import place
 from secateur.tensorfiles import Made, Source
 
 # what belongs to a checkpoint beside its weights and config
@@ -59,7 +60,7 @@ def convert_model(
         checkpoint = open_folder(source, trust_remote_code)
         if _streamable(checkpoint):
             with quiet():
-                return _stream(checkpoint, Path(folder), format, shard_bytes, overwrite)
+                return _stream(checkpoint, folder, format, shard_bytes, overwrite)
     model, tokenizer = loading.load_model(
         name, dtype="auto", trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     )
@@ -83,7 +84,9 @@ def _streamable(checkpoint: Checkpoint) -> bool:
     return identical and not mapped and not checkpoint.converted and not checkpoint.model.is_custom_code()
 
 
-def _stream(checkpoint: Checkpoint, folder: Path, format: str, max_shard_size: int, overwrite: bool) -> Path:
+def _stream(
+    checkpoint: Checkpoint, folder: str | Path, format: str, max_shard_size: int, overwrite: bool
+) -> Path | str:
     layout = layout_of(checkpoint.model)
     sources, shapes = _packed(checkpoint) if format == "packed" else (_dense(checkpoint), {})
     if shapes:
@@ -95,10 +98,10 @@ def _stream(checkpoint: Checkpoint, folder: Path, format: str, max_shard_size: i
         if remote:
             copy_modelling_file(path)
         _copy_companions(checkpoint.folder, path)
-        card = model_card(folder.name, base_name=checkpoint.folder.name, format=format, remote=remote)
+        card = model_card(Path(place(folder)).name, base_name=checkpoint.folder.name, format=format, remote=remote)
         (path / "README.md").write_text(card, encoding="utf8")
         write_manifest(path, {name: tally.sha256 for name, tally in tallies.items()})
-    return folder
+    return place(folder)
 
 
 def _dense(checkpoint: Checkpoint) -> dict[str, Source]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import DataError, nearest, require_extra
+from secateur.errors import DataError, first_line, nearest, require_extra
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text_file(
@@ -31,7 +34,8 @@ def read_text_file(
         return _not_blank(_decode(data, where), where), "file as it is"
     separator = eos or "\n\n"
     name = "the eos token" if eos else "two newlines"
-    text = separator.join(rows(data, where, text_field))
+    # half of a pair of surrogates, which JSON of web crawls holds, is no character that a tokenizer takes
+    text = _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", separator.join(rows(data, where, text_field)))
     return _not_blank(text, where), f"rows joined by {name}"
 
 
@@ -88,8 +92,8 @@ def _jsonl_rows(data: bytes, where: str, text_field: str | None) -> list[str]:
             continue
         try:
             rows.append((f"line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}, line {number} is not valid JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}, line {number} is not valid JSON: {_wrong(error)}") from None
     return _texts(rows, where, text_field)
 
 
@@ -100,9 +104,18 @@ def _json_rows(data: bytes, where: str, text_field: str | None) -> list[str]:
         if error.msg == "Extra data":  # one object a line under the name .json
             return _jsonl_rows(data, where, text_field)
         raise DataError(f"{where} is not valid JSON: {error.msg} in line {error.lineno}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not valid JSON: {_wrong(error)}") from None
     if not isinstance(document, list):
         document = [document]
     return _texts([(f"entry {number}", row) for number, row in enumerate(document, start=1)], where, text_field)
+
+
+def _wrong(error: Exception) -> str:
+    """What a reader of JSON minds."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
 def _parquet_rows(data: bytes, where: str, text_field: str | None) -> list[str]:
