@@ -204,6 +204,43 @@ def test_recurrent_layers_follow():
     assert (cut.lstm.input_size, cut.lstm.hidden_size, cut.gru.input_size) == (5, 3, 3)
 
 
+class InitialState(nn.Module):
+    """A state to start from is learned."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn, self.c = kind(4, 5, num_layers=2, batch_first=True), nn.Linear(5, 2)
+        self.start = nn.Parameter(torch.zeros(2, 1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.start.expand(-1, len(x), -1).contiguous()
+        return self.c(self.rnn(x, (start, start) if isinstance(self.rnn, nn.LSTM) else start)[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_initial_states_keep_their_layers_and_batch(kind):
+    found = pruned(randomised(InitialState(kind)), images(3, 3, 4))
+    assert {g.name: g.units for g in found.anatomy.groups} == {"rnn.weight_ih_l0": 5}
+    check(found)
+    assert own(found).start.shape == (2, 1, 3)
+
+
+class BatchOfChannels(nn.Module):
+    """Every channel is a sequence of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.gru = nn.Conv1d(3, 6, 1), nn.GRU(1, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(self.a(x).flatten(0, 1).unsqueeze(-1))[0].sum(0)
+
+
+def test_channels_that_are_a_batch_of_sequences_stay():
+    found = pruned(randomised(BatchOfChannels()), images(1, 3, 5))
+    assert {g.name for g in found.anatomy.groups} == set()
+
+
 class TorchAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

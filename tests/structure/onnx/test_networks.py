@@ -143,6 +143,18 @@ def test_recurrent_layers(kind: str, gates: int, directions: int) -> None:
     assert groups(anatomy) == {"embed": 4, "w0": 6, "w1": 6}
 
 
+@pytest.mark.parametrize("kind, gates", [("LSTM", 4), ("GRU", 3)])
+def test_initial_states_keep_their_directions_and_batch(kind: str, gates: int) -> None:
+    net = Net(5, 3, 4)
+    weights = [net.weight(*s, name=n) for s, n in (((2, gates * 6, 4), "w"), ((2, gates * 6, 6), "r"))]
+    made = net(
+        kind, "x", *weights, "", "", net.weight(2, 3, 6, name="h0"), outputs=2, hidden_size=6, direction="bidirectional"
+    )
+    x = net("Reshape", net("Transpose", made[0], perm=[0, 2, 1, 3]), net.ints(0, 0, -1))
+    anatomy = holds(net.model(net.dense(x, 12, 2, name="head")))
+    assert groups(anatomy) == {"w": 6}
+
+
 def test_embedding_and_einsum() -> None:
     from onnx import TensorProto
 

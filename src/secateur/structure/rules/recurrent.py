@@ -18,8 +18,8 @@ def recurrent(trace: Trace, call: Call) -> list[Value]:
     states = states if isinstance(states, list) else [states]
     layers = call["num_layers"]
     each = len(parameters) // (layers * directions)
-    # a step whose input is zero still changes the state
-    trace.units.pin(x.dims[1 if call["batch_first"] else 0], f"{call.where} steps along it")
+    # a step whose input is zero still changes the state, and the states have the batch of the input
+    trace.pin(Value(x.dims[:-1]), "a step of a sequence or a batch")
     inputs: Labels = x.dims[-1]
     hidden: list[Labels] = []
     for layer in range(layers):
@@ -38,6 +38,7 @@ def recurrent(trace: Trace, call: Call) -> list[Value]:
         weight = parameters[at * each]
         _same_hidden(trace, weight, cell, gates)
     for state in states:
+        trace.pin(Value(state.dims[:-1]), "a layer, a direction or a batch")
         trace.units.join(state.dims[-1], cell if len(state.dims[-1]) == len(cell) else last.dims[0])
     batch = x.dims[:-1]
     output = Value((*batch, np.concatenate(everything) if directions == 2 else cell))

@@ -30,6 +30,7 @@ def recurrent(trace: OnnxTrace, call: Call) -> list[Value]:
     for state in initial:
         if state is not None:
             units.join(state.dims[2], hidden)
+            trace.pin(Value(state.dims[:2]), "a direction or a batch")
     for given in (w, r, bias, peepholes):
         if given is not None:
             units.pin(given.dims[0], "a direction")
