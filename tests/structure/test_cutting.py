@@ -204,6 +204,30 @@ def test_recurrent_layers_follow():
     assert (cut.lstm.input_size, cut.lstm.hidden_size, cut.gru.input_size) == (5, 3, 3)
 
 
+class Projected(nn.Module):
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.lstm, self.b = nn.LSTM(6, 5, num_layers=2, proj_size=3, batch_first=True, **options), nn.LazyLinear(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.lstm(self.a(x))[0]))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"bidirectional": True}])
+def test_projected_hidden_states_stay(options):
+    module = Projected(**options)
+    module(torch.zeros(2, 3, 4))
+    found = pruned(randomised(module), images(2, 3, 4), {"b": [0, 2]})
+    check(found)
+    assert own(found).lstm.hidden_size == 5
+    assert {g.name for g in found.anatomy.groups} == {"b"}
+    reasons = {f.name: f.reason for f in found.anatomy.frozen}
+    assert "its hidden state is projected" in reasons["a.weight dim 0"]
+    assert "its hidden state is projected" in reasons["lstm.weight_hr_l0 dim 0"]
+
+
 class InitialState(nn.Module):
     """A state to start from is learned."""
 

@@ -93,7 +93,8 @@ def state_sizes(module: nn.Module) -> None:
             part.num_parameters = len(part.weight)
         elif isinstance(part, nn.RNNBase):
             part.input_size = part.weight_ih_l0.shape[1]  # type: ignore[union-attr]
-            part.hidden_size = part.weight_hh_l0.shape[1]  # type: ignore[union-attr]
+            if not part.proj_size:
+                part.hidden_size = part.weight_hh_l0.shape[1]  # type: ignore[union-attr]
             part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
         elif isinstance(part, nn.MultiheadAttention):
             _state_attention(part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from secateur.structure.trace import Call, Trace, Value, rule
+from secateur.structure.trace import Call, NoRule, Trace, Value, rule
 from secateur.structure.units import Labels
 
 GATES = {"aten::lstm": 4, "aten::gru": 3, "aten::rnn_tanh": 1, "aten::rnn_relu": 1}
@@ -32,14 +32,13 @@ def recurrent(trace: Trace, call: Call) -> list[Value]:
     for labels in everything[1:]:
         # states of the two directions lie in one tensor
         trace.units.join(everything[0], labels)
-    last = parameters[each - 1 - (each % 2)]
     cell = everything[0]
     for at in range(0, layers * directions):
         weight = parameters[at * each]
         _same_hidden(trace, weight, cell, gates)
     for state in states:
         trace.pin(Value(state.dims[:-1]), "a layer, a direction or a batch")
-        trace.units.join(state.dims[-1], cell if len(state.dims[-1]) == len(cell) else last.dims[0])
+        trace.units.join(state.dims[-1], cell)
     batch = x.dims[:-1]
     output = Value((*batch, np.concatenate(everything) if directions == 2 else cell))
     return [output, *(Value((*states[0].dims[:-1], cell)) for _ in call.shapes[1:])]
@@ -50,11 +49,11 @@ def _cell(
 ) -> Labels:
     w_input, w_hidden, *rest = parameters
     hidden = w_hidden.dims[1]
-    trace.units.join(w_input.dims[1], inputs)
-    for rows in (w_input.dims[0], w_hidden.dims[0], *(b.dims[0] for b in rest[:2] if biased)):
-        trace.units.join(rows, np.tile(hidden, gates))
     if len(rest) > (2 if biased else 0):
-        trace.units.pin(hidden, "a projected hidden state")
+        raise NoRule("its hidden state is projected")
+    trace.units.join(w_input.dims[1], inputs)
+    for rows in (w_input.dims[0], w_hidden.dims[0], *(b.dims[0] for b in rest)):
+        trace.units.join(rows, np.tile(hidden, gates))
     trace.count(call, *x.dims[:-1], w_input.dims[0], w_input.dims[1])
     trace.count(call, *x.dims[:-1], w_hidden.dims[0], w_hidden.dims[1])
     return hidden
