@@ -101,6 +101,20 @@ def test_same_arguments_give_the_same_bytes_and_leave_the_module_alone(method, t
     assert all(p.grad is None for p in module.parameters())
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if get_method(m).needs])
+def test_frozen_parameters_are_scored_like_others(method):
+    module, x, data = made("residual")
+    for parameter in [*module.parameters()][::2]:
+        parameter.requires_grad_(False)
+    before = [p.requires_grad for p in module.parameters()]
+    chosen = make_method(method, {"sparsity": 0.4})
+    plan = ModuleNetwork.open(module, Example((x,)), heads=chosen.heads, ignore=()).plan(chosen, Asked(data))
+    assert not plan.diff(usual(method)[1])
+    assert all(torch.equal(s, usual(method)[1].scores[name]) for name, s in plan.scores.items())
+    assert [p.requires_grad for p in module.parameters()] == before
+    assert all(p.grad is None for p in module.parameters())
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("scope", ["global", "uniform"])
 def test_the_budget_is_met_within_one_unit(budget, scope):

@@ -9,6 +9,7 @@ from torch import nn
 import secateur as sc
 from channel_networks import Residual
 from secateur.criteria.groups import NORMALIZERS, REDUCTIONS, reduce_slices
+from secateur.errors import DataError
 from secateur.methods import Coupled, Part, make_method
 from secateur.networks.applying import module_anatomy
 from secateur.networks.example import Example
@@ -219,6 +220,17 @@ def test_gradients_are_the_mean_over_batches(chain):
     told = learned(module, halves, lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), ("gradient",), False)[0]
     whole = gradients(module, x, y)
     assert all(torch.allclose(told["gradient"][n], g) for n, g in whole.items())
+
+
+def test_frozen_parameters_have_gradients_and_stay_frozen(chain):
+    module, x, y = chain
+    whole = gradients(module, x, y)
+    module.a.requires_grad_(False)
+    told = learned(module, [(x, y)], cross_entropy, ("gradient",), False)[0]["gradient"]
+    assert told.keys() == whole.keys() and all(torch.allclose(told[n], g) for n, g in whole.items())
+    with pytest.raises(DataError, match="scalar"):
+        learned(module, [(x, y)], lambda module, batch: module(batch[0]), ("gradient",), False)
+    assert [n for n, p in module.named_parameters() if not p.requires_grad] == ["a.weight", "a.bias"]
 
 
 def test_reductions_and_normalisers():

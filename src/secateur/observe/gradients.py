@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,15 +37,17 @@ def learned(
 
     ``curvature`` is H g. ``diagonal`` estimates that of H by ``probes`` products with random signs, drawn from
     ``seed``: mean of z * (H z) (Hutchinson 1989; Bekas et al. 2007, eq. 5), which is exact for a diagonal H.
-    The module is in evaluation mode and its ``.grad`` aren't touched. Raises DataError without data, NonFiniteError.
+    The module is in evaluation mode and its ``.grad`` aren't touched; frozen parameters are told of like others.
+    Raises DataError without data, NonFiniteError.
     """
-    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    # removing a frozen channel changes the loss too
+    parameters = {n: p for n, p in module.named_parameters() if p.is_floating_point() or p.is_complex()}
     found: list[Learned] = []
     count = 0
     signs = torch.Generator().manual_seed(seed)
     for batch in batches(data):
         # fused attention has no second derivative
-        with sdpa_kernel(SDPBackend.MATH) if _SECOND & set(needs) else nullcontext():
+        with _unfrozen(parameters), sdpa_kernel(SDPBackend.MATH) if _SECOND & set(needs) else nullcontext():
             one = _of_batch(module, batch, loss, parameters, needs, probes, signs)
         count += 1
         if per_batch or count == 1:
@@ -63,6 +65,19 @@ def learned(
                 if not all_finite(tensor):
                     raise NonFiniteError(f"the {kind} of {name} holds NaN or inf: look at the data and the loss")
     return [{kind: _under_all_names(module, tensors) for kind, tensors in one.items()} for one in found]
+
+
+@contextmanager
+def _unfrozen(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Gradients reach all parameters within the block, and those that they did before behind it."""
+    frozen = [p for p in parameters.values() if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _under_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
