@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import secateur as sc
 from cut_networks import Pruned, check, difference, images, pruned, randomised, tokens
 from secateur.errors import PlanError
+from secateur.networks.applying import copied
 from secateur.structure.graphcut import cut_graph
 from secateur.structure.modulecut import Different, cut_module
 from secateur.structure.resize import Cut
@@ -202,6 +204,29 @@ def test_recurrent_layers_follow():
     check(found)
     cut = own(found)
     assert (cut.lstm.input_size, cut.lstm.hidden_size, cut.gru.input_size) == (5, 3, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated in favor of:FutureWarning")
+@pytest.mark.parametrize(
+    ("norm", "ratios", "rows"),
+    [(nn.utils.weight_norm, {"2": 0.4}, 6), (nn.utils.spectral_norm, {"0.bias": 0.5, "2": 0.4}, 3)],
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_modules_with_old_norms_of_weights_are_copied(norm, ratios, rows, inplace):
+    module = randomised(nn.Sequential(norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)))
+    inputs = images(2, 4)
+    # leaves a weight behind that autograd made
+    before = module(*inputs)
+    before.sum().backward()
+    plan = sc.plan(module, example_inputs=inputs, method="spa_l1", ratios=ratios, budget="channels", sparsity=0.0)
+    masked = sc.apply(plan, module, mask=True)
+    assert torch.equal(module(*inputs), before)
+    cut = sc.apply(plan, module, inplace=inplace)
+    assert cut[0].weight.shape == (rows, 4)
+    assert (cut[0].out_features, cut[2].in_features, cut[2].out_features) == (rows, rows, 3)
+    with torch.no_grad():
+        assert difference(cut(*inputs), masked(*inputs)) < 1e-12
+        assert difference(copied(cut)(*inputs), masked(*inputs)) < 1e-12
 
 
 class Projected(nn.Module):

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from secateur.errors import SecateurError
 from secateur.structure.exporting import export
@@ -40,6 +42,7 @@ def cut_module(cut: Cut, graph: fx.GraphModule, args: Any, kwargs: Mapping[str, 
         for (path, name), value in edits.items():
             setattr(module.get_submodule(path), name, value)
         # parameters know better than a guess
+        _recompute(module)
         state_sizes(module)
         try:
             _prove(graph, module, args, kwargs, cut.trace.dynamic_shapes)
@@ -53,7 +56,10 @@ def cut_module(cut: Cut, graph: fx.GraphModule, args: Any, kwargs: Mapping[str, 
 def shell(module: nn.Module) -> nn.Module:
     """A copy of a module that shares its tensors."""
     tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(t): t for t in tensors})
+    attributes = [v for part in module.modules() for v in part.__dict__.values() if isinstance(v, Tensor)]
+    # what was computed from parameters, as old hooks leave it, can't be copied; it is computed again
+    computed = {id(v): v.detach() for v in attributes if not v.is_leaf}
+    return copy.deepcopy(module, computed | {id(t): t for t in tensors})
 
 
 def _put_tensors(cut: Cut, module: nn.Module) -> None:
@@ -70,6 +76,17 @@ def _put_tensors(cut: Cut, module: nn.Module) -> None:
                 made = cut_tensor(cut, value, tensor)
                 done[id(tensor)] = done[id(made)] = made
             setattr(owner, leaf, done[id(tensor)])
+
+
+def _recompute(module: nn.Module) -> None:
+    """The old ``weight_norm`` and ``spectral_norm`` of torch leave the weight of the last call behind."""
+    with torch.no_grad():
+        for part in module.modules():
+            for hook in part._forward_pre_hooks.values():
+                if isinstance(hook, WeightNorm):
+                    setattr(part, hook.name, hook.compute_weight(part))
+                elif isinstance(hook, SpectralNorm):
+                    setattr(part, hook.name, hook.compute_weight(part, do_power_iteration=False))
 
 
 def state_sizes(module: nn.Module) -> None:
