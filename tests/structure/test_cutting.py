@@ -206,6 +206,33 @@ def test_recurrent_layers_follow():
     assert (cut.lstm.input_size, cut.lstm.hidden_size, cut.gru.input_size) == (5, 3, 3)
 
 
+class Auxiliary(nn.Module):
+    """A second head that only training has, and a layer of two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+        self.aux, self.again = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), self.b
+        self.spare = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.a(x))
+        out = self.c(torch.relu(self.b(x)))
+        return (out, self.aux(x)) if self.training else out
+
+
+def test_parameters_that_only_training_reads_stay_and_are_named():
+    module, inputs = randomised(Auxiliary()), images(2, 4)
+    found = pruned(module, inputs)
+    assert {g.name for g in found.anatomy.groups} == {"a", "b"}
+    reasons = {f.name: f.reason for f in found.anatomy.frozen}
+    assert reasons["aux.0.weight dim 1"] == reasons["spare dim 0"] == "the traced forward never reads it"
+    assert own(found).aux[0].weight.shape == (8, 6)
+    result = sc.prune(module, example_inputs=inputs, method="spa_l1", sparsity=0.3)
+    (note,) = result.report.notes
+    assert note.startswith("aux, spare: read in training only, if at all, ")
+
+
 @pytest.mark.filterwarnings("ignore:.*is deprecated in favor of:FutureWarning")
 @pytest.mark.parametrize(
     ("norm", "ratios", "rows"),

@@ -33,6 +33,8 @@ from secateur.structure.groups import TracedAnatomy
 from secateur.structure.resize import Cut
 
 _NOTHING = Asked()
+_NAMED = 3
+"""Modules that a note names."""
 _OF_INPUTS = frozenset({"inputs", "maps"})
 """What methods need that a walk over the dense network tells, without gradients."""
 
@@ -70,8 +72,26 @@ def plan_module(
         asked=asked,
         latencies=latencies,
     )
-    plan = noted(plan, unmapped(observed.maps))
+    plan = noted(plan, [*unmapped(observed.maps), *_unread(anatomy)])
     return fitted(chosen, plan, seen, calibration) if seen else plan
+
+
+def _unread(anatomy: TracedAnatomy) -> list[str]:
+    """A note on modules and parameters that are no part of what was traced."""
+    module, unread = anatomy.trace.module, set(anatomy.trace.unread())
+    inside = {path: {n for n, _ in part.named_parameters(path)} for path, part in module.named_modules() if path}
+    inside |= {name: {name} for name, _ in module.named_parameters()}
+    found: list[str] = []
+    for place, names in inside.items():
+        if names and names <= unread and not any(place.startswith(f"{outer}.") for outer in found):
+            found.append(place)
+    if not found:
+        return []
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return [
+        f"{', '.join(found[:_NAMED])}{more}: read in training only, if at all, so channels that are inputs there may"
+        " leave while these parameters stay as they are"
+    ]
 
 
 def _fitting(method: ChannelMethod) -> Fitting:

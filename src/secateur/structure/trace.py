@@ -120,6 +120,12 @@ class Trace(Traced):
         found = self.values[node]
         return found if isinstance(found, Value) else found[0]
 
+    def unread(self) -> list[str]:
+        """Parameters and buffers that no call reads, under none of their names."""
+        placed = [n for n in self.graph.nodes if n.op == "get_attr" and str(n.target) in self.parameters]
+        read = {id(self.values[n]) for n in placed if n.users}
+        return [str(n.target) for n in placed if id(self.values[n]) not in read]
+
     def calls(self) -> Iterator[fx.Node]:
         """The nodes that compute, in order."""
         yield from (n for n in self.graph.nodes if n.op == "call_function")
@@ -159,6 +165,8 @@ def trace(
             found.values[node] = _apply_rule(found, node)
     for node in found.graph.output_node().all_input_nodes:
         found.pin(found.values[node], "output of the network")
+    for name in found.unread():
+        found.pin(found.parameters[name], "the traced forward never reads it")
     return found
 
 
