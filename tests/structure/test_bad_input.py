@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from cut_networks import anatomy_of, check, images, pruned, randomised, tokens
 from secateur.errors import UnsupportedModelError, UsageError
+from secateur.networks.applying import module_anatomy
+from secateur.networks.example import Example
 from secateur.structure.graphcut import Reference
 from secateur.structure.groups import traced_anatomy
 from secateur.structure.trace import RULES, Call, NoRule, Trace, Value, rule, trace
@@ -98,6 +100,29 @@ def test_inputs_that_do_not_fit(inputs, says):
         trace(module, inputs)
     assert "\n" not in str(refusal.value)
     assert same(before, state(module))
+
+
+class Cached(nn.Module):
+    """What was seen before may be nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        return self.b(torch.cat([self.a(x), past.flatten(2)], 1))
+
+
+def test_an_empty_batch():
+    with pytest.raises(UsageError, match=r"^the example inputs hold no entries, as with an empty batch: give a batch"):
+        module_anatomy(Plain(), Example((torch.zeros(0, 3, 8, 8),)))
+
+
+def test_a_tensor_without_entries_keeps_its_sizes():
+    module, inputs = randomised(Cached()), (*images(2, 3, 4), torch.zeros(2, 0, 2, 3, dtype=torch.float64))
+    anatomy = module_anatomy(module, Example(inputs))
+    assert anatomy.groups == ()
+    assert any("it reshapes a tensor without entries" in f.reason for f in anatomy.frozen)
 
 
 def test_a_failing_network_says_where():

@@ -29,6 +29,9 @@ def module_anatomy(module: nn.Module, example: Example, *, heads: str = "outer",
     """The groups of coupled channels of a module. Raises UsageError or UnsupportedModelError."""
     if not isinstance(example.args, tuple) or not isinstance(module, nn.Module):
         raise UsageError("example_inputs must be a tuple of what the module is called with")
+    tensors = [leaf for leaf in example.leaves() if isinstance(leaf, Tensor)]
+    if tensors and not any(t.numel() for t in tensors):
+        raise UsageError("the example inputs hold no entries, as with an empty batch: give a batch of one or more")
     dynamic = example.dynamic_shapes(module)
     traced = trace(module, example.args, example.kwargs, dynamic_shapes=dynamic, free=example.free)
     return traced_anatomy(traced, heads=heads, ignore=ignore)

@@ -22,7 +22,12 @@ def view(trace: Trace, call: Call) -> Value:
 
 
 def reshaped(trace: Traced, dims: list[Labels], shape: tuple[int, ...]) -> list[Labels]:
-    """Labels after a reshape: dimensions are merged and split in the smallest blocks that have equal sizes."""
+    """Labels after a reshape: dimensions are merged and split in the smallest blocks that have equal sizes.
+
+    Raises NoRule for a tensor without entries, of which sizes say nothing.
+    """
+    if 0 in shape and shape != tuple(map(len, dims)):
+        raise NoRule("it reshapes a tensor without entries")
     found: list[Labels] = []
     i = o = 0
     while i < len(dims) or o < len(shape):
