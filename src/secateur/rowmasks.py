@@ -66,9 +66,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def clear_dead(tensor: Tensor, live: Tensor) -> None:
+    """Zero this rank's part of ``tensor`` where ``live``, its mask, is False, in place, whatever it holds there."""
+    # a product would leave NaN where an entry is inf or NaN
+    local(tensor).masked_fill_(~live, 0)
+
+
 def clear_masked(tensor: Tensor, packed: Tensor) -> None:
     """Zero the masked entries of this rank's part of ``tensor``, in place, whatever they hold."""
     part = local(tensor)
     if part.numel():
-        keep = unpack_rows(local(packed), tuple(part.shape))
-        part.masked_fill_(~keep.to(part.device), 0)
+        clear_dead(part, unpack_rows(local(packed), tuple(part.shape)).to(part.device))

@@ -150,6 +150,22 @@ def test_dead_weights_hold_under_any_optimizer_and_wrapper():
     assert [entry.steps for entry in entries] == [2, 2, 2]
 
 
+def test_dead_weights_are_zero_whatever_their_gradients_were():
+    def fit(model, run):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+        for name, mask in run.masks.items():
+            model.get_parameter(name).grad[~mask] = float("inf")
+        optimizer.step()
+        for name, mask in run.masks.items():
+            model.get_parameter(name).data[~mask] += float("nan")
+        run.hold()
+
+    rounds = Rounds(network, fit, levels=2, rate=0.5)
+    rounds.run()
+    assert all(bool(t.isfinite().all()) for t in rounds.trained(2).parameters())
+
+
 def test_what_a_training_draws_is_its_own():
     def fit(model, run):
         train(model, run)

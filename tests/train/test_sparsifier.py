@@ -43,6 +43,33 @@ def test_whatever_the_optimizer_remembers_of_dead_weights_is_zero(name):
         assert states and not weight[~mask].any() and not any(bool(state[~mask].any()) for state in states)
 
 
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_dead_weights_are_zero_whatever_their_gradients_were(broken):
+    module = network()
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    pruned = sparsifier(module, optimizer, "gmp", sparsity=0.5)
+    train(module, optimizer, pruned)
+    name, weight, dead = "4.weight", module[4].weight, ~pruned.masks["4.weight"]
+    weight.grad[dead] = broken
+    pruned.mask_gradients()
+    assert not weight.grad[dead].any()
+    weight.grad[dead] = broken
+    optimizer.step()
+    pruned.step()
+    states = [state for state in optimizer.state[weight].values() if state.shape == weight.shape]
+    assert not weight[dead].any() and weight.isfinite().all()
+    assert states and all(state.isfinite().all() and not state[dead].any() for state in states)
+    average = copy.deepcopy(module)
+    average.get_parameter(name).data[dead] = broken
+    pruned.apply(average)
+    assert same(average, module)
+    # of a weight that lives it is seen
+    weight.grad[~dead] = broken
+    optimizer.step()
+    pruned.step()
+    assert not weight[~dead].isfinite().any() and not weight[dead].any()
+
+
 def test_regrown_weights_begin_without_a_past():
     """Those that were dead before an update are zero behind it, in weight and momentum."""
     module = network()

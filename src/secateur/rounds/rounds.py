@@ -31,6 +31,7 @@ from secateur.rounds.controls import CONTROLS, control_masks
 from secateur.rounds.levels import FORMAT, TICKET, Entry, Levels
 from secateur.rounds.pruning import next_masks, parts_of
 from secateur.rounds.run import START, EvaluateFunction, Run, TrainFunction, numbers, seeded, trained
+from secateur.rowmasks import clear_dead
 from secateur.structure.exporting import evaluation_mode
 from secateur.tensorfiles import tensors_of
 from secateur.train.checkpoints import plan_of
@@ -151,9 +152,9 @@ class Rounds:
         else:
             self._check_control(control)
             module, masks = self._control(level, control)
-        with torch.no_grad():
-            for name, mask in masks.items():
-                module.get_parameter(name).mul_(mask.to(module.get_parameter(name).device))
+        for name, mask in masks.items():
+            weight = module.get_parameter(name)
+            clear_dead(weight, mask.to(weight.device))
         return module
 
     def trained(self, level: int) -> nn.Module:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from secateur.errors import UsageError
+from secateur.rowmasks import clear_dead
 from secateur.train.watching import mask_state
 
 START = "start"
@@ -82,7 +83,7 @@ class Held:
     def apply(self) -> None:
         """Zero what is dead."""
         for weight in self._dead:
-            weight.data.mul_(self._mask(weight))
+            clear_dead(weight.data, self._mask(weight))
 
     def moved(self) -> str | None:
         """The name of a weight with dead entries that aren't zero."""
@@ -98,7 +99,7 @@ class Held:
         self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
         for weight in own:
             if weight in self._dead:
-                weight.data.mul_(self._mask(weight))
+                clear_dead(weight.data, self._mask(weight))
                 mask_state(optimizer, weight, self._mask(weight))
 
     def _mask(self, weight: nn.Parameter) -> Tensor:

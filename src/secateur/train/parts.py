@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from secateur.ranks.shards import reshard
-from secateur.rowmasks import local, whole
+from secateur.rowmasks import clear_dead, local, whole
 
-__all__ = ["local", "part_of", "plain_name", "reshard", "whole", "whole_like"]
+__all__ = ["clear_dead", "local", "part_of", "plain_name", "reshard", "whole", "whole_like"]
 
 
 def part_of(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from secateur.ranks import join
 from secateur.train import checkpoints, flops
 from secateur.train.asked import checked_schedule, training_method
 from secateur.train.channels import Channels
-from secateur.train.parts import local, part_of, reshard, whole, whole_like
+from secateur.train.parts import clear_dead, local, part_of, reshard, whole, whole_like
 from secateur.train.starting import Given, starting_masks
 from secateur.train.updating import Masks, Update, decides_alone, exchanged, random_mask, scored, thinned
 from secateur.train.watching import Watched, mean_over_ranks
@@ -212,7 +212,7 @@ class Sparsifier:
             return
         for name, weight in self._pruned.items():
             if weight.grad is not None:
-                local(weight.grad).mul_(self._entries[name])
+                clear_dead(weight.grad, self._entries[name])
 
     def apply(self, module: nn.Module) -> None:
         """Zero in another module of the same names, such as an average of weights, what is dead here."""
@@ -225,7 +225,7 @@ class Sparsifier:
         with torch.no_grad():
             for name, mask in self._entries.items():
                 mine = part_of(whole_like(mask, self._pruned[name]), own[name])
-                local(own[name]).mul_(mine.to(own[name].device))
+                clear_dead(own[name], mine.to(own[name].device))
 
     def finish(self) -> Plan:
         """Let go of the optimizer and give the masks as a plan; weights hold the zeros, and nothing else is left."""
@@ -420,7 +420,7 @@ class Sparsifier:
             reshard(self.model)
         for name in self._thin:
             weight, mask = self._pruned[name], self._entries[name]
-            local(weight.data).mul_(mask)
+            clear_dead(weight.data, mask)
             if self._watched is not None:
                 self._watched.mask(weight, mask)
 

@@ -16,6 +16,7 @@ from secateur.methods import StartingMethod, Trained
 from secateur.observe.flow import synaptic_flow
 from secateur.observe.gradients import Loss, batches, cross_entropy, learned
 from secateur.structure.exporting import evaluation_mode
+from secateur.train.parts import clear_dead
 from secateur.train.updating import Masks, Reduce, scored
 from secateur.train.weights import Layer
 
@@ -82,7 +83,7 @@ def masked(layers: Mapping[str, Layer], masks: Mapping[str, Tensor]) -> Iterator
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer.weight.data.mul_(masks[name])
+            clear_dead(layer.weight.data, masks[name])
         yield
     finally:
         for name, layer in layers.items():

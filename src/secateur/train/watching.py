@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from secateur.errors import UsageError
-from secateur.rowmasks import local
+from secateur.rowmasks import clear_dead
 
 
 class Watched:
@@ -102,7 +102,7 @@ def mask_state(optimizer: Optimizer, weight: nn.Parameter, mask: Tensor) -> None
     """
     for value in optimizer.state.get(weight, {}).values():
         if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-            local(value).mul_(mask)
+            clear_dead(value, mask)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
