@@ -269,18 +269,23 @@ def test_gradients_of_dead_weights_can_be_hidden_from_a_clip():
     assert module[4].weight.grad[~pruned.masks["4.weight"]].any()
 
 
-def test_the_order_of_step_and_zero_grad_does_not_matter():
+@pytest.mark.parametrize("method", ["rigl", "snfs"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_order_of_step_and_zero_grad_does_not_matter(method, set_to_none):
     first, second = network(), network()
     optimizer, other = sgd(first), sgd(second)
-    train(first, optimizer, sparsifier(first, optimizer, "rigl", sparsity=0.8))
-    pruned = sparsifier(second, other, "rigl", sparsity=0.8)
+    train(first, optimizer, sparsifier(first, optimizer, method, sparsity=0.8))
+    pruned = sparsifier(second, other, method, sparsity=0.8)
     for number in range(1, STEPS + 1):
         x, y = batch(number)
         F.cross_entropy(second(x), y).backward()
         other.step()
-        other.zero_grad()
+        other.zero_grad(set_to_none)
         pruned.step()
     assert same(first, second)
+
+
+def test_gradients_that_are_gone_are_missed():
     alone = sc.Sparsifier(network(), method="rigl", end=2, every=1)
     with pytest.raises(UsageError, match=r"rigl looks at gradients, and 0\.weight has none at step 1: call sparsifier"):
         alone.step()

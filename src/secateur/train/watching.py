@@ -92,7 +92,8 @@ class Watched:
             return
         self._stepped = True
         if self._looking():
-            self._gradients = {id(w): w.grad for w in self._weights if w.grad is not None}
+            # zero_grad(set_to_none=False) would zero them where they are
+            self._gradients = {id(w): w.grad.detach().clone() for w in self._weights if w.grad is not None}
 
 
 def mask_state(optimizer: Optimizer, weight: nn.Parameter, mask: Tensor) -> None:
