@@ -434,6 +434,25 @@ def test_effective_operations():
     assert grown.flops(torch.zeros(1, 1, 8, 8)).training == pytest.approx(3 * sum(kept) / STEPS)
 
 
+def test_operations_of_a_tied_weight_are_those_of_all_its_modules():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.a, self.b = nn.Embedding(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.alias = self.a.weight
+            self.head = nn.Linear(8, 6)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.b(self.a(self.a(self.table(ids)))))
+
+    pruned = sc.Sparsifier(Tied(), method="erk_random", sparsity=0.5, distribution="uniform")
+    found = pruned.flops(torch.arange(3))
+    # three uses of 8x8, and the head, which stays
+    head = 2 * 3 * 8 * 6
+    assert (found.dense, found.inference) == (3 * 2 * 3 * 64 + head, 3 * 3 * 64 + head)
+
+
 def test_a_language_model_is_pruned_planned_and_laid_on_its_copy(tmp_path):
     model = build_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

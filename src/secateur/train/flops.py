@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.structure.exporting import evaluation_mode
-from secateur.train.weights import Layer
+from secateur.train.weights import Layer, multiplies
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ def count(
 ) -> tuple[int, dict[str, int]]:
     """(operations of a forward, those of each layer by the name of its weight).
 
-    A layer is what a linear or convolutional module does; recurrent and attention modules do other things as well, and
-    all of theirs count as dense.
+    A layer is what linear and convolutional modules do with its weight; recurrent and attention modules do other things
+    as well, and all of theirs count as dense.
     """
-    own = {name: layer.module for name, layer in layers.items() if _only_multiplies(layer.module)}
-    found = dict.fromkeys(own, 0)
+    own = [(name, module) for name, layer in layers.items() for module in _appliers(model, layer)]
+    found = dict.fromkeys((name for name, _ in own), 0)
     with evaluation_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         before: list[int] = []
         hooks = []
-        for name, module in own.items():
+        for name, module in own:
 
             def add(*_: Any, name: str = name) -> None:
                 found[name] += counter.get_total_flops() - before.pop()
@@ -61,6 +61,12 @@ def count(
             for hook in hooks:
                 hook.remove()
     return counter.get_total_flops(), found
+
+
+def _appliers(model: nn.Module, layer: Layer) -> list[nn.Module]:
+    """The modules that do nothing but multiply by a layer's weight: several where it is tied."""
+    holding = [m for m in model.modules() if multiplies(m) and m._parameters.get("weight") is layer.weight]
+    return [m for m in dict.fromkeys((layer.module, *holding)) if _only_multiplies(m)]
 
 
 def _only_multiplies(module: nn.Module) -> bool:

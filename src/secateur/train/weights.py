@@ -94,6 +94,11 @@ def find_layers(
     return found
 
 
+def multiplies(module: nn.Module) -> bool:
+    """Whether a module multiplies its input by its weight: a convolution or a linear one."""
+    return isinstance(module, _ConvNd) or is_linear(module)
+
+
 def _multiplying(model: nn.Module, depthwise: bool) -> Iterator[tuple[int, tuple[nn.Module, int]]]:
     """id of a weight → its module and the dimension of its inputs."""
     for module in model.modules():
