@@ -199,6 +199,24 @@ def test_which_weights_are_pruned():
     assert set(more.masks) == (names | {"depth.weight", "bilinear.weight"}) - {"conv.weight"}
 
 
+def test_weights_that_are_computed_stay_dense_and_are_named():
+    from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+    module = nn.Sequential(weight_norm(nn.Linear(4, 6)), spectral_norm(nn.Conv1d(6, 4, 1)), nn.Linear(1, 5))
+    before = copy.deepcopy(module)
+    named = r"weights of 0, 1 are computed from other parameters .* stay dense: .*remove_parametrizations\(module"
+    with pytest.warns(UserWarning, match=named):
+        pruned = sc.Sparsifier(module, method="gmp", end=2, every=1)
+    assert set(pruned.masks) == {"2.weight"} and same(module, before)
+    # who leaves it out, or asks for what it is computed from, knows
+    sc.Sparsifier(module, method="gmp", end=2, every=1, exclude=["0"], include=["1.parametrizations.weight.original"])
+    module[1].requires_grad_(False)
+    with pytest.raises(UsageError, match=r"Sequential has no weights to prune once .* left out: weights of 0 are comp"):
+        sc.Sparsifier(module, method="gmp", end=2, every=1, exclude=["2"])
+    nn.utils.parametrize.remove_parametrizations(module[0], "weight")
+    assert set(sc.Sparsifier(module, method="gmp", end=2, every=1).masks) == {"0.weight", "2.weight"}
+
+
 def test_a_compiled_module_is_pruned_behind_its_back():
     plain = network()
     optimizer = sgd(plain)

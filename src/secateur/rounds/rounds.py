@@ -36,7 +36,7 @@ from secateur.structure.exporting import evaluation_mode
 from secateur.tensorfiles import tensors_of
 from secateur.train.checkpoints import plan_of
 from secateur.train.updating import Masks
-from secateur.train.weights import find_layers
+from secateur.train.weights import find_layers, warn_of_computed
 
 Network = nn.Module | Callable[[], nn.Module]
 Progress = Callable[[str, int, int], None]
@@ -73,6 +73,7 @@ class Rounds:
         self._keep = keep_weights or not self.method.rewinds()
         self._made = self._make("first weights")
         self._layers = find_layers(self._made, include=include, exclude=exclude, depthwise=self.method.depthwise)
+        warn_of_computed(self._made, (*include, *exclude))
         self._kinds = _kinds(self._made, self._layers)
         self._shapes = {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
         if folder is None:

@@ -39,7 +39,7 @@ from secateur.train.parts import clear_dead, local, part_of, reshard, whole, who
 from secateur.train.starting import Given, starting_masks
 from secateur.train.updating import Masks, Update, decides_alone, exchanged, random_mask, scored, thinned
 from secateur.train.watching import Watched, mean_over_ranks
-from secateur.train.weights import Layer, find_layers, fraction_of_zeros, unwrapped
+from secateur.train.weights import Layer, find_layers, fraction_of_zeros, unwrapped, warn_of_computed
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -117,6 +117,7 @@ class Sparsifier:
                 sharded=not isinstance(self.method, StartingMethod),
             )
             self._pruned = {name: layer.weight for name, layer in self._layers.items()}
+            warn_of_computed(self.model, (*include, *exclude))
         else:
             raise UsageError(f"units must be weights or channels, got {units!r}")
         self._updates = self.method.updates()

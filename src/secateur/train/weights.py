@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,12 +11,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from secateur.errors import UsageError
 from secateur.models.decoders import is_linear
 from secateur.structure.groups import matches
 from secateur.train.parts import whole
+
+_NAMED = 5
+"""How many modules a message names."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def find_layers(
         del found[next(iter(found))]
     if not found:
         why = " once those that exclude and keep_first name are left out" if exclude or keep_first else ""
-        raise UsageError(f"{type(model).__name__} has no weights to prune{why}: see include and exclude")
+        how = _left_dense(model, (*include, *exclude)) or "see include and exclude"
+        raise UsageError(f"{type(model).__name__} has no weights to prune{why}: {how}")
     parted = next((name for name, layer in found.items() if isinstance(layer.weight, DTensor)), None)
     if parted is not None and not sharded:
         raise UsageError(
@@ -92,6 +98,40 @@ def find_layers(
             " use DDP instead, or find them on one rank and begin with masks="
         )
     return found
+
+
+def warn_of_computed(model: nn.Module, chosen: Sequence[str] = ()) -> None:
+    """Warn of weights that are computed from other parameters, but for what the patterns ``chosen`` name."""
+    said = _left_dense(model, chosen)
+    if said:
+        warnings.warn(said, stacklevel=3)
+
+
+def _left_dense(model: nn.Module, chosen: Sequence[str]) -> str | None:
+    """A sentence on the modules whose weights are no parameters, with what to do, or None."""
+    computed = [(name, module) for name, module in model.named_modules() if _is_computed(module)]
+    names = [name for name, module in computed if not _named(name, module, chosen)]
+    if not names:
+        return None
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (
+        f"weights of {', '.join(name or 'the module' for name in names[:_NAMED])}{more} are computed from other"
+        " parameters (weight_norm, spectral_norm, ...) and stay dense: make plain ones of them first, as"
+        " torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') does, or name the modules in exclude"
+    )
+
+
+def _is_computed(module: nn.Module) -> bool:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return False
+    if multiplies(module):
+        return "weight" not in module._parameters
+    return isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention) and is_parametrized(module)
+
+
+def _named(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
+    own = [f"{name}.{parameter}".removeprefix(".") for parameter, _ in module.named_parameters()]
+    return any(matches(one, pattern) for one in own for pattern in patterns)
 
 
 def multiplies(module: nn.Module) -> bool:
@@ -102,6 +142,8 @@ def multiplies(module: nn.Module) -> bool:
 def _multiplying(model: nn.Module, depthwise: bool) -> Iterator[tuple[int, tuple[nn.Module, int]]]:
     """id of a weight → its module and the dimension of its inputs."""
     for module in model.modules():
+        if _is_computed(module) and multiplies(module):
+            continue
         if isinstance(module, _ConvNd):
             if depthwise or module.groups == 1 or module.groups < module.in_channels:
                 yield id(module.weight), (module, 0 if isinstance(module, _ConvTransposeNd) else 1)
