@@ -378,6 +378,29 @@ def test_an_attribute_that_only_looks_like_a_size_is_never_changed_unseen():
     assert (cut.width, cut.times) == (4, 6)
 
 
+class Schedule(nn.Module):
+    """Numbers that are those of channels by chance, some of them read in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.channels, self.warmup, self.num_steps = 6, 6, 6, 6
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).view(-1, self.width)
+        return self.b(x * min(1.0, len(x) / self.warmup) if self.training else x)
+
+
+def test_attributes_that_the_proof_does_not_need_stay_but_for_widths():
+    found = pruned(randomised(Schedule()), images(2, 4), {"a": [0, 1]})
+    cut = own(found)
+    assert (cut.width, cut.channels, cut.warmup, cut.num_steps) == (4, 4, 6, 6)
+    assert cut.a.out_features == cut.b.in_features == 4
+    with torch.no_grad():
+        warm = 2 / 6 * (found.graph(*found.inputs) - cut.b.bias) + cut.b.bias
+        assert difference(cut.train()(*found.inputs), warm) < 1e-12
+
+
 ALL: list[tuple[Any, tuple[Tensor, ...]]] = [
     (Convolutions, images(2, 3, 6, 6)),
     (Transformer, tokens(2, 5, below=11)),

@@ -3,13 +3,14 @@
 Sizes like ``num_heads`` are plain attributes of Python objects. Those that the traced code reads are found by their
 role: an attribute of the module that made a call whose size changes from a to b, and whose value is a, becomes b. That
 is a guess, so the edited module is exported again and its graph must equal the cut graph, call by call. Where it
-doesn't, the caller gets the cut graph instead and is told which line differs.
+doesn't, the caller gets the cut graph instead and is told which line differs. What the proof doesn't need goes back to
+its old value, unless its name is that of a width: numbers may be the same by chance, and be read in training only.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from secateur.structure.trace import Value, attribute, describe, has_rule, hint,
 _BY_SHAPE = ("view", "reshape", "_unsafe_view", "expand", "split", "split_with_sizes", "unsafe_split", "repeat")
 _BY_SHAPE += ("zeros", "ones", "new_zeros", "new_ones", "empty", "new_empty")
 _SIZE_NAMES = ("head", "dim", "channel", "chs", "feature", "group", "hidden", "planes", "width", "inner", "size", "num")
+_WIDTH_NAMES = ("head", "dim", "channel", "chs", "feature", "hidden", "planes")
+"""What nobody calls anything else than a width."""
 
 
 class Different(Exception):
@@ -39,16 +42,25 @@ def cut_module(cut: Cut, graph: fx.GraphModule, args: Any, kwargs: Mapping[str, 
     for edits in _attempts(cut):
         module = shell(cut.trace.module)
         _put_tensors(cut, module)
-        for (path, name), value in edits.items():
-            setattr(module.get_submodule(path), name, value)
+        _edit(module, edits)
         # parameters know better than a guess
         _recompute(module)
         state_sizes(module)
         try:
             _prove(graph, module, args, kwargs, cut.trace.dynamic_shapes)
-            return module
         except Different as error:
             problem = problem or error
+            continue
+
+        def proved(module: nn.Module = module) -> bool:
+            try:
+                _prove(graph, module, args, kwargs, cut.trace.dynamic_shapes)
+            except Different:
+                return False
+            return True
+
+        _put_back(cut.trace.module, module, _doubtful(module, edits), proved)
+        return module
     assert problem is not None
     raise problem
 
@@ -148,6 +160,42 @@ def _attempts(cut: Cut) -> Iterator[Edits]:
             if edits not in tried:
                 tried.append(edits)
                 yield edits
+
+
+def _edit(module: nn.Module, edits: Edits) -> None:
+    for (path, name), value in edits.items():
+        setattr(module.get_submodule(path), name, value)
+
+
+def _doubtful(module: nn.Module, edits: Edits) -> list[Edits]:
+    """The edits of attributes that may be no sizes at all, by class and name: all objects of a class read the same."""
+    found: dict[tuple[type, str], Edits] = {}
+    for (path, name), value in edits.items():
+        part = module.get_submodule(path)
+        if not _of_torch(part) and not any(word in name for word in _WIDTH_NAMES):
+            found.setdefault((type(part), name), {})[path, name] = value
+    return list(found.values())
+
+
+def _of_torch(part: nn.Module) -> bool:
+    """Whether torch knows what the attributes of a module are."""
+    plain = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return any(c.__module__.startswith("torch.nn.") and c not in plain for c in type(part).__mro__)
+
+
+def _put_back(before: nn.Module, module: nn.Module, doubtful: list[Edits], proved: Callable[[], bool]) -> None:
+    """Give attributes their old values wherever the proof holds with them, halving those that it needs."""
+    if not doubtful:
+        return
+    edits = {place: value for some in doubtful for place, value in some.items()}
+    _edit(module, {(path, name): before.get_submodule(path).__dict__[name] for path, name in edits})
+    if proved():
+        return
+    _edit(module, edits)
+    if len(doubtful) > 1:
+        middle = len(doubtful) // 2
+        for half in (doubtful[:middle], doubtful[middle:]):
+            _put_back(before, module, half, proved)
 
 
 def _candidates(cut: Cut) -> dict[tuple[str, str], list[Any]]:
