@@ -277,6 +277,34 @@ def test_a_text_that_has_changed_does_not_resume(dense, tmp_path, monkeypatch):
     assert run_path(tmp_path / "out").is_dir()
 
 
+@pytest.mark.parametrize("case", ["flap", "shortgpt", "wanda, owl", "refit afterwards"])
+def test_kept_statistics_may_be_gone_when_a_run_goes_on(case, dense, tmp_path, monkeypatch):
+    sc.run(recipe(dense, tmp_path / "whole", CASES[case]), statistics=tmp_path / "statistics")
+    for lines in (2, 4):
+        job = recipe(dense, tmp_path / f"out-{lines}", CASES[case])
+        with monkeypatch.context() as patch:
+            crash_after(patch, lines)
+            with pytest.raises(Crash):
+                sc.run(job, statistics=tmp_path / "statistics")
+        sc.run(job, resume=True)
+        assert files(tmp_path / f"out-{lines}") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("case", ["wanda", "slicegpt", "llm_pruner", "two streams"])
+def test_what_entered_the_next_cut_block_must_be_there(case, dense, tmp_path, monkeypatch):
+    job = recipe(dense, tmp_path / "out", CASES[case])
+    with monkeypatch.context() as patch:
+        crash_after(patch, 3)
+        with pytest.raises(Crash):
+            sc.run(job)
+    states = list(run_path(tmp_path / "out").rglob("hidden/**/block-*.safetensors"))
+    assert states
+    for state in states:
+        state.unlink()
+    with pytest.raises(OutputError, match="the run can't go on: the hidden states behind its last finished block"):
+        sc.run(job, resume=True)
+
+
 def test_what_cannot_be_measured_in_the_end_loses_nothing(cli, dense, tmp_path, monkeypatch):
     asked = ["prune", dense, "--method", "wanda", "--sparsity", 0.5, "--samples", 4, "--length", 32]
     asked += ["--evaluate", "perplexity:builtin", "--windows", 2, "--no-report", "--out"]

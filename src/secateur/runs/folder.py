@@ -179,12 +179,17 @@ class DiskKeeper(Keeper):
         """True when nothing is left to decide or to refit."""
         return self.closed and (not self._method.refits_later or self.refitted == self._cutter.layers)
 
-    def resume(self, walk: BlockWalk) -> None:
+    def resume(self, walk: BlockWalk) -> bool:
         done = self.refitted if self.closed else self.finished
+        # nothing is kept to go on from behind the last block
+        if not 0 < done < self._cutter.layers:
+            return True
         states = self._states(walk, done)
-        if done and all(path.is_file() for path in states):
-            for stream, path in zip(walk.streams, states, strict=True):
-                stream.restore(path)
+        if not all(path.is_file() for path in states):
+            return False
+        for stream, path in zip(walk.streams, states, strict=True):
+            stream.restore(path)
+        return True
 
     def keep(
         self,
