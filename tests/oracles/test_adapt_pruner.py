@@ -275,6 +275,14 @@ def test_mistakes_in_a_sentence(options, error, message):
         plan_for("adapt_pruner", make_tiny("llama"), IDS, **options)
 
 
+def test_a_remainder_of_neurons_leaves_first():
+    # 40 neurons in 16, 16 and 8: only the 8 can go
+    plan = plan_for("adapt_pruner", make_tiny("llama"), IDS, sparsity=0.1, round_to=16, min_keep=25)
+    assert {len(kept) for name, kept in plan.keep.items() if name.endswith("mlp")} == {32}
+    with pytest.raises(BudgetError, match=r"can't remove 20\.0% of the params: with at least 25 unit"):
+        plan_for("adapt_pruner", make_tiny("llama"), IDS, sparsity=0.2, round_to=16, min_keep=25)
+
+
 def test_a_head_that_never_leaves_is_made_up_for():
     # one key-value head a block, of which a share of 30 % is none
     model = make_tiny("falcon-mqa")

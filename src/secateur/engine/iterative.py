@@ -76,8 +76,11 @@ class _Steps:
         return left - self._size(group) >= self._limits.min_keep * group.balance
 
     def _size(self, group: Group) -> int:
-        """The units of a bundle."""
-        return self._limits.round_to if group.kind == "neuron" else group.balance
+        """The units of the bundle that leaves next: a remainder that doesn't fill one is the first."""
+        if group.kind != "neuron":
+            return group.balance
+        left = group.units - len(self._gone[group.name])
+        return left % self._limits.round_to or self._limits.round_to
 
     def finish(self) -> None:
         """Go on until nothing that could leave brings the model nearer to its target."""
