@@ -79,6 +79,16 @@ def test_an_impossible_budget_is_refused_with_what_is_possible(allocator):
         allocator(0.95).allocate(scores_of(groups, 0), groups, TOTAL, Limits(min_keep=2))
 
 
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_a_remainder_that_is_all_that_can_leave_is_no_whole_bundle(allocator):
+    groups = [Group(f"layers.{layer}.mlp", "neuron", layer, 40, Cost(1, 1, 1)) for layer in range(2)]
+    limits, scores = Limits(round_to=32, min_keep=2), scores_of(groups, 0)
+    with pytest.raises(BudgetError, match=r"can't remove 35\.0% of the params: .* at most 20\.0% can go"):
+        allocator(0.35).allocate(scores, groups, 80, limits)
+    kept = allocator(0.25).allocate(scores, groups, 80, limits)
+    assert [len(units) for units in kept.values()] == [32, 32]
+
+
 def test_uniform_without_fill_is_the_published_rule():
     groups = model(heads=3)
     kept = UniformAllocator(0.2, fill=False).allocate(scores_of(groups, 0), groups, 3 * (36 + 72), Limits())

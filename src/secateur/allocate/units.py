@@ -211,15 +211,18 @@ class UniformAllocator:
         """Bring one layer to its share by neurons; where those don't suffice a coarse group gives one unit more."""
         coarse = [n for n in keep if n != finest]
         costs = [b.cost for b in ordered[finest]]
+        forced, free = costs[: least[finest]], costs[least[finest] :]
         while True:
             others = sum(b.cost for n in coarse for b in ordered[n][keep[n] :])
             wanted = self.sparsity * share - others
-            keep[finest] = _nearest(0, costs, sum(costs) - wanted)
-            if keep[finest] >= least[finest]:
-                return
             spare = [n for n in coarse if keep[n] > least[n]]
+            step = max(free or [ordered[n][-1].cost for n in spare], default=0)
+            # a little more, as the share is no exact number
+            if wanted <= sum(free) + step / 2 + 1e-9 * share:
+                keep[finest] = len(forced) + _nearest(sum(forced), free, sum(costs) - wanted)
+                return
             if not spare:
-                raise refusal(self.sparsity, others + sum(costs[least[finest] :]), int(share), limits)
+                raise refusal(self.sparsity, others + sum(free), int(share), limits)
             keep[max(spare, key=lambda n: keep[n] - least[n])] -= 1
 
 
