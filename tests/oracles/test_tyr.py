@@ -251,6 +251,24 @@ def test_what_one_kind_lacks_the_other_makes_up_for():
         even_start(groups, 0.9, 900, Limits(min_keep=4))
 
 
+@pytest.mark.parametrize("sparsity", [0.1, 0.15, 0.2, 0.3, 0.5, 0.55])
+@pytest.mark.parametrize("heads", [0, 4])
+def test_a_first_rung_that_is_no_whole_bundle_costs_what_it_removes(sparsity, heads):
+    groups, limits = groups_of(heads=heads, neurons=72), Limits(round_to=32)
+    groups = [g for g in groups if g.units]
+    total = sum(g.cost.params * g.units for g in groups)
+    start = even_start(groups, sparsity, total, limits)
+    lost = sum(g.cost.params * rungs_of(g, limits)[rung] for g, rung in zip(groups, start, strict=True))
+    assert lost == pytest.approx(sparsity * total, abs=32 * 10 / 2)
+
+
+def test_a_remainder_that_is_all_that_can_leave_is_refused_for_more():
+    groups, limits = [group(f"{layer}.m", layer, 40) for layer in range(6)], Limits(round_to=32, min_keep=2)
+    assert even_start(groups, 0.2, 2400, limits) == (1,) * 6
+    with pytest.raises(BudgetError, match=r"can't remove 40\.0% of the params: .* at most 20\.0% can go"):
+        even_start(groups, 0.4, 2400, limits)
+
+
 def test_rungs_are_bundles_of_units():
     limits = Limits(min_keep=2, round_to=8)
     assert rungs_of(group("m", 0, 40), limits) == (0, 8, 16, 24, 32)

@@ -13,6 +13,7 @@ one head or 32 neurons, halved from one search to the next.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -48,27 +49,53 @@ def even_start(groups: Sequence[Group], sparsity: float, total: int, limits: Lim
     wanted = sparsity * total
     fine = [g for g in groups if g.kind == "neuron"] or list(groups)
     coarse = [g for g in groups if g.kind != fine[0].kind]
-    rooms = {g.name: len(rungs_of(g, limits)) - 1 for g in groups}
-    price = min(limits.cost(g.cost) * _bundle(g, limits) for g in fine)
-    sizes = {g.name: math.ceil(g.units / _bundle(g, limits)) for g in groups}
-    most = sum(rooms[g.name] for g in coarse)
-    heads = min(_nearest(sparsity * sum(sizes[g.name] for g in coarse)), most)
+    many, few = _Rungs(fine, limits), _Rungs(coarse, limits)
+    heads = min(_nearest(sparsity * sum(few.sizes)), few.most)
     tried: set[int] = set()
     while True:
-        found = _spread([sizes[g.name] for g in coarse], [rooms[g.name] for g in coarse], heads)
-        lost = sum(limits.cost(g.cost) * rungs_of(g, limits)[rung] for g, rung in zip(coarse, found, strict=True))
-        rest = _nearest((wanted - lost) / price)
-        room = sum(rooms[g.name] for g in fine)
-        if 0 <= rest <= room or heads in tried:
+        rest = wanted - few.cost(heads)
+        short, over = rest >= many.whole + many.last / 2, rest < -many.last / 2
+        if not (short or over) or heads in tried:
             break
         tried.add(heads)
         # what one kind has too little of the other one makes up for
-        heads += 1 if rest > room else -1
-        if not 0 <= heads <= most:
-            raise refusal(sparsity, lost + room * price, total, limits)
-    finer = _spread([sizes[g.name] for g in fine], [rooms[g.name] for g in fine], min(max(rest, 0), room))
-    at = {g.name: rung for g, rung in zip([*coarse, *fine], [*found, *finer], strict=True)}
+        heads += 1 if short else -1
+        if not 0 <= heads <= few.most:
+            raise refusal(sparsity, few.whole + many.whole, total, limits)
+    found = [*few.spread(heads), *many.spread(many.nearest(rest))]
+    at = {g.name: rung for g, rung in zip([*coarse, *fine], found, strict=True)}
     return tuple(at[g.name] for g in groups)
+
+
+class _Rungs:
+    """Groups of a kind and what they cost at every rung: ``most`` rungs together, of which the largest ``whole``.
+
+    ``sizes`` are the bundles that every group is made of, and ``last`` is the cost of one that leaves last.
+    """
+
+    def __init__(self, groups: Sequence[Group], limits: Limits) -> None:
+        self.sizes = [math.ceil(g.units / _bundle(g, limits)) for g in groups]
+        # of every group, by rung; the first rung may be no whole bundle
+        self._costs = [[limits.cost(g.cost) * lost for lost in rungs_of(g, limits)] for g in groups]
+        self._rooms = [len(costs) - 1 for costs in self._costs]
+        self.most = sum(self._rooms)
+        self.whole = sum(costs[-1] for costs in self._costs)
+        bundles = [limits.cost(g.cost) * _bundle(g, limits) for g in groups]
+        lasts = (c[-1] - c[-2] if len(c) > 1 else b for c, b in zip(self._costs, bundles, strict=True))
+        self.last = min(lasts, default=0)
+
+    def spread(self, count: int) -> list[int]:
+        """The rung of every group when all together go up so many."""
+        return _spread(self.sizes, self._rooms, count)
+
+    def cost(self, count: int) -> int:
+        """What leaves then, in units of the budget."""
+        return sum(costs[rung] for costs, rung in zip(self._costs, self.spread(count), strict=True))
+
+    def nearest(self, wanted: float) -> int:
+        """The count at which what leaves is nearest to ``wanted``, the larger one of two."""
+        count = bisect_left(range(self.most + 1), wanted, key=self.cost)
+        return min((c for c in (count, count - 1) if 0 <= c <= self.most), key=lambda c: abs(self.cost(c) - wanted))
 
 
 def _nearest(value: float) -> int:
