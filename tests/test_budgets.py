@@ -19,6 +19,7 @@ from secateur.models.sources import Source
 from secateur.models.surgery import layer_overrides
 from secateur.plans import Plan
 from secateur.report.build import build_report
+from sublayers import plan_without
 
 IDS = tiny_ids()
 
@@ -159,6 +160,16 @@ def test_everything_may_stay():
 def test_one_sentence_says_what_is_wrong(options, error, sentence):
     with pytest.raises(error, match=sentence):
         plan_for("magnitude_sp", make_tiny("llama"), IDS, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"budget": "kv_bytes=0.5"}, {"budget": "kv_bytes"}, {"budget": "params=0.9,kv_bytes=0.9"}]
+)
+def test_a_model_without_attention_has_no_kv_cache(options):
+    model = make_tiny("llama")
+    cut = sc.apply(plan_without(model, [f"layers.{layer}.attention" for layer in range(3)]), model)
+    with pytest.raises(BudgetError, match="the model has no KV cache to shrink"):
+        plan_for("flap", cut, IDS, **options)
 
 
 def test_sparsity_and_fractions_exclude_each_other():

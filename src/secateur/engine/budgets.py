@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from secateur.allocate import Budget, ProgrammeAllocator, measured_losses, score_losses
 from secateur.allocate.units import Limits, bundles, kept_units, least_bundles
 from secateur.criteria.divergence import Divergence
-from secateur.errors import CorruptFileError, UsageError
+from secateur.errors import BudgetError, CorruptFileError, UsageError
 from secateur.files import write_text
 from secateur.latencytable import LatencyTable
 from secateur.models.latency import measure_decoder
@@ -104,12 +104,18 @@ class Budgets:
 
 
 def _counted(name: str, fraction: float, anatomy: Anatomy, kinds: Sequence[str]) -> Budget:
-    """A budget of something that can be counted: parameters, MACs and bytes of the blocks, or bytes of the KV cache."""
+    """A budget of something that can be counted: parameters, MACs and bytes of the blocks, or bytes of the KV cache.
+
+    Raises BudgetError where the model has nothing of it.
+    """
     units = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "kv_bytes": "bytes/token", "neurons": "neurons"}
-    dense = {
+    own = {
         "kv_bytes": sum(g.cost.kv_bytes * g.units for g in anatomy if g.kind == "kv_head"),
         "neurons": sum(g.units for g in anatomy.of_kind("neuron")),
-    }.get(name) or getattr(anatomy.blocks, name)
+    }
+    dense = own[name] if name in own else getattr(anatomy.blocks, name)
+    if not dense:
+        raise BudgetError(f"the model has no {'KV cache' if name == 'kv_bytes' else units[name]} to shrink")
     saved = {
         g.name: float(getattr(g.cost, name, 1)) * np.arange(g.units, -1, -1, dtype=np.float64)
         for g in anatomy.of_kind(*kinds)
