@@ -9,11 +9,12 @@ import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for
 from secateur.allocators import BlockWeights, parse_allocator
-from secateur.errors import BudgetError, OptionError, UsageError
+from secateur.errors import BudgetError, OptionError, UnsupportedModelError, UsageError
 from secateur.healing.recovery.capacity import guided_ranks, ranks_by_module
 from secateur.methods import Target, make_method
 from secateur.observe import Change, SumSquares
 from secateur.recipes import make_recipe
+from sublayers import plan_without
 
 IDS = tiny_ids()
 D, F = 6, 10
@@ -211,3 +212,11 @@ def test_a_model_without_ffns_that_are_known(make_llama):
     model.config.model_type = "mixtral"
     with pytest.raises(sc.errors.SecateurError, match="heads and neurons of model type 'mixtral' are unknown"):
         plan_for("cfsp", model, IDS, sparsity=0.3)
+
+
+@pytest.mark.parametrize("method", ["cfsp", "prunenet"])
+def test_a_model_that_has_lost_its_ffns_is_known(method):
+    model = make_tiny("llama")
+    cut = sc.apply(plan_without(model, [f"layers.{layer}.mlp" for layer in range(3)]), model)
+    with pytest.raises(UnsupportedModelError, match=f"{method} removes FFN neurons, and this .* has none left"):
+        plan_for(method, cut, IDS, sparsity=0.3)

@@ -6,7 +6,7 @@ import torch
 from secateur.allocate import GlobalAllocator
 from secateur.allocate.units import Limits
 from secateur.criteria import standardise
-from secateur.errors import OptionError
+from secateur.errors import BudgetError, OptionError
 from secateur.methods import Target, make_method
 from secateur.methods.structure.flap import streaming_fluctuation
 from secateur.observe import Moments, SequenceMoments, SumSquares
@@ -154,3 +154,11 @@ def test_attention_scores_are_squared_before_standardising():
 def test_negative_number_of_heads_is_refused():
     with pytest.raises(OptionError, match="remove_heads"):
         make_method("flap", {"structure": "AL-MM", "remove_heads": -1})
+
+
+@pytest.mark.parametrize("structure", ["AL-MM", "UL-MM"])
+def test_heads_alone_leave_no_number_of_neurons(structure):
+    groups = [Group(f"layers.{layer}.attention", "kv_head", layer, 4, Cost(12, 12, 48)) for layer in range(2)]
+    method = make_method("flap", {"structure": structure, "remove_heads": 2})
+    with pytest.raises(BudgetError, match="the model has no neurons to give what a number of heads leaves"):
+        method.allocator().allocate({g.name: torch.ones(4) for g in groups}, groups, 96, Limits())

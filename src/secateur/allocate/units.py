@@ -265,6 +265,10 @@ class ManualAllocator:
     scope: str
 
     def allocate(self, scores: Scores, groups: Sequence[Group], total: int, limits: Limits) -> Kept:
+        if not any(group.kind == "neuron" for group in groups):
+            raise BudgetError(
+                "the model has no neurons to give what a number of heads leaves of the budget: take another structure"
+            )
         pools: dict[tuple[str, int], list[Group]] = {}
         for group in groups:
             kind = "neuron" if group.kind == "neuron" else "head"

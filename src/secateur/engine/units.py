@@ -28,7 +28,7 @@ from secateur.engine.run import Run
 from secateur.errors import UnsupportedModelError
 from secateur.healing import BiasHealer, find
 from secateur.methods import Seen, StructuredMethod, UnitMethod
-from secateur.models.decoders import unknown_family
+from secateur.models.decoders import family_of, unknown_family
 from secateur.models.sources import check_finite
 from secateur.observe import Moments
 from secateur.structure import HIDDEN, Anatomy, Group
@@ -38,12 +38,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_NAMES = {"neuron": "FFN neurons", "head": "heads", "kv_head": "heads"}
+
+
 def check_units(method: StructuredMethod, model: PreTrainedModel, anatomy: Anatomy) -> None:
     """Raises UnsupportedModelError."""
     if not anatomy.of_kind(*method.kinds):
         raise UnsupportedModelError(
-            frozen_channels(model, anatomy) if HIDDEN in method.kinds else unknown_family(model)
+            frozen_channels(model, anatomy) if HIDDEN in method.kinds else _nothing_left(method, model, anatomy)
         )
+
+
+def _nothing_left(method: StructuredMethod, model: PreTrainedModel, anatomy: Anatomy) -> str:
+    """Why none of the units that a method removes can leave."""
+    if family_of(model) is None:
+        return unknown_family(model)
+    removed = " and ".join(dict.fromkeys(_NAMES.get(kind, kind) for kind in method.kinds))
+    for group in anatomy:
+        if group.kind in method.kinds:
+            return f"the {removed} of {type(model).__name__} must stay: {group.frozen}"
+    return f"{method.name} removes {removed}, and this {type(model).__name__} has none left"
 
 
 Scoring = Callable[[list[Group], SeenByModule], dict[str, Tensor]]
