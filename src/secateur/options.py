@@ -4,6 +4,7 @@ and what reads and checks them."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
@@ -48,6 +49,8 @@ def _check_option(method: str, spec: dataclasses.Field[Any], value: Any, hint: A
         )
     if isinstance(value, (int, float)) and not isinstance(value, bool) and not _in_range(meta, value):
         raise OptionError(f"{method}: {name} must lie in {interval(meta)}, got {value!r} ({meta.get('help', '')})")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(f"{method}: {name} must be a finite number, got {value!r} ({meta.get('help', '')})")
 
 
 def parse_named(text: str, what: str) -> tuple[str, dict[str, str]]:

@@ -227,6 +227,14 @@ def test_options_out_of_range_are_refused(name, option, value):
         parse_allocator(f"{name}:{option}={value}")
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("option", ["cfsp:alpha", "progression:beta"])
+def test_options_without_a_range_are_finite(option, value):
+    name, _, key = option.partition(":")
+    with pytest.raises(OptionError, match=f"{name}: {key} must be a finite number, got {value}"):
+        parse_allocator(f"{option}={value}")
+
+
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_an_allocator_explains_itself(name):
     described = describe_allocator(name)

@@ -268,6 +268,8 @@ def test_stages_that_can_not_be(step, message):
         ({"sparsity": 0.97}, BudgetError, "can't remove 97.0% of the params: with at least 1 unit"),
         ({"sparsity": 0.5, "first": 2}, BudgetError, "can't remove 50.0%"),
         ({"metric": "angle"}, OptionError, "metric must be one of"),
+        ({"amplitude": math.inf}, OptionError, "amplitude must be a finite number, got inf"),
+        ({"amplitude": math.nan}, OptionError, "amplitude must"),
     ],
 )
 def test_mistakes_in_a_sentence(options, error, message):

@@ -64,9 +64,11 @@ class Progression(Allocator):
         super().__post_init__()
         if isinstance(self.beta, str) and self.beta != "auto":
             try:
-                object.__setattr__(self, "beta", float(self.beta))
+                beta = float(self.beta)
             except ValueError:
                 raise OptionError(f"progression: beta must be a number or auto, got {self.beta!r}") from None
+            object.__setattr__(self, "beta", beta)
+            super().__post_init__()
 
     def working(self) -> Allocator:
         return SlopeSearch(progression=self) if self.beta == "auto" else self
