@@ -346,6 +346,11 @@ def test_self_needs_a_model_and_a_first_token(tiny_llama: Any, tiny_tokenizer: A
         load_tokens("self", None, samples=1, length=4, model=tiny_llama)
 
 
+def test_self_starts_from_the_first_of_several_ends(tiny_llama: Any) -> None:
+    tiny_llama.config.bos_token_id, tiny_llama.config.eos_token_id = None, [5, 7]
+    assert load_tokens("self", None, samples=2, length=4, model=tiny_llama).ids[:, 0].tolist() == [5, 5]
+
+
 def test_self_refuses_a_broken_model(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     tiny_llama.lm_head.weight.data[0] = float("nan")
     with pytest.raises(NonFiniteError, match="logits hold NaN or inf"):

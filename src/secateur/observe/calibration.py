@@ -298,6 +298,8 @@ def _first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     for holder, names in ((tokenizer, ("bos_token_id", "eos_token_id")), (config, ("bos_token_id", "eos_token_id"))):
         for name in names:
             token = getattr(holder, name, None)
+            # a config may list several that end a text
+            token = token[0] if isinstance(token, list | tuple) and token else token
             if isinstance(token, int):
                 return token
     raise DataError("calibration 'self' needs a bos or eos token to start from, and the model has neither")
