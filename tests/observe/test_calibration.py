@@ -276,6 +276,20 @@ def test_an_impossible_name_is_refused(tiny_tokenizer: Any) -> None:
         load_tokens("what is this?", tiny_tokenizer, samples=1, length=4)
 
 
+@pytest.mark.parametrize("name", ["{}", "./{}", "{}.txt"])
+def test_a_name_too_long_for_a_file_is_refused(name: str, hub: FakeHub, tiny_tokenizer: Any) -> None:
+    hub.error = ValueError("no such data set")
+    source = name.format("x" * 5000)
+    assert calibration.source_name(source) == source.removeprefix("./")
+    with pytest.raises(DataError, match=r"does not exist|no such data set"):
+        load_tokens(source, tiny_tokenizer, samples=1, length=4)
+
+
+def test_the_home_folder_of_nobody_is_refused(tiny_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"calibration file ~nobody_here/x\.txt lies in the home folder of somebody"):
+        load_tokens("~nobody_here/x.txt", tiny_tokenizer, samples=1, length=4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -441,6 +455,13 @@ def test_an_empty_data_set_and_a_missing_column(hub: FakeHub, tiny_tokenizer: An
     hub.rows = [{"a": "x", "b": "y"}]
     with pytest.raises(DataError, match=r"columns: a, b"):
         load_tokens("some/name", tiny_tokenizer, samples=1, length=8)
+
+
+@pytest.mark.parametrize("cell", [7, 0, ["a", "b"]])
+def test_a_row_of_a_data_set_without_text_is_named(cell: Any, hub: FakeHub, tiny_tokenizer: Any) -> None:
+    hub.rows = [{"text": "a", "other": "b"}, {"text": "c", "other": cell}]
+    with pytest.raises(DataError, match="calibration data set some/name, row 2 has no text in 'other'"):
+        load_tokens("some/name", tiny_tokenizer, samples=1, length=8, text_field="other")
 
 
 def test_data_sets_need_their_extra(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> None:

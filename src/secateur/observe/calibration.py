@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +150,8 @@ def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
 def source_name(source: str | Path) -> str:
     """The source as it is shown and stored: a file goes by its name, without the folders of this machine."""
     text = str(source)
-    if isinstance(source, Path) or _looks_like_path(text) or Path(text).is_file():
+    # unlike Path.is_file, it is false for a name that is too long for a file
+    if isinstance(source, Path) or _looks_like_path(text) or os.path.isfile(text):
         return Path(text).name
     return text
 
@@ -327,11 +330,18 @@ def _read(
     if text == "builtin":
         return _Text(builtin_text(split), "topics joined by two newlines")
     hub = SHORT_NAMES.get(text, {}).get(split)
-    path = Path(text).expanduser()
-    if hub is None and (isinstance(source, Path) or _looks_like_path(text) or path.is_file()):
+    path = _expanded(text, f"{split} file {text}")
+    if hub is None and (isinstance(source, Path) or _looks_like_path(text) or os.path.isfile(path)):
         eos: Any = tokenizer.eos_token
         return _Text(*read_text_file(path, what=f"{split} file", text_field=text_field, eos=eos))
     return _read_dataset(text, hub or _parse_dataset(text, split), split, text_field, characters)
+
+
+def _expanded(text: str, where: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise DataError(f"{where} lies in the home folder of somebody whom this machine doesn't know") from None
 
 
 def _parse_dataset(text: str, split: str) -> HubSource:
@@ -358,7 +368,8 @@ def _read_dataset(text: str, hub: HubSource, split: str, text_field: str | None,
 
     strings = [name for name, value in first.items() if isinstance(value, str)]
     column = pick_column(list(first), strings, text_field or hub.field, f"{split} data set {text}")
-    return _Text("\n\n".join(_take(first, rows, column, characters)), "rows joined by two newlines")
+    taken = _take(chain([first], rows), column, characters, f"{split} data set {text}")
+    return _Text("\n\n".join(taken), "rows joined by two newlines")
 
 
 def _open_dataset(datasets: Any, hub: HubSource, split: str) -> Any:
@@ -371,10 +382,12 @@ def _open_dataset(datasets: Any, hub: HubSource, split: str) -> Any:
     return datasets.load_dataset(hub.path, hub.config, split=wanted, revision=hub.revision, streaming=True, **extra)
 
 
-def _take(first: dict[str, Any], rows: Iterator[dict[str, Any]], column: str, characters: int) -> Iterator[str]:
-    row: dict[str, Any] | None = first
-    while row is not None and characters > 0:
-        text = row[column] or ""
+def _take(rows: Iterable[dict[str, Any]], column: str, characters: int, where: str) -> Iterator[str]:
+    for number, row in enumerate(rows, start=1):
+        text = "" if row[column] is None else row[column]
+        if not isinstance(text, str):
+            raise DataError(f"{where}, row {number} has no text in '{column}'")
         characters -= len(text) + 2
         yield text
-        row = next(rows, None)
+        if characters <= 0:
+            return

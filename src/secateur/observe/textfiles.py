@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def read_text_file(
     Raises DataError when the file is missing, empty, binary, malformed or has no such column.
     """
     where = f"{what} {path.name}"
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{what} {path} does not exist")
     data = _read_bytes(path, where)
     kind = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
