@@ -213,6 +213,13 @@ def test_floats_are_taken_as_they_are_with_channels_first_or_last():
     assert plain(image[0], "here").shape == (1, 5, 7)
 
 
+def test_numbers_of_another_byte_order_are_the_same_numbers():
+    plain = Preprocessing(mean=(0.0,), std=(1.0,))
+    image = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float32)
+    for order in "<>":
+        assert torch.equal(plain(image.astype(f"{order}f4"), "here"), torch.from_numpy(image))
+
+
 def test_the_centre_is_cut_out_of_the_resized_picture():
     plain = Preprocessing(size=(4, 4), crop=0.5, mean=(0.0,), std=(1.0,))
     image = np.zeros((8, 16, 3), dtype=np.uint8)
@@ -309,6 +316,9 @@ def test_bad_data_is_refused_in_one_sentence(tmp_path, arrays):
         ({"x": x, "y": y + 0.5}, "must be a class index from 0"),
         ({"x": x, "y": y + 3}, "holds class 3, and model dense tells 3 classes apart"),
         ({"x": x.astype(int), "y": y}, "must be uint8"),
+        ({"x": x.astype(bool), "y": y}, "must be uint8 .* got bool"),
+        ({"x": x.astype(np.complex64), "y": y}, "must be uint8 .* got complex64"),
+        ({"x": x.astype(str), "y": y}, "must be uint8 .* got <U"),
         ({"x": x.astype(object), "y": y}, "can't be read as an .npz file"),
     ):
         np.savez(tmp_path / "bad.npz", **arrays_)

@@ -53,7 +53,9 @@ class Preprocessing:
         return (x_CHW - mean) / std
 
     def _scaled(self, image: np.ndarray[Any, Any], where: str) -> Tensor:
-        x = torch.from_numpy(np.ascontiguousarray(image))
+        if image.dtype.kind not in "fiu":
+            raise DataError(f"the image in {where} must be uint8 (0 to 255) or floating-point, got {image.dtype}")
+        x = torch.from_numpy(np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("=")))
         if x.dim() == 2:
             x = x[None]
         elif x.dim() == 3 and x.shape[-1] in (1, 3, 4) and x.shape[0] not in (1, 3):
