@@ -256,6 +256,13 @@ def test_widths_are_rounded_down_and_shortcuts_are_counted(tiny_llama, tiny_toke
     assert rotated_parts(result.model)["width"] == 16
 
 
+def test_no_direction_is_lost_to_the_rounding_of_floats():
+    for size in (576, 768, 1024, 2560, 5120):
+        for percent in range(100):
+            method = make_method("slicegpt", {"sparsity": percent / 100})
+            assert method.width(size, lambda _: 0.0) == (100 - percent) * size // 100 // 8 * 8
+
+
 def test_a_budget_of_parameters_counts_the_shortcuts(tiny_llama, tiny_tokenizer):
     asked = {"method": "slicegpt", "options": {"budget": "params", "round_to": 1}, "samples": 4, "length": 32}
     result = sc.prune(tiny_llama, tiny_tokenizer, sparsity=0.2, **asked)

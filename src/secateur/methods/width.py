@@ -33,7 +33,8 @@ class RotationMethod(Method):
     def width(self, size: int, left: Callable[[int], float]) -> int:
         """How many of ``size`` directions stay; ``left`` gives the fraction of the blocks' parameters at a width."""
         if self.budget == "hidden":
-            return int((1 - self.sparsity) * size) // self.round_to * self.round_to
+            # rounding of a product such as (1 - 0.8) * 5120 is no direction less
+            return int(round((1 - self.sparsity) * size, 6)) // self.round_to * self.round_to
         widths = range(0, size + 1, self.round_to)
         # a width of nothing is no width; more of it is more that is left
         return widths[bisect_right(widths, 1 - self.sparsity, lo=1, key=left) - 1]
