@@ -74,6 +74,8 @@ class Measurement:
         from secateur.evaluation import Settings, make_task
         from secateur.evaluation.perplexity import Perplexity
 
+        if self.measure is False:
+            return
         data = self.job.calibration
         settings = Settings(length=data.length, windows=self.job.windows, seed=data.seed, text_field=data.text_field)
         for task in map(make_task, self.job.evaluate):
