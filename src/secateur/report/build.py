@@ -28,18 +28,17 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
     """What ``plan`` removes from the dense model of this ``anatomy``; whoever measures adds metrics and samples."""
     provenance = plan.provenance[-1]
     allocation = provenance.allocation
-    layers = [_layer_cut(layer, plan, anatomy) for layer in range(anatomy.num_layers)]
-    gone = [_removed_in(layer, plan, anatomy) for layer in range(anatomy.num_layers)]
-    cut, masked = (sum(parts) for parts in zip(*gone, strict=True)) if gone else (0.0, 0.0)
+    gone = _removed(plan, anatomy)
+    cut, masked = sum(cut for cut, _ in gone), sum(masked for _, masked in gone)
     return Report(
         model=plan.model.name,
         revision=plan.model.revision,
         method=plan.method,
         options=dict(provenance.options) | ({"allocate": allocation.label} if allocation else {}),
         requested=_requested(plan),
-        achieved=removed_fraction(plan, anatomy),
+        achieved=_fraction(gone, plan, anatomy),
         masked=masked / max(anatomy.blocks.params - cut, 1),
-        layers=layers,
+        layers=[_layer_cut(layer, plan, anatomy, *parts) for layer, parts in enumerate(gone)],
         scores={name: scores.tolist() for name, scores in plan.scores.items()},
         # how many tokens stay is told in a note: their ids would be most of the page
         keep={name: kept.tolist() for name, kept in plan.keep.items() if name != VOCABULARY},
@@ -53,10 +52,18 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
 
 def removed_fraction(plan: Plan, anatomy: Anatomy) -> float:
     """Fraction of the linear weights of all blocks that is gone (cut, or zero); of the tokens if only these are cut."""
+    return _fraction(_removed(plan, anatomy), plan, anatomy)
+
+
+def _fraction(gone: list[tuple[float, float]], plan: Plan, anatomy: Anatomy) -> float:
     if set(plan.keep) == {VOCABULARY} and not plan.masks:
         return 1 - len(plan.keep[VOCABULARY]) / plan.groups[VOCABULARY]
-    gone = sum(sum(_removed_in(layer, plan, anatomy)) for layer in range(anatomy.num_layers))
-    return gone / max(anatomy.blocks.params, 1)
+    return sum(map(sum, gone)) / max(anatomy.blocks.params, 1)
+
+
+def _removed(plan: Plan, anatomy: Anatomy) -> list[tuple[float, float]]:
+    """``_removed_in`` of every block."""
+    return [_removed_in(layer, plan, anatomy) for layer in range(anatomy.num_layers)]
 
 
 def _requested(plan: Plan) -> str:
@@ -98,7 +105,7 @@ def _budget_metrics(plan: Plan) -> list[Metric]:
     ]
 
 
-def _layer_cut(layer: int, plan: Plan, anatomy: Anatomy) -> LayerCut:
+def _layer_cut(layer: int, plan: Plan, anatomy: Anatomy, cut: float, masked: float) -> LayerCut:
     units = {}
     for group in anatomy.groups:
         if group.layer == layer and group.name in plan.keep:
@@ -111,7 +118,6 @@ def _layer_cut(layer: int, plan: Plan, anatomy: Anatomy) -> LayerCut:
         if m.layer == layer and m.tensor in plan.masks
     }
     total = sum(m.shape[0] * m.shape[1] for m in anatomy.matrices if m.layer == layer)
-    cut, masked = _removed_in(layer, plan, anatomy)
     return LayerCut(layer, units, (cut + masked) / max(total, 1), matrices, masked / max(total - cut, 1))
 
 
