@@ -142,6 +142,7 @@ class Recovery(BaseModel):
     before: float
     """Perplexity of the text that was held out, before training and after it."""
     after: float
+    notes: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

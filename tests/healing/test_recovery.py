@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for
-from secateur.engine.recovering import layers_left
+from secateur.engine.recovering import Teacher, layers_left, narrowed
 from secateur.errors import DataError, MissingExtraError, NonFiniteError, OptionError, PlanMismatchError, UsageError
 from secateur.healing.recovery import Curve, RecoveryOptions, parse_recovery, split_heal
 from secateur.healing.recovery.losses import Objective, cross_entropy, divergence, hidden_distance
@@ -22,6 +22,7 @@ from secateur.healing.recovery.trained import STRATEGIES
 from secateur.healing.recovery.trainer import Windows, learning_rate, recover
 from secateur.loop import Callback, Keeper, examples_of
 from secateur.models.decoders import decoder_blocks, is_linear
+from secateur.report.recovery import summary
 from secateur.train.masks import masks_left
 
 FAST = {"steps": 3, "batch": 2, "rank": 2, "lr": 1e-2}
@@ -359,6 +360,28 @@ def test_prune_trains_towards_the_dense_model(tiny_llama, tiny_tokenizer):
         assert torch.equal(result.model.get_parameter(name) != 0, mask)
 
 
+def test_a_teacher_predicts_the_tokens_that_are_left(tiny_llama, tiny_tokenizer):
+    asked = {"sparsity": 0.2, "samples": 2, "length": 32}
+    first = sc.prune(tiny_llama, tiny_tokenizer, method="vocab", **asked)
+    second = sc.prune(first.model, first.tokenizer, method="vocab", **asked)
+    plans = [first.plan, second.plan]
+    kept = first.plan.keep["vocabulary"][second.plan.keep["vocabulary"]]
+    teacher = narrowed(Teacher(tiny_llama, tiny_tokenizer), plans)
+    ids = torch.randint(0, len(kept), (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(teacher.model(ids).logits, tiny_llama(kept[ids]).logits[..., kept])
+    assert teacher.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    assert tiny_llama.config.vocab_size == 512 == tiny_llama.get_input_embeddings().num_embeddings
+    layers = (m.get_parameter("model.layers.0.mlp.up_proj.weight") for m in (teacher.model, tiny_llama))
+    assert len({id(layer) for layer in layers}) == 1
+    # what is left predicts what the dense model does, so there is nothing to learn
+    healed = sc.heal(
+        second.model, second.tokenizer, plan=plans, teacher=tiny_llama, steps=2, options={"length": 32, "held_out": 2}
+    )
+    assert healed.recovered.record.options["loss"] == "kl" and healed.curve.losses[0] < 1e-6
+    assert healed.curve.teacher == pytest.approx(healed.curve.measured[0][1], rel=1e-4)
+
+
 def test_a_model_in_half_precision_keeps_it(tiny_llama, tiny_tokenizer):
     healed = sc.heal(tiny_llama.bfloat16(), tiny_tokenizer, steps=2, options={"length": 32, "held_out": 2})
     assert {p.dtype for p in healed.model.parameters()} == {torch.bfloat16}
@@ -377,6 +400,19 @@ def test_masks_that_were_cut_afterwards_are_what_is_zero():
     assert set(masks_left([], model, keep_zeros=True)) == set(masks)
     with pytest.raises(PlanMismatchError):
         masks_left([sparse], model)
+
+
+def test_zeros_that_no_plan_explains_are_told_of(tiny_llama, tiny_tokenizer):
+    sparse = plan_for("magnitude", tiny_llama, tiny_ids(), sparsity=0.5)
+    model = sc.apply(sparse, tiny_llama)
+    options = {"length": 32, "held_out": 2}
+    told = sc.heal(model, tiny_tokenizer, steps=2, options=options).recovered
+    [note] = told.record.notes
+    assert note.startswith("50% of the linear weights") and "keep_zeros=true" in note
+    assert f"Note: {note}." in summary(told.section())
+    for more in ({"plan": sparse}, {"options": {**options, "keep_zeros": True}}):
+        healed = sc.heal(model, tiny_tokenizer, steps=2, **{"options": options, **more})
+        assert healed.recovered.record.notes == () and "Note" not in summary(healed.recovered.section())
 
 
 # mistakes

@@ -189,6 +189,7 @@ def test_devices_of_a_recipe(cli, tiny_checkpoint, tmp_path):
     for devices, message in {
         "cpu,nowhere": "unknown device 'nowhere': give cpu, cuda, cuda:0 or mps",
         "cpu,": "unknown device ''",
+        "meta": "tensors on the device meta have no values",
         "cpu,xla:0": "this machine has no device 'xla:0' that torch can use",
     }.items():
         run = cli(*arguments, "--devices", devices)

@@ -248,6 +248,19 @@ def test_zeros_of_earlier_steps_stay_zero_in_a_training(tiny_checkpoint, tmp_pat
     assert all(finding.ok for finding in sc.verify(tmp_path / "out", base=tiny_checkpoint))
 
 
+def test_a_training_after_the_vocabulary_was_cut_has_its_teacher(tiny_checkpoint, tmp_path):
+    trained = "full:steps=2,batch=2,length=32,held_out=2,lr=0.01"
+    steps = [{"method": "vocab", "sparsity": 0.2}, {"method": "flap", "sparsity": 0.3, "heal": trained}]
+    job = {"model": str(tiny_checkpoint), "calibration": DATA, "steps": steps, "dtype": "float32"}
+    [of_run] = sc.run({**job, "out": str(tmp_path / "out")}).recoveries
+    sc.run({**job, "steps": [steps[0], {**steps[1], "heal": None}], "out": str(tmp_path / "cut")})
+    how = {"train": "full", "teacher": tiny_checkpoint, "steps": 2, "options": HOW["options"]}
+    [of_folder] = sc.heal(tmp_path / "cut", out=tmp_path / "healed", **how).report.recoveries
+    for recovery in (of_run, of_folder):
+        assert recovery["options"]["loss"] == "kl" and 0 < recovery["teacher_perplexity"] < 1000
+    assert all(finding.ok for finding in sc.verify(tmp_path / "healed", base=tiny_checkpoint))
+
+
 # ranks
 
 

@@ -18,15 +18,21 @@ from secateur.loop import Keeper
 from secateur.models.decoders import decoder_blocks, is_linear
 from secateur.models.fingerprint import display_name
 from secateur.models.layout import rotated_parts
+from secateur.models.surgery import with_tokens
+from secateur.models.vocabulary import fitted
 from secateur.observe.calibration import Tokens, load_tokens
 from secateur.plans import Plan, Recovery
 from secateur.ranks import ALONE, Ranks
-from secateur.train.masks import masks_left
+from secateur.structure.lexicon import VOCABULARY
+from secateur.train.masks import masks_left, zeros_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]
+
+# 4-bit formats have up to an eighth of their own
+_MANY_ZEROS = 0.2
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ def recover_decoder(
     Raises UsageError, DataError, PlanMismatchError, NonFiniteError, MissingExtraError, and what ``keeper`` raises.
     """
     terms = options.terms(teacher is not None)
+    teacher = None if teacher is None else narrowed(teacher, plans)
     compared = {"kl", "hidden"} & set(terms)
     if teacher is not None and compared:
         check_teacher(teacher, model, tokenizer, hidden="hidden" in terms)
@@ -89,6 +96,8 @@ def recover_decoder(
     def measure(one: Any) -> float:
         return perplexity(one, windows.held_out)
 
+    masks = masks_left(plans, model, keep_zeros=options.keep_zeros)
+    zeros = 0.0 if masks else zeros_left(model)
     name, blocks = decoder_blocks(model)
     modules = [f"{name}.{path}" for path, module in blocks.named_modules() if is_linear(module)]
     curve = recover(
@@ -98,7 +107,7 @@ def recover_decoder(
         teacher=teacher.model if teacher is not None and compared else None,
         layers=layers_left(plans, teacher.model if teacher is not None else model, len(blocks)),
         modules=modules,
-        masks=masks_left(plans, model, keep_zeros=options.keep_zeros),
+        masks=masks,
         lora_ranks=ranks_of(plans, options, name, modules),
         keeper=keeper,
         measure=measure,
@@ -121,8 +130,16 @@ def recover_decoder(
         tokens=curve.tokens,
         before=curve.measured[0][1],
         after=curve.measured[-1][1],
+        notes=(_trained_away(zeros),) if zeros >= _MANY_ZEROS else (),
     )
     return Recovered(record, curve)
+
+
+def _trained_away(zeros: float) -> str:
+    return (
+        f"{zeros:.0%} of the linear weights of the blocks were zero before training and no plan of this folder masks"
+        " them, so they were trained as the others; with keep_zeros=true they stay zero"
+    )
 
 
 def perplexity(model: Any, ids_NT: Tensor) -> float:
@@ -131,6 +148,21 @@ def perplexity(model: Any, ids_NT: Tensor) -> float:
     if not loss < 700:
         raise NonFiniteError(f"the loss on the held-out text is {loss:g}: the model is broken; nothing was written")
     return math.exp(loss)
+
+
+def narrowed(teacher: Teacher, plans: Sequence[Plan]) -> Teacher:
+    """The dense model with the tokens that ``plans`` have left, so that both predict the same ones; it stays whole.
+
+    A teacher of another vocabulary than that which the first of them cut comes back as it is.
+    """
+    cuts = [plan for plan in plans if VOCABULARY in plan.keep]
+    embedding: Any = teacher.model.get_input_embeddings()
+    if not cuts or len(embedding.weight) != cuts[0].groups[VOCABULARY]:
+        return teacher
+    kept = cuts[0].keep[VOCABULARY]
+    for plan in cuts[1:]:
+        kept = kept[plan.keep[VOCABULARY]]
+    return Teacher(with_tokens(teacher.model, kept), fitted(teacher.tokenizer, cuts))
 
 
 def check_teacher(

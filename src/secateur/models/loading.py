@@ -114,6 +114,8 @@ def device_of(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise UsageError(f"unknown device {device!r}: give cpu, cuda, cuda:0 or mps") from None
+    if found.type == "meta":
+        raise UsageError("tensors on the device meta have no values: give cpu, cuda, cuda:0 or mps")
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -76,6 +76,16 @@ def remove_units(model: PreTrainedModel, removal: Removal) -> None:
     _follow(model, removal)
 
 
+def with_tokens(model: PreTrainedModel, kept: Tensor) -> PreTrainedModel:
+    """``model`` with the tokens ``kept`` alone, ascending ids; all but its embedding and head is shared with it."""
+    # tensors that copying has already met stay as they are
+    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    anatomy = decoder_anatomy(shared)
+    removed = {VOCABULARY: complement(kept, anatomy[VOCABULARY].units)}
+    remove_units(shared, Removal.of(shared, anatomy, removed))
+    return shared
+
+
 def _follow(model: PreTrainedModel, removal: Removal) -> None:
     for name, kind in removal.skipped.items():
         skip(model, name, kind)

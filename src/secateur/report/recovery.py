@@ -38,11 +38,14 @@ def summary(recovery: Mapping[str, Any]) -> str:
         f" perplexity {format_value(recovery['before'])} → {format_value(recovery['after'])}"
     )
     if recovery["closed"] is None:
-        return f"{text}."
-    return (
-        f"{text}, {format_value(recovery['teacher_perplexity'])} for the dense teacher;"
-        f" {percent(recovery['closed'])} of the gap in log-perplexity is closed."
-    )
+        said = f"{text}."
+    else:
+        said = (
+            f"{text}, {format_value(recovery['teacher_perplexity'])} for the dense teacher;"
+            f" {percent(recovery['closed'])} of the gap in log-perplexity is closed."
+        )
+    # documents of older versions have none
+    return " ".join([said, *(f"Note: {note}." for note in recovery.get("notes", ()))])
 
 
 def quality_chart(recovery: Mapping[str, Any]) -> Chart:

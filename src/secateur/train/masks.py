@@ -57,10 +57,22 @@ def masks_left(plans: Sequence[Plan], model: PreTrainedModel, *, keep_zeros: boo
             return masks_of(plan, model)
     if not (masking or keep_zeros):
         return {}
-    name, blocks = decoder_blocks(model)
-    weights = {f"{name}.{path}.weight": m.weight for path, m in blocks.named_modules() if is_linear(m)}
-    found = {name: weight.detach() != 0 for name, weight in weights.items()}  # type: ignore[union-attr]
+    found = {name: weight != 0 for name, weight in _matrices(model).items()}
     return {name: mask for name, mask in found.items() if not bool(mask.all())}
+
+
+def zeros_left(model: PreTrainedModel) -> float:
+    """The fraction of the linear weights of the blocks that is zero, 0..1."""
+    matrices = _matrices(model).values()
+    zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in matrices)
+    return zeros / max(1, sum(weight.numel() for weight in matrices))
+
+
+def _matrices(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The linear weights of the blocks by name."""
+    name, blocks = decoder_blocks(model)
+    names = [f"{name}.{path}.weight" for path, module in blocks.named_modules() if is_linear(module)]
+    return {name: model.get_parameter(name).detach() for name in names}
 
 
 def check_zero(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
