@@ -71,15 +71,14 @@ class Measurement:
 
     def check(self, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Refuse text that can't be measured on, before hours of work. Raises UsageError, DataError."""
-        from secateur.evaluation import Settings, make_task
-        from secateur.evaluation.perplexity import Perplexity
+        from secateur.evaluation import Checked, Settings, make_task
 
         if self.measure is False:
             return
         data = self.job.calibration
         settings = Settings(length=data.length, windows=self.job.windows, seed=data.seed, text_field=data.text_field)
         for task in map(make_task, self.job.evaluate):
-            if isinstance(task, Perplexity):
+            if isinstance(task, Checked):
                 task.check(source.model, tokenizer, settings)
 
     def _loads(self, source: Source) -> bool:

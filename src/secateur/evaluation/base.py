@@ -75,6 +75,15 @@ class Evaluation(Protocol):
         ...
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """An evaluation that can tell beforehand what would keep it from measuring."""
+
+    def check(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, settings: Settings) -> None:
+        """Read what ``model``, which may lie on the meta device, would be measured on. Raises what that raises."""
+        ...
+
+
 def is_decoder(model: Any) -> bool:
     """Whether this is a model of transformers that reads text, and not one that is known by its example inputs."""
     return hasattr(getattr(model, "config", None), "get_text_config")

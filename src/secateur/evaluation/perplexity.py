@@ -53,7 +53,6 @@ class Perplexity:
         return f"perplexity:{source_name(self.source)}"
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: Settings) -> None:
-        """Read the text that ``model`` would be measured on; it may lie on the meta device. Raises what that raises."""
         check_length(model, settings.length)
         if self.source != "self":
             self._tokens(model, tokenizer, settings)
