@@ -14,6 +14,7 @@ from runs import plan_for
 from secateur.allocators import chosen_allocation
 from secateur.estimate.disk import checkpoint_bytes, disk, speed_bound
 from secateur.estimate.job import Job
+from secateur.estimate.leaving import removed_share
 from secateur.estimate.machine import Machine
 from secateur.estimate.memory import hidden_bytes, memory
 from secateur.estimate.sizes import Sizes, sizes_of
@@ -29,6 +30,8 @@ LINEAR = 3 * 1024 + 3 * 2048  # q, o: 32 x 32, k, v: 16 x 32; gate, up, down: 64
 BLOCK = 4 * (LINEAR + 2 * 32)
 OUTSIDE = 4 * (2 * 512 * 32 + 32)
 TOKENS = 4 * 16
+# 24 of 32 directions stay in all matrices but the last, products between bases come, and the embedding is narrower
+SLICED = 2 * LINEAR // 4 - 2048 // 4 - (3 * 24 * 24 + 24 * 32) + 512 * 8
 
 
 @pytest.fixture
@@ -110,7 +113,7 @@ def test_variants_go_through_their_block_and_those_behind_it(sizes):
     asked = job("flap", budget="params=0.8,macs=0.9", variant_tokens=32)
     # five of heads and five of neurons, in the first block and in the second
     assert flops(sizes, asked)["variants"] == 2 * 32 * (10 * LINEAR + 20 * LINEAR + 20 * sizes.head)
-    assert asked.sparsity == pytest.approx(0.2)
+    assert removed_share(sizes, asked) == pytest.approx(0.2)
     assert "variants" not in flops(sizes, job("flap", budget="params=0.8", variants="scores"))
 
 
@@ -315,6 +318,12 @@ def test_on_another_device_memory_is_split(sizes):
         # embedding, norms and head become smaller too
         ("minitron_hidden", {"sparsity": 0.25}, "dense", 3 * (OUTSIDE + 2 * BLOCK) // 4),
         ("llm_pruner", {"sparsity": 0.25, "granularity": "channel"}, "dense", 3 * (OUTSIDE + 2 * BLOCK) // 4),
+        ("llm_pruner", {"ratio": 0.25, "granularity": "channel"}, "dense", 3 * (OUTSIDE + 2 * BLOCK) // 4),
+        # the second layer alone loses half
+        ("llm_pruner", {"ratio": 0.5, "first": 1, "last": 0}, "dense", OUTSIDE + 2 * BLOCK - 4 * LINEAR // 2),
+        ("prunenet", {"sparsity": 0.25, "budget": "neurons", "episodes": 1}, "dense", OUTSIDE + 2 * BLOCK - 6 * 2048),
+        ("vocab", {"sparsity": 0.25}, "dense", OUTSIDE + 2 * BLOCK - 4 * 2 * 128 * 32),
+        ("slicegpt", {"sparsity": 0.25}, "dense", OUTSIDE + 2 * BLOCK - 4 * SLICED),
     ],
 )
 def test_the_checkpoint_by_hand_and_as_it_is_written(sizes, tiny_checkpoint, tmp_path, method, options, format, size):
@@ -352,6 +361,7 @@ def test_speed_is_bounded_by_what_is_left_to_multiply(sizes):
     assert speed_bound(sizes, job("evopress", layers=1)) == speed_bound(sizes, job("shortgpt", layers=1))
     assert speed_bound(sizes, job("flap", sparsity=0.25)) == (2 * LINEAR + head) / (1.5 * LINEAR + head)
     assert speed_bound(sizes, job("minitron_hidden", sparsity=0.25)) == pytest.approx(4 / 3)
+    assert speed_bound(sizes, job("vocab", sparsity=0.5)) == (2 * LINEAR + head) / (2 * LINEAR + head // 2)
 
 
 def test_time_is_work_over_rates(sizes):

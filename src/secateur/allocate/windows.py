@@ -51,8 +51,7 @@ class WindowAllocator:
 
     def allocate(self, scores: Scores, groups: Sequence[Group], total: int, limits: Limits) -> Kept:
         """See ``Allocator``."""
-        layers = 1 + max(g.layer for g in groups)
-        inside = [g for g in groups if self._window(g).holds(g.layer, layers)]
+        inside = self.inside(groups)
         kept: Kept = {g.name: torch.arange(g.units) for g in groups}
         most = sum(g.units * limits.cost(g.cost) for g in inside)
         share = self.ratio or self.sparsity * total / max(most, 1)
@@ -62,8 +61,11 @@ class WindowAllocator:
             kept |= self.within(share).allocate({g.name: scores[g.name] for g in inside}, inside, most, limits)
         return kept
 
-    def _window(self, group: Group) -> Window:
-        return self.neurons if group.kind == "neuron" else self.heads
+    def inside(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that are cut."""
+        layers = 1 + max(g.layer for g in groups)
+        windows = {g.name: self.neurons if g.kind == "neuron" else self.heads for g in groups}
+        return [g for g in groups if windows[g.name].holds(g.layer, layers)]
 
 
 def leaving(channels: int, ratio: float) -> int:

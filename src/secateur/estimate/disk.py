@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from secateur.estimate.job import Job
+from secateur.estimate.leaving import leaving, removed_share
 from secateur.estimate.memory import adapter_entries, hidden_bytes, spills, state_bytes
 from secateur.estimate.sizes import Sizes
-from secateur.methods import LayerMethod, SearchMethod, SublayerMethod, TrainedMethod, UnitMethod, WeightMethod
+from secateur.methods import SearchMethod, TrainedMethod, UnitMethod, WeightMethod
 
 
 def disk(sizes: Sizes, job: Job) -> dict[str, int]:
@@ -50,7 +51,7 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
 def _read_bytes(sizes: Sizes, job: Job, itemsize: int) -> int:
     """Masks and values of what stays of the weights that read units."""
     read = sum(o * i for block in sizes.blocks for inputs in job.targets(block) for o, i in inputs.matrices)
-    return -(-read // 8) + int(read * (1 - job.sparsity)) * itemsize
+    return -(-read // 8) + int(read * (1 - removed_share(sizes, job))) * itemsize
 
 
 def checkpoint_bytes(sizes: Sizes, job: Job) -> int:
@@ -61,29 +62,10 @@ def checkpoint_bytes(sizes: Sizes, job: Job) -> int:
             return sizes.stored
         packed = -(-sizes.linear // 8) + int(linear_stored * (1 - job.sparsity))
         return sizes.stored - linear_stored + min(packed, linear_stored)
-    if isinstance(job.method, LayerMethod):
-        return sizes.stored - removed_layers(sizes, job.method) * (sizes.blocks_stored // len(sizes.blocks))
-    if isinstance(job.method, SublayerMethod):
-        return sizes.stored - int(job.method.share(2 * len(sizes.blocks)) * linear_stored)
-    return sizes.stored - int(job.sparsity * (sizes.stored if job.method.narrows else linear_stored))
-
-
-def removed_layers(sizes: Sizes, method: LayerMethod) -> int:
-    """How many blocks leave."""
-    return min(method.layers or int(len(sizes.blocks) * method.sparsity), len(sizes.blocks) - 1)
+    return sizes.stored - leaving(sizes, job).stored
 
 
 def speed_bound(sizes: Sizes, job: Job) -> float:
-    """At most how many times faster the pruned model can be: multiplications before over those after.
-
-    Zeros among weights save none with dense kernels.
-    """
+    """At most how many times faster the pruned model can be: multiplications before over those after."""
     before = sizes.linear + sizes.head
-    if isinstance(job.method, WeightMethod | SearchMethod):
-        return 1.0
-    if isinstance(job.method, LayerMethod):
-        share = removed_layers(sizes, job.method) / len(sizes.blocks)
-        return before / (before - share * sizes.linear)
-    if isinstance(job.method, SublayerMethod):
-        return before / (before - job.method.share(2 * len(sizes.blocks)) * sizes.linear)
-    return before / (before - job.sparsity * (before if job.method.narrows else sizes.linear))
+    return before / (before - leaving(sizes, job).multiplied)

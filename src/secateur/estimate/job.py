@@ -171,12 +171,7 @@ class Job:
             from secateur.allocate import parse_pattern
 
             return parse_pattern(pattern).share
-        method = self.method
-        if isinstance(method, UnitMethod) and method.programmed:
-            # of other budgets nobody knows yet how many weights they take along
-            told = [1 - left for name, left in method.asked.items() if name in ("params", "macs", "bytes")]
-            return max(told, default=0.0)
-        return float(getattr(method, "sparsity", 0.0))
+        return float(getattr(self.method, "sparsity", 0.0))
 
     @property
     def variant_tokens(self) -> int:

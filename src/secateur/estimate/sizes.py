@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from secateur.models.decoders import decoder_anatomy, family_of, typed_blocks
+from secateur.models.rotation import signals
 from secateur.models.sources import CheckpointSource, Source
 from secateur.structure import Anatomy
 
@@ -51,7 +52,8 @@ class BlockSizes:
 class Sizes:
     """A decoder: its blocks, and what lies outside of them. ``attention`` is the width of all query heads together.
 
-    ``itemsize`` is that of the stored weights. ``streamed`` is False for a model that is in memory as a whole, and
+    ``itemsize`` is that of the stored weights, and ``bases`` are the places of bases where hidden states are rotated,
+    empty where secateur doesn't know the blocks. ``streamed`` is False for a model that is in memory as a whole, and
     ``loaded`` True when it is there already.
     """
 
@@ -65,6 +67,7 @@ class Sizes:
     head: int
     itemsize: int
     anatomy: Anatomy
+    bases: tuple[str, ...] = ()
     streamed: bool = True
     loaded: bool = False
 
@@ -115,6 +118,7 @@ def sizes_of(source: Source, *, streamed: bool | None = None, heads: str = "kv")
         head=0 if head is None else head.weight.numel(),
         itemsize=next(source.blocks.parameters()).element_size(),
         anatomy=anatomy,
+        bases=tuple(signals(model, head=True)) if family_of(model) is not None else (),
         streamed=isinstance(source, CheckpointSource) if streamed is None else streamed,
         loaded=streamed is None and not isinstance(source, CheckpointSource),
     )

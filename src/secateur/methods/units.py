@@ -133,6 +133,11 @@ class UnitMethod(StructuredMethod):
         """What the sparsity is a fraction of, in units of the budget: the linear weights of all blocks."""
         return int(getattr(anatomy.blocks, self.budget, 1))
 
+    def share(self, anatomy: Anatomy) -> float:
+        """The fraction of the linear weights of the blocks that leaves, as far as it is known; for estimates."""
+        # of other budgets nobody knows yet how many weights they take along
+        return max((1 - left for name, left in self.asked.items() if name in ("params", "macs", "bytes")), default=0.0)
+
     @property
     def programmed(self) -> bool:
         """Whether an integer programme decides how many units stay, in place of the method's own allocator."""
@@ -229,6 +234,12 @@ class NeuronMethod(UnitMethod):
         if self.budget == "neurons":
             return sum(group.units for group in anatomy.of_kind(*self.kinds))
         return super().counted(anatomy)
+
+    def share(self, anatomy: Anatomy) -> float:
+        if "neurons" not in self.asked:
+            return super().share(anatomy)
+        weights = sum(group.units * group.cost.params for group in anatomy.of_kind(*self.kinds))
+        return (1 - self.asked["neurons"]) * weights / anatomy.blocks.params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ from secateur.criteria import random_scores
 from secateur.criteria.projections import EXPANSIONS, GROUPINGS, grouped, summed_rows
 from secateur.errors import OptionError
 from secateur.methods import Coupled, CoupledMethod, Descriptor, Part, option, register
-from secateur.structure import HIDDEN
+from secateur.structure import HIDDEN, Anatomy
 
 _POWERS = {"l1": 1, "l2": 2}
 _OF_BLOCKS = ("scope", "first", "last", "first_mlp", "last_mlp", "fold", "fill")
@@ -128,6 +128,8 @@ class LLMPruner(CoupledMethod):
         ]
         if self.granularity != "block" and unread:
             raise OptionError(f"llm_pruner: granularity={self.granularity} doesn't go with {', '.join(unread)}")
+        if self.ratio and self.granularity == "layer":
+            raise OptionError("llm_pruner: granularity=layer takes whole layers: give a sparsity in place of ratio")
         if self.ratio and self.programmed:
             raise OptionError("llm_pruner: ratio and a budget both say how much stays: give one of them")
 
@@ -161,6 +163,13 @@ class LLMPruner(CoupledMethod):
         )
         within = _WITHIN[self.scope, self.fill]
         return WindowAllocator(self.sparsity, heads, neurons, within, self.ratio)
+
+    def share(self, anatomy: Anatomy) -> float:
+        allocator = self.allocator()
+        if not self.ratio or not isinstance(allocator, WindowAllocator):
+            return self.ratio or super().share(anatomy)
+        inside = allocator.inside(anatomy.of_kind(*self.kinds))
+        return self.ratio * sum(group.units * group.cost.params for group in inside) / anatomy.blocks.params
 
     def score_coupled(self, group: Coupled) -> Tensor:
         if self.granularity == "layer":
