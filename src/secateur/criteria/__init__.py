@@ -29,8 +29,8 @@ def standardise(scores: Tensor) -> Tensor:
     """(s - mean) / std over all entries, unbiased std, float64; constant scores give zeros, never NaN."""
     s = scores.double()
     std = s.std() if s.numel() > 1 else torch.zeros((), dtype=torch.float64)
-    # a spread of rounding noise is no spread
-    if float(std) <= 1e-12 * max(1.0, float(s.abs().max())):
+    # a spread of rounding noise is no spread, and what is noise goes by the scores: squares of small ones are tiny
+    if float(std) <= 1e-12 * float(s.abs().max()):
         return torch.zeros_like(s)
     return (s - s.mean()) / std
 
