@@ -77,6 +77,29 @@ def test_obc_is_least_squares_on_its_support_and_takes_what_costs_least_first():
     assert int(rows[0]) == int(rows.max()) > int(rows[1:].max())
 
 
+@pytest.mark.parametrize("method", ["admm", "alps", "obc", "sparsegpt"])
+def test_weights_of_silent_inputs_leave_first_however_quiet_the_others_are(method):
+    w, x = data()
+    x[..., [3, 7]] = 0
+    for loudness in (1e-3, 1.0, 1e3):
+        keep, _, _ = prune(method, w, seen_of(loudness * x), sparsity=0.5)
+        assert not keep[:, [3, 7]].any()
+    if method != "sparsegpt":
+        # what needn't leave stays as it is
+        keep, weight, _ = prune(method, w, seen_of(1e-3 * x), sparsity=1 / 24)
+        kept = keep[:, [3, 7]]
+        assert int(kept.sum()) == len(w)
+        torch.testing.assert_close(weight[:, [3, 7]][kept], w[:, [3, 7]][kept])
+
+
+def test_a_silent_neuron_leaves_first_by_osscar():
+    w, x = data()
+    x[..., 5] = 0
+    target = Target("m", "neuron", 0, w, torch.arange(24)[:, None])
+    for loudness in (1e-3, 1.0):
+        assert int(make_method("osscar").score(target, seen_of(loudness * x)).argmin()) == 5
+
+
 def test_rows_of_admm_compete_among_themselves_where_they_are_told_to():
     w, x = data()
     w[0] *= 0.01

@@ -13,7 +13,7 @@ conjugate gradients quick. O outputs, I inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -103,6 +103,16 @@ class Problem:
     def h_II(self) -> Tensor:
         """H in scaled inputs."""
         return self.curvature.h_II
+
+    def without_silent(self) -> Problem:
+        """The same where weights of inputs that were never active are zero: what chooses by it takes them first.
+
+        Their unit diagonal is no size of theirs, and next to quiet inputs they would look loud.
+        """
+        silent_I = self.curvature.silent_I
+        if not bool(silent_I.any()):
+            return self
+        return replace(self, g_OI=self.g_OI.masked_fill(silent_I, 0), start_OI=self.start_OI.masked_fill(silent_I, 0))
 
     def scaled(self, w_OI: Tensor) -> Tensor:
         """A weight in scaled inputs."""

@@ -81,4 +81,4 @@ class OSSCAR(UnitMethod):
 
     def _problem(self, target: Target, seen: Seen) -> Problem:
         exact = target.weight.shape[1] <= EXACT_INPUTS
-        return problem_of(target.name, target.weight, seen, self.damping, exact=exact)[0]
+        return problem_of(target.name, target.weight, seen, self.damping, exact=exact)[0].without_silent()

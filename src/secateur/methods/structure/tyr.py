@@ -104,10 +104,10 @@ class Tyr(SupernetMethod):
     def levels_of(
         self, target: Target, seen: Seen, removed: Sequence[int], balance: int
     ) -> tuple[list[tuple[Tensor, Tensor | None]], tuple[str, ...]]:
-        # what was never active is nothing to fit to
-        weight_OI = target.weight.masked_fill(seen["gram"].dead.to(target.weight.device), 0)
+        weight_OI = target.weight
         exact = weight_OI.shape[1] <= EXACT_INPUTS
         problem, notes = problem_of(target.name, weight_OI, seen, self.damping, exact=exact)
+        problem = problem.without_silent()
         rounds = self.neuron_rounds if target.kind == "neuron" else self.head_rounds
         levels: list[tuple[Tensor, Tensor | None]] = []
         for count in removed:

@@ -17,6 +17,7 @@ doesn't use it; `gradual` does. Differs from the official code: any N:M pattern 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from secateur.allocate import MaskRule, mask_rule
@@ -61,7 +62,11 @@ class ADMM(WeightMethod):
         def choose(scores: Tensor, step: int) -> Tensor:
             return self._rule_at(step).keep(scores)
 
-        weight, keep = admm(problem, choose, steps=self.steps, mask_steps=self.mask_steps, rho=self.rho)
+        weight, keep = admm(
+            problem.without_silent(), choose, steps=self.steps, mask_steps=self.mask_steps, rho=self.rho
+        )
+        # what stays of inputs that were never active stays as it is
+        weight = torch.where(keep & problem.curvature.silent_I, problem.dense_OI, weight)
         return keep, weight, notes
 
     def _rule_at(self, step: int) -> MaskRule:

@@ -58,7 +58,7 @@ class ALPS(WeightMethod):
 
     def prune(self, target: Target, seen: Seen) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
         problem, notes = problem_of(target.name, target.weight, seen, self.damping)
-        weight, keep, steps = alps(problem, self.rule().keep, rho=self.rho, steps=self.steps)
+        weight, keep, steps = alps(problem.without_silent(), self.rule().keep, rho=self.rho, steps=self.steps)
         if self.refit_steps:
             weight = refit(problem, keep, weight, steps=self.refit_steps)
         if steps == self.steps:

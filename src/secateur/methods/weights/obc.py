@@ -52,7 +52,8 @@ class OBC(WeightMethod):
 
     def prune(self, target: Target, seen: Seen) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
         problem, notes = problem_of(target.name, target.weight, seen, self.damping, exact=True)
-        start, inverse, inputs = problem.start_OI, problem.curvature.inverse(), target.weight.shape[1]
+        start, inverse = problem.without_silent().start_OI, problem.curvature.inverse()
+        inputs = target.weight.shape[1]
         if self.pattern:
             rule = parse_pattern(self.pattern)
             order, losses = greedy(start, inverse, group=rule.m, most=rule.n)
