@@ -1,18 +1,24 @@
 """Numbers of the allocators that were worked out by hand, from the formulas of their papers."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from families import make_tiny, tiny_ids
+from runs import plan_for
 from secateur.allocators import Part, get_allocator, parse_allocator
 from secateur.allocators.adapt import Adapt, normalised
 from secateur.allocators.cfsp import CFSP
 from secateur.allocators.owl import OWL, outlier_percentage
 from secateur.allocators.progression import Progression
 from secateur.errors import BudgetError
+from secateur.models.decoders import decoder_anatomy
+from secateur.models.surgery import apply_plan
 from secateur.observe import Angle
+from sublayers import plan_without
 
 
 def blocks(count, size=10_000, role="up"):
@@ -184,6 +190,29 @@ def test_adapt_removes_most_where_nothing_turns():
     found = Adapt().sparsities(blocks(3), numbers(-0.2, -0.6, -1.0), 0.4)
     # the block whose output is its input goes first; importance 1 takes back what a step gives
     assert found == pytest.approx([0.0, 0.4, 0.8])
+
+
+# -- blocks that have lost both of their sub-layers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adapt", "cfsp", "influence", "owl"])
+def test_blocks_with_nothing_to_lose_have_no_part_in_the_scale(name):
+    allocator, (_, *left) = get_allocator(name)(), blocks(4)
+    # the first block passes on what it gets, which is less than any other does
+    found = allocator.sparsities(left, numbers(-1.0, 0.1, 0.3, 0.2), 0.4)
+    assert found == pytest.approx(allocator.sparsities(blocks(3), numbers(0.1, 0.3, 0.2), 0.4))
+
+
+@pytest.mark.parametrize("name", ["global", "owl"])
+def test_blocks_without_matrices_are_measured_too(name):
+    model = make_tiny("llama")
+    for sublayer in ("layers.1.mlp", "layers.1.attention"):
+        units = decoder_anatomy(model)[sublayer].units
+        plan = plan_without(model, ["layers.0.mlp"])
+        keep = {sublayer: torch.empty(0, dtype=torch.int64)}
+        model = apply_plan(replace(plan, groups={sublayer: units}, keep=keep), model)
+    plan = plan_for("wanda", model, tiny_ids(), spread=name, sparsity=0.5)
+    assert {mask.split(".")[2] for mask in plan.masks} == {"0", "2"}
 
 
 # -- ERK and names ---------------------------------------------------------------------------------------------------

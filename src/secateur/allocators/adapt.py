@@ -46,7 +46,11 @@ class Adapt(Allocator):
 
     def sparsities(self, parts: Sequence[Part], measured: Sequence[Tensor], sparsity: float) -> Wishes:
         sizes = sizes_of(parts)
-        importance = of_blocks(parts, normalised([float(value) for value in measured]))
+        values = np.array([float(value) for value in measured])
+        # among the blocks that have something to lose
+        there = sorted({part.layer for part in parts})
+        values[there] = normalised(values[there])
+        importance = of_blocks(parts, values)
         low, high = 0.0, 2.0 * self.steps
         # a block of nearly the largest importance takes nearly for ever: what it leaves over the others share
         while low < (middle := (low + high) / 2) < high:

@@ -50,7 +50,7 @@ def of_blocks(parts: Sequence[Part], values: Sequence[float] | Wishes) -> Wishes
 
 
 def spread_over(values: Wishes, width: float) -> Wishes:
-    """The values [blocks] mapped linearly onto [0, width]; all 0 where they are equal (OWL's map)."""
+    """The values [parts] mapped linearly onto [0, width]; all 0 where they are equal (OWL's map)."""
     span = float(values.max() - values.min())
     return width * (values - values.min()) / span if span else np.zeros_like(values)
 

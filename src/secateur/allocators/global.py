@@ -47,7 +47,8 @@ class Global(Allocator):
             )
 
     def measure(self, block: BlockWeights, method: WeightMethod) -> Tensor:
-        rows = []
+        # none of a block that has lost both of its sub-layers
+        rows = [torch.empty(0, self.points + 1, dtype=torch.float64)]
         for target in block.targets:
             scores = method.score(target, block.seen.get(target.name, {})).double().flatten()
             spread = scores.std(correction=0)
@@ -56,8 +57,8 @@ class Global(Allocator):
             places = torch.linspace(0, len(ordered) - 1, self.points + 1, dtype=torch.float64, device=ordered.device)
             below = places.long().clamp_max(len(ordered) - 1)
             above = (below + 1).clamp_max(len(ordered) - 1)
-            rows.append(torch.lerp(ordered[below], ordered[above], places - below))
-        return torch.stack(rows).cpu()
+            rows.append(torch.lerp(ordered[below], ordered[above], places - below).cpu()[None])
+        return torch.cat(rows)
 
     def sparsities(self, parts: Sequence[Part], measured: Sequence[Tensor], sparsity: float) -> Wishes:
         quantiles, sizes = torch.cat(list(measured)).numpy(), sizes_of(parts)

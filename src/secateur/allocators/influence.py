@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,5 +39,5 @@ class Influence(Allocator):
         return torch.tensor(1.0 - block.seen[""]["similarity"].mean, dtype=torch.float64)
 
     def sparsities(self, parts: Sequence[Part], measured: Sequence[Tensor], sparsity: float) -> Wishes:
-        keep = spread_over(np.array([float(influence) for influence in measured]), 2 * self.lam)
-        return fit_sparsities(of_blocks(parts, -keep), sizes_of(parts), sparsity)
+        keep = spread_over(of_blocks(parts, [float(influence) for influence in measured]), 2 * self.lam)
+        return fit_sparsities(-keep, sizes_of(parts), sparsity)

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,12 +54,13 @@ class OWL(Allocator):
         return torch.tensor(outlier_percentage(scores, self.m), dtype=torch.float64)
 
     def sparsities(self, parts: Sequence[Part], measured: Sequence[Tensor], sparsity: float) -> Wishes:
-        keep = spread_over(np.array([float(percentage) for percentage in measured]), 2 * self.lam)
-        return fit_sparsities(of_blocks(parts, -keep), sizes_of(parts), sparsity)
+        keep = spread_over(of_blocks(parts, [float(percentage) for percentage in measured]), 2 * self.lam)
+        return fit_sparsities(-keep, sizes_of(parts), sparsity)
 
 
 def outlier_percentage(scores: Sequence[Tensor], m: float) -> float:
     """Percentage of all entries of the tensors that exceed ``m`` times their common mean."""
-    entries = sum(s.numel() for s in scores)
+    # a block that has lost both of its sub-layers has none
+    entries = max(sum(s.numel() for s in scores), 1)
     mean = sum(float(s.double().sum()) for s in scores) / entries
     return 100.0 * sum(int((s > m * mean).sum()) for s in scores) / entries
