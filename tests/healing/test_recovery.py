@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sys
 from typing import Any
@@ -45,6 +46,7 @@ def train(model: Any, masks: Any = None, *, measure: Any = None, keeper: Any = N
         masks=masks,
         measure=measure,
         keeper=keeper,
+        pieces=blocks_of,
     )
 
 
@@ -92,6 +94,17 @@ def test_hidden_states_are_compared_relative_to_the_teacher():
     assert float(hidden_distance([twos, ones], [ones, twos])) == pytest.approx(0.625)
 
 
+def plain(model: Any) -> Any:
+    """A copy without the final norm, so that the last hidden states are those behind the last block."""
+    model = copy.deepcopy(model)
+    model.model.norm = torch.nn.Identity()
+    return model
+
+
+def blocks_of(model: Any) -> Any:
+    return decoder_blocks(model)[1]
+
+
 def test_terms_add_up_with_their_weights_and_layers_meet_those_they_came_from():
     dense, ids = make_tiny("llama"), tiny_ids(2)
     plan = plan_for("shortgpt", dense, ids, layers=1)
@@ -99,17 +112,27 @@ def test_terms_add_up_with_their_weights_and_layers_meet_those_they_came_from():
     kept = layers_left([plan], dense, 2)
     assert kept == plan.keep["layers"].tolist() and len(kept) == 2
     with torch.no_grad():
-        mine, theirs = (m(input_ids=ids, output_hidden_states=True) for m in (student, dense))
-        pairs = [(mine.hidden_states[i + 1], theirs.hidden_states[k + 1]) for i, k in enumerate(kept)]
+        mine, theirs = (m(input_ids=ids) for m in (student, dense))
+        behind = [m.model(input_ids=ids, output_hidden_states=True).hidden_states for m in map(plain, (student, dense))]
+        pairs = [(behind[0][i + 1], behind[1][k + 1]) for i, k in enumerate(kept)]
         expected = (
             2.0 * cross_entropy(mine.logits, ids)
             + divergence(mine.logits, theirs.logits, 3.0)
             + 0.1 * hidden_distance(*zip(*pairs, strict=True))
         )
-        objective = Objective({"ce": 2.0, "kl": 1.0, "hidden": 0.1}, 3.0, dense, kept)
+        objective = Objective({"ce": 2.0, "kl": 1.0, "hidden": 0.1}, 3.0, dense, kept, blocks_of)
         torch.testing.assert_close(objective(student, ids), expected)
         # the student that is its own teacher has nothing to learn
-        assert float(Objective({"kl": 1.0, "hidden": 1.0}, 1.0, dense, [0, 1, 2])(dense, ids)) < 1e-6
+        assert float(Objective({"kl": 1.0, "hidden": 1.0}, 1.0, dense, [0, 1, 2], blocks_of)(dense, ids)) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_student_of_the_first_blocks_has_their_hidden_states(family):
+    dense, ids = make_tiny(family), tiny_ids(2)
+    plan = plan_for("shortgpt", dense, ids, layers=1)
+    student = sc.apply(dataclasses.replace(plan, keep={"layers": torch.tensor([0, 1])}), dense)
+    with torch.no_grad():
+        assert float(Objective({"hidden": 1.0}, 1.0, dense, [0, 1], blocks_of)(student, ids)) < 1e-9
 
 
 def test_layers_without_a_plan_are_spread_evenly():

@@ -11,7 +11,8 @@ B windows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,29 +42,50 @@ def hidden_distance(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     return torch.stack(ratios).mean()
 
 
+@contextmanager
+def given(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """The hidden states behind these blocks, as a forward within this gives them.
+
+    A model that is asked for its hidden states gives those behind its last block as the final norm leaves them.
+    """
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass(frozen=True)
 class Objective:
-    """The weighted sum of ``terms``. ``layers`` are the blocks of the teacher that those of the student came from."""
+    """The weighted sum of ``terms``. ``layers`` are the blocks of the teacher that those of the student came from.
+
+    ``blocks`` gives the blocks of a model in their order, for ``hidden``.
+    """
 
     terms: Mapping[str, float]
     temperature: float = 1.0
     teacher: nn.Module | None = None
     layers: Sequence[int] = ()
+    blocks: Callable[[Any], Iterable[nn.Module]] = lambda model: ()
 
     def __call__(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
         """The loss of a batch of windows, a scalar."""
-        wants = {"output_hidden_states": True} if "hidden" in self.terms else {}
-        mine = model(input_ids=ids_BT, use_cache=False, **wants)
+        blocks = self.blocks if "hidden" in self.terms else lambda model: ()
+        with given(blocks(model)) as states:
+            mine = model(input_ids=ids_BT, use_cache=False)
         theirs: Any = None
         if self.teacher is not None and {"kl", "hidden"} & set(self.terms):
-            with torch.no_grad():
-                theirs = self.teacher(input_ids=ids_BT, use_cache=False, **wants)
+            with torch.no_grad(), given(blocks(self.teacher)) as wanted:
+                theirs = self.teacher(input_ids=ids_BT, use_cache=False)
         found = {
             "ce": lambda: cross_entropy(mine.logits, ids_BT),
             "kl": lambda: divergence(mine.logits, theirs.logits, self.temperature),
-            # the first state is that of the embedding
-            "hidden": lambda: hidden_distance(
-                mine.hidden_states[1:], [theirs.hidden_states[layer + 1] for layer in self.layers]
-            ),
+            "hidden": lambda: hidden_distance(states, [wanted[layer] for layer in self.layers]),
         }
         return torch.stack([weight * found[name]() for name, weight in self.terms.items()]).sum()

@@ -63,9 +63,10 @@ def recover(
     ``layers`` the blocks of ``teacher`` that the blocks of the model came from, ``lora_ranks`` ranks by module where
     they differ; ``callback`` takes part in every step. ``measure`` gives the held-out perplexity of a model. All
     ``ranks`` call this together and share the windows of every step; with ``fsdp`` they share the weights, too, and
-    gather one of the ``pieces`` of a model at a time. After an error adapters are gone; with ``full`` and ``norms`` the
-    model stays where it was, and one that was sharded has no weights, nor has its teacher. Raises UsageError,
-    DataError, NonFiniteError when a loss is NaN, MissingExtraError, and what ``callback`` and ``keeper`` raise.
+    gather one of the ``pieces`` of a model, its blocks, at a time. After an error adapters are gone; with ``full`` and
+    ``norms`` the model stays where it was, and one that was sharded has no weights, nor has its teacher. Raises
+    UsageError, DataError, NonFiniteError when a loss is NaN, MissingExtraError, and what ``callback`` and ``keeper``
+    raise.
     """
     if len(windows.trained_on) == 0:
         raise DataError("there is nothing to train on: the text has no window beside those that are held out")
@@ -79,7 +80,7 @@ def recover(
     try:
         with sharded(models, pieces, ranks) if spread else nullcontext(models) as (stepped, *dense):
             trained.follow(stepped)
-            objective = Objective(terms, options.temperature, *(dense or [None]), layers=layers)
+            objective = Objective(terms, options.temperature, *(dense or [None]), layers=layers, blocks=pieces)
             loop = _loop(stepped, trained, objective, windows.trained_on, options, ranks, taking_part)
             taking_part.begin(stepped)
             curve = Curve(options.batch * windows.trained_on.shape[1])
