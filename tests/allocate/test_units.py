@@ -131,3 +131,22 @@ def test_manual_mode_removes_exactly_the_heads_and_neurons_that_it_states():
         ManualAllocator(0.1, 9, "global").allocate(scores, groups, TOTAL, Limits())
     with pytest.raises(BudgetError, match="can't remove 12 kv_head units"):
         ManualAllocator(0.6, 12, "global").allocate(scores, groups, TOTAL, Limits())
+
+
+def test_layers_of_unequal_width_lose_their_share_beside_a_number_of_heads():
+    def of(layer: int, neurons: int) -> list[Group]:
+        head = Group(f"layers.{layer}.attention", "kv_head", layer, 4, Cost(params=10))
+        return [head, Group(f"layers.{layer}.mlp", "neuron", layer, neurons, Cost(params=1))]
+
+    # an earlier cut has taken most neurons of the first layer, and the attention of the third
+    groups = [*of(0, 20), *of(1, 60), of(2, 40)[1]]
+    scores = {g.name: torch.arange(float(g.units)) for g in groups}
+    kept = ManualAllocator(0.4, 3, "layer").allocate(scores, groups, 200, Limits())
+    # 24 of 60, 40 of 100 and 16 of 40 parameters leave, of which a head takes 10
+    assert {name: len(units) for name, units in kept.items()} == {
+        "layers.0.attention": 3,
+        "layers.0.mlp": 6,
+        "layers.1.attention": 3,
+        "layers.1.mlp": 30,
+        "layers.2.mlp": 24,
+    }

@@ -257,7 +257,8 @@ class RoundedAllocator(UniformAllocator):
 class ManualAllocator:
     """A given number of attention units leaves the model; neurons give the rest of the budget (FLAP's *M modes).
 
-    ``scope`` is ``layer`` (the same number in every layer) or ``global`` (heads and neurons ranked apart).
+    ``scope`` is ``layer`` (the same number in every layer, and the same share of its cost) or ``global`` (heads and
+    neurons ranked apart).
     """
 
     sparsity: float
@@ -269,25 +270,31 @@ class ManualAllocator:
             raise BudgetError(
                 "the model has no neurons to give what a number of heads leaves of the budget: take another structure"
             )
-        pools: dict[tuple[str, int], list[Group]] = {}
+        parts: dict[int, list[Group]] = {}
         for group in groups:
-            kind = "neuron" if group.kind == "neuron" else "head"
-            pools.setdefault((kind, group.layer if self.scope == "layer" else 0), []).append(group)
-        layers = len({g.layer for g in groups})
-        parts = layers if self.scope == "layer" else 1
-        heads = self.remove_heads // parts
-        head_cost = max((limits.cost(g.cost) for g in groups if g.kind != "neuron"), default=0)
-        neuron_cost = min(limits.cost(g.cost) for g in groups if g.kind == "neuron")
-        neurons = int((self.sparsity * total / parts - heads * head_cost) / neuron_cost)
-        if neurons < 0:
+            parts.setdefault(group.layer if self.scope == "layer" else 0, []).append(group)
+        whole = sum(g.units * limits.cost(g.cost) for g in groups)
+        chosen: list[Bundle] = []
+        for members in parts.values():
+            own = sum(g.units * limits.cost(g.cost) for g in members)
+            # exact for integers, so that equal layers get what an equal division gives
+            chosen += self._part(scores, members, total * own / whole, self.remove_heads // len(parts), limits)
+        return kept_units(chosen, groups)
+
+    def _part(self, scores: Scores, groups: Sequence[Group], share: float, heads: int, limits: Limits) -> list[Bundle]:
+        """What stays of groups of which ``heads`` attention units leave, and neurons for the rest of their share."""
+        neurons = [g for g in groups if g.kind == "neuron"]
+        others = [g for g in groups if g.kind != "neuron"]
+        count = 0
+        if neurons:
+            spent = heads * max((limits.cost(g.cost) for g in others), default=0)
+            count = int((self.sparsity * share - spent) / min(limits.cost(g.cost) for g in neurons))
+        if count < 0:
             raise BudgetError(
                 f"removing {self.remove_heads} heads takes more than {self.sparsity:.1%}: lower remove_heads"
             )
-        counts = {"head": heads, "neuron": neurons}
-        chosen: list[Bundle] = []
-        for (kind, _), members in pools.items():
-            chosen += self._pool(scores, members, counts[kind], limits)
-        return kept_units(chosen, groups)
+        pools = [(others, heads), (neurons, count)]
+        return [b for pool, removed in pools if pool for b in self._pool(scores, pool, removed, limits)]
 
     def _pool(self, scores: Scores, groups: Sequence[Group], remove: int, limits: Limits) -> list[Bundle]:
         forced, free = [], []
