@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from secateur.errors import OptionError
 from secateur.methods import Target, make_method
 from secateur.observe import SumSquares
 
@@ -92,6 +93,21 @@ def test_variant_reaches_the_sparsity_with_a_varying_number_per_row():
     per_row = (~keep).float().mean(dim=1)
     assert abs(float(per_row.mean()) - 0.5) < 0.02
     assert per_row.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "others"),
+    [
+        ("wanda", {"use_variant": True}, [{"scope": "layer"}, {"scope": "global"}, {"pattern": "2:4"}]),
+        ("magnitude", {"inclusive": True}, [{"scope": "row"}, {"scope": "global"}, {"pattern": "2:4"}]),
+        ("sparsegpt", {"inclusive": True}, [{"pattern": "2:4"}]),
+    ],
+)
+def test_a_rule_that_another_option_would_replace_is_refused(method, options, others):
+    make_method(method, options)
+    for other in others:
+        with pytest.raises(OptionError, match=f"{method}: {next(iter(options))} .* leave .* out"):
+            make_method(method, {**options, **other})
 
 
 def test_variant_rows_lose_entries_up_to_one_shared_share_of_their_sum():

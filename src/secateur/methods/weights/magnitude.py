@@ -15,6 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.allocate import MaskRule, mask_rule
+from secateur.errors import OptionError
 from secateur.methods import Descriptor, Seen, Target, WeightMethod, option, register
 
 
@@ -34,6 +35,13 @@ class Magnitude(WeightMethod):
         data="none",
         speedup="memory_only",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inclusive and (self.pattern or self.scope != "layer"):
+            raise OptionError(
+                "magnitude: inclusive is a rule for the threshold of a matrix: leave scope and pattern out"
+            )
 
     def score(self, target: Target, seen: Seen) -> Tensor:
         return target.weight.abs()

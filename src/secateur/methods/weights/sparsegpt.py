@@ -21,6 +21,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from secateur.allocate import MaskRule, PerMatrix, parse_pattern
+from secateur.errors import OptionError
 from secateur.methods import Descriptor, Seen, Target, WeightMethod, option, register
 from secateur.observe import Gram
 from secateur.solver import damping_notes, inverse_factor, obs_sweep, sweep_flops
@@ -47,6 +48,13 @@ class SparseGPT(WeightMethod):
         data="unlabelled_calibration",
         speedup="memory_only",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inclusive and self.pattern:
+            raise OptionError(
+                "sparsegpt: inclusive is a rule for a threshold, which a pattern has none of: leave pattern out"
+            )
 
     def rule(self) -> MaskRule:
         return parse_pattern(self.pattern) if self.pattern else PerMatrix(self.sparsity, self.inclusive)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from secateur.allocate import MaskRule, mask_rule
 from secateur.criteria import weighted_magnitude
+from secateur.errors import OptionError
 from secateur.methods import Descriptor, Seen, Target, WeightMethod, option, register
 from secateur.observe import SumSquares
 
@@ -47,12 +48,19 @@ class Wanda(WeightMethod):
         speedup="memory_only",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_variant and (self.pattern or self.scope != "row"):
+            raise OptionError(
+                "wanda: use_variant chooses how many weights every row loses: leave scope and pattern out"
+            )
+
     def score(self, target: Target, seen: Seen) -> Tensor:
         square_sum_I = seen["squares"].mean_per_sequence().to(target.weight.device)
         return weighted_magnitude(target.weight, square_sum_I)
 
     def rule(self) -> MaskRule:
-        if self.use_variant and not self.pattern:
+        if self.use_variant:
             return CumulativeRule(self.sparsity)
         return mask_rule(self.pattern, self.sparsity, self.scope)
 
