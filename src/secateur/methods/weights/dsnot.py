@@ -8,12 +8,14 @@
     eps_i <- eps_i + c_pruned - c_regrown, up to 50 times while |eps_i| > 0.1; no weight moves twice
 
 The mask that is edited is Wanda's or that of magnitudes, row by row, so that every row keeps its number of weights.
-With an N:M pattern the pruned weight is the one of the lowest score among the M of the regrown one, whatever its sign.
+With an N:M pattern the pruned weight is the one that ranked lowest for the first mask among the M of the regrown one,
+whatever its sign.
 var_j is the mean over sequences of the variance within one; `variance=full` adds what lies between them.
 
 Source: Y. Zhang et al., "Dynamic Sparse No Training", ICLR 2024, arXiv:2310.08915; official code zyxxmu/DSnoT.
 Differs from the official code: a row stops before an exchange that would not make |eps_i| smaller; there, exchanges
-that make it worse are made too (`accept=always`), since its rule of signs (`accept=same_sign`) can't be switched on.
+that make it worse are made too (`accept=always`), since its rule of signs (`accept=same_sign`) can't be switched on,
+nor off with a pattern.
 All matrices are edited; there, by default, only those of the attention.
 """
 
@@ -64,12 +66,13 @@ class DSnoT(WeightMethod):
         return mask_rule(self.pattern, self.sparsity, "row")
 
     def prune(self, target: Target, seen: Seen) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-        keep_OI = self.rule().keep(self.score(target, seen))
+        score_OI = self.score(target, seen)
+        keep_OI = self.rule().keep(score_OI)
         mean_I, variance_I = self._moments(seen["moments"])
         c_OI = target.weight.double() * mean_I.to(target.weight.device)
         # an input that never varies comes first, on the side of its sign
         growth_OI = (c_OI / variance_I.to(c_OI.device)).nan_to_num(nan=0.0)
-        return self.edit(keep_OI, c_OI, growth_OI, _wanda(target, seen)), None, ()
+        return self.edit(keep_OI, c_OI, growth_OI, score_OI if self.pattern else _wanda(target, seen)), None, ()
 
     def _moments(self, moments: SequenceMoments) -> tuple[Tensor, Tensor]:
         """(a_j, var_j), float64 [inputs] each."""
