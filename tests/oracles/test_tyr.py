@@ -517,6 +517,7 @@ def test_the_cut_model_is_narrower_and_loads_elsewhere(tmp_path):
         ({"survivors": "4,2"}, "survivors must hold one number for every stage but the last, got '4,2' for 2 stages"),
         ({"stage_tokens": "512,x"}, "stage_tokens must be whole numbers of at least 2 with commas, got '512,x'"),
         ({"stage_tokens": "1,2"}, "stage_tokens must be whole numbers of at least 2"),
+        ({"levels": 4}, "levels must be odd, with as many on either side, got 4"),
         ({"survivors": "0"}, "survivors must be whole numbers of at least 1"),
         ({"budget": "latency"}, "budget must be one of params, macs, bytes"),
         ({"fitness": "hidden"}, "fitness must be one of sparse_kl, kl, ppl"),

@@ -312,7 +312,7 @@ class SupernetMethod(StructuredMethod):
     The search is made again around what it has found, with steps of half the size. The whole model lies in memory.
     """
 
-    levels: int = option(5, "levels that a group is cut to, the one in the middle of the range among them", ge=1)
+    levels: int = option(5, "levels that a group is cut to: one, and as many on either side", ge=1)
     step: float = option(
         0.125, "from one level to the next, as a fraction of the units of a group, in the first search", gt=0, lt=1
     )
@@ -324,6 +324,11 @@ class SupernetMethod(StructuredMethod):
         choices=("expectation", "centre", "none"),
     )
     seed: int = option(0, "seed of shifts and of the tokens that candidates are measured on", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.levels % 2 == 0:
+            raise OptionError(f"{self.name}: levels must be odd, with as many on either side, got {self.levels}")
 
     @property
     def in_sequence(self) -> bool:
