@@ -252,6 +252,18 @@ def test_what_is_asked_wrongly_is_refused():
         Rounds("net", train)
 
 
+@pytest.mark.parametrize("scope", ["global", "layer", "neuron"])
+def test_a_floor_holds_where_it_is_more_than_what_stays(scope):
+    def tiny():
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+
+    rounds = Rounds(tiny, lambda *_: None, levels=3, rate=0.4, scope=scope, floor=0.5)
+    for entry in rounds.run():
+        assert entry.layers["0.weight"] >= 32 and entry.layers["1.weight"] >= 16
+    # nothing stays beyond it where nobody competes
+    assert scope != "layer" or entry.layers == {"0.weight": 32, "1.weight": 16}
+
+
 def test_layers_that_are_emptied_are_named_and_a_floor_helps():
     def tiny():
         return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))

@@ -100,7 +100,10 @@ def _kept(method: RoundsMethod, field: _Field, scores: Mapping[str, Tensor], par
     staying_U = contest.live_U - method.leaving(contest).to(mask_UW.device)
     scores_UW = field.joined(scores).masked_fill(~mask_UW, -torch.inf)
     if method.floor:
-        scores_UW = scores_UW.masked_fill(field.joined(_least(method, scores, parts)), torch.inf)
+        least_UW = field.joined(_least(method, scores, parts))
+        scores_UW = scores_UW.masked_fill(least_UW, torch.inf)
+        # the floors of all layers, or those of a row, may be more than what stays
+        staying_U = torch.maximum(staying_U, least_UW.sum(dim=1))
     return highest_per_row(scores_UW, staying_U)
 
 
