@@ -144,6 +144,16 @@ def test_synflow_never_empties_a_layer_and_one_layer_is_magnitude():
     assert torch.equal(alone, flat >= flat.flatten().sort().values[int(0.7 * flat.numel())])
 
 
+def test_synflow_ranks_flows_that_are_beyond_float32():
+    module = perceptron(*[6] * 61)
+    for layer in module[::2]:
+        layer.weight.data.mul_(0.1)
+    found = masks("synflow_weights", module, sparsity=0.5, rounds=20, example_inputs=(torch.zeros(1, 6),))
+    live = [int(mask.sum()) for mask in found.values()]
+    # the flow through every layer is the same, so that none loses much more than another
+    assert min(live) > 36 / 4
+
+
 def test_one_layer_may_be_left_without_weights_and_a_floor_prevents_it():
     """Magnitude at once empties the layer with the largest fan-in; a floor keeps it alive."""
     module = perceptron(64, 256, 128, 10)

@@ -68,7 +68,8 @@ def highest_live(flat: Tensor, count: int) -> Tensor:
 
 def _globally(flat: Mapping[str, Tensor], count: int, least: Mapping[str, int]) -> dict[str, Tensor]:
     reserved = {name: highest_live(score, least[name]) for name, score in flat.items()}
-    together = torch.cat([score.to(torch.float32) for score in flat.values()])
+    # the flow through many layers leaves the range of float32
+    together = torch.cat([score if score.dtype == torch.float64 else score.float() for score in flat.values()])
     first = torch.cat(list(reserved.values()))
     rest = together.masked_fill(first, -torch.inf)
     kept = first | highest_live(rest, max(count - int(first.sum()), 0))
