@@ -207,6 +207,14 @@ def test_the_learning_rate_alone_can_go_back():
         assert all(torch.equal(ticket[n], v * masks[n] if n in masks else v) for n, v in before.items())
 
 
+def test_one_shot_levels_keep_what_the_weights_of_the_dense_network_are():
+    options = {"method": "lottery_rewind", "start_at": "2", "rewind": "rate", "levels": 2, "rate": 0.4}
+    rounds = Rounds(network, train, one_shot=True, **options)
+    rounds.run()
+    dense, ticket, masks = rounds.trained(0).state_dict(), rounds.ticket(2).state_dict(), rounds.masks(2)
+    assert all(torch.equal(ticket[n], v * masks[n] if n in masks else v) for n, v in dense.items())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

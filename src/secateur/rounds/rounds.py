@@ -210,7 +210,7 @@ class Rounds:
     def _start(self, level: int) -> dict[str, Tensor]:
         """All tensors with which the trainings of a level begin."""
         if level and not self.method.rewinds():
-            return self._trained_tensors(level - 1)
+            return self._trained_tensors(self._before(level))
         found = self._levels.start()
         if found is None:
             module = self._filled(tensors_of(self._made))
@@ -226,9 +226,13 @@ class Rounds:
         if level == 0:
             return {name: torch.ones(shape, dtype=torch.bool) for name, shape in self._shapes.items()}
         masks = self.masks(level - 1)
-        weights = self._trained_tensors(0 if self.method.one_shot else level - 1)
+        weights = self._trained_tensors(self._before(level))
         parts = parts_of(self._layers, self._kinds, weights, masks, level - 1, self.method.seed)
         return next_masks(self.method, self._layers, parts)
+
+    def _before(self, level: int) -> int:
+        """The level that this one is made from."""
+        return 0 if self.method.one_shot else level - 1
 
     def _trained_tensors(self, level: int) -> dict[str, Tensor]:
         if self._levels.entry(level) is None:
