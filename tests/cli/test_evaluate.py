@@ -4,6 +4,7 @@ import pytest
 
 from secateur.cli.evaluate import model_names
 from secateur.errors import UsageError
+from secateur.evaluation.tasks import KINDS
 
 
 def test_models_stand_side_by_side(cli, tiny_checkpoint, tmp_path, make_llama, tiny_tokenizer):
@@ -18,6 +19,11 @@ def test_models_stand_side_by_side(cli, tiny_checkpoint, tmp_path, make_llama, t
     assert [metric["name"] for metric in table["metrics"]] == ["perplexity:builtin"]
     shown = cli("evaluate", tiny_checkpoint, other, *task)
     assert "tiny" in shown.out and "perplexity:builtin" in shown.out
+
+
+def test_help_names_every_task(cli):
+    said = cli("evaluate", "--help").out
+    assert [kind for kind in KINDS if kind not in said] == []
 
 
 def test_unknown_task_is_refused_before_loading(cli):

@@ -2,7 +2,10 @@ import json
 
 import pytest
 
+from secateur.healing.recovery import RecoveryOptions
 from secateur.methods import describe, list_methods
+from secateur.methods.descriptor import DESCRIPTOR_VALUES
+from secateur.options import describe_options
 
 PLUGIN = '''
 """Coin: keep what the coin says."""
@@ -55,6 +58,17 @@ def test_methods_by_object(cli):
     assert names == list_methods(object="layers") and "shortgpt" in names
     run = cli("methods", "--object", "layer")
     assert run.code == 2 and "did you mean 'layers'?" in run.err
+
+
+def test_help_names_all_that_methods_cut(cli):
+    said = cli("methods", "--help").out
+    assert [kind for kind in DESCRIPTOR_VALUES["object"] if kind not in said] == []
+
+
+def test_help_of_heal_names_every_option(cli):
+    said = cli("heal", "--help").out
+    # what stages tell each other is nobody's to set
+    assert [name for name in describe_options(RecoveryOptions) if name not in said] == ["done", "total"]
 
 
 def test_describe_lists_every_option(cli):

@@ -29,7 +29,7 @@ def evaluate(
         typer.Option(
             "--task",
             metavar="TASK",
-            help="perplexity:builtin|FILE|DATASET, speed, size, lm_eval:NAME; repeatable "
+            help="perplexity:builtin|FILE|DATASET, speed, request:KEY=N,..., size, lm_eval:NAME; repeatable "
             f"(default: {', '.join(DECODER_TASKS)}). Of other networks accuracy:IMAGES, latency, macs, size "
             f"(default: {', '.join(NETWORK_TASKS)}).",
         ),

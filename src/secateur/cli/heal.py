@@ -62,8 +62,8 @@ def heal(
             "--set",
             metavar="KEY=VALUE",
             help="rank, ranks (importance), alpha, dropout and targets of adapters; micro, schedule (wsd), warmup, "
-            "decay, clip, temperature, dtype (bfloat16), checkpointing, fsdp (shard over ranks), held_out, measure, "
-            "keep_zeros; repeatable.",
+            "cooldown, floor, decay (of weights), clip, temperature, dtype (bfloat16), checkpointing, fsdp (shard over "
+            "ranks), held_out, measure, keep_zeros; repeatable.",
         ),
     ] = None,
     seed: Seed = None,

@@ -14,7 +14,13 @@ from secateur.errors import UsageError, nearest
 def methods(
     object: Annotated[
         str | None,
-        typer.Option("--object", metavar="KIND", help="Only methods that cut weights, heads_and_neurons or layers."),
+        typer.Option(
+            "--object",
+            metavar="KIND",
+            # all of them, which only importing the methods would tell
+            help="Only methods that cut weights, heads_and_neurons, hidden_states, layers, sublayers, vocabulary, "
+            "channels or kv_cache.",
+        ),
     ] = None,
     json: Json = False,
     plugin: Plugins = None,
