@@ -99,6 +99,9 @@ def test_all_holds_every_user_extra() -> None:
     extras = project()["optional-dependencies"]
     inside = set(re.findall(r"[\w-]+", re.sub(r".*\[(.*)\]", r"\1", extras["all"][0])))
     assert inside == set(extras) - {"all", "test", "dev"}
+    # and the README says what each is for
+    [install] = re.findall(r"^## Install$(.*?)^## ", (ROOT / "README.md").read_text(encoding="utf8"), re.M | re.S)
+    assert inside <= set(re.findall(r"`(\w+)`\s\(", install))
 
 
 def test_torch_and_transformers_are_ranges() -> None:
