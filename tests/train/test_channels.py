@@ -62,6 +62,31 @@ def test_channels_leave_everywhere_stay_dead_and_are_cut():
     assert torch.allclose(cut(x), module(x), atol=1e-5)
 
 
+class Constant(nn.Module):
+    """A dead channel behind this norm is no zero by its parameters, and what reads it has no weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, affine=False, momentum=None)
+        self.head = nn.Conv2d(8, 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(x))
+        return self.head(x + x.sum(1, keepdim=True)).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", ["statistics", "frozen"])
+def test_what_is_not_trained_is_dead_as_well(kind):
+    module = Constant() if kind == "statistics" else network()
+    if kind == "frozen":
+        module.inner_norm.bias.data.fill_(1.0)
+        module.outer.weight.requires_grad_(False), module.inner_norm.requires_grad_(False)
+    optimizer, pruned = made(module)
+    train(module, optimizer, pruned)
+    x, module = batch(1)[0], module.eval()
+    assert torch.allclose(module(x), sc.apply(pruned.finish(), module)(x), atol=1e-5)
+
+
 def test_the_smallest_units_leave_first():
     module = network()
     with torch.no_grad():

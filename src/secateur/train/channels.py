@@ -39,13 +39,13 @@ class Channels:
         check_method(method, include)
         anatomy = module_anatomy(module, example, ignore=exclude)
         self.example = example
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._parameters = dict(module.named_parameters())
+        self._tensors: dict[str, Tensor] = {**self._parameters, **dict(module.named_buffers())}
+        trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
         self.groups: dict[str, Group] = {
             group.name: group
             for group in anatomy
-            if group.frozen is None
-            and group.inexact is None
-            and any(s.tensor in self._parameters for s in group.slices)
+            if group.frozen is None and group.inexact is None and any(s.tensor in trained for s in group.slices)
         }
         if not self.groups:
             raise UsageError(
@@ -53,10 +53,11 @@ class Channels:
             )
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What the units visit, by name."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What the units visit, by name: also statistics of norms and what isn't trained, since a constant that a dead
+        unit leaves behind would be gone from the cut network."""
         visited = {s.tensor for group in self.groups.values() for s in group.slices}
-        return {name: parameter for name, parameter in self._parameters.items() if name in visited}
+        return {name: tensor for name, tensor in self._tensors.items() if name in visited}
 
     def all_live(self) -> Masks:
         """A mask of ones for every group, on the device of the network."""
@@ -73,8 +74,8 @@ class Channels:
         return Trained(name, NORMALIZERS["mean"](found).float(), mask, step=step, seed=seed)
 
     def entries(self, masks: Mapping[str, Tensor]) -> Masks:
-        """Boolean masks of the parameters, False for whatever leaves with a dead unit."""
-        found = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in self.parameters.items()}
+        """Boolean masks of the tensors, False for whatever leaves with a dead unit."""
+        found = {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in self.tensors.items()}
         for name, group in self.groups.items():
             dead = ~masks[name]
             for one in group.slices:

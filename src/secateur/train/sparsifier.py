@@ -106,7 +106,7 @@ class Sparsifier:
                 raise UsageError("units='channels' traces the network, which is sharded over ranks: use DDP instead")
             example = Example(tuple(example_inputs or ()), example_kwargs)
             channels = self._channels = Channels(self.model, self.method, example, include, exclude)
-            self._pruned = channels.parameters
+            self._pruned = channels.tensors
         elif units == "weights":
             self._layers = find_layers(
                 self.model,
@@ -116,7 +116,7 @@ class Sparsifier:
                 depthwise=self.method.depthwise,
                 sharded=not isinstance(self.method, StartingMethod),
             )
-            self._pruned = {name: layer.weight for name, layer in self._layers.items()}
+            self._pruned: dict[str, Tensor] = {name: layer.weight for name, layer in self._layers.items()}
             warn_of_computed(self.model, (*include, *exclude))
         else:
             raise UsageError(f"units must be weights or channels, got {units!r}")
@@ -219,7 +219,7 @@ class Sparsifier:
         """Zero in another module of the same names, such as an average of weights, what is dead here."""
         module = unwrapped(module)
         reshard(module)
-        own = dict(module.named_parameters())
+        own: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         for name, weight in self._pruned.items():
             if name not in own or own[name].shape != weight.shape:
                 raise UsageError(f"the module has no parameter {name} of shape {list(weight.shape)} to mask")

@@ -21,7 +21,7 @@ class Watched:
     def __init__(
         self,
         optimizer: Optimizer,
-        weights: Iterable[nn.Parameter],
+        weights: Iterable[Tensor],
         keeping: Callable[[], bool],
         looking: Callable[[], bool],
     ) -> None:
@@ -51,7 +51,7 @@ class Watched:
         stepped, self._stepped = self._stepped, False
         return stepped
 
-    def gradient(self, weight: nn.Parameter) -> Tensor | None:
+    def gradient(self, weight: Tensor) -> Tensor | None:
         """What the last step was taken on, dense; also when the weight has no gradient any more."""
         return self._gradients.get(id(weight), weight.grad)
 
@@ -65,7 +65,7 @@ class Watched:
                 self.optimizer.state.pop(parameter, None)
         self._before = {}
 
-    def mask(self, weight: nn.Parameter, mask: Tensor) -> None:
+    def mask(self, weight: Tensor, mask: Tensor) -> None:
         """Zero what the optimizer remembers of dead entries."""
         mask_state(self.optimizer, weight, mask)
 
@@ -96,7 +96,7 @@ class Watched:
             self._gradients = {id(w): w.grad.detach().clone() for w in self._weights if w.grad is not None}
 
 
-def mask_state(optimizer: Optimizer, weight: nn.Parameter, mask: Tensor) -> None:
+def mask_state(optimizer: Optimizer, weight: Tensor, mask: Tensor) -> None:
     """Zero what an optimizer remembers of dead entries: every state that has an entry for each of the weight's.
 
     Of a weight that is sharded over ranks, ``mask`` is this rank's part.
