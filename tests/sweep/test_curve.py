@@ -13,7 +13,10 @@ import secateur as sc
 from secateur.errors import UsageError
 from secateur.observe.calibration import builtin_text
 from secateur.report import Metric
-from secateur.sweep.curve import knee_of, predicted_at, through
+from secateur.sweep.curve import curve_of, knee_of, predicted_at, through
+from secateur.sweep.records import DENSE, Record
+from secateur.sweep.runner import Results
+from secateur.sweep.spec import make_sweep
 
 PERPLEXITY = Metric("perplexity:builtin", "", {}, False, "2 windows")
 ACCURACY = Metric("lm_eval:task acc", "", {}, True)
@@ -79,6 +82,27 @@ def test_nothing_stays_within_a_factor_that_the_first_point_exceeds():
 def test_two_points_are_too_few():
     with pytest.raises(UsageError, match="two sparsities besides the dense model"):
         through({0.0: 10.0, 0.5: 20.0}, PERPLEXITY)
+
+
+def results_of(dense, *values):
+    """A sweep over sparsities whose accuracies are these."""
+    grid = {"sparsity": [0.3, 0.5, 0.7][: len(values)]}
+    sweep = make_sweep({"model": "m", "steps": [{"method": "wanda"}], "sweep": {"grid": grid}}, "here")
+
+    def record(name, value, **sparsity):
+        return Record(name, name, sparsity, metrics=(Metric("accuracy", "", {name: value}, True),))
+
+    points = [record(p.name, value, **p.values) for p, value in zip(sweep.points, values, strict=True)]
+    return Results(sweep, record(DENSE, dense), points)
+
+
+def test_a_dense_model_that_gets_nothing_right_has_a_curve():
+    assert curve_of(results_of(0.0, 0.0, 0.01, 0.0)).points == {0.0: 0.0, 0.3: 0.0, 0.5: 0.01, 0.7: 0.0}
+
+
+def test_a_dense_model_without_a_finite_quality_has_none():
+    with pytest.raises(UsageError, match="whose accuracy is no finite number"):
+        curve_of(results_of(float("nan"), 0.5, 0.4))
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,10 @@ def curve_of(results: Results, metric: str | None = None, within: float | None =
     kind = next((m for m in dense.metrics if m.name == name), None)
     if kind is None:
         raise UsageError(f"'{name}' was not measured: " + ", ".join(m.name for m in dense.metrics))
-    points = {0.0: float(dense.metric(name) or math.nan)}
+    at = dense.metric(name)
+    if at is None or not math.isfinite(at):
+        raise UsageError(f"a curve needs a quality of the dense model, whose {name} is no finite number")
+    points = {0.0: at}
     for record in results.points:
         value = record.metric(name)
         if value is not None and math.isfinite(value):
