@@ -48,7 +48,9 @@ class LineJournal:
         except (OSError, UnicodeDecodeError) as error:
             raise OutputError(f"can't read {self.path}: {error}") from None
         whole, _, torn = text.rpartition("\n")
-        lines = [self._parse(line, number) for number, line in enumerate(whole.splitlines(), start=1)]
+        # not splitlines: JSON leaves other ends of lines, as U+2028, within its texts as they are
+        texts = whole.split("\n") if whole else []
+        lines = [self._parse(line, number) for number, line in enumerate(texts, start=1)]
         if not lines or lines[0].get("version") != JOURNAL_VERSION:
             raise OutputError(f"{self.path} is not the journal of {self._what}; pass --overwrite to begin anew")
         self._compare(lines[0].get("settings", {}))

@@ -371,6 +371,14 @@ def test_records_survive_the_journal(tmp_path):
     assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
 
 
+def test_a_journal_holds_texts_with_line_ends_of_any_kind(tmp_path):
+    journal = Journal(tmp_path, {"model": "m"})
+    journal.start()
+    record = Record("a", "k", {"text": "one\u2028two\x85three\r\nfour\x0cfive"}, notes=("six\u2029seven",))
+    journal.add(record)
+    assert journal.resume() == {"k": record}
+
+
 def test_a_worker_gives_errors_back_as_values(sweep_of, tmp_path, monkeypatch):
     from secateur import api
 
