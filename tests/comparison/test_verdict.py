@@ -7,7 +7,10 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from secateur.comparison.rows import Row
 from secateur.comparison.verdict import SURE, Candidate, judge, probability_better
+from secateur.report import Metric
+from secateur.sweep.records import Record
 
 WINDOWS = np.random.default_rng(5).normal(3.0, 0.5, 40)
 
@@ -100,3 +103,15 @@ def test_higher_may_be_better():
 def test_sentences_where_nothing_can_be_held_against_each_other(candidates, said):
     found = judge(0.2, "m", candidates, higher_is_better=False, dense=20.0)
     assert found.sentence == said and found.probability is None
+
+
+def test_a_seed_without_a_number_leaves_no_mean_of_the_others():
+    def row(*values):
+        names = [f"random-seed={n}" for n in range(len(values))]
+        records = [Record(n, n, metrics=(Metric("m", "", {n: v}, False),)) for n, v in zip(names, values, strict=True)]
+        return Row("random", 0.5, tuple(records), 0.01)
+
+    whole = row(10.0, 12.0)
+    assert (whole.mean("m"), whole.values("m")) == (11.0, [10.0, 12.0])
+    broken = row(10.0, float("inf"))
+    assert broken.mean("m") is None and broken.spread("m") is None and broken.values("m") == []

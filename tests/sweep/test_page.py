@@ -9,6 +9,7 @@ import pytest
 
 from secateur.report import Metric
 from secateur.sweep.page import render
+from secateur.sweep.pareto import fronts
 from secateur.sweep.records import Record
 from secateur.sweep.results import columns, results_csv
 from secateur.sweep.runner import Results
@@ -73,6 +74,17 @@ def test_without_a_front_the_page_says_why(results):
     results.points = results.points[3:]
     results.dense = None
     assert "There is none" in render(results)
+
+
+def test_what_is_no_finite_number_is_not_drawn(results):
+    results.points[1] = record("wanda-sparsity=0.5", float("inf"), 8e5, method="wanda", sparsity=0.5)
+    results.points[2] = record("flap-sparsity=0.3", float("nan"), 7e5, method="flap", sparsity=0.3)
+    (front,) = fronts(results.dense, results.points)
+    assert set(front.places) == {"dense", "wanda-sparsity=0.3"}
+    assert "wanda-sparsity=0.5" not in str(charts_of(render(results)))
+    # as it is when the sweep goes on from its journal
+    again = Record.from_dict(json.loads(json.dumps(results.points[1].to_dict())))
+    assert again.metric("perplexity:builtin") is results.points[1].metric("perplexity:builtin") is None
 
 
 def test_columns_name_what_varies(results):

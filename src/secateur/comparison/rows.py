@@ -50,9 +50,13 @@ class Row:
         return self.done and all(abs(one - self.sparsity) <= self.tolerance + _ROUNDING for one in gone)
 
     def values(self, metric: str, *, untrained: bool = False) -> list[float]:
-        """A metric of every seed, of the trained model or of what it was before; empty where it wasn't measured."""
-        found = [record.metric(metric, untrained=untrained) for record in self.records]
-        return [value for value in found if value is not None]
+        """A metric of every seed that has run, of the trained model or of what it was before.
+
+        Empty where one of them has none: the mean of the others would be that of the seeds that went well.
+        """
+        found = [record.metric(metric, untrained=untrained) for record in self.records if record.done]
+        values = [value for value in found if value is not None]
+        return values if len(values) == len(found) else []
 
     def mean(self, metric: str, *, untrained: bool = False) -> float | None:
         """Its mean over the seeds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,9 +54,13 @@ class Record:
         return not self.error
 
     def metric(self, name: str, *, untrained: bool = False) -> float | None:
-        """The value of one metric, of the trained model or of what it was before; None when it was not measured."""
+        """The value of one metric, of the trained model or of what it was before.
+
+        None when it was not measured, or is NaN or inf, which the journal can't hold either.
+        """
         found = self.untrained if untrained else self.metrics
-        return next((m.values[self.name] for m in found if m.name == name and self.name in m.values), None)
+        value = next((m.values[self.name] for m in found if m.name == name and self.name in m.values), None)
+        return value if value is not None and math.isfinite(value) else None
 
     def parts(self, name: str, *, untrained: bool = False) -> list[float]:
         """What the value of one metric was computed from, see ``Metric``; empty where that is not known."""
