@@ -104,6 +104,14 @@ def test_a_wrapper_takes_the_scores_of_any_method(model, inner):
     )
 
 
+def test_expected_attention_of_a_few_queries_keeps_the_sinks(model):
+    for queries in (1, 4, 16):
+        cache = sc.compressed_cache(f"decoding(expected_attention):budget={BUDGET},every=2,queries={queries}", model)
+        generate(model, IDS, new=NEW, cache=cache)
+        for layer in cache.layers:
+            assert layer.kept[0, :, :4].tolist() == [[0, 1, 2, 3]] * 2
+
+
 @pytest.mark.parametrize("spec", [f"h2o:budget={BUDGET}", f"tova:budget={BUDGET}", f"streaming_llm:budget={BUDGET}"])
 def test_a_padded_batch_equals_one_by_one(model, spec):
     both = tiny_ids(windows=2, length=20)

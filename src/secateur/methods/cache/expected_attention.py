@@ -12,8 +12,9 @@ later.
 
 Source: A. Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries
 Distribution", 2025, arXiv:2510.00636; NVIDIA kvpress v0.5.4. Differs from kvpress: queries are turned back instead of
-being projected again, in float32, so that every rotary embedding with halves is covered; a soft cap of logits is
-ignored by both.
+being projected again, in float32, so that every rotary embedding with halves is covered; within ``decoding(...)``,
+whose queries are the last ones of the text, none but those of sinks are left out (theirs: the first ones of any); a
+soft cap of logits is ignored by both.
 """
 
 from dataclasses import dataclass
@@ -65,8 +66,12 @@ class ExpectedAttention(EvictionMethod):
             score_BKS = (score_BKS + self.epsilon) * prompt.values[:, :, self.sinks :].float().norm(dim=-1)
         return protect(score_BKS, first=self.sinks)
 
+    def _sinks_among(self, prompt: Prompt) -> int:
+        """How many of the queries are those of sinks; while decoding they are the last ones of the text."""
+        return self.sinks if prompt.places is None else max(0, self.sinks - int(prompt.positions[0, 0]))
+
     def _future_queries(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        queries = prompt.unrotated_queries()[:, :, self.sinks :]
+        queries = prompt.unrotated_queries()[:, :, self._sinks_among(prompt) :]
         mean = queries.mean(dim=2)
         centered = queries - mean[:, :, None]
         covariance = centered.mT @ centered / queries.shape[2]
