@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers.modeling_utils import AttentionInterface
 
 import secateur as sc
 from cache_reference import generate
-from families import FAMILY_CONFIGS, make_tiny, tiny_ids
+from families import FAMILY_CONFIGS, GQA, SPECIAL, make_tiny, tiny_ids
 from secateur.cache.layer import CompressedLayer
 
 IDS = tiny_ids(windows=2, length=24)
@@ -55,6 +56,22 @@ def test_queries_are_turned_back_to_where_they_came_from(name):
     turned = torch.cat([turned[..., :width] / layer.rope.scale, turned[..., width:]], dim=-1)
     assert torch.allclose(turned.transpose(1, 2).flatten(2), raw, atol=1e-5)
     assert (layer.rope.scale != 1) == (name == "yarn") and (width < layer.query.shape[-1]) == (name == "gpt_neox")
+
+
+@pytest.mark.parametrize("name", ["Exaone4", "Afmoe", "Cohere2", "SmolLM3"])
+def test_layers_that_dont_turn_are_left_as_they_are(name):
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    changes = {"no_rope_layers": [1, 0, 1]} if name == "SmolLM3" else {"sliding_window": 8, "layer_types": types}
+    config = getattr(transformers, f"{name}Config")(**{**SPECIAL, **GQA, **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    held = []
+    for spec in ("streaming_llm:0.5", "key_rerotation(streaming_llm:0.5)"):
+        cache = sc.compressed_cache(spec, model)
+        with torch.no_grad():
+            model(IDS, cache=cache)
+        held.append(cache.layers[1].keys)
+    assert held[0].shape[2] == 12 and torch.equal(*held)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILY_CONFIGS if "falcon" not in f and f != "mistral"])

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "secateur_cache"
 _READERS = ("o_proj", "out_proj", "dense", "c_proj")
 """names under which attention modules keep the layer that reads their heads"""
+_TURNING_WINDOWS = ("afmoe", "cohere2")
+"""models whose layers with a window turn, and no others; nothing but their code says so"""
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Call:
         given = self.arguments.get("position_embeddings")
         if given is None and not self.rotary:
             return None
-        if not getattr(self.module, "use_rope", True):
+        if not _turns(self.module):
             return None
         if given is not None:
             cos, sin = given
@@ -100,6 +102,17 @@ class Call:
             for name in names:
                 if isinstance(found := getattr(rotary, name, None), Tensor):
                     yield found.float()
+
+
+def _turns(module: nn.Module) -> bool:
+    """Whether an attention turns by the embedding that it is given; some don't where they see the whole text."""
+    if not getattr(module, "use_rope", True):
+        return False
+    window = getattr(module, "sliding_window", None)
+    if getattr(module.config, "model_type", "") in _TURNING_WINDOWS:
+        return window is not None
+    # EXAONE 4 gives every layer the window of the model, and says beside it whether it is that of the layer
+    return window is None or getattr(module, "is_sliding", True)
 
 
 def _explains(rope: Rope, positions: Tensor, cos: Tensor, sin: Tensor) -> bool:
