@@ -160,6 +160,15 @@ def test_a_prompt_of_which_tokens_left_cant_be_cropped(model):
     assert whole.get_seq_length() == 10 and whole.layers[0].keys.shape[2] + whole.layers[0].store.rows == 10
 
 
+def test_a_crop_that_is_refused_leaves_all_layers_as_they_are(model):
+    cache = behind(model, "per_layer_kv(knorm):sparsities=0/0.5/0")
+    feed(model, cache, IDS[:, :2])
+    with pytest.raises(UsageError, match="at most the 2 tokens"):
+        cache.crop(-3)
+    assert [layer.seen for layer in cache.layers] == [26] * 3
+    feed(model, cache, IDS[:, :1])
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_prefix_is_read_once_and_used_twice(model, spec):
     prefix = behind(model, spec)

@@ -64,6 +64,13 @@ class CompressedCache(DynamicCache):
         """Whether the prompt was read, and it isn't decided yet what leaves."""
         return any(isinstance(layer, CompressedLayer) and layer.pending is not None for layer in self.layers)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        # of all layers before any: those that evicted nothing could do what others can't
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def report(self) -> CacheReport:
         """Bytes and what stays of every layer: a dict that prints as a table."""
         return cache_report(self)

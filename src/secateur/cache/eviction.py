@@ -199,13 +199,16 @@ class Eviction:
             held = getattr(self, name)
             setattr(self, name, None if held is None else held[sequences])
 
-    def crop(self, tokens: int) -> None:
-        """Without the last ``tokens``. Raises UsageError where they have left a trace in others."""
+    def check_crop(self) -> None:
+        """Raises UsageError where the last tokens have left a trace in others."""
         if self.carried is not None and self.method.sums:
             raise UsageError(
                 f"{self.method.name} adds up attention while decoding, so that tokens can't be cropped: start with a"
                 " copy of the cache from before them"
             )
+
+    def crop(self, tokens: int) -> None:
+        """Without the last ``tokens``."""
         self.waiting = max(0, self.waiting - tokens)
         for name, dim in (("carried", 2), ("queries", 2), ("positions", 1)):
             held = getattr(self, name)

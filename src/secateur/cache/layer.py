@@ -93,14 +93,12 @@ class CompressedLayer(DynamicLayer):
         super().reset()
         self._forget()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError or UsageError where these tokens can't be cropped."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: that of the tokens that leave")
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
         limit = self.seen + tokens_to_remove
-        if limit <= 0:
-            self.reset()
+        if tokens_to_remove == 0 or not self.is_initialized or limit <= 0:
             return
         if self.evicted and limit < self.settled:
             whose = "of the prompt " if self.settled == self.prompt else ""
@@ -108,6 +106,17 @@ class CompressedLayer(DynamicLayer):
                 f"tokens {whose}were evicted, so that at most the {self.seen - self.settled} tokens that came"
                 f" after that can be cropped, got {-tokens_to_remove}"
             )
+        if self.eviction is not None:
+            self.eviction.check_crop()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        limit = self.seen + tokens_to_remove
+        if limit <= 0:
+            self.reset()
+            return
         if self.eviction is not None:
             self.eviction.crop(-tokens_to_remove)
         own = self.keys.shape[2] - (self.kept.shape[2] if self.kept is not None else 0)
