@@ -130,6 +130,16 @@ def comparison(**rows: list[tuple[float, float]]) -> CacheComparison:
     return CacheComparison("model", Protocol(), tuple(found), ())
 
 
+def test_a_place_at_which_nothing_was_asked_has_no_probability():
+    asked = {"log_likelihood": -1.0, "found": True, "task": "kv"}
+    places = ((128, 0.0), (128, 1.0), (256, 0.0))
+    cases = [Measurement(f"kv {n} {depth}", "s", 1, 1, 1, length=n, depth=depth, **asked) for n, depth in places]
+    (drawn,) = page.heat_map("kv", "s", cases).figure["data"]
+    sure = math.exp(-1)
+    assert drawn["z"] == [[sure, sure], [sure, None]]
+    assert drawn["text"] == [["100.0 %", "100.0 %"], ["100.0 %", "–"]]
+
+
 def test_equal_bytes_lie_on_the_line_between_settings():
     made = comparison(a=[(0.5, 2.0), (0.25, 4.0)], b=[(0.6, 1.8)])
     assert made.at_equal_bytes()["a"] == {0.75: 1.5, 0.5: 2.0, 0.25: 4.0}

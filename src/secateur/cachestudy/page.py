@@ -13,7 +13,7 @@ from secateur.cachestudy.measuring import Measurement
 from secateur.cachestudy.results import CacheComparison, Row, columns, equal_columns, speed_columns
 from secateur.report.charts import INK, KEEP, RAISED, Chart, axis, frame
 from secateur.report.looks import LOOKS_STYLE, Look, key_of, looks_of
-from secateur.report.numbers import format_value, percent
+from secateur.report.numbers import MISSING, format_value, percent
 from secateur.report.page import facts_table, figure, page, table
 from secateur.versions import library_versions, machine
 
@@ -128,8 +128,9 @@ def heat_map(task: str, spec: str, cases: Sequence[Measurement]) -> Chart:
         return [one for one in cases if one.length == length and one.depth == depth]
 
     grid = [[cell(length, depth) for depth in depths] for length in lengths]
-    likely = [[_geometric(several) for several in row] for row in grid]
-    written = [[sum(bool(one.found) for one in several) / max(1, len(several)) for several in row] for row in grid]
+    # a press that failed on the way has cells without a case
+    likely = [[_geometric(several) if several else None for several in row] for row in grid]
+    written = [[_written(several) if several else MISSING for several in row] for row in grid]
     data = [
         {
             "type": "heatmap",
@@ -141,7 +142,7 @@ def heat_map(task: str, spec: str, cases: Sequence[Measurement]) -> Chart:
             "xgap": 1,
             "ygap": 1,
             "colorscale": [[0, RAISED], [1, KEEP]],
-            "text": [[percent(value) for value in row] for row in written],
+            "text": written,
             "texttemplate": "%{text}",
             "hovertemplate": "%{y} tokens, depth %{x}: p %{z:.2f}, %{text} written<extra></extra>",
             "colorbar": {"thickness": 8, "nticks": 3, "outlinewidth": 0},
@@ -149,18 +150,21 @@ def heat_map(task: str, spec: str, cases: Sequence[Measurement]) -> Chart:
     ]
     y = axis("tokens", autorange="reversed", showgrid=False, ticklabelstandoff=4, type="category")
     x = axis("depth of the needle", showgrid=False, type="category")
-    found = sum(bool(one.found) for one in cases) / len(cases)
     mean = format_value(_geometric(cases))
     description = (
         f"Colour: probability of a token of the answer, {mean} in the mean; numbers: how often the answer was written, "
-        f"{percent(found)} of {len(cases)}."
+        f"{_written(cases)} of {len(cases)}."
     )
     layout = frame(110 + 28 * len(lengths), x, y)
     return Chart(f"{task}: {spec}", description, {"data": data, "layout": layout}, has_key=False)
 
 
 def _geometric(cases: Sequence[Measurement]) -> float:
-    return math.exp(sum(one.log_likelihood or 0.0 for one in cases) / max(1, len(cases)))
+    return math.exp(sum(one.log_likelihood or 0.0 for one in cases) / len(cases))
+
+
+def _written(cases: Sequence[Measurement]) -> str:
+    return percent(sum(bool(one.found) for one in cases) / len(cases))
 
 
 def _speed(made: CacheComparison, charts: dict[str, Any]) -> str:
