@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import secateur as sc
 from secateur.cachestudy import page
-from secateur.cachestudy.measuring import Measurement, Protocol
+from secateur.cachestudy.measuring import Item, Measurement, Protocol, measure_all
 from secateur.cachestudy.results import CacheComparison, Row, Setting, columns, equal_columns, rows_of, speed_columns
 from secateur.errors import OutputError, UnsupportedModelError, UsageError
 from secateur.observe.calibration import load_tokens
@@ -128,6 +128,20 @@ def comparison(**rows: list[tuple[float, float]]) -> CacheComparison:
     found = [Row("dense", "dense", None, held=1.0, loss=1.0)]
     found += [Row(p, f"{p}:{h}", None, held=h, loss=v) for p, several in rows.items() for h, v in several]
     return CacheComparison("model", Protocol(), tuple(found), ())
+
+
+def test_a_journal_that_cant_be_written_ends_the_run():
+    class Known(Item):
+        name = "kv"
+
+        def opened(self, model, tokenizer):
+            return lambda spec: Measurement(self.name, spec, 1, 1, 1)
+
+    def full(line):
+        raise OutputError("can't write cache.jsonl: No space left on device")
+
+    with pytest.raises(OutputError, match="No space left"):
+        measure_all(torch.nn.Linear(1, 1), None, [Known()], ["knorm:0.5"], {}, full, lambda stage, done, total: None)
 
 
 def test_a_place_at_which_nothing_was_asked_has_no_probability():

@@ -221,10 +221,12 @@ def measure_all(
                 assert measured is not None
                 try:
                     one = measured(spec)
-                    keep(asdict(one))
                 except SecateurError as error:
                     failed.add(spec)
                     one = Measurement(item.name, spec, error=" ".join(str(error).split()))
+                else:
+                    # that the journal can't be written is no failure of the spec
+                    keep(asdict(one))
                 found[item.name, spec] = one
                 done += 1
                 progress("caches", done, total)
