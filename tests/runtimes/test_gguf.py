@@ -197,9 +197,11 @@ def test_auto_is_the_dtype_of_the_model(tmp_path: Path, tiny_tokenizer) -> None:
         ),
         (lambda: make_tiny("gemma3", vocab_size=512, query_pre_attn_scalar=16), "attention scaled by 16 instead of 8"),
         (lambda: make_tiny("llama", vocab_size=512, hidden_act="relu"), "llama would need the activation relu"),
+        (lambda: make_tiny("qwen3", vocab_size=512, hidden_act="gelu"), "qwen3 would need the activation gelu"),
+        (lambda: make_tiny("gemma3", vocab_size=512, attn_logit_softcapping=30.0), "a soft cap of the logits of att"),
         (lambda: make_tiny("gpt2", vocab_size=512), "secateur writes GGUF for .*qwen3, not for gpt2"),
     ],
-    ids=["qwen3", "gemma3", "gpt_neox", "rope", "scale", "activation", "family"],
+    ids=["qwen3", "gemma3", "gpt_neox", "rope", "scale", "activation", "other activation", "soft cap", "family"],
 )
 def test_what_llama_cpp_lacks_is_said(make, sentence: str, tmp_path: Path, tiny_tokenizer) -> None:
     saved = sc.save(make(), tiny_tokenizer, tmp_path / "model")

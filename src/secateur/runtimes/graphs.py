@@ -72,6 +72,7 @@ class Graph:
     factors: bool = False
     norm_offset: float = 0.0
     own_head: bool = False
+    activation: str = "silu"
     epsilon: str = "rms_norm_eps"
     also: Callable[[Any, Sizes], Iterable[str]] = _nothing
     """what else the graph would need for this model"""
@@ -92,6 +93,10 @@ class Graph:
         kind = sizes.rotary.kind if sizes.rotary else "none"
         if kind not in self.rotary:
             found.append(f"rotary embeddings of type {kind}")
+        # Gemma has a name of its own for it
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        if activation != self.activation:
+            found.append(f"the activation {activation}")
         return [*found, *self.also(config, sizes)]
 
 
@@ -101,8 +106,6 @@ def _split(roles: frozenset[str], split: bool) -> frozenset[str]:
 
 
 def _llama_needs(config: Any, sizes: Sizes) -> Iterable[str]:
-    if config.hidden_act != "silu":
-        yield f"the activation {config.hidden_act}"
     if sizes.rotary and sizes.rotary.dims != sizes.head_dim:
         yield "rotary embeddings of a part of each head"
     if sizes.stray_biases:
@@ -121,6 +124,8 @@ def _gemma3_needs(config: Any, sizes: Sizes) -> Iterable[str]:
     scale = sizes.hidden / sizes.heads[0] if len(layers) == 62 else sizes.head_dim
     if config.query_pre_attn_scalar != scale:
         yield f"attention scaled by {config.query_pre_attn_scalar} instead of {scale:g}"
+    if config.attn_logit_softcapping:
+        yield "a soft cap of the logits of attention"
 
 
 def _gemma3_metadata(writer: Any, config: Any, sizes: Sizes) -> None:
@@ -138,8 +143,6 @@ def _gemma3_metadata(writer: Any, config: Any, sizes: Sizes) -> None:
 def _gpt_neox_needs(config: Any, sizes: Sizes) -> Iterable[str]:
     if not config.attention_bias:
         yield "attention without biases"
-    if config.hidden_act != "gelu":
-        yield f"the activation {config.hidden_act}"
 
 
 _LLAMA = Graph(
@@ -164,6 +167,7 @@ GRAPHS = (
         free_heads=True,
         rotary=("default", "linear"),
         norm_offset=1.0,
+        activation="gelu_pytorch_tanh",
         also=_gemma3_needs,
         metadata=_gemma3_metadata,
     ),
@@ -175,6 +179,7 @@ GRAPHS = (
         biases=_NEOX_BIASES,
         required=_NEOX_BIASES,
         own_head=True,
+        activation="gelu",
         epsilon="layer_norm_eps",
         also=_gpt_neox_needs,
         metadata=lambda writer, config, sizes: writer.add_parallel_residual(config.use_parallel_residual),
