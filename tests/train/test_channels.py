@@ -82,6 +82,8 @@ def test_what_is_not_trained_is_dead_as_well(kind):
         module.inner_norm.bias.data.fill_(1.0)
         module.outer.weight.requires_grad_(False), module.inner_norm.requires_grad_(False)
     optimizer, pruned = made(module)
+    # as moving to another device does, it leaves parameters in place and replaces buffers
+    module._apply(torch.clone)
     train(module, optimizer, pruned)
     x, module = batch(1)[0], module.eval()
     assert torch.allclose(module(x), sc.apply(pruned.finish(), module)(x), atol=1e-5)

@@ -40,7 +40,6 @@ class Channels:
         anatomy = module_anatomy(module, example, ignore=exclude)
         self.example = example
         self._parameters = dict(module.named_parameters())
-        self._tensors: dict[str, Tensor] = {**self._parameters, **dict(module.named_buffers())}
         trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
         self.groups: dict[str, Group] = {
             group.name: group
@@ -51,13 +50,18 @@ class Channels:
             raise UsageError(
                 f"{type(module).__name__} has no channels that can leave: secateur inspect says what is in the way"
             )
+        visited = dict.fromkeys(s.tensor for group in self.groups.values() for s in group.slices)
+        places = {name: name.rpartition(".") for name in visited}
+        self._visited = {name: (module.get_submodule(path), leaf) for name, (path, _, leaf) in places.items()}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What the units visit, by name: also statistics of norms and what isn't trained, since a constant that a dead
-        unit leaves behind would be gone from the cut network."""
-        visited = {s.tensor for group in self.groups.values() for s in group.slices}
-        return {name: tensor for name, tensor in self._tensors.items() if name in visited}
+        """What the units visit, by name, as it is now: moving or casting a module replaces its buffers.
+
+        These are also statistics of norms and what isn't trained: a constant that a dead unit leaves behind would be
+        gone from the cut network.
+        """
+        return {name: getattr(owner, leaf) for name, (owner, leaf) in self._visited.items()}
 
     def all_live(self) -> Masks:
         """A mask of ones for every group, on the device of the network."""

@@ -105,8 +105,7 @@ class Sparsifier:
             if self.sharded:
                 raise UsageError("units='channels' traces the network, which is sharded over ranks: use DDP instead")
             example = Example(tuple(example_inputs or ()), example_kwargs)
-            channels = self._channels = Channels(self.model, self.method, example, include, exclude)
-            self._pruned = channels.tensors
+            self._channels = Channels(self.model, self.method, example, include, exclude)
         elif units == "weights":
             self._layers = find_layers(
                 self.model,
@@ -116,7 +115,6 @@ class Sparsifier:
                 depthwise=self.method.depthwise,
                 sharded=not isinstance(self.method, StartingMethod),
             )
-            self._pruned: dict[str, Tensor] = {name: layer.weight for name, layer in self._layers.items()}
             warn_of_computed(self.model, (*include, *exclude))
         else:
             raise UsageError(f"units must be weights or channels, got {units!r}")
@@ -220,12 +218,13 @@ class Sparsifier:
         module = unwrapped(module)
         reshard(module)
         own: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        for name, weight in self._pruned.items():
+        pruned = self._pruned
+        for name, weight in pruned.items():
             if name not in own or own[name].shape != weight.shape:
                 raise UsageError(f"the module has no parameter {name} of shape {list(weight.shape)} to mask")
         with torch.no_grad():
             for name, mask in self._entries.items():
-                mine = part_of(whole_like(mask, self._pruned[name]), own[name])
+                mine = part_of(whole_like(mask, pruned[name]), own[name])
                 clear_dead(own[name], mine.to(own[name].device))
 
     def finish(self) -> Plan:
@@ -382,6 +381,13 @@ class Sparsifier:
         return whole_like(part, self._layers[name].weight) if name in self._layers else part
 
     @property
+    def _pruned(self) -> dict[str, Tensor]:
+        """What masks lie on, by name."""
+        if self._channels is not None:
+            return self._channels.tensors
+        return {name: layer.weight for name, layer in self._layers.items()}
+
+    @property
     def _begins_sparse(self) -> bool:
         # before the first step there are no gradients to score by
         by_score = self._updates.due(0) and not self._needed
@@ -419,8 +425,9 @@ class Sparsifier:
         """Dead weights are zero, and what the optimizer remembers of them."""
         if self.sharded:
             reshard(self.model)
+        pruned = self._pruned
         for name in self._thin:
-            weight, mask = self._pruned[name], self._entries[name]
+            weight, mask = pruned[name], self._entries[name]
             clear_dead(weight.data, mask)
             if self._watched is not None:
                 self._watched.mask(weight, mask)
