@@ -44,6 +44,9 @@ def test_what_has_seconds_is_fitted_anew():
     [
         ({"cut": "heads_and_neurons"}, "cfsp", "cfsp"),
         ({"budget": "macs", "sparsity": 0.4}, "cfsp", "cfsp"),
+        ({"budget": "params=0.7"}, "cfsp", "cfsp"),
+        ({"budget": "params=0.4"}, "flap", "osscar"),
+        ({"budget": "params=0.7,macs=0.8"}, "flap", "osscar"),
         ({"budget": "params", "sparsity": 0.6}, "flap", "osscar"),
         ({"budget": "kv_bytes", "sparsity": 0.2}, "flap", "osscar"),
         ({"budget": "latency=0.8"}, "flap", "osscar"),
@@ -55,6 +58,12 @@ def test_neurons_leave_alone_as_long_as_there_are_enough_of_them(asked, quick, s
         method, _ = settled(make_method("best", {"effort": effort, **asked}), None)
         assert method.name == name
         assert method.options()["heal"] == ("refit" if effort == "minutes" else "none")
+
+
+def test_what_may_stay_of_one_thing_is_what_a_sparsity_says():
+    left, gone = ({"budget": "macs=0.7"}, {"budget": "macs", "sparsity": 0.3})
+    options = [settled(make_method("best", asked), None)[0].options() for asked in (left, gone)]
+    assert options[0] == options[1]
 
 
 def test_the_plan_is_that_of_what_it_stands_for(make_llama, tiny_tokenizer, tmp_path):

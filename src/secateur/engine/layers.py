@@ -33,6 +33,9 @@ def decide_layers(method: LayerMethod, run: Run) -> None:
     group = run.anatomy["layers"]
     count = _count(method, group)
     if count == 0:
+        if method.sparsity:
+            note = f"{method.sparsity:g} of {group.units} blocks is less than one, so none leaves"
+            run.keeper.close(iter([Decision(notes=[note])]))
         return
     for layer in run.blocks("calibrate"):
         name = f"layers.{layer}"

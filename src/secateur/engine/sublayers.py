@@ -42,7 +42,7 @@ def decide_sublayers(method: SublayerMethod, run: Run) -> None:
     gone, notes = method.search(sublayers, SublayerTrials(run, method.hidden_bytes))
     if len(gone) == len(groups):
         raise BudgetError("can't remove all sub-layers: at least one must stay")
-    if gone:
+    if gone or notes:
         run.keeper.close(iter([_decision(run, groups, gone, notes)]))
 
 

@@ -32,6 +32,7 @@ docs/results/second-order-gemma3-270m.md, and benchmarks/structured.py, docs/res
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from secateur.allocate.asked import parse_budgets
 from secateur.errors import OptionError
 from secateur.methods import Combination, Descriptor, Preset, get_method, option, register
 
@@ -52,7 +53,7 @@ _CHOICES = {
 _MOST = 0.65
 # beyond it so many neurons would leave that nobody has measured whether heads shouldn't
 _MOST_NEURONS = 0.45
-_WEIGHT_BUDGETS = ("", "params", "macs", "bytes")
+_WEIGHT_BUDGETS = {"params", "macs", "bytes"}
 
 
 @register("best")
@@ -89,12 +90,23 @@ class Best(Preset):
             raise OptionError(f"best: single weights meet no budget of {self.budget}: leave cut=weights out")
         chosen = _CHOICES[self._units() if units else self._weights()][self.effort]
         known = get_method(chosen.method).option_fields()
-        given = {name: getattr(self, name) for name in ("budget", "pattern", "target", "seed") if name in known}
-        given = {name: value for name, value in given.items() if value not in ("", "auto")}
-        return replace(chosen, options={**chosen.options, "sparsity": self.sparsity, **given})
+        budget, sparsity = self._asked
+        values = {"budget": budget, "pattern": self.pattern, "target": self.target, "seed": self.seed}
+        given = {name: value for name, value in values.items() if name in known and value not in ("", "auto")}
+        return replace(chosen, options={**chosen.options, "sparsity": sparsity, **given})
+
+    @property
+    def _asked(self) -> tuple[str, float]:
+        """Budget and sparsity; what may stay of one thing, as in params=0.7, is what a sparsity says of it."""
+        parts = parse_budgets(self.budget, self.sparsity) if "=" in self.budget else {}
+        if len(parts) == 1 and parts.keys() <= _WEIGHT_BUDGETS:
+            [(name, left)] = parts.items()
+            return name, round(1 - left, 9)
+        return self.budget, self.sparsity
 
     def _units(self) -> str:
-        few = self.sparsity <= _MOST_NEURONS and self.budget in _WEIGHT_BUDGETS
+        budget, sparsity = self._asked
+        few = sparsity <= _MOST_NEURONS and budget in {"", *_WEIGHT_BUDGETS}
         return "neurons" if few else "heads_and_neurons"
 
     def _weights(self) -> str:

@@ -68,7 +68,8 @@ class EvoPress(SublayerMethod):
         fewest = min(map(len, kinds))
         count = self.layers or int(self.sparsity * fewest)
         if count == 0:
-            return frozenset(), ()
+            none = f"{self.sparsity:g} of {fewest} attentions and as many FFNs is less than one of each, so none leaves"
+            return frozenset(), (none,) if self.sparsity else ()
         if count >= fewest:
             raise BudgetError(f"can't remove {count} of {fewest} attentions or FFNs: at least one must stay")
         steps = self._generations(count, fewest) + 1
