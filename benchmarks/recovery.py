@@ -110,6 +110,11 @@ def closed(dense: float, pruned: float, healed: float) -> float:
     return (math.log(pruned) - math.log(healed)) / (math.log(pruned) - math.log(dense))
 
 
+def _mean(values: list[float]) -> str:
+    ends = f" (of {len(values)} seeds {min(values):.1%} to {max(values):.1%})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.0%}{ends}"
+
+
 def text(rows: list[dict[str, Any]]) -> str:
     """What the table shows, as far as it goes."""
     lines = [
@@ -121,7 +126,7 @@ def text(rows: list[dict[str, Any]]) -> str:
     for name in ("evaluation", "other"):
         found = {loss: [row[f"gap closed, {name}"] for row in rows if row.get("loss") == loss] for loss in ("ce", "kl")}
         if all(found.values()):
-            said = " and ".join(f"{statistics.fmean(values):.0%} with {loss}" for loss, values in found.items())
+            said = " and ".join(f"{_mean(values)} with {loss}" for loss, values in found.items())
             lines += ["", f"- On the {name} text {said} of the gap is closed."]
     return "\n".join(lines)
 
