@@ -16,8 +16,8 @@ ALPS whose matrices are decided one after the other, with the last of a block ma
 by then, was 5, 13 and 25 % ahead of ALPS as published at 50, 60 and 70 %, there with unequal sparsities, and 14 % at
 2:4; on a text of another kind as much or more; and on Gemma 3 270M 5, 13, 24 and 14 %. A budget that counts weights,
 MACs or bytes takes neurons alone, as long as there are enough: CFSP's neurons were ahead of FLAP's heads and neurons
-at 20 and 40 %, and with a refit and that target 4, 7 and 16 % ahead of OSSCAR's at 20, 30 and 40 %, on Gemma 3 4 and
-6 % at 30 and 40 %. More, and budgets of the KV cache, of latency or of several things, take heads too. Wanda whose
+at 20 and 40 %, and with a refit and that target 4, 7 and 16 % ahead of OSSCAR's at 20, 30 and 40 %, on Gemma 3 6,
+4 and 6 %. More, and budgets of the KV cache, of latency or of several things, take heads too. Wanda whose
 kept weights are fitted anew was ahead of SparseGPT at 50, 60 and 70 % and at 2:4, for a tenth more time.
 Unequal sparsities were measured at 50 %, where they cost, and at 70 %, where they gain: the border lies between.
 `cut=auto` takes heads and neurons where a budget is asked for, which single weights can't meet, and weights else. The
