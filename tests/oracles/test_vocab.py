@@ -343,11 +343,13 @@ def test_other_runtimes_get_the_vocabulary_that_is_left(tiny_checkpoint, tmp_pat
     assert list(embedding.shape) == [32, 308]
 
 
-def test_a_teacher_with_all_tokens_is_refused(tiny_llama, tiny_tokenizer):
+def test_a_teacher_with_all_tokens_needs_the_plan_that_took_some(tiny_llama, tiny_tokenizer):
+    made = sc.prune(
+        tiny_llama, tiny_tokenizer, method="vocab", sparsity=0.4, heal="lora:steps=1,loss=kl", samples=4, length=32
+    )
+    assert made.report.recoveries[0]["options"]["loss"] == "kl"
     with pytest.raises(SecateurError, match="their predictions can't be compared"):
-        sc.prune(
-            tiny_llama, tiny_tokenizer, method="vocab", sparsity=0.4, heal="lora:steps=1,loss=kl", samples=4, length=32
-        )
+        sc.heal(made.model, made.tokenizer, teacher=tiny_llama, steps=1, options={"batch": 1, "length": 32})
 
 
 def test_training_reads_what_is_left(tiny_llama, tiny_tokenizer):

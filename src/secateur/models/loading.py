@@ -67,7 +67,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, DTYPES)}")
-    target = device_of(device)
+    target = computing_device(device)
     source = locate(name, revision, trust_remote_code, progress)
     with quiet(), hub.named(source, name), in_one_sentence(name):
         if source.endswith(".gguf"):
@@ -114,12 +114,18 @@ def device_of(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise UsageError(f"unknown device {device!r}: give cpu, cuda, cuda:0 or mps") from None
-    if found.type == "meta":
-        raise UsageError("tensors on the device meta have no values: give cpu, cuda, cuda:0 or mps")
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"this machine has no device {device!r} that torch can use: {_first_line(error)}") from None
+    return found
+
+
+def computing_device(device: str) -> torch.device:
+    """The device of this name, which must be one that computes. Raises UsageError."""
+    found = device_of(device)
+    if found.type == "meta":
+        raise UsageError("tensors on the device meta have no values: give cpu, cuda, cuda:0 or mps")
     return found
 
 

@@ -18,7 +18,7 @@ from secateur.healing.recovery import RecoveryOptions, split_heal
 from secateur.methods import Method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import fingerprint
-from secateur.models.loading import load_model, locate
+from secateur.models.loading import computing_device, load_model, locate
 from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
 from secateur.models.shards import parse_size
@@ -362,4 +362,7 @@ def _devices(recipe: Recipe, ranks: Ranks) -> str | list[str]:
     """Where the blocks of a model are opened."""
     if recipe.devices and ranks.size > 1:
         raise UsageError("several devices are for one process: of several ranks, each takes a GPU of its own")
-    return recipe.devices or ranks.device(recipe.device)
+    found = recipe.devices or ranks.device(recipe.device)
+    for name in [found] if isinstance(found, str) else found:
+        computing_device(name)
+    return found
