@@ -42,10 +42,9 @@ def leaving(sizes: Sizes, job: Job) -> Leaving:
         return Leaving(gone * tokens.cost.bytes, gone * tokens.cost.macs)
     if isinstance(method, RotationMethod):
         return _by_rotation(sizes, method)
-    if method.narrows:
-        share = removed_share(sizes, job)
-        return Leaving(int(share * sizes.stored), share * (sizes.linear + sizes.head))
     share = removed_share(sizes, job)
+    if method.narrows:
+        return Leaving(int(share * sizes.stored), share * (sizes.linear + sizes.head))
     return Leaving(int(share * sizes.linear * sizes.itemsize), share * sizes.linear)
 
 
