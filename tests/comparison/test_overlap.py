@@ -58,3 +58,12 @@ def test_plans_that_remove_nothing_have_no_overlap(make_llama):
     some = api.plan(model, method="magnitude_sp", sparsity=0.5)
     found = jaccard({"nothing": nothing, "some": some}, lambda heads: api.anatomy(model, heads=heads))
     assert found == [[None, 0.0], [0.0, 1.0]]
+
+
+def test_a_rotated_plan_has_no_weights_in_common_with_others(make_llama):
+    model = make_llama()
+    seen = {"calibration": "self", "samples": 2, "length": 16}
+    plans = {n: api.plan(model, method=n, sparsity=0.5, **seen) for n in ("slicegpt", "magnitude_sp", "wanda_sp")}
+    found = jaccard(plans, lambda heads: api.anatomy(model, heads=heads))
+    assert found[0] == [None, None, None] == [row[0] for row in found]
+    assert found[1][1] == 1.0 and 0 < found[1][2] < 1

@@ -1,7 +1,8 @@
 """What two plans have in common: the weights of the blocks that both remove over those that either does.
 
 Removed units and blocks take all their weights with them, so that plans of any two kinds can be held against each
-other. Weights of one matrix are looked at at a time.
+other. Rotated hidden states are the exception: what leaves there are directions of a basis, not weights of the dense
+model. Weights of one matrix are looked at at a time.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ class _Removed(NamedTuple):
 
 
 def jaccard(plans: Mapping[str, Plan], anatomy: Callable[[str], Anatomy]) -> list[list[float | None]]:
-    """For every pair of plans, in their order, what both remove over what either removes; None where that is nothing.
+    """For every pair of plans, in their order, what both remove over what either removes.
 
-    ``anatomy`` gives that of the dense model by the unit of attention, ``kv`` or ``query``.
+    None where that is nothing, and in pairs with a plan that rotates. ``anatomy`` gives that of the dense model by the
+    unit of attention, ``kv`` or ``query``.
     """
     removed = [_removed(plan, anatomy(plan.head_unit)) for plan in plans.values()]
     count = len(removed)
@@ -54,10 +56,12 @@ def jaccard(plans: Mapping[str, Plan], anatomy: Callable[[str], Anatomy]) -> lis
         for part_PE in gone_PE.split(_EXACT, dim=1):
             part_PE = part_PE.float()
             both_PP += (part_PE @ part_PE.T).double()
+    rotates_P = torch.tensor([bool(plan.rotations) for plan in plans.values()])
+    both_PP[rotates_P[:, None] | rotates_P] = torch.nan
     size_P = both_PP.diagonal()
     either_PP = size_P[:, None] + size_P[None] - both_PP
     pairs = [zip(*rows, strict=True) for rows in zip(both_PP.tolist(), either_PP.tolist(), strict=True)]
-    return [[both / either if either else None for both, either in row] for row in pairs]
+    return [[both / either if either > 0 else None for both, either in row] for row in pairs]
 
 
 def _removed(plan: Plan, anatomy: Anatomy) -> _Removed:

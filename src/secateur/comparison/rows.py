@@ -106,7 +106,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What plans of one budget have in common: ``jaccard[a][b]`` of what methods a and b remove; None for nothing."""
+    """What plans of one budget have in common: ``jaccard[a][b]`` of what methods a and b remove.
+
+    None where neither removes a weight, or one of them rotates hidden states, whose weights don't leave one by one.
+    """
 
     sparsity: float
     methods: tuple[str, ...]
