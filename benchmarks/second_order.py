@@ -69,6 +69,7 @@ UNITS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tyr", {}),
     ("tyr", {"accumulation": "centre"}),
     ("tyr", {"accumulation": "centre", "first_order": "off"}),
+    ("tyr", {"accumulation": "centre", "first_order": "off", "parts": "mlp"}),
     # six times as many tokens in its searches as by default; published are ninety times these
     ("tyr", {"accumulation": "centre", "first_order": "off", "generations": 20, "stage_tokens": "1024,8192"}),
     ("cfsp", {"heal": "refit", "target": "stream"}),
@@ -80,6 +81,7 @@ OWN = {
     "true_sequential": "true sequential",
     "accumulation": "{} handed on",
     "first_order": "first order {}",
+    "parts": "{} alone",
     "generations": "{} generations",
     "stage_tokens": "on {} tokens",
 }

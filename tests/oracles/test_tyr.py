@@ -27,6 +27,7 @@ from secateur.models.decoders import decoder_anatomy
 from secateur.models.saving import plain
 from secateur.observe import Gram
 from secateur.ranks import Ranks
+from secateur.report.build import removed_fraction
 from secateur.search import Evolution, shifted
 from secateur.solver import Curvature, in_rounds, refit_columns
 from secateur.structure import Cost, Group
@@ -458,8 +459,8 @@ def counted(plan, model):
     """What each kind loses in all."""
     totals = Counter()
     for one in decoder_anatomy(model).of_kind("kv_head", "neuron"):
-        totals[one.kind] += len(plan.removed(one.name))
-    return totals
+        totals[one.kind] += len(plan.removed(one.name)) if one.name in plan.keep else 0
+    return +totals
 
 
 def test_a_search_moves_sparsity_within_a_kind_and_lowers_what_it_looks_at():
@@ -476,6 +477,16 @@ def test_a_search_moves_sparsity_within_a_kind_and_lowers_what_it_looks_at():
         return float((dense.exp() * (dense - cut)).sum(-1).mean())
 
     assert divergence(found) < divergence(alike)
+
+
+def test_neurons_alone_give_the_whole_budget():
+    model = make_tiny("llama", num_hidden_layers=4, intermediate_size=64)
+    both, mlp = (plan_for("tyr", model, IDS, sparsity=0.3, parts=parts, **QUICK) for parts in ("both", "mlp"))
+    assert counted(both, model)["kv_head"] and set(counted(mlp, model)) == {"neuron"}
+    removed = [removed_fraction(plan, sc.anatomy(model)) for plan in (both, mlp)]
+    assert removed == pytest.approx([0.3, 0.3], abs=0.01)
+    with pytest.raises(BudgetError, match=r"can't remove 90.0% of the params"):
+        plan_for("tyr", model, IDS, sparsity=0.9, parts="mlp", **QUICK)
 
 
 def test_kept_weights_of_a_plan_are_the_refit():

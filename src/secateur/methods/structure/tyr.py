@@ -21,7 +21,8 @@ Search: offspring shift levels between layers, heads among heads and neurons amo
 it did. Candidates are measured on few calibration tokens, survivors on more, by KL(dense || candidate) over the `top`
 tokens of the dense model. Then all is cut again from the dense weights, around the levels that were found, with half
 the step (one head and 32 neurons at least). Layers start alike; where heads don't divide evenly, every so many layers
-lose one more, and neurons make up for what is left of the budget.
+lose one more, and neurons make up for what is left of the budget. With `parts=mlp` neurons give all of it: where few
+key-value heads make one of them a large part of a layer, such a start is the better one.
 
 Published: 9 levels, 4 iterations of 50 generations, 128 offspring, stage_tokens 2048,16384,131072, survivors 16,4, and
 4 million calibration tokens. The defaults here are for two cores and a small model. The whole model is in memory, and
@@ -60,6 +61,7 @@ _TRIES = 10
 class Tyr(SupernetMethod):
     """Options of Tyr; rounds, damping, step and fitness from the official script, the size of the search smaller."""
 
+    parts: str = option("both", "what may leave", choices=("both", "mlp"))
     neuron_rounds: int = option(16, "rounds in which neurons leave", unit="rounds", ge=1)
     head_rounds: int = option(1, "rounds in which heads leave", unit="rounds", ge=1)
     first_order: str = option("signed", "the term <W_p, G_p> of a unit's score", choices=tuple(FIRST_ORDER))
@@ -100,6 +102,10 @@ class Tyr(SupernetMethod):
                 f"tyr: survivors must hold one number for every stage but the last, got {self.survivors!r} for"
                 f" {stages} stages"
             )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("neuron",) if self.parts == "mlp" else SupernetMethod.kinds
 
     def levels_of(
         self, target: Target, seen: Seen, removed: Sequence[int], balance: int
