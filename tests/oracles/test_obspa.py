@@ -114,6 +114,16 @@ def test_the_score_is_the_sum_over_all_consumers():
     assert make_method("obspa").score(Coupled("g", 12, ())) is None
 
 
+def test_a_silent_channel_loses_nothing_however_quiet_the_others_are():
+    w, x = problem()
+    x[5] = 0
+    units = tuple(torch.tensor([c]) for c in range(12))
+    for loudness in (1e-3, 1.0):
+        group = Coupled("g", 12, (), (Consumer("w", w, gram_of(loudness * x), units),))
+        found = make_method("obspa").score(group)
+        assert float(found[5]) == 0 and int((found == 0).sum()) == 1
+
+
 class Convolutions(nn.Module):
     """Two convolutions and a linear layer around batch norms, all biases and norms away from their defaults."""
 

@@ -92,6 +92,16 @@ def test_weights_of_silent_inputs_leave_first_however_quiet_the_others_are(metho
         torch.testing.assert_close(weight[:, [3, 7]][kept], w[:, [3, 7]][kept])
 
 
+@pytest.mark.parametrize("method", ["admm", "alps", "obc", "sparsegpt"])
+def test_how_loud_inputs_are_changes_nothing_where_some_are_silent(method):
+    """Damping is relative to the inputs that there are, whose share of it is no larger when they are quiet."""
+    w, x = data()
+    x[..., [3, 7, 8, 20]] = 0
+    loud, quiet = (prune(method, w, seen_of(scale * x), damping=0.01) for scale in (1.0, 1e-4))
+    assert torch.equal(loud[0], quiet[0])
+    torch.testing.assert_close(loud[1], quiet[1], rtol=1e-4, atol=1e-6)
+
+
 def test_a_silent_neuron_leaves_first_by_osscar():
     w, x = data()
     x[..., 5] = 0

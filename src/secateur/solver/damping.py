@@ -21,7 +21,7 @@ def inverse_factor(h_II: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
 
     ``damping`` is relative to the mean of the diagonal. When the factorisation fails the damping is raised tenfold,
     up to a thousandfold; never is another matrix used in its place. Inputs that were never active get a unit
-    diagonal. Raises NonFiniteError when even the last rung fails.
+    diagonal, which has no part in the mean. Raises NonFiniteError when even the last rung fails.
     """
     return _of_damped(h_II, damping, _upper_inverse_factor)
 
@@ -35,7 +35,8 @@ def _of_damped(h_II: Tensor, damping: float, solve: Callable[[Tensor], Tensor | 
     _check_finite(h_II)
     given_I = h_II.diagonal().clone()
     live_I = torch.where(given_I == 0, 1.0, given_I)
-    mean = live_I.mean()
+    # the ones are no size of anything: next to quiet inputs they would be all of the mean
+    mean = given_I.mean()
     # the caller's matrix for as long as it takes: these are what a run's memory peaks at, and a copy is one more
     try:
         for tried in rungs(damping):

@@ -30,7 +30,7 @@ class Curvature:
     ``h_II`` = (H + diag(ridge)) / (scale scale^T), float32 or float64. With damping on ``inputs`` the ridge is
     ``damping`` times the mean of the diagonal and ``h_II`` has a unit diagonal. With damping on ``unit`` it is
     ``damping`` times each entry of the diagonal, so that the diagonal is 1 + damping. Inputs that were never active
-    have a diagonal of one before that. ``damping`` is what was used.
+    have a diagonal of one before that, which has no part in the mean. ``damping`` is what was used.
     """
 
     h_II: Tensor
@@ -47,11 +47,11 @@ class Curvature:
 
         Raises NonFiniteError for NaN or inf, and when the last rung fails.
         """
-        silent_I = gram_II.diagonal() == 0
+        mean, silent_I = gram_II.diagonal().mean(), gram_II.diagonal() == 0
         gram_II = with_live_diagonal(gram_II)
         diagonal_I = gram_II.diagonal().clone()
         for tried in rungs(damping):
-            ridge_I = tried * (diagonal_I.mean().expand_as(diagonal_I) if on == "inputs" else diagonal_I)
+            ridge_I = tried * (mean.expand_as(diagonal_I) if on == "inputs" else diagonal_I)
             scale_I = (diagonal_I + ridge_I if on == "inputs" else diagonal_I).sqrt()
             h_II = (gram_II + torch.diag_embed(ridge_I)) / (scale_I[:, None] * scale_I)
             if not int(torch.linalg.cholesky_ex(h_II)[1]):

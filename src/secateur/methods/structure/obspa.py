@@ -76,7 +76,11 @@ class OBSPA(ChannelMethod):
     )
 
     def score(self, group: Coupled) -> Tensor | None:
-        losses = [removal_losses(c.weight, self._inverse(c.gram)[0], c.columns) for c in group.consumers]
+        # what reads an input that was never active loses nothing with it, whatever its unit diagonal says
+        losses = [
+            removal_losses(c.weight.masked_fill(c.gram.dead, 0), self._inverse(c.gram)[0], c.columns)
+            for c in group.consumers
+        ]
         return torch.stack(losses).sum(dim=0) if losses else None
 
     def fitting(self) -> Fitting:

@@ -11,7 +11,8 @@ pattern is chosen for M columns at a time on the weights as updated so far. Bloc
 Source: E. Frantar and D. Alistarh, "SparseGPT", ICML 2023, arXiv:2301.00774; official code IST-DASLab/sparsegpt.
 Differs from the official code: exactly floor(entries * sparsity) of a column block leave (theirs: `<=` a threshold,
 one more; option `inclusive`); a Hessian that can't be factorised is damped further, tenfold at a time, and the plan
-says so (theirs: fails).
+says so (theirs: fails); inputs that are never active have no part in the mean (theirs: each counts as 1, however quiet
+the others are).
 """
 
 from dataclasses import dataclass
