@@ -106,6 +106,21 @@ def test_a_model_type_that_nobody_knows_is_fitted_to_the_inputs_as_they_are():
 
 
 @pytest.mark.parametrize(
+    ("method", "options"),
+    [("wanda", {}), ("magnitude", {"scope": "global"}), ("flap", {"sparsity": 0.2}), ("magnitude_sp", {})],
+)
+def test_a_target_where_nothing_is_fitted_is_told_of(method, options, model):
+    plans = [plan_for(method, model, IDS, target=target, **options) for target in ("current", "dense")]
+    plain, aimed = (plan.provenance[0].notes for plan in plans)
+    assert set(aimed) - set(plain) == {
+        f"target=dense: {method} fits nothing without heal=refit, so it had no part in this"
+    }
+    assert aimed.count(next(iter(set(aimed) - set(plain)))) == 1
+    fitted = plan_for(method, model, IDS, target="dense", heal="refit", **options)
+    assert not any("fits nothing" in note for note in fitted.provenance[0].notes)
+
+
+@pytest.mark.parametrize(
     "family", ["gpt2", "gpt_neox", "falcon", "opt", "phi3", "gemma2", "gemma3", "olmo2", "granite"]
 )
 def test_the_stream_can_be_the_target_of_any_family(family):

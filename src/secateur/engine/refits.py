@@ -86,9 +86,13 @@ def few_tokens_noted(layer: int, seen: SeenByModule, method: WeightMethod | Unit
 
 
 def target_noted(layer: int, run: Run) -> tuple[str, ...]:
-    """Said once, where ``target=stream`` knows of no module that could make up for what the hidden states have lost."""
-    model = run.source.model
-    if layer or not of_ending(run.observed) or family_of(model) is not None:
+    """Said once: that a target has no part in this, or ``stream`` none of the module that could make up for losses."""
+    method, model = run.method, run.source.model
+    if layer or not isinstance(method, WeightMethod | UnitMethod) or method.target == "current":
+        return ()
+    if not (method.fits or method.refits):
+        return (f"target={method.target}: {method.name} fits nothing without heal=refit, so it had no part in this",)
+    if not of_ending(run.observed) or family_of(model) is not None:
         return ()
     return (
         f"target=stream: how a block of model type {model.config.model_type} adds what its FFN gives is unknown to"

@@ -23,7 +23,7 @@ from secateur.engine.budgets import (
 )
 from secateur.engine.hidden import frozen_channels
 from secateur.engine.keeping import Decision, SeenByModule
-from secateur.engine.refits import few_tokens_noted, refit_groups
+from secateur.engine.refits import few_tokens_noted, refit_groups, target_noted
 from secateur.engine.run import Run
 from secateur.errors import UnsupportedModelError
 from secateur.healing import BiasHealer, find
@@ -84,7 +84,7 @@ def decide_units(method: UnitMethod, run: Run, scoring: Callable[[], Scoring] | 
         members = [g for g in groups if g.layer == layer]
         readers = [g.reader for g in members if g.reader]
         block, seen = run.observe(layer, readers, advance=not method.in_sequence)
-        part = Decision(scores=scored(members, seen))
+        part = Decision(scores=scored(members, seen), notes=[*target_noted(layer, run)])
         # a block without any units is one that has lost both of its sub-layers
         if method.in_sequence and members:
             own, whole = layer_part(groups, layer, limits_of(method))

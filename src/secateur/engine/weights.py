@@ -106,7 +106,8 @@ def _decide_globally(run: Run, method: WeightMethod, targets: list[Matrix]) -> N
         for matrix in members:
             target = run.target(matrix.module, "weight", layer, name=matrix.module)
             ranked[matrix.module] = method.score(target, seen.get(matrix.module, {})).float().cpu()
-        run.keeper.keep(layer, Decision(), final=False, walk=run.walk, ranked=ranked)
+        part = Decision(notes=[*target_noted(layer, run)])
+        run.keeper.keep(layer, part, final=False, walk=run.walk, ranked=ranked)
     count = int(sum(m.shape[0] * m.shape[1] for m in targets) * method.sparsity)
     gone = lowest_of_all(lambda: (run.keeper.ranked(m.module) for m in targets), count)
 
