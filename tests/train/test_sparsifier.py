@@ -491,6 +491,19 @@ def test_a_language_model_is_pruned_planned_and_laid_on_its_copy(tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+def test_nothing_goes_on_behind_the_end():
+    module = network()
+    optimizer = sgd(module)
+    pruned = sparsifier(module, optimizer, "gmp", sparsity=0.9)
+    train(module, optimizer, pruned, last=5)
+    plan = pruned.finish()
+    step_of(module, 6, optimizer)
+    with pytest.raises(UsageError, match=r"has given its plan by finish\(\)"):
+        pruned.step()
+    assert pruned.steps_done == 5
+    assert all(torch.equal(mask, plan.masks[name]) for name, mask in pruned.masks.items())
+
+
 @pytest.mark.parametrize("method", ["rigl", "granet"])
 def test_ranks_have_the_same_masks_at_every_update(method, tmp_path):
     run_ranks(sparse_ranks.job, 2, method, tmp_path)

@@ -127,6 +127,7 @@ class Sparsifier:
         if self._channels is None:
             self._check_target(masks)
         self._watched = None
+        self._finished = False
         ones = self._channels.all_live() if self._channels is not None else self._pruned
         self._shapes = {name: tuple(tensor.shape) for name, tensor in ones.items()}
         self._sizes = {name: tensor.numel() for name, tensor in ones.items()}
@@ -184,8 +185,14 @@ class Sparsifier:
         """Count a step that the optimizer has taken, keep dead weights dead, and move masks where that is due.
 
         Returns whether masks may have changed. Nothing happens when the optimizer has taken no step: while gradients
-        are accumulated, or when a gradient scaler left it out. Raises NonFiniteError with the name of the layer.
+        are accumulated, or when a gradient scaler left it out. Raises NonFiniteError with the name of the layer, and
+        UsageError after ``finish``.
         """
+        if self._finished:
+            raise UsageError(
+                "this Sparsifier has given its plan by finish() and holds no masks any more: call plan() for a plan on"
+                " the way, or make another one with masks=plan"
+            )
         if self._watched is not None and not self._watched.taken():
             return False
         self._step += 1
@@ -229,6 +236,7 @@ class Sparsifier:
 
     def finish(self) -> Plan:
         """Let go of the optimizer and give the masks as a plan; weights hold the zeros, and nothing else is left."""
+        self._finished = True
         if self._watched is not None:
             self._watched.release()
             self._watched = None
