@@ -504,6 +504,30 @@ def test_nothing_goes_on_behind_the_end():
     assert all(torch.equal(mask, plan.masks[name]) for name, mask in pruned.masks.items())
 
 
+def test_a_step_that_is_taken_back_leaves_no_history():
+    module = network()
+    optimizer = torch.optim.LBFGS(module.parameters(), lr=0.1, max_iter=2)
+    pruned = sparsifier(module, optimizer, "rigl", sparsity=0.5)
+
+    def loss_at(number):
+        optimizer.zero_grad()
+        x, y = batch(number)
+        loss = F.cross_entropy(module(x), y)
+        loss.backward()
+        return loss
+
+    [state] = [optimizer.state[optimizer.param_groups[0]["params"][0]]]
+    optimizer.step(lambda: loss_at(1))
+    pruned.step()
+    before = copy.deepcopy(state)
+    optimizer.step(lambda: loss_at(2))
+    assert len(state["old_dirs"]) > len(before["old_dirs"])
+    assert pruned.step()
+    [state] = [optimizer.state[optimizer.param_groups[0]["params"][0]]]
+    assert state["n_iter"] == before["n_iter"] and len(state["old_dirs"]) == len(before["old_dirs"])
+    assert len(state["old_stps"]) == len(before["old_stps"])
+
+
 @pytest.mark.parametrize("method", ["rigl", "granet"])
 def test_ranks_have_the_same_masks_at_every_update(method, tmp_path):
     run_ranks(sparse_ranks.job, 2, method, tmp_path)

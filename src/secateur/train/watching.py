@@ -106,8 +106,15 @@ def mask_state(optimizer: Optimizer, weight: Tensor, mask: Tensor) -> None:
             clear_dead(value, mask)
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+def _copied(state: Any) -> Any:
+    """A copy of a state, also of what lies in lists and dicts of it, as the history of L-BFGS does."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
+    return state
 
 
 def mean_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
