@@ -160,6 +160,18 @@ def test_bad_options_are_one_sentence(options, message):
         sc.Sparsifier(network(), method="gmp", **options)
 
 
+def test_a_run_of_a_pattern_lies_within_a_group_of_a_transposed_convolution():
+    # an output reads four inputs of eight, or six of twelve, of which a run would reach into the other group
+    mask = sc.Sparsifier(
+        nn.ConvTranspose2d(8, 6, 3, groups=2), method="gmp", pattern="2:4", ramp="constant", end=1, every=1
+    ).masks["weight"]
+    assert (mask.reshape(2, 4, 3, 3, 3).sum(dim=1) == 2).all()
+    with pytest.raises(UsageError, match=r"weight has 6 inputs, which is no multiple of 4"):
+        sc.Sparsifier(
+            nn.ConvTranspose2d(12, 6, 3, groups=2), method="gmp", pattern="2:4", ramp="constant", end=1, every=1
+        )
+
+
 def test_blocks_and_patterns_name_the_layers_that_cannot_have_them():
     for options in ({"block": "1x4"}, {"pattern": "3:7"}):
         with pytest.raises(UsageError, match=r"exclude=\['0.weight'\]"):

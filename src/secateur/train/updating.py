@@ -127,10 +127,10 @@ def shared_out(total: int, shares: Mapping[str, float], room: Mapping[str, int])
 
 
 def _pattern(layer: Layer, scores: Tensor, n: int, m: int) -> Tensor:
-    if scores.shape[layer.inputs] % m:
+    if layer.read % m:
         raise UsageError(
-            f"{layer.name} has {scores.shape[layer.inputs]} inputs, which is no multiple of {m} as the pattern needs:"
-            f" leave it out with exclude=['{layer.name}']"
+            f"{layer.name} has {layer.read} inputs, which is no multiple of {m} as the pattern needs: leave it out with"
+            f" exclude=['{layer.name}']"
         )
     return layer.unrows(NofM(n, m).keep(layer.rows(scores))) if n else torch.ones_like(scores, dtype=torch.bool)
 

@@ -32,6 +32,12 @@ class Layer:
     inputs: int
     module: nn.Module
 
+    @property
+    def read(self) -> int:
+        """How many inputs an output reads: those of its group, where a transposed convolution has several."""
+        groups = self.module.groups if isinstance(self.module, _ConvTransposeNd) else 1
+        return self.weight.shape[self.inputs] // groups
+
     def rows(self, scores: Tensor) -> Tensor:
         """Entries as rows along which inputs lie, [rows, inputs]."""
         return scores.movedim(self.inputs, -1).reshape(-1, scores.shape[self.inputs])
