@@ -75,6 +75,13 @@ def test_accuracies_fall_and_are_not_put_on_a_logarithm():
     assert curve.predicted[-1] == pytest.approx(0.3)
 
 
+def test_a_quality_below_zero_may_be_a_multiple_of_the_dense_one():
+    values = {0.0: -10.0, 0.2: -10.5, 0.4: -12.0, 0.6: -20.0}
+    curve = through(values, ACCURACY, within=1.2)
+    assert curve.recommended == pytest.approx(0.4)
+    assert through(values, ACCURACY, within=1.05).recommended == pytest.approx(0.2)
+
+
 def test_nothing_stays_within_a_factor_that_the_first_point_exceeds():
     assert through({0.0: 10.0, 0.2: 50.0, 0.4: 60.0}, PERPLEXITY, within=1.001).recommended == 0.0
 

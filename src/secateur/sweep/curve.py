@@ -136,7 +136,8 @@ def _unscale(value: float, higher: bool) -> float:
 
 
 def _bound(dense: float, within: float, higher: bool) -> float:
-    return _scale(dense / within if higher else dense * within, higher)
+    # of a quality below zero, such as a log-likelihood, a worse one is a larger multiple
+    return _scale(dense / within if higher and dense > 0 else dense * within, higher)
 
 
 def curve_document(curves: Sequence[Curve], results: Results) -> dict[str, Any]:
