@@ -160,6 +160,23 @@ def test_a_prompt_of_which_tokens_left_cant_be_cropped(model):
     assert whole.get_seq_length() == 10 and whole.layers[0].keys.shape[2] + whole.layers[0].store.rows == 10
 
 
+@pytest.mark.parametrize("spec", ["streaming_llm:budget=100", "tova:budget=100", "snapkv:0.5,window=24"])
+@pytest.mark.filterwarnings("ignore:snapkv leaves a prompt")
+def test_a_padded_batch_of_which_nothing_left_can_be_cropped(model, spec):
+    mask = WHOLE.clone()
+    mask[1, :5] = 0
+    where = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = sc.compressed_cache(spec, model)
+    with torch.no_grad():
+        model(IDS, attention_mask=mask, position_ids=where, cache=cache)
+        cache.crop(-4)
+        last = {"attention_mask": mask, "position_ids": where[:, -4:]}
+        again = model(IDS[:, -4:], cache=cache, **last).logits
+        plain = model(IDS, attention_mask=mask, position_ids=where).logits[:, -4:]
+    assert not any(layer.evicted for layer in cache.layers)
+    assert torch.allclose(again, plain, atol=1e-5)
+
+
 def test_a_crop_that_is_refused_leaves_all_layers_as_they_are(model):
     cache = behind(model, "per_layer_kv(knorm):sparsities=0/0.5/0")
     feed(model, cache, IDS[:, :2])

@@ -160,10 +160,11 @@ class Eviction:
 
     def remove(self, layer: CompressedLayer, keys: Tensor, keep: Tensor) -> None:
         """Keep these rows [B, K, n] bool of ``keys`` and of the layer's values."""
+        _level(layer, keep)
+        # padding that is kept is none that has left
         if bool(keep.all()):
             return
         layer.settled = layer.seen
-        _level(layer, keep)
         lengths = keep.sum(dim=-1).cpu()
         positions = layer.tail_positions()[keep].to(torch.int32)
         values, (batch, heads, _, width) = layer.values, keys.shape
