@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "secateur_cache"
 _READERS = ("o_proj", "out_proj", "dense", "c_proj")
 """names under which attention modules keep the layer that reads their heads"""
-_TURNING_WINDOWS = ("afmoe", "cohere2")
+_TURNING_WINDOWS = ("afmoe", "cohere2", "cohere2_moe")
 """models whose layers with a window turn, and no others; nothing but their code says so"""
 
 
@@ -110,7 +110,8 @@ def _turns(module: nn.Module) -> bool:
         return False
     window = getattr(module, "sliding_window", None)
     if getattr(module.config, "model_type", "") in _TURNING_WINDOWS:
-        return window is not None
+        # Cohere 2 with experts has layers that turn in front of them, too
+        return window is not None or bool(getattr(module, "force_rope", False))
     # EXAONE 4 gives every layer the window of the model, and says beside it whether it is that of the layer
     return window is None or getattr(module, "is_sliding", True)
 
