@@ -200,6 +200,19 @@ def test_a_damaged_state_is_named(pruned, tmp_path, monkeypatch):
         sc.heal(pruned["cut"], out=tmp_path / "out", resume=True, **HOW)
 
 
+def test_a_text_that_has_changed_does_not_resume(pruned, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf8")
+    how = {"out": tmp_path / "out", "data": text, **HOW}
+    with monkeypatch.context() as patch:
+        patch.setattr(healing, "save_model", lambda *_, **__: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash):
+            sc.heal(pruned["cut"], **how)
+    text.write_text("pack my box with five dozen liquor jugs\n" * 40, encoding="utf8")
+    with pytest.raises(OutputError, match=r"out\.run can't go on: its text has changed since it began"):
+        sc.heal(pruned["cut"], resume=True, **how)
+
+
 # as part of a run
 
 
