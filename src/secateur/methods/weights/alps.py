@@ -14,7 +14,8 @@ gives. `admm` is the cheaper cousin.
 Source: X. Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
 NeurIPS 2024, arXiv:2406.07831; official code mazumder-lab/ALPS. Differs from the official code: the conjugate gradients
 stop by the residual on the support (theirs compare that of all entries, and always take ten steps); H + rho I is
-inverted for every rho (theirs: by eigenvectors in float64, from which an inverse costs no less than without them).
+inverted for every rho (theirs: by eigenvectors in float64, from which an inverse costs no less than without them);
+what begins again is compared with the first support (theirs: with that of the try before).
 """
 
 from dataclasses import dataclass
