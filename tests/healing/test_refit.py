@@ -10,7 +10,7 @@ from families import make_tiny
 from refit_reference import DOUBLE, IDS, inputs_of, refitted
 from runs import plan_for
 from secateur.engine import decide
-from secateur.errors import DataError, OptionError
+from secateur.errors import DataError, NonFiniteError, OptionError
 from secateur.healing import Refit, with_statistics
 from secateur.healing.refit import STREAM_SHARE
 from secateur.methods import UnitMethod, WeightMethod, get_method, list_methods, make_method
@@ -260,6 +260,18 @@ def test_a_dead_input_stops_nothing():
         found, notes = Refit().weights("m", w, keep, seen)
         assert torch.isfinite(found).all() and notes == ()
         torch.testing.assert_close(found[:, 2], w[:, 2])
+
+
+def test_what_float16_cannot_hold_is_not_passed_on():
+    """Of two equal neurons the one that stays takes over the other's column; float16 ends at 65,504."""
+    model = make_tiny("llama").half()
+    mlp = model.model.layers[2].mlp
+    with torch.no_grad():
+        for writer in (mlp.gate_proj, mlp.up_proj):
+            writer.weight[1::2] = writer.weight[::2]
+        mlp.down_proj.weight.fill_(40000)
+    with pytest.raises(NonFiniteError, match=r"layer 2, model.layers.2.mlp.down_proj: \d+ of \d+ compensated weights"):
+        plan_for("osscar", model, IDS, dtype=torch.float32, sparsity=0.3)
 
 
 def test_what_a_method_cannot_do_is_refused():

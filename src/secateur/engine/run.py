@@ -209,11 +209,11 @@ class Run:
 
     def put(self, part: Decision, module: str, weight: Tensor, keep: Tensor, transposed: bool, layer: int) -> None:
         """New values [outputs, inputs] for what ``keep`` keeps of the weight of a module."""
-        check_finite(weight, module, layer, "compensated weights")
         name, stored = f"{module}.weight", keep.T.contiguous() if transposed else keep
-        part.masks[name] = stored.cpu()
-        kept = (weight.T if transposed else weight)[stored]
-        part.values[name] = kept.to(self.source.tensor(name).dtype).cpu()
+        kept = (weight.T if transposed else weight)[stored].to(self.source.tensor(name).dtype)
+        # as they will be: what float32 can hold may be infinite in float16
+        check_finite(kept, module, layer, "compensated weights")
+        part.masks[name], part.values[name] = stored.cpu(), kept.cpu()
 
     def silence(self, block: nn.Module, groups: list[Group], part: Decision) -> None:
         """Make the working copy give what the cut block will give."""
