@@ -480,6 +480,16 @@ def test_a_graph_loads_its_own_state_and_saves_under_the_modules_names():
         assert difference(again(*found.inputs), found.graph(*found.inputs)) == 0
 
 
+def test_a_graph_changes_its_mode_and_computes_as_in_evaluation():
+    module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    graph = pruned(randomised(module), images(2, 4)).graph
+    with torch.no_grad():
+        assert graph.train().training
+        trained = graph(*images(2, 4))
+        assert not graph.eval().training
+        assert torch.equal(graph(*images(2, 4)), trained)
+
+
 def test_nothing_removed_gives_back_what_was_there():
     module = randomised(Transformer())
     found = pruned(module, tokens(2, 5, below=11), {})

@@ -48,6 +48,9 @@ def cut_graph(cut: Cut) -> fx.GraphModule:
     """
     _check_something_stays(cut)
     made = cut.trace.exported.graph_module()
+    for name in ("train", "eval"):
+        # torch puts methods in their place that only raise, and what trains or measures a network calls them
+        made.__dict__.pop(name, None)
     done: dict[int, Tensor] = {}
     by_node: dict[fx.Node, fx.Node] = {}
     for old, new in zip(cut.trace.graph.nodes, list(made.graph.nodes), strict=True):  # type: ignore[union-attr]
