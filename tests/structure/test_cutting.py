@@ -84,6 +84,13 @@ class Attention(nn.Module):
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
+def test_a_norm_without_parameters_states_the_channels_that_it_sees():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 1))
+    cut = own(pruned(module.double(), images(2, 3, 6, 6), {"0": [1, 4]}))
+    # it warns of inputs of other sizes, and warnings are errors here
+    assert cut(*images(2, 3, 6, 6)).shape == (2, 2, 4, 4) and cut.get_submodule("1").num_features == 6
+
+
 class Transformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

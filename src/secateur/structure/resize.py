@@ -236,6 +236,11 @@ def _group_norm(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
         arguments["C"] = cut.size(channels)
 
 
+@resizer("aten::instance_norm")
+def _any_channels(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
+    """The call follows its input; a module without parameters states the channels all the same, and warns of others."""
+
+
 @resizer("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", "aten::_fused_rms_norm")
 def _normalized(cut: Cut, node: fx.Node, arguments: dict[str, Any]) -> None:
     dims = cut.trace.value(node.args[0]).dims  # type: ignore[arg-type]
