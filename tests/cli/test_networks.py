@@ -237,6 +237,8 @@ def test_a_free_size_stays_free_in_the_file(net, cli, size):
         (["smollm2-135m", "--method", "flap", "--input", SIZE, "--dry-run"], "--input is for traced networks"),
         (["net.py:make", "--method", "flap", "--input", SIZE, "--dry-run"], "flap doesn't remove channels"),
         (["net.py:make", "--method", "spa_l1", "--input", "3,4", "--dry-run"], "--input is a size"),
+        (["net.py:make", "--method", "spa_l1", "--input", "9x9999999x9999999", "--dry-run"], "more than fits into"),
+        (["net.py:make", "--method", "spa_l1", "--input", "3x" + "9" * 20, "--dry-run"], "more than fits into"),
         (["net.py:make", "--method", "spa_l1", "--input", "n1x3x12x12", "--dry-run"], "example of size 2 or more"),
         (["net.onnx", "--method", "spa_l1", "--input", "x=n2x3x12x12", "--dry-run"], "knows its types and open sizes"),
         (["net.py:make", "--method", "spa_l1", "--input", "x=3:int46", "--dry-run"], "did you mean 'int"),

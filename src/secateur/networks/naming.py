@@ -46,8 +46,11 @@ class Input:
         return cls(numbers, found["name"], found["dtype"], free)
 
     def tensor(self) -> Tensor:
-        """Zeros of this size: tracing looks at shapes."""
-        return torch.zeros(self.sizes, dtype=getattr(torch, self.dtype or "float32"))
+        """Zeros of this size: tracing looks at shapes. Raises UsageError."""
+        try:
+            return torch.zeros(self.sizes, dtype=getattr(torch, self.dtype or "float32"))
+        except (RuntimeError, TypeError):  # TypeError: a size that no integer of torch holds
+            raise UsageError(f"--input {'x'.join(map(str, self.sizes))} is more than fits into memory") from None
 
 
 @dataclass(frozen=True)
