@@ -212,6 +212,10 @@ def test_user_mistakes_are_one_sentence():
     refused(DataError, "empty", method="taylor", data=[])
     refused(DataError, "pairs", method="taylor", data=[torch.zeros(4, 3, 12, 12)])
     refused(DataError, "scalar", method="taylor", data=[1], loss=lambda module, batch: torch.zeros(3))
+    images = torch.zeros(4, 3, 12, 12)
+    refused(DataError, "batch 1 .* can't be taken", method="taylor", data=[(images, torch.arange(4)), (images[0], 1)])
+    refused(DataError, "batch 0 .* out of bounds", method="taylor", data=[(images, torch.tensor([0, 1, 2, 99]))])
+    refused(DataError, "no gradient", method="taylor", data=[images], loss=lambda module, x: module(x).mean().detach())
     nan = [(torch.full((2, 3, 12, 12), float("nan")), torch.tensor([0, 1]))]
     refused(NonFiniteError, "NaN", method="spa_snip", data=nan)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from secateur.errors import DataError, NonFiniteError
+from secateur.errors import DataError, NonFiniteError, SecateurError, first_line
 from secateur.finite import all_finite
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -48,7 +48,8 @@ def learned(
     for batch in batches(data):
         # fused attention has no second derivative
         with _unfrozen(parameters), sdpa_kernel(SDPBackend.MATH) if _SECOND & set(needs) else nullcontext():
-            one = _of_batch(module, batch, loss, parameters, needs, probes, signs)
+            value = _taken(loss, module, batch, count)
+            one = _of_batch(value, parameters, needs, probes, signs)
         count += 1
         if per_batch or count == 1:
             found.append(one)
@@ -87,18 +88,24 @@ def _under_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[s
     return {name: by_id[id(parameter)] for name, parameter in parameters.items() if id(parameter) in by_id}
 
 
-def _of_batch(
-    module: nn.Module,
-    batch: Any,
-    loss: Loss,
-    parameters: Mapping[str, Tensor],
-    needs: Sequence[str],
-    probes: int,
-    signs: torch.Generator,
-) -> Learned:
-    value = loss(module, batch)
+def _taken(loss: Loss, module: nn.Module, batch: Any, number: int) -> Tensor:
+    """The loss of a batch. Raises DataError where it fails: data, network and loss are the user's."""
+    try:
+        value = loss(module, batch)
+    except SecateurError:
+        raise
+    except Exception as error:
+        raise DataError(f"the loss of batch {number} of the data can't be taken: {first_line(error)}") from error
     if not isinstance(value, Tensor) or value.dim() != 0:
         raise DataError("loss(module, batch) must return a scalar tensor")
+    if not value.requires_grad:
+        raise DataError("loss(module, batch) must depend on the parameters: what it returned has no gradient")
+    return value
+
+
+def _of_batch(
+    value: Tensor, parameters: Mapping[str, Tensor], needs: Sequence[str], probes: int, signs: torch.Generator
+) -> Learned:
     curved = bool(_SECOND & set(needs))
     gradients = torch.autograd.grad(value, list(parameters.values()), create_graph=curved, allow_unused=True)
     found = {"gradient": _named(parameters, gradients)}
