@@ -12,11 +12,13 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
@@ -859,6 +861,38 @@ def test_loading_applying_and_saving_raise_the_right_class(room: Room, make_llam
     with pytest.raises(errors.UsageError):
         sc.save(model, tokenizer, room.path / "out", format="zip")
     assert listing(room.path) == before
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_adapters_that_are_not_merged_are_refused(room: Room, tiny_llama) -> None:
+    plan = sc.plan(tiny_llama, method="magnitude_sp", sparsity=0.5)
+    wrapped: Any = get_peft_model(tiny_llama, LoraConfig(r=2, target_modules=["up_proj", "down_proj"]))
+    for model in (wrapped, tiny_llama):
+        for asked in (
+            lambda model=model: sc.anatomy(model),
+            lambda model=model: sc.plan(model, method="magnitude", sparsity=0.5),
+            lambda model=model: sc.apply(plan, model),
+            lambda model=model: sc.save(model, None, room.path / "out"),
+        ):
+            with pytest.raises(errors.UnsupportedModelError, match=r"carries adapters.*: merge them first"):
+                asked()
+    assert not (room.path / "out").exists()
+    sc.save(sc.apply(plan, wrapped.merge_and_unload()), None, room.path / "out")
+    assert sc.load(room.path / "out")[0].num_parameters() < tiny_llama.num_parameters()
+
+
+def test_what_is_no_language_model_is_refused(room: Room) -> None:
+    network, out = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), room.path / "out"
+    asked: list[Callable[[Any], object]]
+    asked = [sc.anatomy, partial(sc.plan, method="magnitude"), partial(sc.prune, method="flap")]
+    for ask in asked:
+        with pytest.raises(errors.UsageError, match=r"give a model as secateur\.load returns it, not 'smollm2-135m'"):
+            ask("smollm2-135m")
+        with pytest.raises(errors.UsageError, match=r"Sequential is no language model .* with example_inputs="):
+            ask(network)
+    with pytest.raises(errors.UsageError, match=r"Sequential is no language model .* saved with plan="):
+        sc.save(network, None, out)
+    assert not out.exists()
 
 
 # -- interrupts -------------------------------------------------------------------------------------------------------

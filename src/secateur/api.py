@@ -101,8 +101,9 @@ def anatomy(
         sizes: Any = example_inputs
         return onnx_anatomy(model, inputs=sizes, heads=heads or "outer", ignore=ignore)
     if example_inputs is None and example_kwargs is None:
-        from secateur.models.decoders import decoder_anatomy
+        from secateur.models.decoders import check_decoder, decoder_anatomy
 
+        check_decoder(model)
         return decoder_anatomy(model, heads=heads or "kv")  # type: ignore[arg-type]
     from secateur.networks.applying import module_anatomy
 
@@ -189,6 +190,7 @@ def plan(
     from secateur.errors import UsageError
     from secateur.healing.recovery import split_heal
     from secateur.methods import check_for_decoders, make_method, settled
+    from secateur.models.decoders import check_decoder
     from secateur.models.fingerprint import fingerprint
     from secateur.models.sources import Source
     from secateur.observe.calibration import load_tokens
@@ -213,6 +215,7 @@ def plan(
         network = _open_network(model, chosen, called, ignore, latency_table, progress)
         return network.plan(chosen, Asked(data, loss, ignore, ratios or {}, seed))
     check_for_decoders(chosen)
+    check_decoder(model)
     chosen, allocate = settled(chosen, allocate)
     decoder: PreTrainedModel = model  # type: ignore[assignment]
     allocation = chosen_allocation(allocate, chosen)
@@ -335,8 +338,10 @@ def apply(
         from secateur.networks.applying import apply_masks
 
         return apply_masks(plan, model, inplace=inplace)
+    from secateur.models.decoders import check_decoder
     from secateur.models.surgery import apply_plan
 
+    check_decoder(model)
     return apply_plan(plan, model, inplace=inplace, mask=mask)
 
 

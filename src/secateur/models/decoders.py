@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import UnsupportedModelError
+from secateur.errors import UnsupportedModelError, UsageError
 from secateur.models.families import FAMILIES, Family, frozen_heads, frozen_layers, frozen_width, is_post_norm
 from secateur.models.tokens import vocabulary_group
 from secateur.structure import HIDDEN, Anatomy, Cost, Frozen, Group, Matrix, Slices
@@ -105,6 +105,23 @@ def features(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear module."""
     rows, columns = module.weight.shape  # type: ignore[misc,union-attr]
     return (int(rows), int(columns)) if is_transposed(module) else (int(columns), int(rows))
+
+
+def check_decoder(model: Any) -> None:
+    """Refuse what is no language model, and adapters that aren't merged. Raises UsageError, UnsupportedModelError."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"give a model as secateur.load returns it, not {model!r:.100}")
+    # peft puts a layer of its own in the place of each that it adapts
+    if any(name.rpartition(".")[2] == "base_layer" for name, _ in model.named_modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries adapters, which no checkpoint of its architecture holds: merge them first,"
+            " as merge_and_unload() of peft does"
+        )
+    if not hasattr(model, "base_model_prefix"):
+        raise UsageError(
+            f"{type(model).__name__} is no language model of transformers: any other network is traced, with"
+            " example_inputs=, and saved with plan="
+        )
 
 
 def family_of(model: PreTrainedModel) -> Family | None:

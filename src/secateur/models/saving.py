@@ -18,6 +18,7 @@ from secateur.files import output_folder
 from secateur.manifest import write_manifest
 from secateur.models import modeling_secateur
 from secateur.models.card import model_card
+from secateur.models.decoders import check_decoder
 from secateur.models.families import FAMILIES
 from secateur.models.layout import is_stock, layout_of, native_config, plain, stock_accepts
 from secateur.models.loading import check_finite, quiet
@@ -60,11 +61,12 @@ def save_model(
     report is drawn too. What the report can only know now is filled in: output, plainness, bytes on disk, seconds.
     ``format`` is ``dense`` (zeros stay) or ``packed`` (bitmap and values). A model that the stock class can't hold,
     and a packed one, carries its modelling file for ``trust_remote_code``. The model in memory stays as it is.
-    Raises UsageError for an unknown format, NonFiniteError for NaN or inf in the weights, and OutputError when the
-    folder exists or the disk is full.
+    Raises UsageError for an unknown format or another network, UnsupportedModelError for adapters, NonFiniteError for
+    NaN or inf in the weights, and OutputError when the folder exists or the disk is full.
     """
     if format not in FORMATS:
         raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {format!r}{nearest(format, FORMATS)}")
+    check_decoder(model)
     plans = [] if plan is None else [plan] if isinstance(plan, Plan) else list(plan)
     with output_folder(folder, overwrite=overwrite) as path:
         started = time.perf_counter()
