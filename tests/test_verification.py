@@ -8,15 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for
 from secateur.errors import ModelLoadError
 from secateur.manifest import write_manifest
+from secateur.structure.onnx import load_onnx, save_onnx
 from secateur.tensorfiles import Stored
 
 IDS = tiny_ids()
@@ -322,3 +326,47 @@ def test_command(cli, tmp_path: Path) -> None:
     assert {check["check"]: check["status"] for check in document["checks"]}["zeros"] == "failed"
     run = cli("verify", tmp_path / "none")
     assert (run.code, run.err) == (1, f"error: there is no checkpoint folder at {tmp_path}/none\n")
+
+
+# -- networks, which have no config.json ----------------------------------------------------------------------------
+
+
+def a_network() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 10)).eval()
+    return net, (torch.randn(2, 3, 8, 8),)
+
+
+@pytest.mark.parametrize("method", ["depgraph_l2", "preconfig"])
+def test_a_network_is_sound(method: str, tmp_path: Path) -> None:
+    net, inputs = a_network()
+    plan = sc.plan(net, method=method, sparsity=0.3, example_inputs=inputs)
+    folder = sc.save(sc.apply(plan, net), None, tmp_path / "net", plan=plan)
+    assert not problems(folder)
+    assert status(folder, Path("any")) == {
+        "manifest": "passed", "headers": "passed", "shapes": "not checked", "finite values": "passed",
+        "zeros": "not checked", "plan": "passed", "base model": "not checked",
+    }  # fmt: skip
+    edit_weights(folder, setting("3.weight", 0, torch.nan))
+    assert set(problems(folder)) == {"finite values"}
+    # without its manifest nobody can know that there never was a config.json
+    (folder / "manifest.json").unlink()
+    assert "there is no config.json" in problems(folder)["shapes"][0]
+
+
+def test_a_graph_is_sound(tmp_path: Path) -> None:
+    net, inputs = a_network()
+    plan = sc.plan(net, method="depgraph_l2", sparsity=0.3, example_inputs=inputs)
+    sc.save(net, None, tmp_path / "net.onnx", plan=plan)
+    plan = sc.plan(str(tmp_path / "net.onnx"), method="depgraph_l2", sparsity=0.3)
+    folder = sc.save(sc.apply(plan, str(tmp_path / "net.onnx")), None, tmp_path / "cut", plan=plan)
+    assert not problems(folder)
+    assert status(folder)["headers"] == status(folder)["finite values"] == "passed"
+    graph = load_onnx(folder / "model.onnx")
+    weights = graph.graph.initializer[0]
+    weights.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weights) * np.nan, weights.name))
+    save_onnx(graph, folder / "model.onnx", overwrite=True)
+    write_manifest(folder)
+    assert set(problems(folder)) == {"finite values"}
+    (folder / "model.onnx").write_bytes(b"no graph")
+    assert set(problems(folder)) == {"manifest", "headers"}

@@ -641,7 +641,8 @@ def verify(
 
     Looked at are the hashes of ``manifest.json``, the headers of the weight files, names and shapes against
     ``config.json``, finite values, the plan, the units that are left, and the zeros of masked weights. ``base``, the
-    dense model, adds its fingerprint and the values that a mask keeps. Tensors are read one at a time. A finding has
+    dense model, adds its fingerprint and the values that a mask keeps. Of a traced network, which has no config, it is
+    what stands by itself: files, finite values, the plan, and zeros. Tensors are read one at a time. A finding has
     ``check``, ``status``, ``problems`` (sentences) and ``ok``.
     Raises ModelLoadError when there is no such folder or ``base`` can't be read.
     """

@@ -9,6 +9,9 @@ DECODER_TASKS = ("perplexity:builtin", "speed", "size")
 NETWORK_TASKS = ("size", "macs", "latency")
 """What is measured of language models and of other networks when no task is named."""
 
+GRAPH_FILE = "model.onnx"
+"""A cut ONNX model in a folder."""
+
 
 def is_onnx(model: Any) -> bool:
     """Whether this is an ONNX model or the name of a file with one."""

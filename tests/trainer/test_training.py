@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,6 +70,13 @@ def test_a_training_leaves_weights_with_zeros_a_plan_and_a_report(tmp_path):
     assert set(plan.masks) == {"1.weight", "3.weight"}
     for name, mask in plan.masks.items():
         assert torch.equal(weights[name] != 0, mask)
+    found = {finding.check: finding.status for finding in sc.verify(out)}
+    assert found["zeros"] == found["finite values"] == found["plan"] == "passed" and "failed" not in found.values()
+    save_file({**weights, "1.weight": torch.ones_like(weights["1.weight"])}, out / "model.safetensors")
+    [zeros] = [finding for finding in sc.verify(out) if finding.check == "zeros"]
+    assert zeros.problems == [
+        f"1.weight: {int((~plan.masks['1.weight']).sum())} entries that the plan removes are not zero"
+    ]
     kept = sum(int(mask.sum()) for mask in plan.masks.values())
     assert kept == round(0.1 * (64 * 32 + 32 * 10)) == pytest.approx((1 - done.trained.sparsity) * 2368)
     report = json.loads((out / "report.json").read_text(encoding="utf8"))
@@ -101,6 +108,7 @@ def test_the_lines_of_the_readme_load_it(tmp_path, monkeypatch):
 
 def test_a_training_without_masks_is_dense(tmp_path):
     done = run_training(recipe(), out=tmp_path / "out", html=True)
+    assert all(finding.ok for finding in sc.verify(tmp_path / "out"))
     assert done.trained.plan is None and not (tmp_path / "out" / "plan").exists()
     assert done.trained.curve.sparsities == [] and "Training report" in (tmp_path / "out" / "report.html").read_text()
     assert "Trained from `perceptron`" in (tmp_path / "out" / "README.md").read_text(encoding="utf8")

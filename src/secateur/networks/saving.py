@@ -14,6 +14,7 @@ from torch import nn
 from secateur.errors import NonFiniteError, OutputError, UsageError, first_line, require_extra
 from secateur.files import check_output, check_output_file, output_file, output_folder
 from secateur.finite import all_finite
+from secateur.kinds import GRAPH_FILE
 from secateur.manifest import write_manifest
 from secateur.networks.applying import module_fingerprint
 from secateur.networks.example import Example
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from secateur.report import Report
 
 WEIGHTS = "model.safetensors"
-GRAPH = "model.onnx"
 
 
 def check_place(out: str | Path, *, onnx_model: bool, overwrite: bool = False) -> None:
@@ -99,8 +99,8 @@ def save_network(
                 str(out), factory, arguments or {}, plan if plan is not None and _cuts(plan, network) else None
             )
         else:
-            save_onnx(network, folder / GRAPH)
-            code = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{out}/{GRAPH}")\n'
+            save_onnx(network, folder / GRAPH_FILE)
+            code = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{out}/{GRAPH_FILE}")\n'
         if report is not None:
             report.output, report.loading = str(out), code
         plans = [] if plan is None else [plan]

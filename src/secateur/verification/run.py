@@ -11,6 +11,7 @@ from secateur.models.sources import Source
 from secateur.plans import find_plans
 from secateur.verification.cuts import check_base, check_masks, check_units, open_base
 from secateur.verification.findings import Finding
+from secateur.verification.networks import check_network, is_network
 from secateur.verification.plans import StoredPlan, check_plan, open_plan
 from secateur.verification.trace import blocks_of, trace
 from secateur.verification.weights import Checkpoint, check_finite, check_headers, check_manifest, check_shapes
@@ -36,6 +37,8 @@ def verify_folder(
 def _verify(
     folder: Path, base: str | Path | None, trust_remote_code: bool, say: Callable[[str, int, int], None]
 ) -> list[Finding]:
+    if is_network(folder):
+        return _verify_network(folder, base, say)
     opened = open_base(base, trust_remote_code) if base is not None else None
     say("verify", 0, 4)
     findings = [check_manifest(folder)]
@@ -54,6 +57,16 @@ def _verify(
     findings += _against_plans(checkpoint, plans, opened)
     say("verify", 4, 4)
     return findings
+
+
+def _verify_network(folder: Path, base: str | Path | None, say: Callable[[str, int, int], None]) -> list[Finding]:
+    say("verify", 0, 2)
+    plans, finding = _open_plans(folder)
+    more = [] if base is None else [Finding("base model", skipped="only language models are held against theirs")]
+    say("verify", 1, 2)
+    found = [check_manifest(folder), *check_network(folder, plans), finding, *more]
+    say("verify", 2, 2)
+    return found
 
 
 def _open_plans(folder: Path) -> tuple[list[StoredPlan], Finding]:
