@@ -624,8 +624,28 @@ case(
 case(
     "output inside a file",
     1,
-    "can't write to file/out: …",
+    "can't write file/out: …file is a file",
     lambda room: room.prune(out=room.file("file", "mine").name + "/out", method="magnitude"),
+)
+case(
+    "output with a name that is too long",
+    1,
+    "can't write …: File name too long",
+    lambda room: room.prune(out="o" * 300),
+)
+
+
+def closed(room: Room) -> list:
+    room.patch.setattr("secateur.files.os.access", lambda *_: False)
+    return room.prune(out="deep/out")
+
+
+case("output where nothing may be written", 1, "can't write deep/out: … may not be written to", closed)
+case(
+    "model with a name that is too long",
+    1,
+    "there is no model at …: no such file or folder",
+    lambda room: room.prune(model="./" + "m" * 300),
 )
 
 

@@ -234,6 +234,11 @@ def test_the_root_of_a_bucket_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> N
     assert refusal(UsageError, "s3://bucket") == "s3://bucket names no folder: give one, as in s3://bucket/folder"
 
 
+def test_a_link_to_itself_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert refusal(OutputError, str(tmp_path / "loop")).startswith(f"can't write {tmp_path}/loop: ")
+
+
 def test_a_url_in_a_path_has_lost_a_slash() -> None:
     with pytest.raises(UsageError, match=r"give a URL as text, 's3://…', not as a Path"):
         check_output(Path("s3://bucket/x"))

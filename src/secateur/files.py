@@ -26,7 +26,11 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
     if is_url(folder):
         check_remote(str(folder), overwrite)
         return
-    folder = Path(place(folder))
+    try:
+        folder = Path(place(folder))
+    except RuntimeError as error:  # links that lead to each other
+        raise OutputError(f"can't write {folder}: {error}") from None
+    _check_place(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; give a folder that doesn't exist yet")
     if folder.is_dir() and Path.cwd().is_relative_to(folder.resolve()):
@@ -37,10 +41,26 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
 
 def check_output_file(path: Path, overwrite: bool = False) -> None:
     """Refuse a single file that exists. Raises OutputError."""
+    _check_place(path)
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give the name of a file that doesn't exist yet")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists: choose another name, or pass --overwrite")
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a path that no file or folder can be made at. Raises OutputError."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"can't write {path}: {error.strerror or error}") from None
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise OutputError(f"can't write {path}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"can't write {path}: {there} may not be written to")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ so that half an upload is never mistaken for the whole.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Generator, Iterable
@@ -49,7 +50,7 @@ def place(folder: str | Path) -> Path | str:
         raise UsageError(f"{folder}: give a URL as text, '{found[1]}://…', not as a Path")
     path = Path(re.sub(rf"^({'|'.join(_LOCAL)})://", "", folder) if isinstance(folder, str) else folder)
     # a link would be renamed and replaced instead of the folder that it stands for, and "." has no name
-    return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
+    return path.resolve() if os.path.islink(path) or path.name in ("", "..") else path
 
 
 def check_remote(url: str, overwrite: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -132,7 +133,9 @@ def computing_device(device: str) -> torch.device:
 def named_on_hub(name: str | Path) -> bool:
     """True for a name that only the hub can resolve: ``hf://…``, or the form of an id and no folder here."""
     text = str(name)
-    return hub.is_hub_url(text) or (text not in BUILTINS and not Path(text).expanduser().exists() and _is_id(name))
+    return hub.is_hub_url(text) or (
+        text not in BUILTINS and not os.path.exists(Path(text).expanduser()) and _is_id(name)
+    )
 
 
 def locate(
@@ -166,9 +169,10 @@ def _local(name: str | Path) -> str:
     if text in BUILTINS and not isinstance(name, Path):
         return str(_builtin(text))
     path = Path(text).expanduser()
-    if path.is_dir():
+    # a name can be too long for any file, of which os.path says that it isn't there
+    if os.path.isdir(path):
         return str(path)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise ModelLoadError(f"{name} is a file; give a model folder or a .gguf file")
         return str(path)
