@@ -110,6 +110,10 @@ clock on the wall, beside whatever else ran on the machine; "cpu seconds" are th
 say nothing.
 Rows that the command has and this table doesn't were not run yet: a second call goes on with them.
 
+SmolLM2 has three key-value heads a layer, and Gemma 3 270M one, which stays. What spreads a budget evenly over layers
+rounds them down, so that OSSCAR takes none of SmolLM2 at 0.2 and 0.3 and one of each layer at 0.4; Tyr takes the
+fraction of heads and of neurons alike, or, as `mlp alone`, all of it from neurons.
+
 `other`, where it was measured, is the perplexity on C4's web text, which chose nothing. {best}
 
 Filled marks are on the front. What is more than four times the median stands at the upper edge, whatever its number.
