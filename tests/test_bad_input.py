@@ -624,13 +624,13 @@ case(
 case(
     "output inside a file",
     1,
-    "can't write file/out: …file is a file",
+    "can't write to file/out: …file is a file",
     lambda room: room.prune(out=room.file("file", "mine").name + "/out", method="magnitude"),
 )
 case(
     "output with a name that is too long",
     1,
-    "can't write …: File name too long",
+    "can't write to …: File name too long",
     lambda room: room.prune(out="o" * 300),
 )
 
@@ -640,7 +640,7 @@ def closed(room: Room) -> list:
     return room.prune(out="deep/out")
 
 
-case("output where nothing may be written", 1, "can't write deep/out: … may not be written to", closed)
+case("output where nothing may be written", 1, "can't write to deep/out: … may not be written to", closed)
 case(
     "model with a name that is too long",
     1,

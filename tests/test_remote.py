@@ -236,7 +236,7 @@ def test_the_root_of_a_bucket_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_link_to_itself_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    assert refusal(OutputError, str(tmp_path / "loop")).startswith(f"can't write {tmp_path}/loop: ")
+    assert refusal(OutputError, str(tmp_path / "loop")).startswith(f"can't write to {tmp_path}/loop: ")
 
 
 def test_a_url_in_a_path_has_lost_a_slash() -> None:

@@ -29,7 +29,7 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
     try:
         folder = Path(place(folder))
     except RuntimeError as error:  # links that lead to each other
-        raise OutputError(f"can't write {folder}: {error}") from None
+        raise OutputError(f"can't write to {folder}: {error}") from None
     _check_place(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; give a folder that doesn't exist yet")
@@ -55,12 +55,12 @@ def _check_place(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # a name that is too long
-        raise OutputError(f"can't write {path}: {error.strerror or error}") from None
+        raise OutputError(f"can't write to {path}: {error.strerror or error}") from None
     there = next(parent for parent in path.absolute().parents if parent.exists())
     if not there.is_dir():
-        raise OutputError(f"can't write {path}: {there} is a file")
+        raise OutputError(f"can't write to {path}: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"can't write {path}: {there} may not be written to")
+        raise OutputError(f"can't write to {path}: {there} may not be written to")
 
 
 @contextmanager
