@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import finished_rows, perplexity_of, write_result
+from common import finished_rows, healed, perplexity_of, write_result
 from torch import Tensor
 
 import secateur as sc
@@ -86,8 +86,8 @@ def main() -> None:
         "seed": "0; random orders 0, 1 and 2",
     }
     if arguments.steps:
-        trained = f"{arguments.steps} steps of {arguments.batch} x {arguments.train_length} tokens"
-        setting["training"] = f"lora, cross-entropy, {trained} of the calibration text"
+        about = f"{arguments.steps} steps of {arguments.batch} x {arguments.train_length} tokens"
+        setting["training"] = f"lora, cross-entropy, {about} of the calibration text"
 
     def perplexity(one: Any) -> float:
         return perplexity_of(one, tokenizer, arguments.evaluation, windows=arguments.windows)
@@ -119,19 +119,9 @@ def main() -> None:
                     row = {"what": what, "sparsity": sparsity, "perplexity": perplexity(cut), "removed": removed}
                     rows.append(row)
                 if trains:
-                    healed = sc.heal(
-                        cut,
-                        tokenizer,
-                        plan=plan,
-                        data=arguments.calibration,
-                        loss="ce",
-                        steps=arguments.steps,
-                        inplace=True,
-                        options={
-                            "batch": arguments.batch, "length": arguments.train_length, "measure": arguments.steps
-                        },
-                    )  # fmt: skip
-                    row["trained"] = perplexity(healed.model)
+                    training = {"batch": arguments.batch, "length": arguments.train_length}
+                    trained = healed(cut, tokenizer, plan, arguments.calibration, steps=arguments.steps, **training)
+                    row["trained"] = perplexity(trained)
                 print(row, flush=True)
                 write_result(name, TITLE, setting, rows, TEXT)
 

@@ -30,6 +30,17 @@ def perplexity_of(model: Any, tokenizer: Any, text: str, *, windows: int, length
     return table["perplexity"].values["model"]
 
 
+def healed(
+    cut: Any, tokenizer: Any, plan: sc.Plan, text: str, *, steps: int, batch: int, length: int, **more: Any
+) -> Any:
+    """A cut model after training of adapters on a text, by cross-entropy and in place; ``more`` are options of it."""
+    options = {"batch": batch, "length": length, "measure": steps, **more}
+    seed = options.pop("seed", 0)
+    return sc.heal(
+        cut, tokenizer, plan=plan, data=text, loss="ce", steps=steps, seed=seed, inplace=True, options=options
+    ).model
+
+
 def write_result(
     name: str,
     title: str,

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import finished_rows, perplexity_of, write_result
+from common import finished_rows, healed, perplexity_of, write_result
 
 import secateur as sc
 from secateur.report.build import removed_fraction
@@ -65,8 +65,8 @@ def main() -> None:
         print(row, flush=True)
         write_result(name, TITLE, setting, rows, text(rows))
 
-    def done(criterion: str, seed: int, healed: bool) -> bool:
-        return any((r["criterion"], r["seed"], r["healed"]) == (criterion, seed, healed) for r in rows)
+    def done(criterion: str, seed: int, trained: bool) -> bool:
+        return any((r["criterion"], r["seed"], r["healed"]) == (criterion, seed, trained) for r in rows)
 
     if not rows:
         add({"criterion": "dense", "seed": 0, "healed": False, "perplexity": perplexity(model)})
@@ -95,17 +95,9 @@ def main() -> None:
         if not done(criterion, seed, False):
             add({**row, "healed": False, "perplexity": perplexity(cut), "seconds": round(seconds, 1)})
         if trains:
-            healed = sc.heal(
-                cut,
-                tokenizer,
-                plan=plan,
-                data=arguments.calibration,
-                loss="ce",
-                steps=arguments.steps,
-                inplace=True,
-                options={"batch": arguments.batch, "length": arguments.length, "measure": arguments.steps},
-            )
-            add({**row, "healed": True, "perplexity": perplexity(healed.model)})
+            training = {"batch": arguments.batch, "length": arguments.length}
+            trained = healed(cut, tokenizer, plan, arguments.calibration, steps=arguments.steps, **training)
+            add({**row, "healed": True, "perplexity": perplexity(trained)})
 
 
 def text(rows: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import finished_rows, perplexity_of, write_result
+from common import finished_rows, healed, perplexity_of, write_result
 
 import secateur as sc
 from secateur.report.build import removed_fraction
@@ -92,17 +92,16 @@ def main() -> None:
                     seed=seed,
                     **text_of,
                 )
-                cut = sc.heal(
+                cut = healed(
                     sc.apply(plan, model),
                     tokenizer,
-                    plan=plan,
-                    data=arguments.calibration,
-                    loss="ce",
-                    steps=steps,
+                    plan,
+                    arguments.calibration,
+                    **training,
+                    length=length,
+                    warmup=0,
                     seed=seed,
-                    inplace=True,
-                    options={"batch": batch, "length": length, "lr": arguments.lr, "warmup": 0, "measure": steps},
-                ).model
+                )
             else:
                 plan = sc.plan(
                     model,

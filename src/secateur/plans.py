@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -274,8 +274,7 @@ class Plan:
             units = self.groups[name]
             if kept.dtype != torch.int64 or kept.dim() != 1:
                 raise PlanError(f"kept units of {name} must be a list of integers")
-            # a unit that is there twice is one more of its kind, and only a new draw tells them apart
-            apart = 0 if all(p.initialised == "fresh" for p in self.provenance) else 1
+            apart = units_apart(p.initialised for p in self.provenance)
             if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= units or bool((kept.diff() < apart).any())):
                 raise PlanError(f"kept units of {name} must be ascending and lie in [0, {units})")
         if not isinstance(self.masks, _OnDisk):
@@ -614,6 +613,14 @@ def _by_kind(tensors: Mapping[str, Stored], where: object) -> dict[str, dict[str
             raise PlanError(f"{where} holds an unknown entry {name!r}")
         parts[kind][rest] = tensor
     return parts
+
+
+def units_apart(initialised: Iterable[str]) -> int:
+    """How far kept units lie from each other at least, by how the layers of every part of a plan begin.
+
+    A unit that is there twice is one more of its kind, and only a new draw tells them apart.
+    """
+    return 0 if all(how == "fresh" for how in initialised) else 1
 
 
 def check_basis(name: str, basis: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur.errors import CorruptFileError, PlanError
 from secateur.finite import all_finite
-from secateur.plans import KINDS, check_basis, read_document, unpack_bits
+from secateur.plans import KINDS, check_basis, read_document, units_apart, unpack_bits
 from secateur.reading import check_links
 from secateur.tensorfiles import Stored, read_header
 
@@ -87,8 +87,7 @@ def check_plan(plan: StoredPlan) -> None:
         if stored.dtype != torch.int64 or len(stored.shape) != 1:
             raise PlanError(f"kept units of {name} must be a list of integers")
         kept = stored.read()
-        # see Plan: a unit of layers that are drawn anew may be there twice
-        apart = 0 if all(p.initialised == "fresh" for p in plan.document.provenance) else 1
+        apart = units_apart(p.initialised for p in plan.document.provenance)
         if kept.numel() and (int(kept[0]) < 0 or int(kept[-1]) >= units or bool((kept.diff() < apart).any())):
             raise PlanError(f"kept units of {name} must be ascending and lie in [0, {units})")
     for name in plan.document.masks:
