@@ -126,8 +126,9 @@ def of_language(rows: list[dict[str, Any]], setting: dict[str, Any], arguments: 
     model, tokenizer = sc.load(arguments.model)
 
     def loss(pruned: Any) -> float:
-        table = sc.evaluate(pruned, tokenizer, [f"perplexity:{arguments.evaluation}"], windows=arguments.windows)
-        return math.log(table.metrics[0].values["model"])
+        task = f"perplexity:{arguments.evaluation}"
+        table = sc.evaluate({"model": pruned}, tokenizer, [task], windows=arguments.windows)
+        return math.log(table["perplexity"].values["model"])
 
     for density in arguments.densities:
         key = {"model": arguments.model, "density": density, "steps": arguments.steps or 1}

@@ -64,6 +64,16 @@ def test_removing_no_block_is_the_identity():
     assert plan_for("shortgpt", model, ids, sparsity=0.0).is_identity
 
 
+@pytest.mark.parametrize("method", ["wanda_sp", "osscar"], ids=["all blocks at once", "block by block"])
+def test_heads_that_an_even_budget_is_too_small_for_are_told_of(method: str):
+    model, ids = make_tiny("llama"), tiny_ids()
+    # a fifth of two key-value heads is less than one of them, a half is one
+    told = [note for note in plan_for(method, model, ids, sparsity=0.2).provenance[0].notes if "leave" in note]
+    assert told == ["no heads leave: the whole budget comes out of FFN neurons"]
+    notes = plan_for(method, model, ids, sparsity=0.5).provenance[0].notes
+    assert not any("leave" in note for note in notes)
+
+
 def test_the_methods_of_this_release():
     assert {"random", "magnitude", "magnitude_sp", "wanda", "sparsegpt", "wanda_sp", "flap", "shortgpt"} <= set(
         list_methods()

@@ -76,7 +76,7 @@ def decide_units(method: UnitMethod, run: Run, scoring: Callable[[], Scoring] | 
     total = method.counted(run.anatomy)
     # refused before anything is observed
     budgets = _budgets(run, method, groups) if method.programmed else None
-    allocator = method.allocator()
+    allocator, shares = method.allocator(), {}
     if isinstance(allocator, UniformAllocator) and (shares := shared(run, method, groups, total, limits_of(method))):
         allocator = replace(allocator, shares=shares)
     scored = scoring() if scoring is not None else partial(score_units, run, method)
@@ -94,6 +94,8 @@ def decide_units(method: UnitMethod, run: Run, scoring: Callable[[], Scoring] | 
             if method.refits:
                 part.notes += few_tokens_noted(layer, seen, method)
                 refit_groups(run, members, seen, part, part)
+            if layer == groups[0].layer and not shares:
+                part.notes += _untouched_noted(groups, part.keep)
             if block is not None:
                 run.silence(block, members, part)
         run.advance(method, block, layer)
@@ -119,6 +121,7 @@ def _allocate_all(
         _allocate(method, allocator, groups, scores, total, part)
     else:
         _meet(run, budgets, method, groups, scores, part)
+    part.notes += _untouched_noted(groups, part.keep)
     revises = type(method).revise is not UnitMethod.revise
     # of what a method has no use for, nothing is read
     for layer in range(run.layers) if method.compensates or revises else ():
@@ -126,6 +129,22 @@ def _allocate_all(
         _revise(run, method, members, seen, part)
         _compensate(run, method, members, seen, part)
     yield part
+
+
+def _untouched_noted(groups: list[Group], kept: Mapping[str, Tensor]) -> list[str]:
+    """That kinds of units give nothing while others do, as an even budget of few heads comes to.
+
+    A budget that is the same in every block is told of by what the first keeps.
+    """
+    gone: dict[str, int] = {}
+    for group in groups:
+        if group.name in kept:
+            kind = _NAMES.get(group.kind, group.kind)
+            gone[kind] = gone.get(kind, 0) + group.units - len(kept[group.name])
+    staying, giving = ([kind for kind, count in gone.items() if bool(count) is gives] for gives in (False, True))
+    if not staying or not giving:
+        return []
+    return [f"no {' or '.join(staying)} leave: the whole budget comes out of {' and '.join(giving)}"]
 
 
 def score_units(
