@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur.errors import OptionError, nearest
@@ -52,6 +54,47 @@ def take_turns(
                 times[name].append(taken)
         step(repeat + 2)
     return times
+
+
+_MUCH = 0.1
+"""of the time for which threads were ready to run"""
+
+
+@dataclass
+class Watched:
+    """What else a machine did while time was taken on it; ``waited`` is known at the end, and 0 off Linux.
+
+    It is the fraction of the time for which threads of this process waited for a processor that another one had.
+    """
+
+    waited: float = 0.0
+
+    @property
+    def about(self) -> str:
+        """What a protocol says of it: nothing on a quiet machine."""
+        return ", while other processes had the processors for part of the time" if self.waited > _MUCH else ""
+
+
+@contextmanager
+def watched() -> Iterator[Watched]:
+    """Looks at how long this process waits for processors meanwhile."""
+    machine, before = Watched(), _ran_and_waited()
+    yield machine
+    ran, waited = (max(after - first, 0) for after, first in zip(_ran_and_waited(), before, strict=True))
+    machine.waited = waited / (ran + waited) if waited else 0.0
+
+
+def _ran_and_waited() -> tuple[int, int]:
+    """Nanoseconds for which the threads of this process have run, and waited until they could, as Linux counts."""
+    ran = waited = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            mine = file.read_text().split()
+            ran, waited = ran + int(mine[0]), waited + int(mine[1])
+        except (OSError, ValueError, IndexError):
+            # a thread has ended, or the system doesn't count
+            continue
+    return ran, waited
 
 
 @dataclass(frozen=True)

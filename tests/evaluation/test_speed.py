@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,3 +95,32 @@ def test_bandwidth_counts_bytes_read_and_written(monkeypatch: pytest.MonkeyPatch
     clock = iter(range(100))
     monkeypatch.setattr(timing, "now", lambda device: float(next(clock)))
     assert memory_bandwidth(CPU, size_bytes=1000, repeats=3) == 2000.0
+
+
+def test_a_protocol_says_where_other_processes_had_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([(0, 0), (800, 200), (0, 0), (990, 10), (0, 0), (0, 0)])
+    monkeypatch.setattr(timing, "_ran_and_waited", lambda: next(counts))
+    found = []
+    for _ in range(3):
+        with timing.watched() as machine:
+            pass
+        found.append((machine.waited, bool(machine.about)))
+    assert found == [(0.2, True), (0.01, False), (0.0, False)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="only Linux counts how long threads wait")
+def test_a_busy_neighbour_on_the_same_processor_is_noticed() -> None:
+    mine = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
+            try:
+                with timing.watched() as machine:
+                    end = time.monotonic() + 1
+                    while time.monotonic() < end:
+                        pass
+            finally:
+                neighbour.kill()
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert machine.about == ", while other processes had the processors for part of the time"

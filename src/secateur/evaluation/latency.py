@@ -67,11 +67,13 @@ class Latency:
             def step(done: int) -> None:
                 settings.progress(self.name, done, self.repeats + 1)
 
-            taken = timing.take_turns(works, self.repeats, devices, step)
+            with timing.watched() as machine:
+                taken = timing.take_turns(works, self.repeats, devices, step)
             how = (
                 f"median of {self.repeats} interleaved repeats, one call on {str(inputs) or 'the model’s own sizes'}, "
             )
             how += f"{' and '.join(dict.fromkeys(r.kind for r in runners.values()))}, {torch.get_num_threads()} threads"
+            how += machine.about
         return [Metric(self.name, "ms", {n: 1000 * median(t) for n, t in taken.items()}, False, how)]
 
 

@@ -68,13 +68,13 @@ class Request:
         def step(done: int) -> None:
             settings.progress(self.name, done, self.repeats + 1)
 
-        with torch.inference_mode():
+        with torch.inference_mode(), timing.watched() as machine:
             taken = timing.take_turns(works, self.repeats, devices, step)
         medians = {name: 1000 * median(seconds) for name, seconds in taken.items()}
         values = {name: request_milliseconds(medians, f"{name}/", load, load.new) for name in models}
         how = (
             f"batch {load.batch}, {load.prompt} prompt tokens, {load.new} new tokens with the KV cache, median of"
-            f" {self.repeats} interleaved repeats, {torch.get_num_threads()} threads"
+            f" {self.repeats} interleaved repeats, {torch.get_num_threads()} threads{machine.about}"
         )
         return [Metric("latency of a request", "ms", values, higher_is_better=False, protocol=how)]
 

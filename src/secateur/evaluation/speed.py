@@ -59,10 +59,11 @@ class Speed:
         """Three metrics: ``prefill``, ``decode`` and ``decode bound``, all in tokens per second."""
         for model in models.values():
             check_length(model, self.prompt + self.new)
-        times = self._repeat(models, settings)
+        with timing.watched() as machine:
+            times = self._repeat(models, settings)
         prefill = {n: self.batch * self.prompt / median(t[0] for t in runs) for n, runs in times.items()}
         decode = {n: self.batch * self.new / median(t[1] for t in runs) for n, runs in times.items()}
-        how = f"batch {self.batch}, median of {self.repeats} interleaved repeats, {_machine(models)}"
+        how = f"batch {self.batch}, median of {self.repeats} interleaved repeats, {_machine(models)}{machine.about}"
         return [
             Metric("prefill", "tokens/s", prefill, True, f"{self.prompt} prompt tokens, {how}"),
             Metric("decode", "tokens/s", decode, True, f"{self.new} new tokens after {self.prompt}, KV cache, {how}"),
