@@ -12,7 +12,8 @@ from secateur.methods import make_method, settled
 from secateur.models.fingerprint import fingerprint
 from secateur.models.sources import Source
 from secateur.observe.calibration import Tokens
-from secateur.plans import CalibrationInfo, Plan, Provenance
+from secateur.plans import Plan
+from secateur.provenance import CalibrationInfo, Provenance
 
 # a small search or training, where models are tiny: what it finds is looked at elsewhere
 QUICK: dict[str, dict[str, Any]] = {

@@ -15,7 +15,8 @@ from secateur.engine import decide
 from secateur.methods import Descriptor, SublayerMethod
 from secateur.models.fingerprint import fingerprint
 from secateur.models.sources import Source
-from secateur.plans import Plan, Provenance
+from secateur.plans import Plan
+from secateur.provenance import Provenance
 
 HOW: dict[str, Any] = {"dtype": torch.float32, "batch_tokens": 32, "progress": lambda *_: None}
 

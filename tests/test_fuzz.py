@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from secateur.errors import SecateurError
 from secateur.models.loading import load_model
 from secateur.models.saving import save_model
-from secateur.plans import Fingerprint, Plan, Provenance
+from secateur.plans import Plan
+from secateur.provenance import Fingerprint, Provenance
 from secateur.recipes import load_recipe
 from secateur.verification.plans import check_plan, open_plan
 

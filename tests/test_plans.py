@@ -14,7 +14,8 @@ import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for
 from secateur.errors import OutputError, PlanError, PlanMismatchError
-from secateur.plans import Fingerprint, Plan, Provenance, pack_bits, unpack_bits
+from secateur.plans import Plan, pack_bits, unpack_bits
+from secateur.provenance import Fingerprint, Provenance
 
 IDS = tiny_ids()
 

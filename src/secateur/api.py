@@ -196,7 +196,8 @@ def plan(
     from secateur.observe.calibration import load_tokens
     from secateur.observe.precision import compute_dtype
     from secateur.observe.store import statistics_folder
-    from secateur.plans import Plan, Provenance
+    from secateur.plans import Plan
+    from secateur.provenance import Provenance
     from secateur.versions import library_versions
 
     heal, training = split_heal(heal, seed)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from secateur.errors import PlanError
-from secateur.plans import Fingerprint, Plan, Provenance, find_plans
+from secateur.plans import Plan, find_plans
+from secateur.provenance import Fingerprint, Provenance
 
 MODEL = Fingerprint(architecture="llama", shapes="s", weights="w", num_layers=2)
 

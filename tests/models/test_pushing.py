@@ -17,7 +17,8 @@ from fake_hub import TOKEN, FakeHub, Repo
 from secateur import api
 from secateur.errors import ModelLoadError, OutputError, SecateurError, UsageError
 from secateur.models.card import model_card
-from secateur.plans import Fingerprint, Plan, Provenance
+from secateur.plans import Plan
+from secateur.provenance import Fingerprint, Provenance
 
 # huggingface_hub sends bytes in a way that its HTTP library calls old
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -15,7 +15,8 @@ from hand_cut import cut_llama, ragged, tiny
 from secateur.errors import NonFiniteError, OutputError, UsageError
 from secateur.models.loading import load_model, quiet
 from secateur.models.saving import save_model
-from secateur.plans import CalibrationInfo, Fingerprint, Plan, Provenance
+from secateur.plans import Plan
+from secateur.provenance import CalibrationInfo, Fingerprint, Provenance
 from secateur.report.report import Metric, Report
 
 TOKENS = torch.tensor([[3, 1, 4, 15, 9]])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from secateur.plans import CalibrationInfo, Fingerprint, Plan, Provenance
+from secateur.plans import Plan
+from secateur.provenance import CalibrationInfo, Fingerprint, Provenance
 from secateur.report import LayerCut, Metric
 from secateur.report.tables import (
     anatomy_table,

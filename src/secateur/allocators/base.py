@@ -16,7 +16,7 @@ from secateur.errors import UsageError
 from secateur.methods import Method, Seen, Target, UnitMethod, WeightMethod, check_for_decoders
 from secateur.observe import Statistic
 from secateur.options import check_options
-from secateur.plans import Allocation
+from secateur.provenance import Allocation
 
 Wishes = NDArray[np.float64]
 """sparsities, [parts] float64"""

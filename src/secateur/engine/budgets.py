@@ -30,7 +30,7 @@ from secateur.latencytable import LatencyTable
 from secateur.models.latency import measure_decoder
 from secateur.observe.activations import Activations
 from secateur.observe.driver import BlockWalk
-from secateur.plans import BudgetAccount
+from secateur.provenance import BudgetAccount
 from secateur.reading import read_json
 from secateur.timing import Workload
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from secateur.observe.driver import BlockWalk
-    from secateur.plans import BudgetAccount
+    from secateur.provenance import BudgetAccount
 
 SeenByModule = Mapping[str, Mapping[str, Any]]
 

@@ -21,7 +21,8 @@ from secateur.models.layout import rotated_parts
 from secateur.models.surgery import with_tokens
 from secateur.models.vocabulary import fitted
 from secateur.observe.calibration import Tokens, load_tokens
-from secateur.plans import Plan, Recovery
+from secateur.plans import Plan
+from secateur.provenance import Recovery
 from secateur.ranks import ALONE, Ranks
 from secateur.structure.lexicon import VOCABULARY
 from secateur.train.masks import masks_left, zeros_left

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from secateur.plans import Fingerprint
+from secateur.provenance import Fingerprint
 from secateur.rowmasks import whole
 
 if TYPE_CHECKING:

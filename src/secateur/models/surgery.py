@@ -25,7 +25,8 @@ from secateur.models.modeling_secateur import adopt, skip
 from secateur.models.rotation import rotate_model
 from secateur.models.sources import Source
 from secateur.models.vocabulary import renumber
-from secateur.plans import Fingerprint, Plan
+from secateur.plans import Plan
+from secateur.provenance import Fingerprint
 from secateur.structure import HIDDEN, Anatomy, Group
 from secateur.structure.lexicon import VOCABULARY
 from secateur.structure.surgery import complement, cut_positions, removed_positions, set_parameter, zero_positions

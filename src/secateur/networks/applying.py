@@ -16,7 +16,8 @@ from secateur.healing.starting import start_anew
 from secateur.networks.example import Example
 from secateur.networks.fitting import kept_entries
 from secateur.networks.optimizers import check_optimizer, shrink_optimizer
-from secateur.plans import Fingerprint, Plan, Provenance
+from secateur.plans import Plan
+from secateur.provenance import Fingerprint, Provenance
 from secateur.rowmasks import whole
 from secateur.structure.graphcut import cut_graph, zero_tensor
 from secateur.structure.groups import TracedAnatomy, traced_anatomy

@@ -18,7 +18,8 @@ from secateur.methods.views import Flow
 from secateur.networks.kinds import Asked
 from secateur.networks.latency import Latencies
 from secateur.observe.gradients import Learned
-from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance
+from secateur.plans import Plan
+from secateur.provenance import ExampleInputs, Fingerprint, Provenance
 from secateur.report import Metric, Report
 from secateur.report.build import build_report
 from secateur.structure import Group

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from secateur.errors import UsageError
-from secateur.plans import ExampleInputs
+from secateur.provenance import ExampleInputs
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from secateur.networks.kinds import Asked
 from secateur.networks.latency import Latencies, Progress, measure_latencies
 from secateur.networks.onnxcalls import OnnxCalls
 from secateur.observe.gradients import Learned
-from secateur.plans import ExampleInputs, Fingerprint, Plan
+from secateur.plans import Plan
+from secateur.provenance import ExampleInputs, Fingerprint
 from secateur.structure.groups import TracedAnatomy
 from secateur.structure.onnx import cut_onnx, mask_onnx, onnx_anatomy, weights
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from secateur.errors import DataError, NonFiniteError, UsageError, nearest, require_extra
 from secateur.finite import all_finite
 from secateur.observe.textfiles import read_text_file
-from secateur.plans import CalibrationInfo
+from secateur.provenance import CalibrationInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

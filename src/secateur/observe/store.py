@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.observe.calibration import Tokens
 from secateur.observe.statistics import Statistic
-from secateur.plans import Fingerprint
+from secateur.provenance import Fingerprint
 from secateur.tensorfiles import read_header, write_tensors
 
 SeenByModule = Mapping[str, Mapping[str, Statistic]]

@@ -31,7 +31,8 @@ from secateur.report.numbers import (
 from secateur.report.report import LayerCut, Metric
 
 if TYPE_CHECKING:
-    from secateur.plans import Allocation, Plan, PlanDiff, Provenance
+    from secateur.plans import Plan, PlanDiff
+    from secateur.provenance import Allocation, Provenance
     from secateur.structure import Anatomy
     from secateur.structure import Group as UnitGroup
 

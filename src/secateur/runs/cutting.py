@@ -15,7 +15,8 @@ from secateur.models.packed import pack
 from secateur.models.rotation import Rotation
 from secateur.models.sources import Source
 from secateur.models.surgery import Cut
-from secateur.plans import Plan, Provenance
+from secateur.plans import Plan
+from secateur.provenance import Provenance
 from secateur.tensorfiles import Made, in_order, write_tensors
 
 

@@ -36,7 +36,8 @@ from secateur.files import sync_folder, write_text
 from secateur.methods import Method
 from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen
-from secateur.plans import BudgetAccount, Plan, Provenance, plan_of_parts
+from secateur.plans import Plan, plan_of_parts
+from secateur.provenance import BudgetAccount, Provenance
 from secateur.ranks import ALONE, Ranks
 from secateur.remote import is_url, place
 from secateur.runs.cutting import BlockCutter

@@ -20,7 +20,8 @@ from secateur.models.sources import Source
 from secateur.models.surgery import check_fits
 from secateur.observe.activations import Activations
 from secateur.observe.store import statistics_folder
-from secateur.plans import Plan, Provenance
+from secateur.plans import Plan
+from secateur.provenance import Provenance
 from secateur.ranks import ALONE, Ranks
 from secateur.runs.checking import Progress, outside_checked
 from secateur.runs.cutting import BlockCutter

@@ -17,7 +17,8 @@ from secateur.errors import CorruptFileError, OutputError, PlanError, Unsupporte
 from secateur.files import disk_error, output_file
 from secateur.methods import RoundsMethod, TrainingMethod
 from secateur.networks.applying import module_fingerprint
-from secateur.plans import ExampleInputs, Fingerprint, Plan, Provenance, unpack_bits
+from secateur.plans import Plan, unpack_bits
+from secateur.provenance import ExampleInputs, Fingerprint, Provenance
 from secateur.train.parts import plain_name
 from secateur.versions import library_versions
 
