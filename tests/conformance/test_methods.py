@@ -135,6 +135,26 @@ def model_plan_and_cut(method: str, family: str):
     return model, plan, sc.apply(plan, model)
 
 
+@pytest.mark.parametrize("parts", ["heads", "mlp"])
+@pytest.mark.parametrize("method", UNITS)
+def test_parts_say_what_may_leave_and_give_the_whole_budget(method, parts):
+    model = make_tiny("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=4, num_hidden_layers=4)
+    if parts == "heads" and get_method(method).removes == ("neuron",):
+        with pytest.raises(
+            OptionError, match=f"{method} removes FFN neurons alone, so nothing leaves with parts=heads"
+        ):
+            make_method(method, {"parts": parts})
+        return
+    anatomy = sc.anatomy(model)
+    window = {name: 0 for name in ("first", "last") if name in get_method(method).option_fields()}
+    plan = plan_for(method, model, IDS, sparsity=0.2, parts=parts, heads="kv", **window)
+    lost = {anatomy[name].kind for name in plan.keep if len(plan.removed(name))}
+    assert lost == {"heads": {"kv_head"}, "mlp": {"neuron"}}[parts]
+    # by half a unit of every layer at most
+    unit = max(group.cost.params for group in anatomy.of_kind(*lost))
+    assert abs(removed_fraction(plan, anatomy) - 0.2) * anatomy.blocks.params <= anatomy.num_layers * unit / 2
+
+
 @on_families(STRUCTURED)
 def test_masked_model_equals_cut_model_on_every_family(method, family):
     model, plan, cut = model_plan_and_cut(method, family)

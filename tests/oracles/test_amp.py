@@ -150,14 +150,6 @@ def test_one_of_each_stays():
     assert counts(1.0, fill=False) == (31, 11007)
 
 
-def test_parts_that_stay():
-    heads, neurons = counts(0.1, parts="heads"), counts(0.1, parts="mlp")
-    assert heads[1] == 0 and neurons[0] == 0
-    # the same share of all parameters, to the nearest head or neuron
-    total = 32 * 4 * 128 + 11008 * 3
-    assert heads[0] == round(0.1 * total / (4 * 128)) and neurons[1] == round(0.1 * total / 3)
-
-
 def test_reversed_does_more_harm_and_widths_are_equal():
     model = make_tiny("llama", num_hidden_layers=4, intermediate_size=80)
     with torch.no_grad():

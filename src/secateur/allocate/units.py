@@ -230,17 +230,9 @@ class UniformAllocator:
 class RoundedAllocator(UniformAllocator):
     """Every layer loses the same share of its cost; shares of coarse units are rounded to the nearest, not down.
 
-    ``parts`` says what leaves: ``both``, ``heads`` or ``mlp``. Without ``fill`` a head, or a part of one, that rounding
-    keeps is made up for by as many neurons, whatever they cost (AMP's published rule).
+    Without ``fill`` a head, or a part of one, that rounding keeps is made up for by as many neurons, whatever they cost
+    (AMP's published rule).
     """
-
-    parts: str = "both"
-
-    def _layer(self, scores: Scores, groups: Sequence[Group], share: float, limits: Limits) -> list[Bundle]:
-        stays = {"heads": ("neuron",), "mlp": ("head", "kv_head"), "both": ()}[self.parts]
-        cut = [g for g in groups if g.kind not in stays]
-        whole = [b for g in groups if g.kind in stays for b in bundles(g, scores[g.name], limits)]
-        return whole + (super()._layer(scores, cut, share, limits) if cut else [])
 
     def _counts(self, ordered: Mapping[str, list[Bundle]], least: Mapping[str, int], finest: str) -> dict[str, int]:
         gone = {n: min(round(len(b) * self.sparsity), len(b) - least[n]) for n, b in ordered.items()}

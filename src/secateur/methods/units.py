@@ -34,6 +34,9 @@ from secateur.search import Episodes, Evolution
 from secateur.structure import Anatomy
 from secateur.timing import Workload
 
+PARTS = {"both": ("kv_head", "head", "neuron"), "heads": ("kv_head", "head"), "mlp": ("neuron",)}
+"""What may leave, by the word for it → kinds of units"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredMethod(Method):
@@ -46,8 +49,20 @@ class StructuredMethod(Method):
     )
     min_keep: int = option(1, "units that every group keeps at least", unit="units", ge=1)
     round_to: int = option(1, "kept FFN neurons are a multiple of this", unit="neurons", ge=1)
+    parts: str = option("both", "what may leave; the budget is the same", choices=tuple(PARTS))
 
-    kinds: ClassVar[tuple[str, ...]] = ("kv_head", "head", "neuron")
+    removes: ClassVar[tuple[str, ...]] = ("kv_head", "head", "neuron")
+    """Kinds of units that the method knows to judge."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.kinds:
+            raise OptionError(f"{self.name} removes FFN neurons alone, so nothing leaves with parts={self.parts}")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of units that may leave."""
+        return tuple(kind for kind in self.removes if kind in PARTS[self.parts])
 
     def solve_flops(self, outputs: int, inputs: int) -> int:
         """Operations of the products by which the method judges the units of one weight; for estimates."""
@@ -228,7 +243,7 @@ class CoupledMethod(UnitMethod):
 class NeuronMethod(UnitMethod):
     """Removes FFN neurons and leaves attention alone; a budget of ``neurons`` counts nothing else."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("neuron",)
+    removes: ClassVar[tuple[str, ...]] = ("neuron",)
 
     def counted(self, anatomy: Anatomy) -> int:
         if self.budget == "neurons":

@@ -37,7 +37,6 @@ class AMP(UnitMethod):
     order: str = option(
         "standard", "remove what scores lowest, or (reversed) highest", choices=("standard", "reversed")
     )
-    parts: str = option("both", "what may leave", choices=("both", "heads", "mlp"))
     budget_fix: str = option(
         "exact",
         "neurons that make up for a rounded head: as many as it costs, or (official) one",
@@ -62,4 +61,4 @@ class AMP(UnitMethod):
         return -score_U if self.order == "reversed" else score_U
 
     def allocator(self) -> Allocator:
-        return RoundedAllocator(self.sparsity, self.budget_fix == "exact", self.parts)
+        return RoundedAllocator(self.sparsity, self.budget_fix == "exact")

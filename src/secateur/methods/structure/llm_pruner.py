@@ -50,7 +50,7 @@ from secateur.methods import Coupled, CoupledMethod, Descriptor, Part, option, r
 from secateur.structure import HIDDEN, Anatomy
 
 _POWERS = {"l1": 1, "l2": 2}
-_OF_BLOCKS = ("scope", "first", "last", "first_mlp", "last_mlp", "fold", "fill")
+_OF_BLOCKS = ("parts", "scope", "first", "last", "first_mlp", "last_mlp", "fold", "fill")
 """Options that say something of heads and neurons alone."""
 
 _WITHIN: dict[tuple[str, bool], Callable[[float], Allocator]] = {
@@ -134,8 +134,8 @@ class LLMPruner(CoupledMethod):
             raise OptionError("llm_pruner: ratio and a budget both say how much stays: give one of them")
 
     @property
-    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
-        return {"layer": ("layer",), "channel": (HIDDEN,)}.get(self.granularity, CoupledMethod.kinds)
+    def kinds(self) -> tuple[str, ...]:
+        return {"layer": ("layer",), "channel": (HIDDEN,)}.get(self.granularity, super().kinds)
 
     @property
     def narrows(self) -> bool:

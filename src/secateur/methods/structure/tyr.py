@@ -61,7 +61,6 @@ _TRIES = 10
 class Tyr(SupernetMethod):
     """Options of Tyr; rounds, damping, step and fitness from the official script, the size of the search smaller."""
 
-    parts: str = option("both", "what may leave", choices=("both", "mlp"))
     neuron_rounds: int = option(16, "rounds in which neurons leave", unit="rounds", ge=1)
     head_rounds: int = option(1, "rounds in which heads leave", unit="rounds", ge=1)
     first_order: str = option("signed", "the term <W_p, G_p> of a unit's score", choices=tuple(FIRST_ORDER))
@@ -102,10 +101,6 @@ class Tyr(SupernetMethod):
                 f"tyr: survivors must hold one number for every stage but the last, got {self.survivors!r} for"
                 f" {stages} stages"
             )
-
-    @property
-    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("neuron",) if self.parts == "mlp" else SupernetMethod.kinds
 
     def levels_of(
         self, target: Target, seen: Seen, removed: Sequence[int], balance: int
