@@ -91,6 +91,28 @@ def test_regrown_weights_begin_without_a_past():
     assert grown > 0
 
 
+class Averaging(torch.optim.SGD):
+    """Keeps running means in a list of its state, as optimizers of others do."""
+
+    def step(self, closure=None):
+        for weight in self.param_groups[0]["params"]:
+            state = self.state[weight]
+            means = state.setdefault("means", {"of gradients": [torch.zeros_like(weight) for _ in range(2)]})
+            for decay, mean in zip((0.9, 0.99), means["of gradients"], strict=True):
+                mean.lerp_(weight.grad, 1 - decay)
+                weight.data.sub_(mean, alpha=0.1)
+
+
+def test_what_lies_deeper_in_the_state_of_an_optimizer_is_forgotten_too():
+    module = network()
+    optimizer = Averaging(module.parameters(), lr=0.1)
+    pruned = sparsifier(module, optimizer, "gmp", sparsity=0.8)
+    train(module, optimizer, pruned)
+    for name, mask in pruned.masks.items():
+        for mean in optimizer.state[module.get_parameter(name)]["means"]["of gradients"]:
+            assert not mean[~mask].any() and mean[mask].any()
+
+
 def test_steps_that_a_scaler_left_out_are_not_counted():
     module = network()
     optimizer = sgd(module)

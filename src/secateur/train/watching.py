@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,9 +101,18 @@ def mask_state(optimizer: Optimizer, weight: Tensor, mask: Tensor) -> None:
 
     Of a weight that is sharded over ranks, ``mask`` is this rank's part.
     """
-    for value in optimizer.state.get(weight, {}).values():
-        if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+    for value in _tensors(optimizer.state.get(weight, {})):
+        if value.shape == weight.shape and value.is_floating_point():
             clear_dead(value, mask)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors of a state, also those that lie in lists and dicts of it."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict | list):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(value)
 
 
 def _copied(state: Any) -> Any:
