@@ -915,6 +915,15 @@ def test_what_is_no_language_model_is_refused(room: Room) -> None:
     assert not out.exists()
 
 
+def test_names_in_the_place_of_plans_and_tokenizers_are_refused(tiny_llama) -> None:
+    with pytest.raises(errors.UsageError, match=r"give a plan as secateur\.plan or Plan\.load.*, not 'out/plan'"):
+        sc.apply("out/plan", tiny_llama)
+    with pytest.raises(errors.UsageError, match=r"give a tokenizer as secateur\.load returns it, not 'gpt2'"):
+        sc.plan(tiny_llama, "gpt2", method="wanda", samples=2, length=16)
+    with pytest.raises(errors.UsageError, match=r"give a tokenizer as secateur\.load returns it, not 'gpt2'"):
+        sc.evaluate(tiny_llama, "gpt2", ["perplexity:builtin"], length=16, windows=2)
+
+
 # -- interrupts -------------------------------------------------------------------------------------------------------
 
 SLEEPER = '''

@@ -316,9 +316,12 @@ def apply(
     of a module that is cut ``inplace`` goes on with the smaller parameters and what it knows of them.
     Raises PlanMismatchError when the plan was made for other shapes.
     """
-    if optimizer is not None and plan.inputs is None:
-        from secateur.errors import UsageError
+    from secateur.errors import UsageError
+    from secateur.plans import Plan
 
+    if not isinstance(plan, Plan):
+        raise UsageError(f"give a plan as secateur.plan or Plan.load(folder) returns it, not {plan!r:.100}")
+    if optimizer is not None and plan.inputs is None:
         raise UsageError("optimizer= is for modules that were traced; the plan is for a language model")
     from secateur.networks.kinds import is_onnx
 

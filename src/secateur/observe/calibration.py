@@ -120,6 +120,8 @@ def load_tokens(
         return Tokens(ids, _info(name, ids, seed), join="sampled at temperature 1", bos=True)
     if tokenizer is None:
         raise UsageError(f"text from {name} needs the model's tokenizer; pass it, or use a method that needs no data")
+    if not callable(tokenizer):
+        raise UsageError(f"give a tokenizer as secateur.load returns it, not {tokenizer!r:.100}")
     found = _read(source, tokenizer, split=split, text_field=text_field, characters=_characters(samples * length))
     bos = start_token(tokenizer)
     width = length - len(bos)
