@@ -13,7 +13,7 @@ from secateur.engine import decide
 from secateur.errors import DataError, NonFiniteError, OptionError
 from secateur.healing import Refit, with_statistics
 from secateur.healing.refit import STREAM_SHARE
-from secateur.methods import UnitMethod, WeightMethod, get_method, list_methods, make_method
+from secateur.methods import Refittable, StructuredMethod, WeightMethod, get_method, list_methods, make_method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.sources import Source
 from secateur.observe import Cross, Gram, Lost, Moments, SumSquares
@@ -22,7 +22,8 @@ from secateur.plans import Plan
 from secateur.report.build import removed_fraction
 
 WEIGHTS = [m for m in list_methods() if issubclass(get_method(m), WeightMethod)]
-UNITS = [m for m in list_methods() if issubclass(get_method(m), UnitMethod)]
+REFITTABLE = [m for m in list_methods() if issubclass(get_method(m), Refittable)]
+UNITS = [m for m in REFITTABLE if issubclass(get_method(m), StructuredMethod)]
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +152,12 @@ def test_every_weight_method_can_be_refitted_and_gains(method, options, model):
     assert lost(plans["refit"]) < lost(plans["none"]) * 1.001
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_masks_of_one_threshold_for_all_are_refitted_afterwards(method, model):
-    plan = plan_for(method, model, IDS, dtype=DOUBLE, sparsity=0.5, scope="global", heal="refit")
-    plain = plan_for(method, model, IDS, dtype=DOUBLE, sparsity=0.5, scope="global")
+@pytest.mark.parametrize(
+    ("method", "options"), [("magnitude", {"scope": "global"}), ("wanda", {"scope": "global"}), ("icbs", {})]
+)
+def test_masks_that_are_decided_for_the_whole_model_are_refitted_afterwards(method, options, model):
+    plan = plan_for(method, model, IDS, dtype=DOUBLE, sparsity=0.5, heal="refit", **options)
+    plain = plan_for(method, model, IDS, dtype=DOUBLE, sparsity=0.5, **options)
     assert all(torch.equal(mask, plain.masks[name]) for name, mask in plan.masks.items())
     assert set(plan.values) == set(plan.masks)
     assert error(model, sc.apply(plan, model)) < error(model, sc.apply(plain, model))

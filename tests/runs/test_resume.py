@@ -23,7 +23,7 @@ CASES = {
     "vocab": {"method": "vocab", "sparsity": 0.4},
     "blockpruner": {"method": "blockpruner", "options": {"sublayers": 3}},
     "evopress": {"method": "evopress", "options": {"layers": 1, "starts": 2, "generations": 3, "offspring": 2}},
-    "icbs": {"method": "icbs", "sparsity": 0.5, "options": {"block": 64, "batch": 2, "checks": 2}},
+    "icbs": {"method": "icbs", "sparsity": 0.5, "heal": "refit", "options": {"block": 64, "batch": 2, "checks": 2}},
     "tyr": {
         "method": "tyr",
         "sparsity": 0.4,
@@ -40,6 +40,7 @@ CASES = {
     "magnitude, search": {"method": "magnitude", "sparsity": 0.5, "allocate": "search:generations=3,offspring=2"},
     "two streams": {"method": "wanda", "sparsity": 0.5, "heal": "refit", "target": "stream"},
     "matrix by matrix": {"method": "alps", "sparsity": 0.5, "target": "stream", "options": {"true_sequential": True}},
+    "steps, refitted": {"method": "adapt_pruner", "sparsity": 0.3, "heal": "refit", "options": {"steps": 4}},
     "refit afterwards": {"method": "flap", "sparsity": 0.3, "heal": "refit", "target": "dense"},
 }
 

@@ -33,6 +33,7 @@ from secateur.methods import (
     LayerMethod,
     Method,
     PolicyMethod,
+    Refittable,
     RotationMethod,
     SearchMethod,
     StructuredMethod,
@@ -87,7 +88,7 @@ def decide(
     check_model(method, source.model, run.anatomy)
     if not run.keeper.closed:
         _decide(method, run)
-    if isinstance(method, WeightMethod | UnitMethod) and method.refits_later and run.keeper.closed:
+    if isinstance(method, Refittable) and method.refits_later and run.keeper.closed:
         refit(run, method)
     return run.keeper
 

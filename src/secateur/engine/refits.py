@@ -13,7 +13,7 @@ from secateur.engine.keeping import Decided, Decision, SeenByModule
 from secateur.engine.run import Run, set_weight
 from secateur.healing import find
 from secateur.healing.refit import few_tokens
-from secateur.methods import UnitMethod, WeightMethod
+from secateur.methods import Method, Refittable
 from secateur.models.decoders import family_of
 from secateur.models.sources import check_finite
 from secateur.observe import Gram, of_ending
@@ -21,7 +21,7 @@ from secateur.structure import Group, Matrix
 from secateur.structure.surgery import complement
 
 
-def refit(run: Run, method: WeightMethod | UnitMethod) -> None:
+def refit(run: Run, method: Refittable) -> None:
     """A walk over the cut blocks, which gives new values to what stays of them."""
     decided = run.keeper.decided()
     run.walk, run.observed, run.hidden = None, method.refit_statistics(), run.hidden.another()
@@ -76,19 +76,19 @@ def refit_groups(run: Run, groups: list[Group], seen: SeenByModule, decided: Dec
             part.biases[bias] = added.float().cpu()
 
 
-def few_tokens_noted(layer: int, seen: SeenByModule, method: WeightMethod | UnitMethod) -> tuple[str, ...]:
+def few_tokens_noted(layer: int, seen: SeenByModule, method: Method) -> tuple[str, ...]:
     """Said once, for the widest input of the first block."""
     grams = [find(statistics, Gram) for statistics in seen.values()] if layer == 0 else []
     widest = max(grams, key=lambda gram: len(gram.dead), default=None)
     pattern = getattr(method, "pattern", "")
-    share = parse_pattern(pattern).share if pattern else method.sparsity
+    share = parse_pattern(pattern).share if pattern else getattr(method, "sparsity", 0.0)
     return few_tokens(widest.tokens, int(len(widest.dead) * (1 - share))) if widest is not None else ()
 
 
 def target_noted(layer: int, run: Run) -> tuple[str, ...]:
     """Said once: that a target has no part in this, or ``stream`` none of the module that could make up for losses."""
     method, model = run.method, run.source.model
-    if layer or not isinstance(method, WeightMethod | UnitMethod) or method.target == "current":
+    if layer or not isinstance(method, Refittable) or method.target == "current":
         return ()
     if not (method.fits or method.refits):
         return (f"target={method.target}: {method.name} fits nothing without heal=refit, so it had no part in this",)

@@ -15,6 +15,7 @@ from secateur.methods import (
     IterativeMethod,
     LayerMethod,
     Method,
+    Refittable,
     SearchMethod,
     StructuredMethod,
     SublayerMethod,
@@ -82,7 +83,8 @@ class Job:
     def repairs(self) -> bool:
         """Whether all weights that stay get new values."""
         method = self.method
-        return isinstance(method, WeightMethod) and (method.descriptor.recovery == "least_squares" or method.refits)
+        weights = isinstance(method, WeightMethod | SearchMethod)
+        return weights and (method.descriptor.recovery == "least_squares" or method.refits)
 
     @property
     def ranks_globally(self) -> bool:
@@ -225,14 +227,13 @@ class Job:
     def solve_flops(self, block: BlockSizes) -> int:
         """Operations by which new weights of a block are found, by the method and by a refit of its masks."""
         method = self.method
-        if not isinstance(method, WeightMethod | StructuredMethod):
-            return 0
         matrices = [matrix for inputs in self.targets(block) for matrix in inputs.matrices]
-        found = sum(method.solve_flops(o, i) for o, i in matrices)
-        if isinstance(method, WeightMethod) and method.refits:
-            found += sum(cg_flops(o, i) for o, i in matrices)
-        elif method.refits:
-            found += sum(refit_columns_flops(o, i) for o, i in matrices)
+        found = 0
+        if isinstance(method, WeightMethod | StructuredMethod):
+            found = sum(method.solve_flops(o, i) for o, i in matrices)
+        if method.refits:
+            flops = refit_columns_flops if isinstance(method, StructuredMethod) else cg_flops
+            found += sum(flops(o, i) for o, i in matrices)
         return found
 
     @cached_property
@@ -242,6 +243,4 @@ class Job:
     @cached_property
     def _refitting(self) -> Mapping[str, type]:
         method = self.method
-        return (
-            method.refit_statistics() if isinstance(method, WeightMethod | UnitMethod) and method.refits_later else {}
-        )
+        return method.refit_statistics() if isinstance(method, Refittable) and method.refits_later else {}

@@ -5,7 +5,7 @@ lazy: a name resolves to a module the first time it is asked for.
 """
 
 from secateur.healing.recovery.adapted import Adapted
-from secateur.methods.base import Method, check_for_decoders
+from secateur.methods.base import Method, Refittable, check_for_decoders
 from secateur.methods.caching import (
     BudgetMethod,
     CacheChannelMethod,
@@ -92,6 +92,7 @@ __all__ = [
     "Part",
     "ScheduledMethod",
     "Prompt",
+    "Refittable",
     "RereadMethod",
     "Rope",
     "RotationMethod",

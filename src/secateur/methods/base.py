@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from secateur.errors import UsageError
+from secateur.healing.refit import aimed, with_statistics
 from secateur.methods.descriptor import Descriptor
-from secateur.observe import Statistic
+from secateur.observe import Gram, Statistic
 from secateur.options import check_options
 
 
@@ -96,6 +97,29 @@ class Method:
     def uses_data(self) -> bool:
         """Whether calibration data is needed."""
         return self.refits or bool(self.observed_statistics())
+
+
+class Refittable(Method):
+    """Methods behind whose decisions least squares can solve for what stays, as their options ``heal`` and ``target``
+    say."""
+
+    heal: str
+    target: str
+
+    fits: ClassVar[bool] = False
+    """Whether the method itself looks at the ``target``."""
+
+    @property
+    def refits(self) -> bool:
+        return self.heal == "refit"
+
+    @property
+    def refits_later(self) -> bool:
+        return self.refits
+
+    def refit_statistics(self) -> Mapping[str, type[Statistic]]:
+        """What is observed in a walk that only refits."""
+        return with_statistics({}, Gram, *aimed(self.target))
 
 
 def check_for_decoders(method: Method) -> None:

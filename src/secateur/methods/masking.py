@@ -11,29 +11,25 @@ from torch import Tensor
 from secateur.allocate import MaskRule
 from secateur.errors import OptionError
 from secateur.healing.refit import ABOUT_TARGET, TARGETS, aimed, with_statistics
-from secateur.methods.base import Method
+from secateur.methods.base import Refittable
 from secateur.methods.views import Seen, Target
 from secateur.observe import Gram, Statistic
 from secateur.options import option
 from secateur.search import Descent
 
+ABOUT_REFIT = "refit: solve for the weights that stay by least squares, whatever chose them"
+
 
 @dataclass(frozen=True, kw_only=True)
-class WeightMethod(Method):
+class WeightMethod(Refittable):
     """Zeroes single weights. Subclasses give ``score``; the engine masks by ``rule`` and keeps what ranks highest."""
 
     sparsity: float = option(0.5, "fraction of the weights of every matrix that is removed", ge=0, lt=1)
     pattern: str = option("", "N:M pattern, N zeros in every M consecutive inputs (2:4); overrides sparsity")
-    heal: str = option(
-        "none",
-        "refit: solve for the weights that stay by least squares, whatever chose them",
-        choices=("none", "refit"),
-    )
+    heal: str = option("none", ABOUT_REFIT, choices=("none", "refit"))
     target: str = option("current", ABOUT_TARGET, choices=TARGETS)
     true_sequential: bool = option(False, "matrices see what those before them in the same block have become, too")
 
-    fits: ClassVar[bool] = False
-    """Whether the method itself solves for weights by the ``target``."""
     rounds_up: ClassVar[bool] = False
     """Whether a fraction of a weight is one that leaves."""
     sweeps: ClassVar[bool] = False
@@ -52,10 +48,6 @@ class WeightMethod(Method):
         return getattr(self, "scope", "") == "global" and not self.pattern
 
     @property
-    def refits(self) -> bool:
-        return self.heal == "refit"
-
-    @property
     def refits_later(self) -> bool:
         return self.refits and (self.decides_globally or bool(self.statistics and not self.sequential))
 
@@ -68,10 +60,6 @@ class WeightMethod(Method):
         if more or self.fits:
             more += aimed(self.target)
         return with_statistics(self.needed_statistics(), *more)
-
-    def refit_statistics(self) -> Mapping[str, type[Statistic]]:
-        """What is observed in a walk that only refits."""
-        return with_statistics({}, Gram, *aimed(self.target))
 
     def solve_flops(self, outputs: int, inputs: int) -> int:
         """Operations of the products by which the method itself finds new weights for one matrix; for estimates."""
@@ -104,14 +92,17 @@ class WeightMethod(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchMethod(Method):
-    """Searches masks of single weights on the whole model, which lies in memory, by its loss; no weight is changed.
+class SearchMethod(Refittable):
+    """Searches masks of single weights on the whole model, which lies in memory, by its loss; no weight is changed
+    unless a refit is asked for.
 
     ``score`` and ``rule`` give the first mask of every matrix, from the dense model, and ``descent`` says how the
     engine goes on from there. The number of weights that a matrix keeps is that of its first mask.
     """
 
     sparsity: float = option(0.5, "fraction of the weights of every matrix that is removed", ge=0, lt=1)
+    heal: str = option("none", ABOUT_REFIT, choices=("none", "refit"))
+    target: str = option("current", ABOUT_TARGET, choices=TARGETS)
 
     @property
     def uses_data(self) -> bool:

@@ -21,7 +21,7 @@ from secateur.errors import OptionError
 from secateur.healing.recovery import RecoveryOptions
 from secateur.healing.recovery.adapted import Adapted
 from secateur.healing.refit import ABOUT_TARGET, TARGETS, aimed, with_statistics
-from secateur.methods.base import Method
+from secateur.methods.base import Method, Refittable
 from secateur.methods.views import (
     Coupled,
     Part,
@@ -70,7 +70,7 @@ class StructuredMethod(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitMethod(StructuredMethod):
+class UnitMethod(StructuredMethod, Refittable):
     """Scores the units of every group; how many leave follows from the scores and the budget."""
 
     budget: str = option(
@@ -98,12 +98,6 @@ class UnitMethod(StructuredMethod):
         "sparsity", "budget", "uniform", "variants", "variant_tokens", "workload", "min_keep", "round_to",
     )  # fmt: skip
     """Options that say how much may stay, and not what is worth keeping."""
-    fits: ClassVar[bool] = False
-    """Whether the method itself judges units by the ``target``."""
-
-    @property
-    def refits(self) -> bool:
-        return self.heal == "refit"
 
     @property
     def refits_later(self) -> bool:
@@ -278,7 +272,7 @@ class PolicyMethod(NeuronMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IterativeMethod(StructuredMethod):
+class IterativeMethod(StructuredMethod, Refittable):
     """Takes heads and neurons out of the whole model, a few in every step, by what is left of it by then.
 
     A round looks at the model, forward and back, on calibration windows of its own, and ``refresh`` steps follow it.
@@ -287,6 +281,10 @@ class IterativeMethod(StructuredMethod):
 
     step_windows: int = option(8, "calibration windows of a round, drawn anew; 0: all of them", unit="windows", ge=0)
     refresh: int = option(1, "steps from one look at the model to the next", unit="steps", ge=1)
+    heal: str = option(
+        "none", "refit: solve for the columns that stay by least squares, at the end", choices=("none", "refit")
+    )
+    target: str = option("current", ABOUT_TARGET, choices=TARGETS)
     seed: int = option(0, "seed of the windows of every round", ge=0)
 
     @property

@@ -10,7 +10,8 @@ For n weights of one matrix, w0 their original and w their current values, d = w
 Every step takes one batch and one matrix, whose share of the steps goes by the logarithm of its size. Its block are the
 n/2 pruned weights of the highest and the n/2 kept ones of the lowest |w0 * g|; x'Qx is made small with as many pruned
 as before. A block then rests in a queue. The 42 % of the pruned that ranked lowest in the first mask stay pruned, the
-35 % of the kept that ranked highest stay kept. The loss is that of the next token. Weights that stay are never changed.
+35 % of the kept that ranked highest stay kept. The loss is that of the next token. Weights that stay are never
+changed, but by `heal=refit`.
 
 The whole model is in memory, twice. Published for 7 billion parameters are 3000 steps, at least 10 per matrix, batches
 of 16 and the solver `annealing`. By default there is one step per matrix.
