@@ -203,7 +203,7 @@ def test_a_hundred_steps_keep_number_values_fixed_sets_and_the_queue():
     waiting: dict[str, set] = {"0": set(), "2": set()}
     for _ in range(100):
         before = {m.name: m.tabu.clone() for m in descent._matrices}
-        move = descent.step()
+        [move] = descent.step()
         for matrix in descent._matrices:
             assert matrix.keep.sum() == first[matrix.name].sum()
             assert torch.equal(matrix.keep[fixed[matrix.name]], first[matrix.name].flatten()[fixed[matrix.name]])
@@ -232,6 +232,25 @@ def test_the_loss_falls_and_is_predicted():
     assert len(descent.notes()) == 101 and "weights exchanged in 100 steps" in descent.notes()[-1]
 
 
+def test_matrices_of_one_batch_are_stepped_from_the_same_gradients():
+    """Each as if it were the first; one after the other the second sees what the first has become."""
+    pair, first = {"batch": 40, "steps": 2, "epochs": 1, "checks": 1}, {}
+    for seed in range(4):
+        descent = search(**pair, seed=seed)
+        [move] = descent.step()
+        first[move.layer] = descent.masks()[move.layer]
+    together, in_turn = search(**pair, together=2), search(**pair)
+    moves = together.step()
+    assert together.finished and {move.layer for move in moves} == {"0", "2"}
+    assert all(torch.equal(mask, first[name]) for name, mask in together.masks().items())
+    assert not all(torch.equal(mask, first[name]) for name, mask in in_turn.run().items())
+    # what was measured is the change by both
+    told, predicted = together.notes()[0], sum(move.predicted for move in moves)
+    assert told.startswith("steps 1 to 2: loss") and f"predicted {predicted:+.1e}, measured" in told
+    with pytest.raises(OptionError, match="hessian=exact is taken at one matrix at a time"):
+        make_method("icbs", {"hessian": "exact", "together": 2})
+
+
 def test_one_step_on_a_quadratic_loss_is_the_best_of_all_masks():
     generator = torch.Generator().manual_seed(3)
     module = nn.Sequential(nn.Linear(10, 1, bias=False)).double().eval()
@@ -248,7 +267,7 @@ def test_one_step_on_a_quadratic_loss_is_the_best_of_all_masks():
     options = {"block": 10, "batch": 30, "fix_pruned": 0.0, "fix_kept": 0.0, "gradient_multiplier": 1.0, "ridge": 0.0}
     settings = Descent(**options, hessian="exact", checks=1, solver=Exhaustive())
     descent = MaskDescent(module, [Searched("0", keep, score)], (x, y), squares, settings)
-    move = descent.step()
+    [move] = descent.step()
     assert move.measured == pytest.approx(move.predicted, abs=1e-9)
     losses = [float((x @ (original * ~gone).T - y).square().mean()) for gone in subsets(10, 5)]
     assert move.before + move.measured == pytest.approx(min(losses), abs=1e-9)
@@ -339,7 +358,7 @@ def test_gradients_of_single_samples_are_those_of_autograd(family):
     model, ids = make_tiny(family).requires_grad_(False), tiny_ids()[:3]
     name = "model.layers.0.mlp.down_proj" if family == "llama" else "transformer.h.0.mlp.c_proj"
     layer = model.get_submodule(name)
-    told = listen(model, layer, (ids,), token_loss, samples_at_once=2)
+    [told] = listen(model, [layer], (ids,), token_loss, samples_at_once=2)
     losses = token_loss(model, (ids,))
     layer.weight.requires_grad_(True)
     each = [torch.autograd.grad(token_loss(model, (ids[i : i + 1],)).sum(), layer.weight)[0] for i in range(3)]

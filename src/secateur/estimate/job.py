@@ -150,13 +150,14 @@ class Job:
         return min(self.method.descent().batch, self.samples) * self.length
 
     def search_steps(self, matrices: list[int]) -> int:
-        """Steps of that search, for matrices with so many entries."""
+        """Steps of that search, for matrices with so many entries; those that share a batch are one."""
         from secateur.search import step_slots
 
         if not isinstance(self.method, SearchMethod):
             return 0
         descent = self.method.descent()
-        return len(step_slots(matrices, descent.steps, descent.min_steps)) * descent.epochs
+        steps = len(step_slots(matrices, descent.steps, descent.min_steps)) * descent.epochs
+        return -(-steps // descent.together)
 
     @property
     def round_tokens(self) -> int:

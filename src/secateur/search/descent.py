@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class Descent:
     min_steps: int = 1
     epochs: int = 1
     batch: int = 8
+    together: int = 1
     selection: str = "gradient"
     hessian: str = "gradient_per_sample"
     gradient_multiplier: float = 0.75
@@ -156,25 +157,36 @@ class MaskDescent:
             self.step()
         return self.masks()
 
-    def step(self) -> Move:
-        """One step: one batch, one matrix. Raises NonFiniteError or UnsupportedModelError."""
-        number = len(self.trace)
-        matrix, batch = self._matrices[self._slot(number)], self._batch(number)
-        told = listen(self._module, matrix.layer, batch, self._loss, samples_at_once=self._at_once)
+    def step(self) -> list[Move]:
+        """One batch, and a step for each of the matrices that it is for, all from the weights as they were before.
+
+        Raises NonFiniteError or UnsupportedModelError.
+        """
+        first = len(self.trace)
+        numbers = range(first, min(first + self.settings.together, self.total))
+        matrices, batch = [self._matrices[self._slot(n)] for n in numbers], self._batch(first // self.settings.together)
+        layers = [matrix.layer for matrix in matrices]
+        heard = listen(self._module, layers, batch, self._loss, samples_at_once=self._at_once)
+        moves = [self._move(*one, batch) for one in zip(numbers, matrices, heard, strict=True)]
+        if self._checked.intersection(numbers):
+            after = mean_loss(self._module, batch, self._loss, samples_at_once=self._at_once)
+            moves[-1] = replace(moves[-1], measured=after - heard[0].loss)
+        self.trace += moves
+        return moves
+
+    def _move(self, number: int, matrix: _Matrix, told: Told, batch: Batch) -> Move:
+        """Exchange weights of a matrix."""
         gradient = told.mean().flatten()
         index_n, k = self._block(matrix, self._scores(matrix, told, gradient, number))
-        predicted, measured, exchanged = 0.0, None, 0
+        predicted, exchanged = 0.0, 0
         if 0 < k < len(index_n):
-            pruned, predicted = self._solve(matrix, told, gradient[index_n], index_n, k, batch)
+            pruned, predicted = self._solve(number, matrix, told, gradient[index_n], index_n, k, batch)
             exchanged = int((pruned & matrix.keep[index_n]).sum())
             matrix.keep[index_n] = ~pruned
             matrix.write(index_n)
             if matrix.tabu_length:
                 matrix.tabu = torch.cat([matrix.tabu, index_n.cpu()])[-matrix.tabu_length :]
-        if number in self._checked:
-            measured = mean_loss(self._module, batch, self._loss, samples_at_once=self._at_once) - told.loss
-        self.trace.append(Move(number + 1, matrix.name, told.loss, predicted, measured, exchanged))
-        return self.trace[-1]
+        return Move(number + 1, matrix.name, told.loss, predicted, None, exchanged)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the steps so far have changed."""
@@ -208,16 +220,19 @@ class MaskDescent:
 
     def notes(self) -> list[str]:
         """What happened, for the plan: a line for every step whose change was measured, and one for all."""
-        checked = [
-            f"step {m.step}, {m.layer}: loss {m.before:.4f}, predicted {m.predicted:+.1e}, measured {m.measured:+.1e}"
-            for m in self.trace
-            if m.measured is not None
-        ]
+        checked = []
+        for move in self.trace:
+            if move.measured is None:
+                continue
+            first = (move.step - 1) // self.settings.together * self.settings.together
+            predicted = sum(one.predicted for one in self.trace[first : move.step])
+            what = f"step {move.step}, {move.layer}" if first + 1 == move.step else f"steps {first + 1} to {move.step}"
+            checked.append(f"{what}: loss {move.before:.4f}, predicted {predicted:+.1e}, measured {move.measured:+.1e}")
         exchanged = sum(m.exchanged for m in self.trace)
         return [*checked, f"{exchanged} weights exchanged in {len(self.trace)} steps"]
 
     def _solve(
-        self, matrix: _Matrix, told: Told, g_n: Tensor, index_n: Tensor, k: int, batch: Batch
+        self, number: int, matrix: _Matrix, told: Told, g_n: Tensor, index_n: Tensor, k: int, batch: Batch
     ) -> tuple[Tensor, float]:
         """(which of the block are pruned, by how much the loss should change)."""
         settings, places = self.settings, matrix.places(index_n)
@@ -233,7 +248,7 @@ class MaskDescent:
         if settings.remove_zero_rows:
             free = model.free.nonzero().flatten()
             # of more than are wanted some, by lot
-            order = torch.randperm(len(free), generator=self._lot("free", len(self.trace)))
+            order = torch.randperm(len(free), generator=self._lot("free", number))
             pruned[free[order[:k]]] = True
             left = ~model.free
         wanted = k - int(pruned.sum())

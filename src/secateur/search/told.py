@@ -1,12 +1,13 @@
-"""What a batch tells about one linear layer of a module: its loss, and gradients of single samples where asked for.
+"""What a batch tells about linear layers of a module: its loss, and gradients of single samples where asked for.
 
-Only the layer's input and the gradient at its output are held, S * T * (I + O) numbers; gradients of all its weights
+Only a layer's input and the gradient at its output are held, S * T * (I + O) numbers; gradients of all its weights
 for every sample are never there at once. S samples, T rows of each (tokens), O outputs, I inputs, n chosen weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,48 +53,66 @@ class Told:
         return torch.stack([x.float().flatten(0, 1).square().sum(dim=0) for x, _ in self.parts]).sum(0).sqrt()
 
 
-def listen(module: nn.Module, layer: nn.Module, batch: Batch, loss: Loss, *, samples_at_once: int) -> Told:
-    """Run the batch, and its gradient back to ``layer``. Raises NonFiniteError or UnsupportedModelError."""
+def listen(
+    module: nn.Module, layers: Sequence[nn.Module], batch: Batch, loss: Loss, *, samples_at_once: int
+) -> list[Told]:
+    """Run the batch, and its gradient back to every one of ``layers``. Raises NonFiniteError, UnsupportedModelError."""
     total = 0.0
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
     for part in _parts(batch, samples_at_once):
-        losses, calls = _call(module, layer, part, loss)
+        losses, calls = _call(module, layers, part, loss)
         total += float(losses.double().sum())
-        parts += calls
-    return Told(total / len(batch[0]), len(batch[0]), tuple(parts))
+        for mine, call in zip(parts, calls, strict=True):
+            mine.append(call)
+    return [Told(total / len(batch[0]), len(batch[0]), tuple(mine)) for mine in parts]
 
 
-def _call(module: nn.Module, layer: nn.Module, batch: Batch, loss: Loss) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
+def _call(
+    module: nn.Module, layers: Sequence[nn.Module], batch: Batch, loss: Loss
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    calls: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
 
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        inputs.append(args[0].detach())
-        # what comes before needs no graph
-        outputs.append(output.detach().requires_grad_())
-        # a copy, which the module may write into
-        return outputs[-1].clone()
+    def listening(mine: list[tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            # what comes before the first of them needs no graph
+            told = output if output.requires_grad else output.detach().requires_grad_()
+            mine.append((args[0].detach(), told))
+            # a copy, which the module may write into
+            return told.clone()
 
-    handle = layer.register_forward_hook(hook)
-    try:
+        return hook
+
+    with ExitStack() as stack:
+        for layer, mine in zip(layers, calls, strict=True):
+            stack.callback(layer.register_forward_hook(listening(mine)).remove)
         with torch.enable_grad():
             losses = loss(module, batch)
             if not all_finite(losses):
                 raise NonFiniteError("the loss of a batch is NaN or inf: try --dtype float32 or check the weights")
+            outputs = [output for mine in calls for _, output in mine]
             gradients = torch.autograd.grad(losses.sum(), outputs, allow_unused=True) if losses.requires_grad else ()
-    finally:
-        handle.remove()
     samples = len(batch[0])
     # some models flatten windows into rows, which keep their order where all are there
     rows = {samples, samples * batch[0].shape[1]} if batch[0].dim() == 2 else {samples}
-    if len(outputs) != 1 or len(inputs[0]) not in rows or not gradients or gradients[0] is None:
-        # experts, layers that are used several times, and those that nothing depends on
-        raise UnsupportedModelError(
-            "a mask can be searched where the loss depends on a layer that is called once with all samples,"
-            f" a {type(layer).__name__} was called {len(outputs)} times"
-        )
-    x, dy = inputs[0], gradients[0]
-    return losses.detach(), [(x.reshape(samples, -1, x.shape[-1]), dy.reshape(samples, -1, dy.shape[-1]))]
+    for layer, mine in zip(layers, calls, strict=True):
+        if len(mine) != 1 or len(mine[0][0]) not in rows:
+            # experts, and layers that are used several times
+            raise _unfit(layer, len(mine))
+    if len(gradients) != len(layers):
+        raise _unfit(layers[0], 1)
+    found = []
+    for layer, [(x, _)], dy in zip(layers, calls, gradients, strict=True):
+        if dy is None:
+            raise _unfit(layer, 1)
+        found.append((x.reshape(samples, -1, x.shape[-1]), dy.reshape(samples, -1, dy.shape[-1])))
+    return losses.detach(), found
+
+
+def _unfit(layer: nn.Module, times: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "a mask can be searched where the loss depends on a layer that is called once with all samples,"
+        f" a {type(layer).__name__} was called {times} times"
+    )
 
 
 def mean_loss(module: nn.Module, batch: Batch, loss: Loss, *, samples_at_once: int) -> float:

@@ -55,6 +55,9 @@ class ICBS(SearchMethod):
     min_steps: int = option(1, "steps that every matrix has in an epoch at least", unit="steps", ge=0)
     epochs: int = option(1, "how often the steps are made, in another order each time", ge=1)
     batch: int = option(8, "windows that a step looks at", unit="windows", ge=1)
+    together: int = option(
+        1, "matrices that a batch is for, all stepped from the same gradients; published: 1", unit="matrices", ge=1
+    )
     selection: str = option("gradient", "the score by which blocks are chosen", choices=SELECTIONS)
     hessian: str = option("gradient_per_sample", "H; exact takes n gradients of a gradient", choices=CURVATURES)
     gradient_multiplier: float = option(0.75, "gm; 1 is the exact expansion", ge=0)
@@ -83,6 +86,8 @@ class ICBS(SearchMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.hessian == "exact" and self.together > 1:
+            raise OptionError("icbs: hessian=exact is taken at one matrix at a time: leave together at 1")
         try:
             binary_solver(self.solver)
         except UsageError as error:
