@@ -40,8 +40,8 @@ class BinarySolver(Protocol):
 
 def energy(Q: Floats, x: Any) -> float:
     """x'Qx for x [n] of zeros and ones."""
-    chosen = np.asarray(x, dtype=bool)
-    return float(Q[np.ix_(chosen, chosen)].sum())
+    ones = np.asarray(x, dtype=np.float64)
+    return float(ones @ (Q @ ones))
 
 
 def minimise(solver: BinarySolver, Q: Floats, k: int) -> Bools:
@@ -52,8 +52,8 @@ def minimise(solver: BinarySolver, Q: Floats, k: int) -> Bools:
     n = len(Q)
     if k <= 0 or k >= n:
         return np.full(n, k > 0)
-    size = np.abs(Q[Q != 0])
-    given = np.asarray(solver.solve(Q / size.mean() if len(size) else Q, k))
+    entries = np.count_nonzero(Q)
+    given = np.asarray(solver.solve(Q * (entries / np.abs(Q).sum()) if entries else Q, k))
     who = type(solver).__name__
     if given.shape != (n,) or not np.isin(given, (0, 1)).all():
         raise UsageError(f"{who}.solve must give {n} zeros and ones, it gave an array of shape {given.shape}")
@@ -92,24 +92,27 @@ class SwapSearch:
     kicked: int = 8
 
     def solve(self, Q: Floats, k: int) -> Bools:
-        S, lots, fewer = (Q + Q.T) / 2, np.random.default_rng(0), min(k, len(Q) - k)
-        best = self._descend(S, np.arange(len(Q)) < k)
+        S = Q + Q.T
+        S /= 2
+        lots, fewer = np.random.default_rng(0), min(k, len(Q) - k)
+        tolerance = 1e-12 * float(np.abs(S).sum())
+        best = self._descend(S, np.arange(len(Q)) < k, tolerance)
+        lowest = energy(S, best)
         for _ in range(self.kicks):
             x = best.copy()
             count = min(self.kicked, fewer)
             on, off = (lots.permutation(np.flatnonzero(among))[:count] for among in (~x, x))
             x[on], x[off] = True, False
-            x = self._descend(S, x)
-            if energy(S, x) < energy(S, best):
-                best = x
+            x = self._descend(S, x, tolerance)
+            if (found := energy(S, x)) < lowest:
+                best, lowest = x, found
         return best
 
-    def _descend(self, S: Floats, x: Bools) -> Bools:
-        n, field = len(S), S[:, x].sum(axis=1)
+    def _descend(self, S: Floats, x: Bools, tolerance: float) -> Bools:
+        n, field = len(S), S @ x.astype(np.float64)
         tenure = min(self.tenure, min(int(x.sum()), n - int(x.sum())) - 1)
         best, best_x, value, since, moves = 0.0, x.copy(), 0.0, 0, 0
         rests_until = np.zeros(n, dtype=np.int64)
-        tolerance = 1e-12 * float(np.abs(S).sum())
         while since <= self.patience:
             awake = rests_until <= moves
             change, on, off = self._best(S, field, x, awake, self.shortlist)
@@ -117,7 +120,8 @@ class SwapSearch:
                 change, on, off = self._best(S, field, x, awake, n)
             moves += 1
             x[on], x[off] = True, False
-            field += S[:, on] - S[:, off]
+            # rows are columns, and lie side by side in memory
+            field += S[on] - S[off]
             value += change
             if value < best - tolerance:
                 best, best_x, since = value, x.copy(), 0
