@@ -40,8 +40,10 @@ steps lie within 0.6 points of the dense network and of each other. With batches
 and the published cutoff is ahead in accuracy. There the claims that more steps and the exact Q help don't hold. The
 loss over all training images doesn't fall from step 30 to step 90 either, so it is no overfitting.
 
-A language model is measured with `--model`: cross-entropy on evaluation text of Wanda's mask and of the mask searched
-from it, 8 windows of 256 tokens a step, blocks of 1024, one step per matrix.
+On SmolLM2-135M cross-entropy on text that the search hasn't seen is 0.36 nats lower than with Wanda's mask at density
+0.5, and 0.77 lower at 0.4; 0.02 were expected. Perplexities are 49 and 34.0 at 0.5, 107 and 49.4 at 0.4, with weights
+that are still the original ones: 8 windows of 256 tokens a step, blocks of 1024, one step per matrix, calibrated on
+WikiText-2's validation and measured on its test file, 40 windows of 512 tokens. About 18 minutes of processor time.
 """
 
 
@@ -131,7 +133,7 @@ def of_language(rows: list[dict[str, Any]], setting: dict[str, Any], arguments: 
         return math.log(table["perplexity"].values["model"])
 
     for density in arguments.densities:
-        key = {"model": arguments.model, "density": density, "steps": arguments.steps or 1}
+        key = {"model": arguments.model, "density": density, "steps": arguments.steps or "1 a matrix"}
         if any(key.items() <= row.items() for row in rows):
             continue
         how = {"calibration": arguments.calibration, "samples": 64, "length": 256, "sparsity": 1 - density}
