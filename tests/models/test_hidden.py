@@ -54,6 +54,14 @@ def test_channels_that_hold_nothing_leave_and_the_rest_goes_on_as_before(family,
         torch.testing.assert_close(stock(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_biases_of_as_many_neurons_as_there_are_channels_stay():
+    model = make_tiny("llama-tied-bias", intermediate_size=32)
+    cut = sc.apply(plan_for("minitron_hidden", model, IDS, sparsity=0.25), model)
+    mlp = cut.model.layers[0].mlp
+    assert (len(mlp.gate_proj.bias), len(mlp.up_proj.bias), len(mlp.down_proj.bias)) == (32, 32, 24)
+    assert cut(IDS).logits.isfinite().all()
+
+
 def test_families_whose_width_says_more_refuse():
     assert {"gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "falcon"} <= FROZEN and set(CUT) >= {
         "llama",

@@ -365,8 +365,10 @@ def _hidden_group(model: PreTrainedModel) -> Group:
     entries = torch.arange(width)[:, None]
     blocks = typed_blocks(model)
     inner = {part.tensor: part for block in blocks for part in _hidden_slices(block, entries)}
-    # what else stands within attentions runs over heads
-    attentions = tuple(f"{block.path(block.family.attention)}." for block in blocks if block.has_attention)
+    # what else stands within attentions runs over heads, and within MLPs over neurons
+    within = tuple(
+        f"{block.path(name)}." for block in blocks for kind in ("attention", "mlp") for name in block.sublayer(kind)
+    )
     slices: list[Slices] = []
     sizes: list[int] = []
     unknown = []
@@ -374,7 +376,7 @@ def _hidden_group(model: PreTrainedModel) -> Group:
     for name, tensor in model.named_parameters():
         if name in inner:
             macs += tensor.numel() // width if tensor.dim() == 2 else 0
-        elif width not in tensor.shape or name.startswith(attentions):
+        elif width not in tensor.shape or name.startswith(within):
             continue
         elif not (tensor.dim() == 1 or tensor is table or (head is not None and tensor is head.weight)):
             unknown.append(name)
