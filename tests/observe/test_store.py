@@ -80,6 +80,17 @@ def test_plans_share_the_statistics_of_the_dense_model(tmp_path, tiny_llama, tin
     assert walks == [0, 1] * 3
 
 
+def test_options_that_let_units_stay_share_no_statistics_with_others(tmp_path, tiny_llama, tiny_tokenizer):
+    settings = {"method": "tyr", "sparsity": 0.3, "samples": 4, "length": 32, "dtype": "float32"}
+    alike = {"levels": 1, "iterations": 1, "generations": 0, "accumulation": "none"}
+
+    def plan(parts, **more):
+        return sc.plan(tiny_llama, tiny_tokenizer, options={**alike, "parts": parts}, **settings, **more)
+
+    plan("mlp", statistics=tmp_path)
+    assert not plan("both", statistics=tmp_path).diff(plan("both"))
+
+
 @pytest.mark.parametrize("limit", [None, 0, 500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_in_memory_and_in_a_file(limit, dtype, tmp_path):

@@ -41,14 +41,16 @@ def statistics_folder(
 
 
 def kind_of(method: object) -> str:
-    """What decides where a method's statistics are taken: the name of its base class in the contract."""
+    """What decides where a method's statistics are taken: its base class in the contract, and the units that leave."""
     own = getattr(method, "kind", None)
     if isinstance(own, str):
         return own
     # contracts stand in modules of the room itself, methods in rooms of their own
-    return next(
+    base = next(
         base.__name__ for base in type(method).__mro__ if re.fullmatch(r"secateur\.methods\.\w+", base.__module__)
     )
+    # with some options a method lets a kind of units stay, and looks at nothing that reads them
+    return " ".join([base, *getattr(method, "kinds", ())])
 
 
 def write_seen(path: Path, seen: SeenByModule) -> None:
