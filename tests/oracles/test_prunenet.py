@@ -246,6 +246,18 @@ def test_a_policy_is_kept_and_used_at_another_sparsity_and_for_another_model(tmp
     assert all(set(first.keep[n].tolist()) <= set(less.keep[n].tolist()) for n in first.keep)
 
 
+@pytest.mark.parametrize("asked", [{"budget": "neurons=0.6"}, {"budget": "params=0.7"}, {"uniform": True}])
+def test_a_policy_learns_at_what_budgets_take_of_the_neurons(asked, tmp_path):
+    model, options = make_tiny("llama"), {"variants": "scores", "episodes": 1, **asked}
+    plan = plan_for("prunenet", model, IDS, policy=str(tmp_path / "policy"), **options)
+    removed = json.loads((tmp_path / "policy" / "policy.json").read_text(encoding="utf8"))["removed"]
+    gone, whole = (sum(map(len, parts)) for parts in (map(plan.removed, plan.keep), map(range, plan.groups.values())))
+    assert gone / whole == pytest.approx(removed, abs=0.02)
+    if "sparsity" not in plan.provenance[0].options:
+        # what the plan doesn't name has no part in it
+        assert not plan.diff(plan_for("prunenet", model, IDS, sparsity=0.6, **options))
+
+
 def test_a_crash_ends_in_the_same_bytes(tiny_checkpoint, tmp_path, monkeypatch):
     from secateur.engine import policies
     from secateur.runs.folder import DiskKeeper

@@ -57,12 +57,19 @@ def _shape(method: PolicyMethod, run: Run, groups: list[Group]) -> tuple[int, in
 
 
 def _removed(method: PolicyMethod, run: Run, groups: list[Group]) -> float:
-    """The fraction of the neurons that leaves."""
-    units = sum(group.units * getattr(group.cost, method.budget, 1) for group in groups)
-    asked = method.sparsity if method.programmed else method.sparsity * method.counted(run.anatomy) / units
-    if asked >= 1:
-        raise BudgetError(f"can't remove {method.sparsity:.1%} of the {method.budget}: neurons are less than that")
-    return asked
+    """The fraction of the neurons that leaves, as far as the budgets say: the largest of several."""
+    fractions = [0.0]
+    for name, left in method.asked.items():
+        dense = sum(group.units * getattr(group.cost, name, 1) for group in groups)
+        # rounding of 1 - (1 - sparsity) is no neuron
+        asked = round(1 - left, 12)
+        # of other budgets nobody knows yet how many neurons they take
+        if name in ("params", "macs", "bytes"):
+            asked *= getattr(run.anatomy.blocks, name) / dense
+        if asked >= 1:
+            raise BudgetError(f"can't remove {1 - left:.1%} of the {name}: neurons are less than that")
+        fractions.append(asked)
+    return max(fractions)
 
 
 def _policy(method: PolicyMethod, run: Run, groups: list[Group], rows: int, inputs: int, removed: float) -> Policy:
