@@ -78,6 +78,16 @@ def test_a_model_that_was_cut_before_takes_less_from_the_start(clock):
     assert measured(cut).dense == pytest.approx(request_ms(cut), rel=2e-2)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "falcon"])
+def test_heads_that_have_left_every_block_take_no_time(clock, family):
+    model = make_tiny(family)
+    cut = sc.prune(model, method="random_sp", sparsity=0.55, options={"round_to": 8}).model
+    assert {group.units for group in decoder_anatomy(cut).of_kind("kv_head")} <= {1, 2}
+    assert measured(cut).dense == pytest.approx(request_ms(cut), rel=1e-3)
+    heads = decoder_anatomy(cut).of_kind("kv_head")[0]
+    assert len(measured(cut).saved(heads)) == heads.units + 1
+
+
 def test_a_table_is_measured_once_and_shared(clock, tmp_path):
     model, path = make_tiny("llama"), tmp_path / "table.json"
     first = measured(model, LatencyTable.open(path))

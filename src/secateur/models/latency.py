@@ -201,22 +201,33 @@ def _probe(source: Source, blocks: int) -> PreTrainedModel:
             setattr(config, name, max(entry[name] for entry in sizes))
     with torch.random.fork_rng():
         probe: Any = type(model)(config)
-    return probe.to(source.device, model.dtype).eval()
+    probe = probe.to(source.device, model.dtype).eval()
+    if not family.plain_heads:
+        # its stock class has all heads of the dense model, also where every block has lost some
+        for unit in ("kv", "query"):
+            _narrow(probe, unit, _widest(decoder_anatomy(model, heads=unit)))
+    return probe
 
 
 def _narrowed(probe: PreTrainedModel, unit: str, kind: str, kept: int) -> PreTrainedModel:
     """A copy with this many units of every group of a kind."""
     narrow = copy.deepcopy(probe)
-    anatomy = decoder_anatomy(narrow, heads=unit)
-    removed = {g.name: _last(g, kept) for g in _groups(anatomy) if g.kind == kind}
-    remove_units(narrow, Removal.of(narrow, anatomy, removed))
+    _narrow(narrow, unit, {kind: kept})
     return narrow
+
+
+def _narrow(model: PreTrainedModel, unit: str, most: Mapping[str, int]) -> None:
+    """Leave at most so many units in every group, by kind, in place."""
+    anatomy = decoder_anatomy(model, heads=unit)
+    wide = [g for g in _groups(anatomy) if g.units > most.get(g.kind, g.units)]
+    if wide:
+        remove_units(model, Removal.of(model, anatomy, {g.name: _last(g, most[g.kind]) for g in wide}))
 
 
 def _last(group: Group, kept: int) -> torch.Tensor:
     """The units behind the first ``kept``, as many of every part that must stay in balance."""
     units_PU = torch.arange(group.units).reshape(group.balance, -1)
-    return units_PU[:, kept // group.balance :].flatten()
+    return units_PU[:, -(-kept // group.balance) :].flatten()
 
 
 def _widths(group: Group) -> list[int]:
