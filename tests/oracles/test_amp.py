@@ -9,6 +9,7 @@ from runs import plan_for
 from secateur.allocate import RoundedAllocator
 from secateur.allocate.units import Limits
 from secateur.criteria.divergence import kl_divergence
+from secateur.errors import OptionError
 from secateur.methods import Target, make_method
 from secateur.models.saving import plain
 from secateur.observe import Amplitudes, Contributions
@@ -148,6 +149,32 @@ def test_the_counts_of_the_published_code_and_those_that_meet_the_budget(sparsit
 
 def test_one_of_each_stays():
     assert counts(1.0, fill=False) == (31, 11007)
+
+
+def removed(model, **options):
+    """(kinds of units that leave, the fraction of the parameters of the blocks that they have)."""
+    anatomy, plan = sc.anatomy(model), plan_for("amp", model, IDS, **options)
+    gone = {name: len(plan.removed(name)) for name in plan.keep if len(plan.removed(name))}
+    kinds = {anatomy[name].kind for name in gone}
+    return kinds, sum(anatomy[name].cost.params * count for name, count in gone.items()) / anatomy.blocks.params
+
+
+def test_parts_stay_whatever_says_how_much_leaves():
+    model = make_tiny("llama", num_attention_heads=8, num_key_value_heads=4)
+    for asked in ({"budget": "params=0.8", "variants": "scores"}, {"uniform": True, "variants": "scores"}):
+        assert removed(model, parts="mlp", **asked)[0] == {"neuron"}
+        assert removed(model, parts="heads", **asked)[0] == {"kv_head"}
+    kinds, _ = removed(model, parts="mlp", budget="neurons", sparsity=0.5)
+    assert kinds == {"neuron"}
+    with pytest.raises(OptionError, match="amp: a budget of neurons needs parts=mlp"):
+        make_method("amp", {"budget": "neurons"})
+
+
+def test_blocks_without_ffn_leave_their_share_to_the_others():
+    model = make_tiny("llama")
+    model = sc.apply(plan_for("blockpruner", model, IDS, sublayers=1, parts="mlp"), model)
+    kinds, share = removed(model, parts="mlp", sparsity=0.3)
+    assert kinds == {"neuron"} and share == pytest.approx(0.3, abs=0.01)
 
 
 def test_reversed_does_more_harm_and_widths_are_equal():

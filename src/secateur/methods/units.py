@@ -131,7 +131,7 @@ class UnitMethod(StructuredMethod, Refittable):
         if "kv_bytes" in self.asked and self.heads == "query":
             raise OptionError("budget kv_bytes needs heads=kv: single query heads leave the KV cache as it is")
         if "neurons" in self.asked and set(self.kinds) != {"neuron"}:
-            raise OptionError(f"{self.name}: a budget of neurons is for methods that remove nothing else")
+            raise OptionError(f"{self.name}: a budget of neurons needs parts=mlp, so that nothing else leaves")
 
     @cached_property
     def asked(self) -> Mapping[str, float]:
@@ -139,11 +139,16 @@ class UnitMethod(StructuredMethod, Refittable):
         return parse_budgets(self.budget, self.sparsity)
 
     def counted(self, anatomy: Anatomy) -> int:
-        """What the sparsity is a fraction of, in units of the budget: the linear weights of all blocks."""
+        """What the sparsity is a fraction of, in units of the budget: the linear weights of all blocks, or neurons."""
+        if self.budget == "neurons":
+            return sum(group.units for group in anatomy.of_kind(*self.kinds))
         return int(getattr(anatomy.blocks, self.budget, 1))
 
     def share(self, anatomy: Anatomy) -> float:
         """The fraction of the linear weights of the blocks that leaves, as far as it is known; for estimates."""
+        if "neurons" in self.asked:
+            weights = sum(group.units * group.cost.params for group in anatomy.of_kind(*self.kinds))
+            return (1 - self.asked["neurons"]) * weights / anatomy.blocks.params
         # of other budgets nobody knows yet how many weights they take along
         return max((1 - left for name, left in self.asked.items() if name in ("params", "macs", "bytes")), default=0.0)
 
@@ -238,17 +243,6 @@ class NeuronMethod(UnitMethod):
     """Removes FFN neurons and leaves attention alone; a budget of ``neurons`` counts nothing else."""
 
     removes: ClassVar[tuple[str, ...]] = ("neuron",)
-
-    def counted(self, anatomy: Anatomy) -> int:
-        if self.budget == "neurons":
-            return sum(group.units for group in anatomy.of_kind(*self.kinds))
-        return super().counted(anatomy)
-
-    def share(self, anatomy: Anatomy) -> float:
-        if "neurons" not in self.asked:
-            return super().share(anatomy)
-        weights = sum(group.units * group.cost.params for group in anatomy.of_kind(*self.kinds))
-        return (1 - self.asked["neurons"]) * weights / anatomy.blocks.params
 
 
 @dataclass(frozen=True, kw_only=True)
