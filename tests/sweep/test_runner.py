@@ -12,6 +12,7 @@ from secateur.plans import Plan
 from secateur.sweep import worker
 from secateur.sweep.pools import InSequence
 from secateur.sweep.records import DENSE, Journal, Record
+from secateur.sweep.results import results_csv
 from secateur.sweep.runner import make_job, open_journal
 from secateur.sweep.sources import objectives, statistics_of
 from secateur.sweep.worker import Failure
@@ -166,6 +167,15 @@ def test_a_grid_may_grow(sweep_of, run_in, runs):
     results = run_in(sweep_of({"method": "magnitude", "sparsity": [0.5, 0.6]}), resume=True)
     assert [r.values["sparsity"] for r in results.points] == [0.5, 0.6]
     assert set(runs.values()) == {1} and len(runs) == 4
+
+
+def test_a_grid_may_grow_by_an_axis(sweep_of, run_in, runs):
+    run_in(sweep_of({"method": "magnitude", "sparsity": [0.3]}))
+    results = run_in(sweep_of({"method": "magnitude", "steps.1.sparsity": [0.3], "seed": [0, 1]}), resume=True)
+    assert set(runs.values()) == {1} and len(runs) == 3
+    # the point of seed 0 is the one of before, which had no seed among its axes
+    assert [r.values["seed"] for r in results.points] == [0, 1]
+    assert [line.split(",")[2:4] for line in results_csv(results).splitlines()[2:]] == [["0.3", "0"], ["0.3", "1"]]
 
 
 def test_a_point_without_its_plan_is_done_again(sweep_of, run_in, runs, tmp_path):

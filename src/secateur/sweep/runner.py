@@ -246,7 +246,8 @@ def collect(sweep: Sweep, records: Mapping[str, Record]) -> Results:
     """The results among ``records``: those of the grid in its order, or of the search in the order of the journal."""
     dense = records.get(DENSE)
     if sweep.search is None:
-        points = [records[p.key] for p in sweep.points if p.key in records]
+        # an earlier run may have had the same points by other axes
+        points = [replace(records[p.key], values=p.values) for p in sweep.points if p.key in records]
     else:
         points = [r for k, r in records.items() if k != DENSE and set(r.values) == set(sweep.space)]
     return Results(sweep, dense, points)
