@@ -347,6 +347,20 @@ def test_a_search_makes_its_trials(sweep_of, run_in, runs):
     assert set(runs.values()) == {1} and len(runs) == 8
 
 
+def test_a_search_has_no_points_of_another_one(sweep_of, run_in, runs):
+    pytest.importorskip("optuna")
+    first = run_in(sweep_of(search={**SEARCH, "sparsity": [0.2, 0.7]}))
+    narrow = sweep_of(search={**SEARCH, "sparsity": [0.3, 0.6], "trials": 6})
+    results = run_in(narrow, resume=True)
+    inside = [r.key for r in first.points if 0.3 <= r.values["sparsity"] <= 0.6]
+    assert 0 < len(inside) < 5 and [r.key for r in results.points[: len(inside)]] == inside
+    assert len(results.points) == 6 and set(runs.values()) == {1}
+    # other data make other points of the same values
+    more = sweep_of(search={**SEARCH, "sparsity": [0.2, 0.7], "trials": 1}, calibration={"samples": 3, "length": 32})
+    [point] = run_in(more, resume=True).points
+    assert point.key not in {r.key for r in first.points}
+
+
 def test_a_search_runs_no_point_twice(sweep_of, run_in, runs):
     pytest.importorskip("optuna")
     results = run_in(sweep_of(search={**SEARCH, "trials": 12}), pool=Pairs)

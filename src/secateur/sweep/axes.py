@@ -23,6 +23,12 @@ _STEP = tuple(key for key in Step.model_fields if key != "options")
 _LONGEST_NAME = 100
 
 
+def rounded(value: Scalar) -> Scalar:
+    """A value as a point of a search has it."""
+    # what Optuna draws has more digits than anybody wants to read in the name of a folder
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 class Range(BaseModel):
     """Numbers from ``low`` to ``high``, both included; whole numbers when both are whole."""
 
@@ -53,6 +59,11 @@ class Range(BaseModel):
         """Both ends: what is valid there is taken to be valid between them."""
         return (self.low, self.high)
 
+    def holds(self, value: Scalar) -> bool:
+        """Whether a point may have this value, which is rounded like all that is drawn."""
+        low, high = (float(rounded(end)) for end in (self.low, self.high))
+        return not isinstance(value, (str, bool)) and low <= value <= high
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -64,6 +75,10 @@ class Choice:
     def corners(self) -> tuple[Scalar, ...]:
         """All values."""
         return self.values
+
+    def holds(self, value: Scalar) -> bool:
+        """Whether it is one of the values."""
+        return value in self.values
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def resumable(journal: Journal, sweep: Sweep) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        done = len(collect(sweep, journal.resume()).points)
+        done = len(collect(sweep, belonging(sweep, journal.resume())).points)
         raise KeyboardInterrupt(
             f"interrupted; {done} of {sweep.size} points are done: --resume goes on with the rest"
         ) from None
@@ -135,7 +135,7 @@ class _Run:
         self, sweep: Sweep, pool: Pool, journal: Journal, finished: Mapping[str, Record], progress: Progress
     ) -> None:
         self._sweep, self._pool, self._journal, self._progress = sweep, pool, journal, progress
-        self._records = dict(finished)
+        self._records = belonging(sweep, finished)
         self._source: Source | None = None
         self._again: list[Task] = []
         self._busy = 0
@@ -242,6 +242,13 @@ class _Run:
         self._progress("sweep", len(collect(self._sweep, self._records).points), self._sweep.size)
 
 
+def belonging(sweep: Sweep, records: Mapping[str, Record]) -> dict[str, Record]:
+    """Those of an earlier run's records that the search may ask for; a grid knows its own by their keys."""
+    if sweep.search is None:
+        return dict(records)
+    return {key: record for key, record in records.items() if key == DENSE or sweep.searches(record.values, key)}
+
+
 def collect(sweep: Sweep, records: Mapping[str, Record]) -> Results:
     """The results among ``records``: those of the grid in its order, or of the search in the order of the journal."""
     dense = records.get(DENSE)
@@ -249,5 +256,5 @@ def collect(sweep: Sweep, records: Mapping[str, Record]) -> Results:
         # an earlier run may have had the same points by other axes
         points = [replace(records[p.key], values=p.values) for p in sweep.points if p.key in records]
     else:
-        points = [r for k, r in records.items() if k != DENSE and set(r.values) == set(sweep.space)]
+        points = [r for k, r in records.items() if k != DENSE]
     return Results(sweep, dense, points)

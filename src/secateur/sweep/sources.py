@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from secateur.errors import UsageError, nearest, require_extra
-from secateur.sweep.axes import Choice, Point, Range, Scalar
+from secateur.sweep.axes import Choice, Point, Range, Scalar, rounded
 from secateur.sweep.pareto import quality_metric
 from secateur.sweep.records import Record
 from secateur.sweep.spec import Search, Sweep
@@ -87,7 +88,7 @@ class OptunaSearch:
         while self._left > 0:
             self._left -= 1
             trial = self._study.ask(self._distributions)
-            point = self._sweep.point({axis: _rounded(value) for axis, value in trial.params.items()})
+            point = self._sweep.point({axis: rounded(value) for axis, value in trial.params.items()})
             if point.key in self._finished:
                 self._finish(trial, self._finished[point.key])
             elif point.key in self._running:
@@ -112,19 +113,13 @@ class OptunaSearch:
         trials = []
         for record in self._finished.values():
             values = self._values(record)
-            if set(record.values) != set(self._sweep.space) or values is None:
-                continue
-            try:
-                # the recipe may have changed since
-                if self._sweep.point(record.values).key == record.key:
-                    trials.append(
-                        self._optuna.trial.create_trial(
-                            params=dict(record.values), distributions=self._distributions, values=values
-                        )
-                    )
-            except (ValueError, UsageError):
-                continue
+            # the steps of a range may have changed since
+            with suppress(ValueError):
+                trials += [] if values is None else [self._trial(dict(record.values), values)]
         return trials
+
+    def _trial(self, params: dict[str, Scalar], values: list[float]) -> Any:
+        return self._optuna.trial.create_trial(params=params, distributions=self._distributions, values=values)
 
     def _distribution(self, domain: Choice | Range) -> Any:
         kinds = self._optuna.distributions
@@ -165,8 +160,3 @@ def statistics_of(point: Point) -> set[str]:
     if method.kept_scores:
         names["scores"] = [method.kept_scores]
     return {json.dumps([kind, needed, text, point.recipe.dtype]) for kind, needed in names.items()}
-
-
-def _rounded(value: Scalar) -> Scalar:
-    # what Optuna draws has more digits than anybody wants to read in the name of a folder
-    return float(f"{value:.4g}") if isinstance(value, float) else value

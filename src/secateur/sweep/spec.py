@@ -103,6 +103,18 @@ class Sweep:
         """The point at ``values``. Raises UsageError."""
         return make_point(self.data, values, self.where)
 
+    def searches(self, values: Mapping[str, Scalar], key: str) -> bool:
+        """Whether the search may ask for the point with these values and this key, which an earlier run may have had.
+
+        The recipe and the space may have changed since.
+        """
+        if set(values) != set(self.space) or not all(self.space[axis].holds(value) for axis, value in values.items()):
+            return False
+        try:
+            return self.point(values).key == key
+        except UsageError:
+            return False
+
     @property
     def size(self) -> int:
         """Number of points that will be there in the end."""
