@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -111,6 +112,23 @@ def test_healed_twice_and_a_folder_of_somebody_else(pruned, tiny_checkpoint, tmp
     assert plain.plans == [] and not (tmp_path / "plain" / "plan").exists()
     assert "Training report" in (tmp_path / "plain" / "report.html").read_text(encoding="utf8")
     assert "Trained from" in (tmp_path / "plain" / "README.md").read_text(encoding="utf8")
+
+
+def test_what_was_measured_before_stays_beside_the_dense_model(pruned, tmp_path):
+    shutil.copytree(pruned["cut"], tmp_path / "measured")
+    report = json.loads((tmp_path / "measured" / "report.json").read_text(encoding="utf8"))
+    size = {"name": "parameters", "unit": "parameters", "values": {"dense": 100.0, "pruned": 80.0}}
+    (tmp_path / "measured" / "report.json").write_text(json.dumps({**report, "metrics": [size]}), encoding="utf8")
+    # without a teacher what training gives is told of two models, of which none is dense
+    sc.heal(tmp_path / "measured", out=tmp_path / "out", html=True, **HOW)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf8")
+    assert "| | dense | pruned | healed | change |" in card
+    assert "| parameters (parameters) | 100 | 80 |  |  |" in card
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf8")
+    head = page[page.index("<h2>Before and after</h2>") :].partition("</thead>")[0]
+    assert re.findall(r'<th scope="col">([^<]*)', head) == ["metric", "dense", "pruned", "change", "healed", "change"]
+    sc.heal(pruned["cut"], out=tmp_path / "bare", html=True, **HOW)
+    assert "pruned (dense)" not in (tmp_path / "bare" / "report.html").read_text(encoding="utf8")
 
 
 # killed and stopped

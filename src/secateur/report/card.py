@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from secateur.report.numbers import model_names
+
 if TYPE_CHECKING:
     from secateur.plans import Plan
     from secateur.report import Report
@@ -81,7 +83,7 @@ def _calibration(info: Any) -> str:
 
 
 def _metrics(report: Report) -> str:
-    models = list(dict.fromkeys(name for metric in report.metrics for name in metric.values))
+    models = model_names(report.metrics)
     lines = ["## Before and after", "", f"| | {' | '.join(models)} | change |", "| --- " * (len(models) + 2) + "|"]
     for metric in report.metrics:
         label = f"{metric.name} ({metric.unit})" if metric.unit else metric.name

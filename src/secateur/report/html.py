@@ -190,8 +190,9 @@ def _comparison(report: Report) -> str:
     notes = footnotes(report.metrics)
     items = "".join(f'<li id="note-{number}">{escape(protocol)}</li>' for protocol, number in notes.items())
     protocols = f'<h3>How it was measured</h3><ol class="notes">{items}</ol>' if items else ""
-    # what a training begins with may be sparse
-    table = _metrics_table(report.metrics, notes, first="" if report.trainings else " (dense)")
+    # what a training begins with may be sparse, and is cut where the training is to recover
+    trained = bool(report.trainings or report.recoveries)
+    table = _metrics_table(report.metrics, notes, first="" if trained else " (dense)")
     return f"<section><h2>Before and after</h2>{table}{_speed_note(report)}{protocols}</section>"
 
 

@@ -81,8 +81,12 @@ def verdict(change: float | None, higher_is_better: bool | None) -> str:
 
 
 def model_names(metrics: Iterable[Metric]) -> list[str]:
-    """Names of all models, the dense baseline first."""
-    return list(dict.fromkeys(name for metric in metrics for name in metric.values))
+    """Names of all models, the dense baseline first, also where the first of the metrics lacks it."""
+    places: dict[str, int] = {}
+    for metric in metrics:
+        for place, name in enumerate(metric.values):
+            places[name] = max(place, places.get(name, 0))
+    return sorted(places, key=places.__getitem__)
 
 
 def footnotes(metrics: Iterable[Metric]) -> dict[str, int]:
