@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 
 from secateur.plans import Plan
@@ -112,10 +111,12 @@ def _layer_cut(layer: int, plan: Plan, anatomy: Anatomy, cut: float, masked: flo
             units[group.kind] = (group.units, len(plan.keep[group.name]))
     if "layers" in plan.keep:
         units["layer"] = (1, int(layer in set(plan.keep["layers"].tolist())))
+    sizes = _sizes(layer, anatomy)
+    refitted = _refitted(layer, plan, anatomy, sizes)
     matrices = {
         m.module.rpartition(f".{layer}.")[2]: plan.sparsity(m.tensor)
         for m in anatomy.matrices
-        if m.layer == layer and m.tensor in plan.masks
+        if m.layer == layer and m.tensor in plan.masks and m.tensor not in refitted
     }
     total = sum(m.shape[0] * m.shape[1] for m in anatomy.matrices if m.layer == layer)
     return LayerCut(layer, units, (cut + masked) / max(total, 1), matrices, masked / max(total - cut, 1))
@@ -126,10 +127,7 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> tuple[float, float]
 
     A mask and a cut of one plan are counted as independent.
     """
-    sizes: dict[str, int] = defaultdict(int)
-    for matrix in anatomy.matrices:
-        if matrix.layer == layer:
-            sizes[matrix.tensor] = matrix.shape[0] * matrix.shape[1]
+    sizes = _sizes(layer, anatomy)
     total = sum(sizes.values())
     if plan.rotations:
         size, width = next(iter(plan.rotations.values())).shape
@@ -149,10 +147,17 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> tuple[float, float]
     return total - left * (total - cut), left * masked * (1 - cut / max(total, 1))
 
 
+def _sizes(layer: int, anatomy: Anatomy) -> dict[str, int]:
+    return {m.tensor: m.shape[0] * m.shape[1] for m in anatomy.matrices if m.layer == layer}
+
+
 def _refitted(layer: int, plan: Plan, anatomy: Anatomy, sizes: Mapping[str, int]) -> set[str]:
-    """Readers whose mask says nothing but which columns leave with their units: it stands there for the new values."""
+    """Weights whose mask stands there for their new values: it says nothing but which columns leave with their units.
+
+    Those that don't read the units have a mask that keeps all.
+    """
     inputs = {m.tensor: m.shape[1] for m in anatomy.matrices if m.tensor in sizes}
-    found = set()
+    found = {t for t in sizes if plan.keep and t in plan.values and plan.kept_entries(t) == sizes[t]}
     for group in anatomy.groups:
         tensor = f"{group.reader}.weight"
         if group.layer == layer and group.name in plan.keep and tensor in plan.masks:
