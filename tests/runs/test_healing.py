@@ -218,6 +218,21 @@ def test_a_damaged_state_is_named(pruned, tmp_path, monkeypatch):
         sc.heal(pruned["cut"], out=tmp_path / "out", resume=True, **HOW)
 
 
+def test_a_finished_training_is_kept_when_it_cannot_be_written(pruned, tmp_path):
+    whole = sc.heal(pruned["masked"], out=tmp_path / "whole", **HOW)
+
+    def in_the_way(stage: str, done: int, total: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "notes.txt").touch()
+
+    with pytest.raises(OutputError, match=r"exists.*with --resume goes on from there"):
+        sc.heal(pruned["masked"], out=tmp_path / "out", progress=in_the_way, **HOW)
+    shutil.rmtree(tmp_path / "out")
+    again = sc.heal(pruned["masked"], out=tmp_path / "out", resume=True, **HOW)
+    assert again.curve.losses == whole.curve.losses and same_weights(tmp_path / "out", tmp_path / "whole")
+    assert not (tmp_path / "out.run").exists()
+
+
 def test_a_text_that_has_changed_does_not_resume(pruned, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf8")

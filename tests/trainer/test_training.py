@@ -21,7 +21,7 @@ import rank_jobs
 import secateur as sc
 from forking import Forked
 from ranks import run_ranks
-from secateur.errors import MissingExtraError, NonFiniteError
+from secateur.errors import MissingExtraError, NonFiniteError, OutputError
 from secateur.loop import Rate, examples_of, step_seed
 from secateur.plans import Plan
 from secateur.runs import states
@@ -390,6 +390,18 @@ def test_a_loss_that_breaks_leaves_nothing(tmp_path):
 
 
 # trackers
+
+
+def test_a_finished_training_is_kept_when_it_cannot_be_written(tmp_path):
+    def in_the_way(stage, done, total):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "notes.txt").touch()
+
+    with pytest.raises(OutputError, match=r"exists.*with --resume goes on from there"):
+        run_training(recipe(steps=2), out=tmp_path / "out", progress=in_the_way)
+    (tmp_path / "out" / "notes.txt").unlink()
+    again = run_training(recipe(steps=2), out=tmp_path / "out", resume=True)
+    assert again.trained.curve.steps == 2 and not (tmp_path / "out.run").exists()
 
 
 def test_trackers_are_told_of_every_step(tmp_path, monkeypatch):

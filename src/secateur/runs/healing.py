@@ -181,6 +181,7 @@ def _of_folder(
                 progress=job.progress if ranks.main else lambda *_: None,
             )
             stop.defer(False)
+            folder.complete = True
             healed = recovered.on(plans)
             report = _told(_report_in(source), recovered, display_name(model))
 

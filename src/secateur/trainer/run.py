@@ -98,6 +98,7 @@ def run_training(
                     progress=progress if ranks.main else lambda *_: None,
                 )
             stop.defer(False)
+            folder.complete = True
             dense, notes, failed = network, list[str](), None
             if trained.plan is not None and recipe.sparsifier is not None and recipe.sparsifier.cuts:
                 try:
