@@ -370,6 +370,14 @@ def test_a_cut_model_gets_better_on_text_it_was_not_trained_on(tiny_llama, tiny_
     ).curve.closed > 0.3  # fmt: skip
 
 
+def test_of_a_short_text_the_windows_that_were_held_out_are_told(tiny_llama, tiny_tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("Nothing here is long enough to learn from. " * 12, encoding="utf8")
+    healed = sc.heal(tiny_llama, tiny_tokenizer, data=tmp_path / "short.txt", steps=1, options={"length": 32})
+    record = healed.recovered.record
+    assert 2 <= record.data.samples < 80
+    assert record.options["held_out"] == max(1, record.data.samples // 5)
+
+
 def test_prune_trains_towards_the_dense_model(tiny_llama, tiny_tokenizer):
     result = sc.prune(
         tiny_llama, tiny_tokenizer, method="wanda", sparsity=0.5, samples=2, length=32,

@@ -125,7 +125,7 @@ def recover_decoder(
         curve.teacher = ranks.on_main(lambda: perplexity(dense, windows.held_out))
     record = Recovery(
         train=options.train,
-        options=_said(options, terms),
+        options=_said(replace(options, held_out=len(windows.held_out)), terms),
         data=text.info,
         teacher=display_name(teacher.model) if teacher is not None else "",
         tokens=curve.tokens,
