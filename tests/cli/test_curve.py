@@ -50,6 +50,13 @@ def test_a_curve_leaves_json_page_and_plans(cli, tiny_checkpoint, tmp_path):
     assert marks["x"] == ran and knee["x"] == [curve["knee"]] and len(line["x"]) > len(ran)
 
 
+def test_points_that_failed_are_in_the_exit_code(cli, tiny_checkpoint, tmp_path):
+    asked = ("--method", "magnitude_sp", "--sparsities", "0.2,0.4,0.99")
+    run = cli("curve", tiny_checkpoint, *asked, *QUICK, "--out", tmp_path / "out")
+    assert run.code == 1 and "1 of 3 points failed, the first of them sparsity=0.99: can't remove 99.0%" in run.err
+    assert list(document(tmp_path / "out")["failed"]) == ["sparsity=0.99"] and "is recommended" in run.out
+
+
 def test_a_killed_curve_goes_on_and_ends_the_same(cli, tiny_checkpoint, tmp_path, monkeypatch):
     arguments = ["curve", str(tiny_checkpoint), *map(str, WANDA), *map(str, QUICK)]
     assert cli(*arguments, "--out", tmp_path / "whole").code == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 import secateur as sc
 from families import make_tiny, tiny_ids
@@ -71,7 +71,10 @@ def test_widths_that_differ_per_layer(family: str, bias: bool, tmp_path: Path, t
     model = make_tiny(family)
     options = {"sparsity": 0.25, "structure": "AL-MM", "remove_heads": 0, "bias": bias}
     pruned = sc.apply(plan_for("flap", model, tiny_ids(), **options), model)
+    # chat models name a second end of text here alone
+    pruned.generation_config.eos_token_id = [2, 7]
     out = sc.convert(sc.save(pruned, tiny_tokenizer, tmp_path / "pruned"), tmp_path / "out", to="deci")
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [2, 7]
     made = as_vllm_builds_it(out)
     widths = [layer.mlp.down_proj.in_features for layer in made.model.layers]
     assert widths == [layer.mlp.down_proj.in_features for layer in pruned.model.layers] and len(set(widths)) > 1

@@ -32,6 +32,7 @@ from secateur.cli.options import (
 )
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.prune import given, own_options
+from secateur.cli.sweep import fail
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
@@ -114,9 +115,9 @@ def curve(
         make_task(task)
     with working(quiet) as progress:
         results, curves = _run(asked, recipe, out, resume, overwrite, trust_remote_code, plugin or [], within, progress)
-    notes = [*results.notes, *_write(results, curves, out)]
-    show_notes([*notes, *(f"{record.name} failed: {record.error}" for record in results.failed)], quiet)
+    show_notes([*results.notes, *_write(results, curves, out)], quiet)
     _show(results, curves, out, json)
+    fail(results)
 
 
 def parse_sparsities(text: str, points: int) -> list[float]:

@@ -156,10 +156,15 @@ def write_config(model: PreTrainedModel, path: Path, packed: Mapping[str, list[i
     """
     config, remote = _config_of(model, packed)
     _write_config_files(model, path, config, remote)
+    write_generation_config(model, path)
+    return remote
+
+
+def write_generation_config(model: PreTrainedModel, path: Path) -> None:
+    """How the model writes unless asked otherwise: what ends a text, and how tokens are drawn."""
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         with quiet():
             model.generation_config.save_pretrained(str(path))
-    return remote
 
 
 def _write_config_files(model: PreTrainedModel, path: Path, config: PreTrainedConfig, remote: bool) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from secateur.errors import UnsupportedModelError
 from secateur.manifest import write_manifest
+from secateur.models.saving import write_generation_config
 from secateur.models.shards import parse_size, write_shards
 from secateur.models.sources import stored_names
 from secateur.runtimes import configuration_decilm
@@ -69,6 +70,7 @@ def write_deci(source: Source, tokenizer: PreTrainedTokenizerBase | None, path: 
     tensors = _tensors(source, sizes)
     tallies = write_shards(tensors, path, parse_size("5GB"))
     _config(source, sizes, tensors).save_pretrained(str(path))
+    write_generation_config(source.model, path)
     shutil.copyfile(configuration_decilm.__file__, path / "configuration_decilm.py")
     if tokenizer is not None:
         tokenizer.save_pretrained(str(path))
