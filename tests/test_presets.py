@@ -50,6 +50,8 @@ def test_what_has_seconds_is_fitted_anew():
         ({"budget": "params", "sparsity": 0.6}, "flap", "osscar"),
         ({"budget": "kv_bytes", "sparsity": 0.2}, "flap", "osscar"),
         ({"budget": "latency=0.8"}, "flap", "osscar"),
+        ({"budget": "neurons", "sparsity": 0.6}, "cfsp", "cfsp"),
+        ({"budget": "neurons=0.3,kv_bytes=1"}, "cfsp", "cfsp"),
     ],
 )
 def test_neurons_leave_alone_as_long_as_there_are_enough_of_them(asked, quick, slow):

@@ -107,7 +107,7 @@ class Best(Preset):
     def _units(self) -> str:
         budget, sparsity = self._asked
         few = sparsity <= _MOST_NEURONS and budget in {"", *_WEIGHT_BUDGETS}
-        return "neurons" if few else "heads_and_neurons"
+        return "neurons" if few or "neurons" in budget else "heads_and_neurons"
 
     def _weights(self) -> str:
         return "pattern" if self.pattern else "most weights" if self.sparsity > _MOST else "weights"
