@@ -253,7 +253,7 @@ class MaskDescent:
             left = ~model.free
         wanted = k - int(pruned.sum())
         if wanted:
-            Q = cut_off(model.Q[left][:, left], settings.cutoff)
+            Q = cut_off(model.Q if bool(left.all()) else model.Q[left][:, left], settings.cutoff)
             pruned[left] = torch.from_numpy(minimise(settings.solver, Q.numpy(), wanted))
         return pruned.to(index_n.device), model.change(pruned)
 

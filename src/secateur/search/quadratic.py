@@ -63,6 +63,6 @@ def cut_off(Q: Tensor, kind: str) -> Tensor:
     ``abs`` goes by the size of an entry. ``official`` is the rule of the published code, which goes by its value: all
     negative entries vanish with it.
     """
-    size = Q.abs()
-    scaled = Q / size[size > 0].mean() if bool(size.any()) else Q
-    return scaled.masked_fill((scaled if kind == "official" else scaled.abs()) <= NOTHING, 0)
+    entries = int(Q.count_nonzero())
+    scaled = Q / (Q.abs().sum() / entries if entries else 1.0)
+    return scaled.masked_fill_((scaled if kind == "official" else scaled.abs()) <= NOTHING, 0)
