@@ -49,6 +49,8 @@ WEIGHTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("wanda", {"heal": "refit", "target": "stream", "true_sequential": True}),
     ("wanda", {"heal": "refit", "target": "stream"}),
     ("wanda", {"heal": "refit", "target": "dense"}),
+    ("icbs", {"together": 15}),
+    ("icbs", {"together": 15, "heal": "refit", "target": "stream"}),
     ("admm", {"heal": "refit"}),
     ("magnitude", {}),
     ("magnitude", {"heal": "refit"}),
@@ -84,6 +86,7 @@ OWN = {
     "parts": "{} alone",
     "generations": "{} generations",
     "stage_tokens": "on {} tokens",
+    "together": "{} matrices a batch",
 }
 # as their papers have them; all else are combinations of ours
 PUBLISHED = ("magnitude", "wanda", "sparsegpt", "admm", "alps", "flap", "osscar", "wanda_sp", "cfsp", "tyr")
