@@ -135,7 +135,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(recipe, tmp_path, workers):
     # magnitude and flap at many sparsities: long enough to be interrupted
     grid = ", ".join(f"0.{number:03d}" for number in range(100, 400))
     recipe.write_text(recipe.read_text().replace("0.3, 0.5", grid))
-    journal, stop = out / "journal.jsonl", time.monotonic() + 120
+    journal, stop = out / "journal.jsonl", time.monotonic() + 300
     with Forked(["sweep", recipe, "--workers", workers, "--out", out]) as process:
         while not (journal.exists() and len(journal.read_text().splitlines()) > 3) and time.monotonic() < stop:
             time.sleep(0.1)
