@@ -28,6 +28,10 @@ TITLE = "Adapt-Pruner: a little at a time"
 TEXT = """
 Perplexity after a fraction of the blocks' parameters has left, as heads and neurons, by first-order Taylor scores that
 are taken anew. `densest` are the four blocks that keep most neurons.
+
+At 20 % shares by the importance of blocks are better than equal ones, and these better than shares against it, and
+most neurons stay in the first and the last blocks: what the paper claims shows. That the gap grows with the sparsity
+wasn't looked at yet, nor what pruning and training in turns gain.
 """
 
 
