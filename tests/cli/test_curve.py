@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from secateur.cli import main
 from secateur.cli.curve import parse_sparsities
 from secateur.errors import UsageError
 from secateur.sweep import worker
+from secateur.sweep.records import Record
 
 QUICK = ("--samples", 2, "--length", 32, "--windows", 2, "--quiet")
 WANDA = ("--method", "wanda", "--allocate", "progression", "--sparsities", "0.2:0.8", "--points", 3)
@@ -55,6 +57,19 @@ def test_points_that_failed_are_in_the_exit_code(cli, tiny_checkpoint, tmp_path)
     run = cli("curve", tiny_checkpoint, *asked, *QUICK, "--out", tmp_path / "out")
     assert run.code == 1 and "1 of 3 points failed, the first of them sparsity=0.99: can't remove 99.0%" in run.err
     assert list(document(tmp_path / "out")["failed"]) == ["sparsity=0.99"] and "is recommended" in run.out
+
+
+def test_a_second_task_without_a_curve_costs_the_first_nothing(cli, tiny_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "other.txt").write_text("a text of its own " * 50)
+    metric = Record.metric
+    monkeypatch.setattr(
+        Record, "metric", lambda self, name: math.inf if "other" in name and self.values else metric(self, name)
+    )
+    tasks = ("--evaluate", "perplexity:builtin", "--evaluate", f"perplexity:{tmp_path / 'other.txt'}")
+    quick = [argument for argument in QUICK if argument != "--quiet"]
+    run = cli("curve", tiny_checkpoint, *WANDA, *quick, *tasks, "--out", tmp_path / "out")
+    assert run.code == 0 and len(document(tmp_path / "out")["curves"]) == 1, run.err
+    assert re.search(r"no curve of \S*other\S*: a curve needs two sparsities", " ".join(run.err.split()))
 
 
 def test_a_killed_curve_goes_on_and_ends_the_same(cli, tiny_checkpoint, tmp_path, monkeypatch):

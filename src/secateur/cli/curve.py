@@ -114,8 +114,10 @@ def curve(
     for task in asked.base.evaluate:
         make_task(task)
     with working(quiet) as progress:
-        results, curves = _run(asked, recipe, out, resume, overwrite, trust_remote_code, plugin or [], within, progress)
-    show_notes([*results.notes, *_write(results, curves, out)], quiet)
+        results, curves, lacking = _run(
+            asked, recipe, out, resume, overwrite, trust_remote_code, plugin or [], within, progress
+        )
+    show_notes([*results.notes, *lacking, *_write(results, curves, out)], quiet)
     _show(results, curves, out, json)
     fail(results)
 
@@ -153,8 +155,11 @@ def _run(
     plugins: list[str],
     within: float | None,
     progress: Any,
-) -> tuple[Results, list[Any]]:
-    """Run the points, then the setting that they recommend, so that what was expected there meets what is."""
+) -> tuple[Results, list[Any], list[str]]:
+    """Run the points, then the setting that they recommend, so that what was expected there meets what is.
+
+    Returns notes on what there is no curve of as well.
+    """
     from secateur.sweep.curve import curve_of, predicted_at, quality_metrics
     from secateur.sweep.pools import InSequence
     from secateur.sweep.runner import make_job, open_journal, resumable, run_sweep
@@ -175,10 +180,17 @@ def _run(
     finally:
         pool.close()
     assert results.dense is not None
-    curves = [curve_of(results, name, within) for name in quality_metrics(results.dense)]
     # the setting that was checked is the one to take, also where the new point moves the knee a little
-    curves[0] = replace(curves[0], recommended=first.recommended, prediction=prediction)
-    return results, curves
+    decisive = curve_of(results, within=within)
+    curves = [replace(decisive, recommended=first.recommended, prediction=prediction)]
+    lacking = []
+    for name in quality_metrics(results.dense)[1:]:
+        try:
+            curves.append(curve_of(results, name, within))
+        except UsageError as error:
+            # the first one decides, and needs no other
+            lacking.append(f"no curve of {name}: {error}")
+    return results, curves, lacking
 
 
 def _write(results: Results, curves: list[Any], out: Path) -> list[str]:
