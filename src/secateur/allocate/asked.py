@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from secateur.errors import OptionError, nearest
 
-BUDGETS = ("params", "macs", "bytes", "kv_bytes", "latency", "neurons")
+OF_WEIGHTS = ("params", "macs", "bytes")
+"""Budgets that are sums over the weights of the blocks, so that a share of them is known before anything leaves."""
+BUDGETS = (*OF_WEIGHTS, "kv_bytes", "latency", "neurons")
 
 
 def parse_budgets(text: str, sparsity: float, names: Sequence[str] = BUDGETS) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.allocate.asked import OF_WEIGHTS
 from secateur.engine.run import Run
 from secateur.engine.search import SECONDS_BETWEEN_STATES
 from secateur.engine.units import decide_units, score_units
@@ -64,7 +65,7 @@ def _removed(method: PolicyMethod, run: Run, groups: list[Group]) -> float:
         # rounding of 1 - (1 - sparsity) is no neuron
         asked = round(1 - left, 12)
         # of other budgets nobody knows yet how many neurons they take
-        if name in ("params", "macs", "bytes"):
+        if name in OF_WEIGHTS:
             asked *= getattr(run.anatomy.blocks, name) / dense
         if asked >= 1:
             raise BudgetError(f"can't remove {1 - left:.1%} of the {name}: neurons are less than that")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.allocate import Allocator
-from secateur.allocate.asked import parse_budgets
+from secateur.allocate.asked import OF_WEIGHTS, parse_budgets
 from secateur.criteria.fitness import Fitness
 from secateur.errors import OptionError
 from secateur.healing.recovery import RecoveryOptions
@@ -43,7 +43,7 @@ class StructuredMethod(Method):
     """Removes whole heads and FFN neurons; what all such methods are asked for."""
 
     sparsity: float = option(0.2, "fraction of the budget (by default of the blocks' parameters) removed", ge=0, lt=1)
-    budget: str = option("params", "what the sparsity is a fraction of", choices=("params", "macs", "bytes"))
+    budget: str = option("params", "what the sparsity is a fraction of", choices=OF_WEIGHTS)
     heads: str = option(
         "kv", "attention unit: a key-value head with its queries, or one query head of each", choices=("kv", "query")
     )
@@ -150,7 +150,7 @@ class UnitMethod(StructuredMethod, Refittable):
             weights = sum(group.units * group.cost.params for group in anatomy.of_kind(*self.kinds))
             return (1 - self.asked["neurons"]) * weights / anatomy.blocks.params
         # of other budgets nobody knows yet how many weights they take along
-        return max((1 - left for name, left in self.asked.items() if name in ("params", "macs", "bytes")), default=0.0)
+        return max((1 - left for name, left in self.asked.items() if name in OF_WEIGHTS), default=0.0)
 
     @property
     def programmed(self) -> bool:

@@ -32,7 +32,7 @@ docs/results/second-order-gemma3-270m.md, and benchmarks/structured.py, docs/res
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from secateur.allocate.asked import parse_budgets
+from secateur.allocate.asked import OF_WEIGHTS, parse_budgets
 from secateur.errors import OptionError
 from secateur.methods import Combination, Descriptor, Preset, get_method, option, register
 
@@ -53,7 +53,6 @@ _CHOICES = {
 _MOST = 0.65
 # beyond it so many neurons would leave that nobody has measured whether heads shouldn't
 _MOST_NEURONS = 0.45
-_WEIGHT_BUDGETS = {"params", "macs", "bytes"}
 
 
 @register("best")
@@ -99,14 +98,14 @@ class Best(Preset):
     def _asked(self) -> tuple[str, float]:
         """Budget and sparsity; what may stay of one thing, as in params=0.7, is what a sparsity says of it."""
         parts = parse_budgets(self.budget, self.sparsity) if "=" in self.budget else {}
-        if len(parts) == 1 and parts.keys() <= _WEIGHT_BUDGETS:
+        if len(parts) == 1 and parts.keys() <= set(OF_WEIGHTS):
             [(name, left)] = parts.items()
             return name, round(1 - left, 9)
         return self.budget, self.sparsity
 
     def _units(self) -> str:
         budget, sparsity = self._asked
-        few = sparsity <= _MOST_NEURONS and budget in {"", *_WEIGHT_BUDGETS}
+        few = sparsity <= _MOST_NEURONS and budget in {"", *OF_WEIGHTS}
         return "neurons" if few or "neurons" in budget else "heads_and_neurons"
 
     def _weights(self) -> str:
