@@ -28,6 +28,7 @@ from secateur.report.build import removed_fraction
 
 HELD_OUT = 4
 ALIKE = {"generations": 0}
+SEARCHED = {"iterations": 1, "accumulation": "centre"}
 # (label, method, options); rows that end in "no refit" are the plan of the row before without its new values
 LOCAL: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("flap, layers alike", "flap", {"structure": "UL-UM"}),
@@ -38,7 +39,9 @@ HANDED_ON: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("tyr, layers alike, centre handed on", "tyr", {**ALIKE, "levels": 1, "accumulation": "centre"}),
     ("tyr, layers alike, expectation handed on", "tyr", {**ALIKE, "accumulation": "expectation"}),
     ("tyr, searched, expectation handed on", "tyr", {"iterations": 1}),
-    ("tyr, searched, centre handed on", "tyr", {"iterations": 1, "accumulation": "centre"}),
+    ("tyr, searched, centre handed on", "tyr", SEARCHED),
+    ("tyr, searched, centre handed on, seed 1", "tyr", {**SEARCHED, "seed": 1}),
+    ("tyr, searched, centre handed on, seed 2", "tyr", {**SEARCHED, "seed": 2}),
 )
 RUNS = {0.5: (*LOCAL, *HANDED_ON), 0.25: (*LOCAL, HANDED_ON[0])}
 ORDER = [(sparsity, label) for sparsity, runs in RUNS.items() for label, _, _ in runs]
@@ -155,7 +158,7 @@ class _Study:
             "divergence": f"WikiText-2 validation, the {HELD_OUT} windows behind those",
             "search": f"{given.levels} levels, {given.generations} generations of {given.offspring} offspring, one"
             f" iteration, stages of {given.stage_tokens} tokens, survivors {given.survivors}",
-            "seed": 0,
+            "seed": "0 where a row names none",
             "dtype": "float32",
             "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         }
