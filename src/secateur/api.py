@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from secateur.evaluation import Table
     from secateur.healing.recovery import RecoveryOptions
     from secateur.methods import Method
-    from secateur.networks.example import Example
-    from secateur.networks.kinds import Network
     from secateur.plans import Plan
     from secateur.report import Report
     from secateur.structure import Anatomy
@@ -106,28 +104,10 @@ def anatomy(
         check_decoder(model)
         return decoder_anatomy(model, heads=heads or "kv")  # type: ignore[arg-type]
     from secateur.networks.applying import module_anatomy
+    from secateur.networks.pruning import Called
 
-    example = _Called(example_inputs, example_kwargs, dynamic_shapes).example(model)
+    example = Called(example_inputs, example_kwargs, dynamic_shapes).example(model)
     return module_anatomy(model, example, heads=heads or "outer", ignore=ignore)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class _Called:
-    """What a network is called with, as the user says it."""
-
-    args: ExampleInputs = None
-    kwargs: Mapping[str, Any] | None = None
-    dynamic_shapes: Any = None
-
-    def example(self, module: Any) -> Example:
-        """Raises UsageError."""
-        from secateur.errors import UsageError
-        from secateur.networks.example import Example
-
-        if self.args is not None and not isinstance(self.args, tuple | list):
-            name = type(self.args).__name__
-            raise UsageError(f"example_inputs must be a tuple of what the module is called with, got {name}")
-        return Example(tuple(self.args or ()), self.kwargs).freed(module, self.dynamic_shapes)
 
 
 def plan(
@@ -209,11 +189,18 @@ def plan(
     chosen = make_method(method, method_options(method, options, sparsity, pattern, budget, seed, heal, target))
     if _is_network(model, example_inputs, example_kwargs):
         from secateur.networks.kinds import Asked
+        from secateur.networks.pruning import Called, open_network
 
         if allocate is not None:
             raise UsageError("allocate= is for language models: a network that is traced has scope= and ratios=")
-        called = _Called(example_inputs, example_kwargs, dynamic_shapes)
-        network = _open_network(model, chosen, called, ignore, latency_table, progress)
+        network = open_network(
+            model,
+            chosen,
+            Called(example_inputs, example_kwargs, dynamic_shapes),
+            ignore=ignore,
+            latency_table=latency_table,
+            progress=progress or _no_progress,
+        )
         return network.plan(chosen, Asked(data, loss, ignore, ratios or {}, seed))
     check_for_decoders(chosen)
     check_decoder(model)
@@ -369,7 +356,11 @@ def prune(
     ``optimizer`` as in ``apply``.
     """
     if _is_network(model, arguments.get("example_inputs"), arguments.get("example_kwargs")):
-        return _prune_network(model, method, sparsity, inplace, **arguments)
+        from secateur.methods import make_method
+
+        options, budget = arguments.pop("options", None), arguments.pop("budget", None)
+        chosen = make_method(method, method_options(method, options, sparsity, None, budget, arguments.get("seed", 0)))
+        return _prune_network(model, chosen, inplace=inplace, **arguments)
     import time
 
     from secateur.healing.recovery import split_heal
@@ -445,9 +436,10 @@ def densities(
     from secateur.methods import make_method
     from secateur.networks.applying import module_anatomy
     from secateur.networks.modules import module_densities
+    from secateur.networks.pruning import Called
 
     chosen = make_method(method, method_options(method, options, sparsity, None, budget, 0))
-    example = _Called(example_inputs, example_kwargs).example(module)
+    example = Called(example_inputs, example_kwargs).example(module)
     anatomy = module_anatomy(module, example, heads=getattr(chosen, "heads", "outer"), ignore=ignore)
     return module_densities(chosen, anatomy, example, data=data, loss=loss)
 
@@ -459,90 +451,29 @@ def _is_network(model: Any, args: ExampleInputs, kwargs: Mapping[str, Any] | Non
     return args is not None or kwargs is not None or is_onnx(model)
 
 
-def _open_network(
-    model: Any,
-    method: Method,
-    called: _Called,
-    ignore: Sequence[str],
-    latency_table: str | Path | None,
-    progress: Callable[[str, int, int], None] | None,
-) -> Network:
-    from secateur.errors import UsageError
-    from secateur.networks.deciding import channel_method
-    from secateur.networks.kinds import is_onnx
-    from secateur.networks.modules import ModuleNetwork
-    from secateur.networks.onnx import OnnxNetwork
-
-    chosen = channel_method(method)
-    if latency_table is not None and chosen.budget != "latency":
-        raise UsageError(f"latency_table is for budget='latency', got budget='{chosen.budget}'")
-    network: Network
-    if is_onnx(model):
-        if called.dynamic_shapes is not None:
-            raise UsageError("dynamic_shapes= is for torch modules: an ONNX model says itself which sizes are open")
-        network = OnnxNetwork.open(model, called.args, heads=chosen.heads, ignore=ignore)
-    else:
-        network = ModuleNetwork.open(model, called.example(model), heads=chosen.heads, ignore=ignore)
-    if chosen.budget != "latency":
-        return network
-    return network.timed(latency_table, chosen.round_to, progress or _no_progress)
-
-
 def _prune_network(
     model: Any,
-    method: str,
-    sparsity: float | None,
-    inplace: bool,
+    method: Method,
     *,
     example_inputs: ExampleInputs = None,
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
-    options: Mapping[str, Any] | None = None,
-    budget: str | Mapping[str, float] | None = None,
     ignore: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
     seed: int = 0,
     data: Any = None,
     loss: Any = None,
-    latency_table: str | Path | None = None,
-    steps: int = 1,
-    train_fn: Callable[[nn.Module, int], Any] | None = None,
-    optimizer: Optimizer | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    **arguments: Any,
 ) -> Result:
-    """As ``prune``, with one trace for plan and cut."""
-    import time
-    from functools import partial
-
-    from secateur.methods import make_method
-    from secateur.networks.deciding import channel_method, network_report
-    from secateur.networks.iterating import prune_in_steps
     from secateur.networks.kinds import Asked
+    from secateur.networks.pruning import Called, prune_network
 
-    start = time.perf_counter()
-    chosen = make_method(method, method_options(method, options, sparsity, None, budget, seed))
-    opened = partial(
-        _open_network,
-        method=chosen,
-        called=_Called(example_inputs, example_kwargs, dynamic_shapes),
-        ignore=ignore,
-        latency_table=latency_table,
-        progress=progress,
+    called, asked = (
+        Called(example_inputs, example_kwargs, dynamic_shapes),
+        Asked(data, loss, ignore, ratios or {}, seed),
     )
-    done = prune_in_steps(
-        model,
-        channel_method(chosen),
-        opened,
-        steps=steps,
-        train_fn=train_fn,
-        inplace=inplace,
-        optimizer=optimizer,
-        asked=Asked(data, loss, ignore, ratios or {}, seed),
-    )
-    report = network_report(done.plan, done.dense.anatomy, done.dense.latencies)
-    report.notes += done.notes
-    report.seconds = {"prune": time.perf_counter() - start}
-    return Result(model=done.network, plan=done.plan, report=report)
+    return Result(*prune_network(model, method, called, asked, progress=progress or _no_progress, **arguments))
 
 
 def evaluate(
