@@ -190,6 +190,17 @@ def test_plan_text_shows_sparsity_per_matrix_and_removed_layers() -> None:
     assert "layers: 2/4 kept, removed: 1–2" in text
 
 
+def test_plan_text_shows_no_zeros_where_cut_units_are_refitted() -> None:
+    down = torch.tensor([True, False, True, True]).expand(2, 4)
+    own = torch.tensor([[True, False, True, True], [False, True, True, True]])
+    masks = {f"model.layers.0.{name}.weight": mask for name, mask in (("down", down), ("back", down.T), ("up", own))}
+    values = {name: torch.zeros(int(mask.sum())) for name, mask in masks.items()}
+    keep = {"model.layers.0.mlp": torch.tensor([0, 2, 3])}
+    text = plan_text(Plan((provenance(),), {"model.layers.0.mlp": 4}, keep, masks, values))
+    assert lines_of(text)["layers"] == ["layers", "mlp kept", "up"]
+    assert "weights whose kept entries are updated: 3" in text
+
+
 def test_many_matrices_become_a_range() -> None:
     masks = {f"layers.0.experts.{i}.up.weight": torch.arange(10) < i for i in range(9)}
     rows = lines_of(plan_text(Plan((provenance(),), masks=masks)))
