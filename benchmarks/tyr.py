@@ -54,11 +54,11 @@ layer loses the same. `no refit` are the units of the row above with the weights
 while they are pruned: the dense model (`dense inputs`), the blocks before at the level in the middle (`centre`), or the
 mean of all levels (`expectation`, the default). Seconds were taken while the machine did other work.
 
-- Without the refit the same units cost far more. With it, layers alike and dense inputs, Tyr is ahead of FLAP at 50 %.
-  At 25 % it is so by divergence only.
-- Handing the level in the middle on is better than dense inputs by both measures. Handing the mean on is so by
-  divergence; by perplexity it isn't.
-- The search lowers both beside the same levels unsearched, and heads and neurons lose in all what they did before.
+- Without the refit the same units cost three times as much at 50 %, and 1.4 times at 25 %. With it, layers alike and
+  dense inputs, Tyr is ahead of FLAP at both, by both measures.
+- Handing on the level in the middle, or the mean, is better than dense inputs by both measures.
+- The search lowers both beside the same levels unsearched, with every seed, and heads and neurons lose in all what
+  they did before. The mean handed on is ahead of the level in the middle once levels are searched.
 """
 
 MISSING = """
