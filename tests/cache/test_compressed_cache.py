@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, QuantizedCache, StaticCache, pipeline
 
 import secateur as sc
+from cache_prompts import Words
 from cache_reference import as_dense, generate, reference_logits
 from families import make_tiny, tiny_ids
 from secateur.cache import CompressedCache
@@ -66,6 +67,25 @@ def test_several_tokens_at_a_time_are_one_after_the_other(model, spec):
     expected = torch.cat([feed(model, singly, more[:, t : t + 1]) for t in range(3)], dim=1)
     assert torch.allclose(logits, expected, atol=1e-4)
     assert at_once.get_seq_length() == 27
+
+
+@pytest.mark.parametrize(
+    ("spec", "length"),
+    [
+        ("think:0.5,recent=0", 24),
+        ("knorm:0.5+think:0.5,recent=0", 24),
+        ("adakv(knorm:0.5)+mustafar:0.5,window=4,block=4", 4),
+        ("kvzip:0.9,sinks=0,level=head", 24),
+    ],
+)
+def test_what_is_left_may_hold_no_recent_token(model, spec, length):
+    """Also where a head, or a whole layer, has lost all of its tokens."""
+    ids, more = IDS[:, :length], tiny_ids(windows=2, length=1, seed=5)
+    cache = sc.compressed_cache(spec, model, tokenizer=Words())
+    feed(model, cache, ids)
+    assert any(layer.keys.shape == (2, 2, 0, 8) for layer in cache.layers)
+    expected = reference_logits(model, cache, more, WHOLE[:, :length])
+    assert torch.allclose(feed(model, cache, more), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])

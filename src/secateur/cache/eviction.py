@@ -176,7 +176,7 @@ class Eviction:
             layer.kept = None
             return
         shape = (batch, heads, store.rows)
-        layer.keys, layer.values = keys[keep].view(*shape, -1), values[keep].view(*shape, -1)
+        layer.keys, layer.values = keys[keep].view(*shape, width), values[keep].view(*shape, values.shape[-1])
         layer.kept = positions.view(shape)
         if self.carried is not None:
             self.carried = self.carried[keep].view(shape)

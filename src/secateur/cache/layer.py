@@ -288,8 +288,9 @@ class CompressedLayer(DynamicLayer):
         """Rows that are not ``older`` become the tail again; ``keys`` and ``values`` hold the older ones."""
         batch, heads = store.lengths.shape
         dense_keys, dense_values = _dense(store.keys)[~older], _dense(store.values)[~older]
-        self.keys = dense_keys.view(batch, heads, recent, -1)
-        self.values = dense_values.view(batch, heads, recent, -1)
+        # widths in full: torch can't infer them where no row is recent
+        self.keys = dense_keys.view(batch, heads, recent, dense_keys.shape[-1])
+        self.values = dense_values.view(batch, heads, recent, dense_values.shape[-1])
         positions = store.positions
         self.kept = positions[~older].view(batch, heads, recent) if positions is not None else None
         self.store = Store(store.lengths - recent, keys, values, positions[older] if positions is not None else None)
