@@ -298,6 +298,15 @@ def test_within_the_context_every_new_cache_is_compressed(model):
         assert type(model(IDS).cache) is DynamicCache
 
 
+def test_the_innermost_context_makes_the_cache(model):
+    with sc.compress_cache(model, "knorm:0.5") as outer:
+        with sc.compress_cache(model, "knorm:0.75") as inner:
+            generate(model, IDS)
+        assert outer.cache is None and inner.report()["layers"][0]["tokens_kept"][0][0] < 12
+        generate(model, IDS)
+        assert outer.report()["layers"][0]["tokens_kept"][0][0] >= 12
+
+
 def test_pipelines(make_llama, tiny_tokenizer):
     model = make_llama()
     write = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)

@@ -164,7 +164,8 @@ def compress_cache(model: PreTrainedModel, spec: str, *, tokenizer: Reader | Non
         return args, {**kwargs, name: made.cache}
 
     CompressedCache(methods, model, tokenizer)  # what can't be done is said before anything is
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    # in front of an outer context, which leaves a compressed cache that it is given alone
+    handle = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
     try:
         yield made
     finally:
