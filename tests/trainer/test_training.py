@@ -337,7 +337,16 @@ def test_models_of_timm(monkeypatch):
         ({"epochs": 3}, "by steps or by epochs"),
         ({"optimizer": {"name": "sdg"}}, "optimizer.name.*got 'sdg'"),
         ({"optimizer": {"name": "sgd", "momentun": 0.9}}, "sgd has no option 'momentun'; did you mean 'momentum'?"),
-        ({"optimizer": {"name": "sgd", "momentum": -1}}, "sgd: Invalid momentum value: -1"),
+        ({"optimizer": {"name": "sgd", "momentum": -1}}, "sgd can't be made with .*: Invalid momentum value: -1"),
+        (
+            {"optimizer": {"name": "adamw", "betas": [0.9]}},
+            r"adamw can't be made with \{'betas': \[0.9\]\}: tuple index",
+        ),
+        ({"optimizer": {"name": "adamw", "betas": 0.9}}, r"adamw can't be made with \{'betas': 0.9\}"),
+        (
+            {"optimizer": {"name": "sgd", "fused": True, "foreach": True}},
+            "sgd can't be made with .*`fused` and `foreach` cannot be",
+        ),
         ({"schedule": {"shape": "steps"}}, "milestones are for the shape steps, which needs them"),
         ({"schedule": "cosin"}, "schedule.shape.*got 'cosin'"),
         ({"sparsifier": {"method": "gnp"}}, "unknown method 'gnp'; did you mean 'gmp'?"),

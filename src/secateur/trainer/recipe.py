@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from secateur.errors import RecipeError, UsageError, nearest
+from secateur.errors import RecipeError, UsageError, first_line, nearest
 from secateur.loop import SHAPES, Rate
 from secateur.methods import TrainingMethod
 from secateur.recipes import explain, read_recipe
@@ -104,12 +104,12 @@ class OptimizerSpec(Open):
                 raise ValueError(f"{self.name} has no option '{key}'{nearest(key, known)}")
         try:
             self.made([torch.nn.Parameter(torch.zeros(1))])
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.name}: {error}") from None
+        except Exception as error:  # whatever torch stumbles over: some values are checked, others used unseen
+            raise ValueError(f"{self.name} can't be made with {self.options}: {first_line(error)}") from None
         return self
 
     def made(self, parameters: Any) -> torch.optim.Optimizer:
-        """The optimizer of these parameters. Raises ValueError or TypeError for values that it doesn't take."""
+        """The optimizer of these parameters. Raises what torch raises for values that it doesn't take."""
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in self.options.items()}
         return OPTIMIZERS[self.name](parameters, lr=self.lr, **options)
 
