@@ -347,6 +347,8 @@ def test_models_of_timm(monkeypatch):
             {"optimizer": {"name": "sgd", "fused": True, "foreach": True}},
             "sgd can't be made with .*`fused` and `foreach` cannot be",
         ),
+        ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: input should be a finite number, got inf"),
+        ({"epochs": float("inf"), "steps": None}, "epochs: input should be a finite number, got inf"),
         ({"schedule": {"shape": "steps"}}, "milestones are for the shape steps, which needs them"),
         ({"schedule": "cosin"}, "schedule.shape.*got 'cosin'"),
         ({"sparsifier": {"method": "gnp"}}, "unknown method 'gnp'; did you mean 'gmp'?"),

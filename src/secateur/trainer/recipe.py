@@ -94,7 +94,7 @@ class OptimizerSpec(Open):
     """An optimizer of torch by its name; every other key is its own."""
 
     name: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = "sgd"
-    lr: float = Field(default=0.1, gt=0)
+    lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _known(self) -> OptimizerSpec:
@@ -122,7 +122,7 @@ class ScheduleSpec(_Strict):
     cooldown: float = Field(default=0.1, ge=0, le=1)
     floor: float = Field(default=0.0, ge=0, le=1)
     milestones: list[float] = Field(default_factory=list)
-    gamma: float = Field(default=0.1, gt=0)
+    gamma: float = Field(default=0.1, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _milestones(self) -> ScheduleSpec:
@@ -175,7 +175,7 @@ class TrainRecipe(_Strict):
     model: ModelSpec
     data: DataSpec
     steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     batch: int = Field(default=64, ge=1)
     micro: int = Field(default=0, ge=0)
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
