@@ -413,6 +413,18 @@ def test_a_teacher_predicts_the_tokens_that_are_left(tiny_llama, tiny_tokenizer)
     assert healed.curve.teacher == pytest.approx(healed.curve.measured[0][1], rel=1e-4)
 
 
+def test_only_a_gap_can_be_closed(tiny_llama, tiny_tokenizer):
+    told = sc.heal(
+        tiny_llama, tiny_tokenizer, teacher=tiny_llama, steps=1, options={"length": 32, "held_out": 2}
+    ).recovered.section()  # fmt: skip
+    for teacher, closed in ((100.0, None), (10.0, None), (5.0, -1.0)):
+        curve = Curve(64, measured=[(0, 10.0), (1, 20.0)], teacher=teacher)
+        assert curve.closed == (closed and pytest.approx(closed))
+        said = summary({**told, "teacher_perplexity": teacher, "closed": curve.closed})
+        assert "for the dense teacher" in said and ("of the gap" in said) == (closed is not None), said
+    assert Curve(64, measured=[(0, 10.0), (1, 20.0)]).closed is None
+
+
 def test_a_model_in_half_precision_keeps_it(tiny_llama, tiny_tokenizer):
     healed = sc.heal(tiny_llama.bfloat16(), tiny_tokenizer, steps=2, options={"length": 32, "held_out": 2})
     assert {p.dtype for p in healed.model.parameters()} == {torch.bfloat16}

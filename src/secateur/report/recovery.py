@@ -37,15 +37,12 @@ def summary(recovery: Mapping[str, Any]) -> str:
         f"{recovery['train']}, {recovery['steps']} steps on {format_count(recovery['tokens'])} tokens: held-out"
         f" perplexity {format_value(recovery['before'])} → {format_value(recovery['after'])}"
     )
-    if recovery["closed"] is None:
-        said = f"{text}."
-    else:
-        said = (
-            f"{text}, {format_value(recovery['teacher_perplexity'])} for the dense teacher;"
-            f" {percent(recovery['closed'])} of the gap in log-perplexity is closed."
-        )
+    if recovery["teacher_perplexity"] is not None:
+        text += f", {format_value(recovery['teacher_perplexity'])} for the dense teacher"
+    if recovery["closed"] is not None:
+        text += f"; {percent(recovery['closed'])} of the gap in log-perplexity is closed"
     # documents of older versions have none
-    return " ".join([said, *(f"Note: {note}." for note in recovery.get("notes", ()))])
+    return " ".join([f"{text}.", *(f"Note: {note}." for note in recovery.get("notes", ()))])
 
 
 def quality_chart(recovery: Mapping[str, Any]) -> Chart:

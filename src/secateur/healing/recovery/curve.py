@@ -33,11 +33,14 @@ class Curve:
 
     @property
     def closed(self) -> float | None:
-        """Fraction of the gap in log-perplexity between the cut model and its teacher that training has closed."""
+        """Fraction of the gap in log-perplexity between the cut model and its teacher that training has closed.
+
+        None without a teacher, and where the cut model was no worse than it: there was no gap to close.
+        """
         if self.teacher is None or len(self.measured) < 2:
             return None
         before, after, dense = (math.log(p) for p in (self.measured[0][1], self.measured[-1][1], self.teacher))
-        return (before - after) / (before - dense) if before != dense else None
+        return (before - after) / (before - dense) if before > dense else None
 
     def to_json(self) -> str:
         """As a JSON document, which ``from_json`` reads; numbers come back to the bit."""
