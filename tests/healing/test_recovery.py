@@ -426,8 +426,17 @@ def test_only_a_gap_can_be_closed(tiny_llama, tiny_tokenizer):
 
 
 def test_a_model_in_half_precision_keeps_it(tiny_llama, tiny_tokenizer):
-    healed = sc.heal(tiny_llama.bfloat16(), tiny_tokenizer, steps=2, options={"length": 32, "held_out": 2})
-    assert {p.dtype for p in healed.model.parameters()} == {torch.bfloat16}
+    # as they are loaded: rotary frequencies are float32 beside weights of any dtype
+    for parameter in tiny_llama.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for kind in ("lora", "full"):
+        healed = sc.heal(
+            tiny_llama, tiny_tokenizer, train=kind, steps=2, options={"length": 32, "held_out": 2}
+        )  # fmt: skip
+        assert {p.dtype for p in healed.model.parameters()} == {torch.bfloat16}
+        after = dict(healed.model.named_buffers())
+        for name, buffer in tiny_llama.named_buffers():
+            assert after[name].dtype == torch.float32 and torch.equal(after[name], buffer), name
 
 
 def test_masks_that_were_cut_afterwards_are_what_is_zero():

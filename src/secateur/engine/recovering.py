@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from secateur.errors import DataError, NonFiniteError, UsageError
@@ -86,7 +87,7 @@ def recover_decoder(
     compared = {"kl", "hidden"} & set(terms)
     if teacher is not None and compared:
         check_teacher(teacher, model, tokenizer, hidden="hidden" in terms)
-    stored = model.dtype
+    stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     writer: Any = teacher.model if teacher is not None else model
     text = ranks.on_main(lambda: _text(options, source, tokenizer, text_field, writer))
     if keeper is not None:
@@ -116,8 +117,7 @@ def recover_decoder(
         pieces=lambda one: decoder_blocks(one)[1],
         progress=progress,
     )
-    if model.dtype != stored:
-        model.to(stored)  # type: ignore[arg-type]
+    if _cast_back(model, stored):
         # what is measured last is what will be saved
         curve.measured[-1] = (curve.steps, ranks.on_main(lambda: measure(model)))
     if teacher is not None:
@@ -134,6 +134,21 @@ def recover_decoder(
         notes=(_trained_away(zeros),) if zeros >= _MANY_ZEROS else (),
     )
     return Recovered(record, curve)
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _cast_back(model: PreTrainedModel, stored: Mapping[str, torch.dtype]) -> bool:
+    """Give every tensor the dtype that it had; returns whether any has had another."""
+    changed = [(tensor, stored[name]) for name, tensor in _tensors(model) if tensor.dtype != stored[name]]
+    for tensor, dtype in changed:
+        # one by one: a cast of the model rounds rotary frequencies too, which are float32 beside weights of any dtype
+        tensor.data = tensor.data.to(dtype)
+    return bool(changed)
 
 
 def _trained_away(zeros: float) -> str:
