@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -347,6 +348,16 @@ def test_any_schedule_and_masks_to_begin_with():
     assert all(not (mask & ~plan.masks[name]).any() for name, mask in further.masks.items())
 
 
+@pytest.mark.parametrize("wrong", [1.5, math.nan])
+def test_a_schedule_that_leaves_its_range_on_the_way_is_named(wrong):
+    module = network()
+    optimizer = sgd(module)
+    pruned = sparsifier(module, optimizer, "gmp", schedule=lambda step: wrong if step == 4 else 0.5)
+    with pytest.raises(UsageError, match=f"at step 4 it gave {wrong}"):
+        train(module, optimizer, pruned)
+    assert pruned.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
 def test_other_criteria():
     for criterion in ("saliency", "random"):
         module = network()
@@ -411,6 +422,8 @@ def test_bad_input_is_one_sentence_and_changes_nothing():
         ({"optimizer": "sgd"}, "optimizer must be a torch.optim.Optimizer, got str"),
         ({"schedule": 0.5}, "schedule must be a function of the step, got float"),
         ({"schedule": lambda step: 90}, r"schedule must give a sparsity in \[0, 1\), the fraction removed; .* gave 90"),
+        ({"schedule": lambda step: step / 8}, r"schedule must give a sparsity in \[0, 1\), .* at step 8 it gave 1\.0"),
+        ({"schedule": lambda step: None if step else 0.0}, "at step 8 it gave None"),
         ({"masks": {"9.weight": torch.ones(2, 2, dtype=torch.bool)}}, r"masks: 9\.weight is no weight that is pruned"),
         ({"masks": {"6.weight": torch.zeros(5, 20, dtype=torch.bool)}, "sparsity": 0.01}, "a sparsity of 6.2%, which"),
     ):

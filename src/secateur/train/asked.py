@@ -27,10 +27,17 @@ def training_methods() -> list[str]:
 
 
 def checked_schedule(schedule: Callable[[int], Any]) -> Schedule:
-    """A schedule of the user's own. Raises UsageError when it isn't one."""
+    """A schedule of the user's own, which raises UsageError wherever it gives no sparsity, at once if at step 0."""
     if not callable(schedule):
         raise UsageError(f"schedule must be a function of the step, got {type(schedule).__name__}")
-    first = schedule(0)
-    if not isinstance(first, int | float) or not 0 <= first < 1:
-        raise UsageError(f"schedule must give a sparsity in [0, 1), the fraction removed; at step 0 it gave {first!r}")
-    return schedule
+
+    def checked(step: int) -> float:
+        found = schedule(step)
+        if not isinstance(found, int | float) or not 0 <= found < 1:
+            raise UsageError(
+                f"schedule must give a sparsity in [0, 1), the fraction removed; at step {step} it gave {found!r}"
+            )
+        return found
+
+    checked(0)
+    return checked
