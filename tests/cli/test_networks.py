@@ -122,6 +122,13 @@ def test_a_plan_is_shown_and_applied_again(net, cli, tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_a_plan_of_masks_alone_is_named_as_one(net, cli, tmp_path):
+    sc.Sparsifier(Residual(), method="erk_random", sparsity=0.5).finish().save("masks")
+    run = cli("plan", "apply", "masks", "net.py:make", "--out", "again")
+    assert run.code == 2 and "the plan masks single weights of a Residual, and cuts nothing" in run.err
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_dry_run_writes_nothing(net, cli, tmp_path):
     run = cli("prune", "net.py:module", *PRUNE, "--dry-run")
     assert run.code == 0 and "conv1" in run.out

@@ -102,7 +102,12 @@ def apply_to_network(plans: Sequence[Plan], model: str, out: str, *, overwrite: 
     if len(plans) > 1:
         raise UsageError(f"there are the plans of {len(plans)} steps; name one of them")
     if plans[0].inputs is None:
-        raise UsageError(f"the plan was made for a language model, not for {model}")
+        if plans[0].model.num_layers:
+            raise UsageError(f"the plan was made for a language model, not for {model}")
+        raise UsageError(
+            f"the plan masks single weights of a {plans[0].model.name}, and cuts nothing: lay it on trained weights in"
+            " Python, with secateur.apply"
+        )
     check_place(out, onnx_model=is_onnx(model), overwrite=overwrite)
     with working(quiet):
         cut = api.apply(plans[0], named_network(model))
