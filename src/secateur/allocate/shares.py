@@ -92,7 +92,8 @@ def mixed_patterns(sparsities: ArrayLike, sizes: Sequence[int], n: int, m: int) 
 
 def normalised(importance: ArrayLike) -> NDArray[np.float64]:
     """Importances of the blocks with mean 0 and largest absolute value 1; all 0 where they are equal."""
-    centred = np.asarray(importance, dtype=np.float64) - np.mean(np.asarray(importance))
+    values = np.asarray(importance, dtype=np.float64)
+    centred = values - values.mean()
     largest = np.abs(centred).max()
     # what rounding leaves of equal values is no difference
-    return centred / largest if largest > 1e-12 else np.zeros_like(centred)
+    return centred / largest if largest > 1e-12 * np.abs(values).max() else np.zeros_like(centred)
