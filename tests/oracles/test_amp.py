@@ -140,11 +140,26 @@ def counts(sparsity, *, heads=32, neurons=11008, **more):
 
 @pytest.mark.parametrize(
     ("sparsity", "official", "exact"),
-    [(0.0, (0, 0), (0, 0)), (0.2, (6, 2202), (6, 2270)), (0.3, (10, 3302), (10, 3234))],
+    [
+        (0.0, (0, 0), (0, 0)),
+        (0.2, (6, 2202), (6, 2270)),
+        (0.3, (10, 3302), (10, 3234)),
+        # 2917.12 neurons, and 0.48 more for a head of which 0.48 stay
+        (0.265, (8, 2918), (8, 2999)),
+    ],
 )
 def test_the_counts_of_the_published_code_and_those_that_meet_the_budget(sparsity, official, exact):
     assert counts(sparsity, fill=False) == official
     assert counts(sparsity) == exact
+
+
+def test_heads_are_made_up_for_by_what_they_cost_unless_the_published_rule_is_asked_for():
+    gone = {}
+    for rule in ("official", "exact"):
+        plan = plan_for("amp", make_tiny("llama"), IDS, sparsity=0.4, budget_fix=rule)
+        gone[rule] = [len(plan.removed(f"layers.1.{part}")) for part in ("attention", "mlp")]
+    # 0.8 of two heads is one; it costs as much as 16 of the 40 neurons
+    assert gone == {"official": [1, 16], "exact": [1, 13]}
 
 
 def test_one_of_each_stays():
