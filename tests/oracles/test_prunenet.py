@@ -74,6 +74,34 @@ def test_rows_are_drawn_as_one_after_the_other():
     assert found == pytest.approx({pair: float(p) for pair, p in expected.items()}, abs=0.01)
 
 
+def drawn_in_learning(policy, w, times):
+    made = PolicySearch([lambda: w], 1, Episodes(seed=3))
+    made.policy = policy
+    for episode in range(times):
+        made.history = [0.0] * episode
+        yield int(made._rows(0, w))
+
+
+def drawn_in_pruning(policy, w, times):
+    method = make_method("prunenet")
+    for layer in range(times):
+        target = Target(f"layers.{layer}.mlp", "neuron", layer, w.T, torch.arange(len(w))[:, None])
+        yield int(method.score(target, {"policy": policy, "writer": w}).argmax())
+
+
+@pytest.mark.parametrize("draw", [drawn_in_learning, drawn_in_pruning])
+def test_rows_are_drawn_by_lot_and_with_noise(draw):
+    # alpha is 0.05, 0.5 and 0.95
+    w = torch.tensor([[-1.0], [0.0], [1.0]])
+    policy = Policy(torch.full((3, 1), math.log(19) / 3), torch.zeros(3), torch.ones(3, 1))
+    torch.testing.assert_close(policy.shares(w), torch.tensor([0.05, 0.5, 0.95]))
+    eps = torch.rand(50_000, 3, generator=torch.Generator().manual_seed(0))
+    keep = concrete(policy.shares(w).expand(50_000, 3), eps)
+    expected = (keep / keep.sum(dim=1, keepdim=True)).mean(dim=0)
+    found = torch.tensor(list(draw(policy, w, 1000))).bincount(minlength=3) / 1000
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
+
+
 # -- rewards ---------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +196,13 @@ def test_a_search_goes_on_to_the_same_bits():
     assert torch.equal(second.policy.weight, whole.policy.weight)
 
 
+def test_where_all_rows_stay_nothing_has_moved():
+    made = search(kept=ROWS)
+    assert made._rows(0, random(ROWS, INPUTS)).tolist() == list(range(ROWS))
+    made.step()
+    assert made.history == [3 * UNCHANGED] and torch.isfinite(made.policy.weight).all()
+
+
 @pytest.mark.parametrize("kind", ["official", "exact"])
 def test_the_divergence_enters_the_loss(kind):
     plain, other = search(), search(divergence=kind)
@@ -179,9 +214,19 @@ def test_the_divergence_enters_the_loss(kind):
 # -- the method ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("neurons", "share", "kept"), [(1536, 0.3, 1075), (40, 0.3, 28), (40, 0.33, 26)])
+def test_a_policy_learns_with_as_many_rows_as_published(make_llama, monkeypatch, neurons, share, kept):
+    from secateur.engine import policies
+
+    seen = []
+    monkeypatch.setattr(policies.PolicySearch, "__init__", lambda self, matrices, rows, how: seen.append(rows) or 1 / 0)
+    model = make_llama(intermediate_size=neurons, hidden_size=8, num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(ZeroDivisionError):
+        plan_for("prunenet", model, IDS, sparsity=share, budget="neurons")
+    assert seen == [kept]
+
+
 def test_numbers_of_neurons():
-    for neurons, share, kept in ((1536, 0.3, 1075), (40, 0.3, 28)):
-        assert int((1 - share) * neurons + 1e-9) == kept
     plan = plan_for("prunenet", make_tiny("llama"), IDS, sparsity=0.3, budget="neurons")
     assert {name: len(kept) for name, kept in plan.keep.items()} == {f"layers.{i}.mlp": 28 for i in range(3)}
 
