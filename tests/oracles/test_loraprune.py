@@ -146,6 +146,39 @@ def test_scores_are_a_moving_mean_of_normalised_sums():
         torch.testing.assert_close(told["layers.1.mlp"], (1 - 0.9**k) * expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_head_scores_by_all_its_rows_of_every_projection(family):
+    model = make_tiny(family)
+    watched = Watched(decoder_anatomy(model).of_kind("kv_head"), make_method("loraprune"), lambda step, scores: None)
+    watched.inner._entries = lambda a: a.weight.square()
+    attention = model.model.layers[1].self_attn
+    # two key-value heads of 8 channels with two queries each; phi3 has q, k and v in one weight
+    if family == "phi3":
+        q, k, v = attention.qkv_proj.weight.detach().split([32, 16, 16])
+    else:
+        q, k, v = (getattr(attention, f"{name}_proj").weight.detach() for name in "qkv")
+    parts = [one.reshape(2, -1) for one in (q, k, v, attention.o_proj.weight.detach().T)]
+    sums = [part.double().square().sum(dim=1) for part in parts]
+    expected = sum(one / one.norm() for one in sums)
+    trained(model, callback=watched, steps=1)
+    torch.testing.assert_close(watched.told[0]["layers.1.attention"], 0.1 * expected, rtol=1e-5, atol=0)
+
+
+def test_what_has_left_ranks_below_all_that_is_there_whatever_it_scores():
+    model = make_tiny("llama")
+    groups = decoder_anatomy(model).of_kind("neuron")
+    watched = Watched(
+        groups,
+        make_method("loraprune"),
+        lambda step, scores: {name: torch.arange(1, len(s)) for name, s in scores.items()} if step == 2 else None,
+    )
+    # the first neuron scores highest all the time
+    watched.inner._entries = lambda a: 1.0 / torch.arange(1.0, a.weight.shape[0] + 1)[:, None].expand_as(a.weight)
+    trained(model, callback=watched)
+    ranks = [told["layers.1.mlp"].argsort().tolist().index(0) for told in watched.told]
+    assert ranks == [39, 39, 0, 0, 0, 0]
+
+
 def test_a_factor_on_one_projection_changes_nothing_and_nan_leaves_scores_as_they_were():
     def watched(entries):
         model = make_tiny("llama")
@@ -212,6 +245,7 @@ def test_masks_grow_and_what_has_left_never_returns():
 def test_layers_at_both_ends_stay_whole():
     allocator = make_method("loraprune").allocator(1.0)
     assert [i for i in range(30) if not allocator.heads.holds(i, 30)] == [0, 1, 2, 29]
+    assert [i for i in range(29) if not allocator.neurons.holds(i, 29)] == [0, 1, 28]
 
 
 def test_counts_of_the_official_code_end_short_of_the_budget():
@@ -232,6 +266,21 @@ def test_true_gradients_are_not_clipped_with_the_others_and_train_nothing():
     # the same adapters on the same way: nothing was pruned
     assert runs["magnitude"][0] == runs["grad"][0]
     assert torch.equal(runs["magnitude"][1], runs["grad"][1])
+
+
+def test_gradients_of_adapters_are_those_that_were_clipped():
+    class Looking(Callback):
+        norms: tuple[float, ...] = ()
+
+        def begin(self, model):
+            self.model = model
+
+        def on_pre_optimizer_step(self, step):
+            squares = [p.grad.double().square().sum() for p in self.model.parameters() if p.grad is not None]
+            self.norms += (float(sum(squares)) ** 0.5,)
+
+    callback, _ = trained(make_tiny("llama"), callback=Looking(), clip=0.01)
+    assert callback.norms == pytest.approx([0.01] * 6, rel=1e-3)
 
 
 def test_frozen_weights_have_no_gradients():
