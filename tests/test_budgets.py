@@ -155,6 +155,7 @@ def test_everything_may_stay():
         ({"workload": "promt=3"}, OptionError, "a workload is made of batch, prompt, new, got 'promt'"),
         ({"workload": "batch=0"}, OptionError, "workload batch must be a whole number of at least 1, got '0'"),
         ({"budget": "params=0.01", "min_keep": 4}, BudgetError, r"at least 4 unit\(s\) kept in every group"),
+        ({"budget": "latency=0.7"}, UsageError, "workload batch=1,prompt=256,new=32 takes 288 positions"),
     ],
 )
 def test_one_sentence_says_what_is_wrong(options, error, sentence):

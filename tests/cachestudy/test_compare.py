@@ -182,7 +182,7 @@ def test_standard_errors_are_those_of_differences():
         ({"windows": 0}, "nothing is measured"),
         ({"needles": ["nah"]}, "unknown retrieval task 'nah'"),
         ({"windows": 0, "speed": [0]}, "speed takes lengths of prompts, got 0"),
-        ({"speed": [230]}, "length 262 is beyond the 256 positions"),
+        ({"speed": [230]}, "a prompt of 230 with 32 new tokens takes 262 positions"),
         ({"prefix": 600}, "beyond the 256 positions"),
         ({"presses": ["flap"]}, "flap doesn't work on the KV cache"),
     ],

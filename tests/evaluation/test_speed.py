@@ -40,8 +40,11 @@ def test_bad_settings_are_refused(text: str, message: str) -> None:
 
 
 def test_prompt_and_new_tokens_must_fit_the_model(tiny_llama: Any, tiny_tokenizer: Any) -> None:
-    with pytest.raises(UsageError, match="length 288 is beyond the 256 positions"):
+    # --length is no part of a request
+    with pytest.raises(UsageError, match="new=32,repeats=5 takes 288 positions, and the model has 256"):
         evaluate_models(tiny_llama, tiny_tokenizer, ["speed"])
+    with pytest.raises(UsageError, match="request:batch=1,prompt=250,new=7,repeats=5 takes 257 positions"):
+        evaluate_models(tiny_llama, tiny_tokenizer, ["request:prompt=250,new=7"])
 
 
 def test_models_take_turns_and_the_median_of_the_repeats_counts(

@@ -75,7 +75,7 @@ class Timed(Item):
 def timings(model: PreTrainedModel, asked: Protocol) -> Iterator[Timed]:
     """Every repeat at every length. Raises UsageError for prompts that are longer than the model's positions."""
     for tokens in dict.fromkeys(asked.speed):
-        check_length(model, tokens + asked.new)
+        check_length(model, tokens + asked.new, f"a prompt of {tokens} with {asked.new} new tokens")
         warm: set[str] = set()
         for repeat in range(asked.repeats):
             # seconds of other numbers of threads are others

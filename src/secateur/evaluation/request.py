@@ -60,7 +60,7 @@ class Request:
         load = self.workload
         works, devices = {}, {}
         for name, model in models.items():
-            check_length(model, load.prompt + load.new)
+            check_length(model, load.prompt + load.new, self.name)
             for part, work in request_works(model, load, every=True).items():
                 works[f"{name}/{part}"] = _in_evaluation(model, work)
                 devices[f"{name}/{part}"] = model.device

@@ -58,7 +58,7 @@ class Speed:
     ) -> list[Metric]:
         """Three metrics: ``prefill``, ``decode`` and ``decode bound``, all in tokens per second."""
         for model in models.values():
-            check_length(model, self.prompt + self.new)
+            check_length(model, self.prompt + self.new, self.name)
         with timing.watched() as machine:
             times = self._repeat(models, settings)
         prefill = {n: self.batch * self.prompt / median(t[0] for t in runs) for n, runs in times.items()}

@@ -96,7 +96,7 @@ def measure_decoder(
 ) -> DecoderLatency:
     """Time whatever ``table`` doesn't hold yet, and keep it there.
 
-    Raises UsageError when that is needed of a table of another machine, DataError when the request is too long, and
+    Raises UsageError when that is needed of a table of another machine or the request is too long, and
     UnsupportedModelError where sub-layers have left, since blocks count as equal but for their widths.
     """
     if not all(block.has_attention and block.has_mlp for block in typed_blocks(source.model)):
@@ -104,7 +104,7 @@ def measure_decoder(
             "the latency of a model whose attentions or MLPs were removed can't be told from one block:"
             " take another budget, or remove them afterwards"
         )
-    check_length(source.model, workload.prompt + workload.new)
+    check_length(source.model, workload.prompt + workload.new, f"workload {workload}")
     key = _found(table, _key(source, anatomy, workload), source)
     kinds = _kinds(anatomy)
     missing = [kind for kind in kinds if f"{key}; {kind}" not in table.entries]

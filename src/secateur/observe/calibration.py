@@ -158,11 +158,17 @@ def source_name(source: str | Path) -> str:
     return text
 
 
-def check_length(model: PreTrainedModel, length: int) -> None:
-    """Raise UsageError when ``length`` tokens are more than the model has positions for."""
+def check_length(model: PreTrainedModel, length: int, request: str = "") -> None:
+    """Raise UsageError when ``length`` tokens are more than the model has positions for.
+
+    They are those of a window, or those that a ``request`` reads and writes.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
-        raise UsageError(f"length {length} is beyond the {limit} positions of the model; use --length {limit} or less")
+    if not isinstance(limit, int) or length <= limit:
+        return
+    if request:
+        raise UsageError(f"{request} takes {length} positions, and the model has {limit}: make it shorter")
+    raise UsageError(f"length {length} is beyond the {limit} positions of the model; use --length {limit} or less")
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
