@@ -127,6 +127,13 @@ def test_a_fraction_is_put_where_there_is_none(press, spec):
         at_sparsity(spec, 0.3)
 
 
+def test_no_fraction_is_put_where_it_would_say_nothing():
+    for press in ("mustafar:k=0.7,v=0.2", "kvzap:threshold=-4", "h2o:budget=64"):
+        with pytest.raises(UsageError, match="says itself how much is removed"):
+            at_sparsity(press, 0.5)
+    assert at_sparsity("knorm+mustafar:k=0.7,v=0.2", 0.5) == "knorm:0.5+mustafar:k=0.7,v=0.2"
+
+
 def test_presses_are_split_at_commas_that_are_not_options():
     text = "snapkv,adakv(snapkv:window=32,kernel=7),mustafar:k=0.7,v=0.7,snapkv+think:0.4,think:window=8"
     assert split_presses(text) == [

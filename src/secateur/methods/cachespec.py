@@ -66,7 +66,8 @@ def at_sparsity(spec: str, sparsity: float) -> str:
 
 
 def _at_sparsity(step: str, sparsity: float) -> str:
-    if "sparsity" in _parse(step)[1]:
+    parsed = _parse(step)
+    if "sparsity" in parsed[1] or not _cache_method(*parsed).by_sparsity:
         return step
     close = step.rfind(")") + 1
     name, colon, options = step[close:].partition(":")

@@ -44,6 +44,11 @@ class CacheMethod(Method):
         """Whether these options remove nothing, so that the cache stays as it is."""
         raise NotImplementedError(f"{type(self).__name__} must define is_identity")
 
+    @property
+    def by_sparsity(self) -> bool:
+        """Whether ``sparsity`` says how much leaves."""
+        return True
+
 
 def kept_tokens(tokens: int, sparsity: float) -> int:
     """floor(S (1 - r)), at least 1; 10 tokens with sparsity 0.9 keep 1, which float arithmetic alone would miss."""
@@ -86,11 +91,6 @@ class EvictionMethod(CacheMethod):
     @property
     def is_identity(self) -> bool:
         return self.sparsity == 0
-
-    @property
-    def by_sparsity(self) -> bool:
-        """Whether ``sparsity`` says how many tokens leave."""
-        return True
 
     @property
     def every(self) -> int:

@@ -56,6 +56,10 @@ class Mustafar(CacheElementMethod):
                 f"mustafar: with direction=channel block must be a multiple of {_GROUP}, got {self.block}"
             )
 
+    @property
+    def by_sparsity(self) -> bool:
+        return self.k is None or self.v is None
+
     def side_sparsity(self, side: str) -> float:
         own = self.k if side == "keys" else self.v
         return self.sparsity if own is None else own
