@@ -124,6 +124,20 @@ def test_a_padded_batch_equals_one_by_one(model, spec):
         assert torch.allclose(alone.logits[0], together.logits[b], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("spec", "sparsity"),
+    [
+        ("key_rerotation(decoding(keydiff):budget=9)", 0.0),
+        ("key_rerotation(decoding(keydiff):0.25,budget=9)", 0.25),
+        ("key_rerotation(decoding(keydiff):budget=9):0.25", 0.25),
+        ("key_rerotation(knorm)", 0.5),
+    ],
+)
+def test_a_prompt_loses_what_the_wrapped_method_says(spec, sparsity):
+    outer = parse_cache_spec(spec)[0]
+    assert (outer.sparsity, outer.inner.sparsity) == (sparsity, sparsity)
+
+
 def test_a_budget_above_the_text_is_the_dense_model(model):
     dense = generate(model, IDS, new=NEW)
     for spec in ("h2o:budget=99", "tova:budget=99", "streaming_llm:budget=99", "decoding(snapkv:window=4):budget=99"):

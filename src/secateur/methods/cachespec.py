@@ -96,7 +96,16 @@ def _cache_method(name: str, options: dict[str, Any]) -> CacheMethod:
     if not issubclass(cls, CacheMethod):
         names = ", ".join(list_methods(object="kv_cache"))
         raise UsageError(f"{name} doesn't work on the KV cache: {names} do")
+    if issubclass(cls, WrapperMethod) and cls.of_budgets and "of" in options and "sparsity" not in options:
+        # what leaves while decoding may leave the prompt as it is
+        options = {"sparsity": _default_sparsity(_parse(options["of"])[0], cls), **options}
     return make_method(name, options)  # type: ignore[return-value]
+
+
+def _default_sparsity(inner: str, wrapper: type[WrapperMethod]) -> float:
+    """What the ``inner`` method removes where nobody says how much."""
+    cls = get_method(inner)
+    return cls.sparsity if issubclass(cls, EvictionMethod) else wrapper.sparsity
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
