@@ -227,6 +227,41 @@ def test_heads_are_scored_with_the_weight_that_reads_them():
     assert after[0] > before[0] and after[1] == before[1]
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+@pytest.mark.parametrize(("criterion", "power"), [("l1", 1), ("l2", 2)])
+def test_the_first_projection_is_that_of_the_keys_and_the_second_what_reads_them(family, criterion, power):
+    model = make_tiny(family)
+    if family == "opt":
+        block = model.model.decoder.layers[1]
+        attention, heads, reader = block.self_attn, 4, block.self_attn.out_proj.weight
+        projections = [getattr(attention, f"{name}_proj").weight for name in "qkv"]
+        ffn = [block.fc1.weight, block.fc2.weight.T]
+    else:
+        block, heads = model.model.layers[1], 2
+        attention, mlp, reader = block.self_attn, block.mlp, block.self_attn.o_proj.weight
+        fused = family == "phi3"
+        projections = (
+            attention.qkv_proj.weight.split([32, 16, 16])
+            if fused
+            else [getattr(attention, f"{name}_proj").weight for name in "qkv"]
+        )
+        gate_up = mlp.gate_up_proj.weight.chunk(2) if fused else [mlp.gate_proj.weight, mlp.up_proj.weight]
+        ffn = [*gate_up, mlp.down_proj.weight.T]
+
+    def sums(weights, units):
+        return [w.detach().double().abs().pow(power).reshape(units, -1).sum(1) for w in weights]
+
+    of_heads, of_neurons = sums([*projections, reader.T], heads), sums(ffn, len(ffn[0]))
+    for grouping, head, neuron in (
+        ("first", of_heads[1], of_neurons[0]),
+        ("second", of_heads[-1], of_neurons[-1]),
+        ("auto", sum(of_heads) / 4, sum(of_neurons) / len(ffn)),
+    ):
+        found = scores(model, criterion=criterion, grouping=grouping)
+        for part, expected in (("attention", head), ("mlp", neuron)):
+            torch.testing.assert_close(found[f"layers.1.{part}"].double(), expected, rtol=1e-5, atol=0)
+
+
 def counted(ratio, *, hidden, heads, kv_heads, head_dim, neurons):
     """(key-value heads, neurons, parameters) that leave one layer, by the counts of the published code."""
     queries = heads // kv_heads

@@ -176,7 +176,10 @@ class LLMPruner(CoupledMethod):
             return -torch.arange(group.units, dtype=torch.float64)
         if self.criterion == "random":
             return random_scores(group.name, self.seed, (group.units,))
-        return self.together([self.rows(part) for part in group.parts if part.role != "bias"])
+        parts = [part for part in group.parts if part.role != "bias"]
+        # of q, k, v and o the first is k, where the official code begins
+        first = 1 if self.grouping == "first" and len(parts) > 3 else 0
+        return self.together([self.rows(part) for part in parts[first:]])
 
     def together(self, rows: Sequence[Tensor]) -> Tensor:
         auto = "mean" if self.criterion in _POWERS else "sum"
