@@ -57,9 +57,9 @@ mean of all levels (`expectation`, the default). Seconds were taken while the ma
 - Without the refit the same units cost three times as much at 50 %, and 1.4 times at 25 %. With it, layers alike and
   dense inputs, Tyr is ahead of FLAP at both, by both measures.
 - Handing on the level in the middle, or the mean, is better than dense inputs by both measures.
-- The search lowers both beside the same levels unsearched, with each of three seeds (76.6 on average, standard deviation
-  2.1, beside 81.3), and heads and neurons lose in all what they did before. Searched, the level in the middle and the
-  mean handed on are no further apart than seeds are.
+- The search lowers both beside the same levels unsearched, with each of three seeds (76.6 on average, standard
+  deviation 2.1, beside 81.3), and heads and neurons lose in all what they did before. Searched, the level in the middle
+  and the mean handed on are no further apart than seeds are.
 """
 
 MISSING = """
