@@ -25,7 +25,7 @@ def random(*shape, seed=0):
 
 
 def published(metric, w_DI, up_DI, gate_DI, n_I, b=1.0, c=1.0):
-    """The formulas of the sheet as they are written, each ratio over the outputs."""
+    """The formulas as they are published, each ratio over the outputs."""
     sizes = w_DI.abs() * (n_I**b if metric.endswith("_wa") else 1)
     ratios = [m / m.sum(dim=0) for m in (sizes, up_DI.abs(), gate_DI.abs())]
     ratios = ratios if metric.startswith("three") else ratios[:1]
