@@ -172,6 +172,26 @@ def test_a_shared_module_is_cut_once():
     assert cut.again is cut.shared and cut.shared.weight.shape == (4, 4)
 
 
+class Gated(nn.Module):
+    """A gate whose halves are told by their number."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.c = nn.Linear(4, 12), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = getattr(self.a(x), self.how)(2, -1)
+        return self.c(up * torch.sigmoid(gate))
+
+
+@pytest.mark.parametrize("how", ["chunk", "unsafe_chunk", "tensor_split"])
+def test_halves_of_a_gate_follow(how):
+    found = pruned(randomised(Gated(how)), images(2, 4), {"a": [0, 3]})
+    check(found)
+    assert own(found).a.weight.shape == (8, 4)
+
+
 class Buffers(nn.Module):
     """Buffers that go with the channels, one that isn't saved, and one that has nothing to do with them."""
 

@@ -27,6 +27,8 @@ from secateur.structure.trace import Value, attribute, describe, has_rule, hint,
 # the shape of the output says everything that these arguments say
 _BY_SHAPE = ("view", "reshape", "_unsafe_view", "expand", "split", "split_with_sizes", "unsafe_split", "repeat")
 _BY_SHAPE += ("zeros", "ones", "new_zeros", "new_ones", "empty", "new_empty")
+_SPLITS = ("aten::split_with_sizes", "aten::unsafe_split", "aten::chunk", "aten::unsafe_chunk", "aten::tensor_split")
+"""What a cut writes as a split by sizes; the shapes of the parts say the rest."""
 _SIZE_NAMES = ("head", "dim", "channel", "chs", "feature", "group", "hidden", "planes", "width", "inner", "size", "num")
 _WIDTH_NAMES = ("head", "dim", "channel", "chs", "feature", "hidden", "planes")
 """What nobody calls anything else than a width."""
@@ -301,7 +303,7 @@ def _difference(
 def _kind(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
     name = schema.name if schema is not None else str(node.target)
-    return name.removesuffix("_with_sizes")
+    return "aten::split" if name in _SPLITS else name
 
 
 def _shapes(node: fx.Node) -> Any:
