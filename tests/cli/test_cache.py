@@ -31,6 +31,8 @@ def test_compare_prints_a_table_and_resumes(cli, tiny_checkpoint, tmp_path):
         (["--out", "out"], 2, "name what is compared with --presses"),
         (["--presses", "knorm"], 2, "give a folder for the comparison with --out"),
         (["--presses", "knorm", "--out", "out", "--ratios", "half"], 2, "--ratios takes numbers"),
+        (["--presses", "knorm", "--out", "out", "--ratios", ""], 2, "--ratios takes numbers"),
+        (["--presses", "knorm", "--out", "out", "--held", ""], 2, "--held takes numbers"),
         (["--presses", "knorm", "--out", "out", "--ratios", "0.5", "--held", "0.5"], 2, "give one of them"),
         (["--presses", "knorm", "--out", "out", "--speed", "64,4k"], 2, "--speed takes whole numbers"),
         (["--presses", "knrm", "--out", "out"], 2, "unknown method 'knrm'; did you mean 'knorm'"),

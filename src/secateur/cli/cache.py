@@ -115,7 +115,9 @@ def compare(
     check_resume(resume, overwrite)
     load_plugins(plugin)
     lengths = whole_numbers("--speed", speed) if speed is not None else []
-    fractions = numbers("--held" if held else "--ratios", held or ratios or "0.25,0.5,0.75")
+    by_bytes = held is not None
+    said = held if by_bytes else ratios
+    fractions = numbers("--held" if by_bytes else "--ratios", "0.25,0.5,0.75" if said is None else said)
     from secateur import api
     from secateur.cachestudy import compare_caches
     from secateur.cachestudy.compare import notes_of
@@ -132,7 +134,7 @@ def compare(
             loaded,
             tokenizer,
             presses=names,
-            **({"held": fractions} if held else {"ratios": fractions}),
+            **({"held": fractions} if by_bytes else {"ratios": fractions}),
             text=text,
             prefix=prefix,
             after=after,
