@@ -246,6 +246,20 @@ case(
     "length 2000 is beyond the 1024 positions of the model; use --length 1024 or less",
     lambda room: room.prune("--length", 2000),
 )
+# no calibration text, but sizes are measured on windows too
+case(
+    "length beyond the positions of a method without data",
+    2,
+    "length 2000 is beyond the 1024 positions of the model; use --length 1024 or less",
+    lambda room: room.prune("--length", 2000, method="magnitude"),
+)
+for task in ("speed", "request"):
+    case(
+        f"{task} of more tokens than positions",
+        2,
+        f"{task}:batch=1,prompt=2000,new=32,repeats=5 takes 2032 positions, and the model has 1024: make it shorter",
+        lambda room, task=task: room.prune("--evaluate", f"{task}:prompt=2000", method="magnitude"),
+    )
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
 

@@ -70,14 +70,16 @@ class Measurement:
             report.samples = [*report.samples, Sample(prompt, outputs)]
 
     def check(self, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Refuse text that can't be measured on, before hours of work. Raises UsageError, DataError."""
+        """Refuse what can't be measured, as far as tasks know, before hours of work. Raises UsageError, DataError."""
         from secateur.evaluation import Checked, Settings, make_task
 
         if self.measure is False:
             return
         data = self.job.calibration
         settings = Settings(length=data.length, windows=self.job.windows, seed=data.seed, text_field=data.text_field)
-        for task in map(make_task, self.job.evaluate):
+        # which is measured whenever both models are loaded
+        always = ["size"] if self._loads(source) else []
+        for task in map(make_task, [*self.job.evaluate, *always]):
             if isinstance(task, Checked):
                 task.check(source.model, tokenizer, settings)
 

@@ -53,6 +53,9 @@ class Request:
         """The task with its settings."""
         return f"request:{self.workload},repeats={self.repeats}"
 
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: Settings) -> None:
+        check_length(model, self.workload.prompt + self.workload.new, self.name)
+
     def measure(
         self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
@@ -60,7 +63,7 @@ class Request:
         load = self.workload
         works, devices = {}, {}
         for name, model in models.items():
-            check_length(model, load.prompt + load.new, self.name)
+            self.check(model, tokenizer, settings)
             for part, work in request_works(model, load, every=True).items():
                 works[f"{name}/{part}"] = _in_evaluation(model, work)
                 devices[f"{name}/{part}"] = model.device

@@ -54,6 +54,9 @@ class Size:
         """``size``"""
         return "size"
 
+    def check(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, settings: Settings) -> None:
+        check_length(model, settings.length)
+
     def measure(
         self, models: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
@@ -66,7 +69,7 @@ class Size:
             for name, model in models.items():
                 if not is_decoder(model):
                     raise UsageError(f"size of model {name} needs example_inputs=(x,), what it is called with")
-                check_length(model, settings.length)
+                self.check(model, tokenizer, settings)
         weights: dict[str, Weight] = {}
         for done, (name, model) in enumerate(models.items(), start=1):
             weigh = _weigh_onnx if is_onnx(model) else _weigh_module

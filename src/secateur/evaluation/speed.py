@@ -53,12 +53,15 @@ class Speed:
         """The task with its settings."""
         return f"speed:batch={self.batch},prompt={self.prompt},new={self.new},repeats={self.repeats}"
 
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: Settings) -> None:
+        check_length(model, self.prompt + self.new, self.name)
+
     def measure(
         self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
         """Three metrics: ``prefill``, ``decode`` and ``decode bound``, all in tokens per second."""
         for model in models.values():
-            check_length(model, self.prompt + self.new, self.name)
+            self.check(model, tokenizer, settings)
         with timing.watched() as machine:
             times = self._repeat(models, settings)
         prefill = {n: self.batch * self.prompt / median(t[0] for t in runs) for n, runs in times.items()}
