@@ -296,6 +296,13 @@ def test_why_of_something_unknown(net, cli):
     assert run.code == 2 and "did you mean 'conv1'?" in run.err
 
 
+def test_a_plan_of_a_module_is_none_of_a_file(onnx_file, cli, tmp_path):
+    assert cli("prune", "net.py:make", *PRUNE, "--out", "small").code == 0
+    run = cli("plan", "apply", "small/plan", "dense.onnx", "--out", "cut.onnx")
+    assert run.code == 1 and run.err.count("\n") == 1 and "was made for the torch module" in run.err
+    assert not (tmp_path / "cut.onnx").exists()
+
+
 def test_an_onnx_file_that_is_none(net, cli, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(np.arange(40, dtype=np.uint8).tobytes())
     run = cli("prune", "bad.onnx", "--method", "spa_l1", "--out", "x.onnx")

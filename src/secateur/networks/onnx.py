@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Inputs = Mapping[str, Sequence[int]]
 """Name of an input → its sizes."""
 
+_SPEC = "onnx"
+"""what a plan says of its inputs where they are sizes by name"""
 _NORMS = ("BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization")
 _NORMS += ("RMSNormalization", "SimplifiedLayerNormalization")
 
@@ -61,7 +63,7 @@ def onnx_plan(
         role,
         model=_fingerprint(anatomy, tensors),
         inputs=ExampleInputs(
-            spec="onnx", leaves=tuple({"name": n, "shape": list(s)} for n, s in (inputs or {}).items())
+            spec=_SPEC, leaves=tuple({"name": n, "shape": list(s)} for n, s in (inputs or {}).items())
         ),
         probe=_Blind(),
         asked=asked,
@@ -145,6 +147,11 @@ def apply_to_onnx(
     Raises PlanMismatchError, and what ``onnx_anatomy`` raises.
     """
     provenance = plan.provenance[0]
+    if provenance.inputs is not None and provenance.inputs.spec != _SPEC:
+        raise PlanMismatchError(
+            f"the plan was made for the torch module {plan.model.name}, whose groups aren't those of an ONNX model:"
+            " make one for the file"
+        )
     leaves = provenance.inputs.leaves if provenance.inputs else ()
     options = provenance.options
     traced = anatomy or onnx_anatomy(
