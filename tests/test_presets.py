@@ -1,5 +1,7 @@
 """``best`` stands for a method with its allocator, and for nothing else."""
 
+import math
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -10,6 +12,7 @@ from secateur.cli.app import app
 from secateur.errors import OptionError, UsageError
 from secateur.methods import list_methods, make_method, settled
 from secateur.methods.presets import Preset
+from secateur.recipes import make_recipe
 
 EFFORTS = ("seconds", "minutes", "hour")
 
@@ -66,6 +69,17 @@ def test_what_may_stay_of_one_thing_is_what_a_sparsity_says():
     left, gone = ({"budget": "macs=0.7"}, {"budget": "macs", "sparsity": 0.3})
     options = [settled(make_method("best", asked), None)[0].options() for asked in (left, gone)]
     assert options[0] == options[1]
+
+
+def test_stages_choose_once_by_what_they_remove_together():
+    for budget, name in (("params=0.4", "osscar"), ("params=0.7", "cfsp")):
+        recipe = make_recipe({"steps": [{"method": "best", "budget": budget, "stages": 3}]}, "test")
+        whole, _ = settled(make_method("best", {"budget": budget}), None)
+        methods = [recipe.words(step)[0] for step in recipe.steps]
+        assert [method.name for method in methods] == [name] * 3
+        assert math.prod(1 - method.sparsity for method in methods) == pytest.approx(1 - whole.sparsity)
+        for method in methods:
+            assert method.options() == {**whole.options(), "sparsity": method.sparsity}
 
 
 def test_the_plan_is_that_of_what_it_stands_for(make_llama, tiny_tokenizer, tmp_path):

@@ -141,13 +141,14 @@ class Recipe(BaseModel):
 
     def _stages(self, step: Step) -> list[Step]:
         from secateur.healing.recovery import stages_of
-        from secateur.methods import StructuredMethod
+        from secateur.methods import StructuredMethod, make_method, settled
 
         if step.stages is None:
             if step.growth is not None:
                 raise UsageError("growth says how stages share the training: give their number with --stages (stages)")
             return [step]
-        method, _ = self.words(step)
+        chosen = make_method(step.method, self.method_options(step))
+        method, allocate = settled(chosen, step.allocate)
         if not isinstance(method, StructuredMethod) or "=" in method.budget or method.budget in ("kv_bytes", "latency"):
             what = "has another" if isinstance(method, StructuredMethod) else "removes something else"
             raise UsageError(
@@ -156,7 +157,12 @@ class Recipe(BaseModel):
             )
         left = [1 - method.sparsity * stage / step.stages for stage in range(step.stages + 1)]
         heals = stages_of(step.heal, growing(step.stages, step.growth or "linear")) if step.heal else None
-        options = {key: value for key, value in step.options.items() if key != "sparsity"}
+        options = step.options
+        if method is not chosen:
+            # a preset chooses once, by what all stages remove together
+            step = step.model_copy(update={"method": method.name, "allocate": allocate, "budget": None, "target": None})
+            options = method.options()
+        options = {key: value for key, value in options.items() if key != "sparsity"}
         return [
             step.model_copy(
                 update={
