@@ -14,7 +14,7 @@ from secateur.engine import decide
 from secateur.engine.budgets import measure_variants, variants_of, windows_for
 from secateur.errors import BudgetError, OptionError, UsageError
 from secateur.methods import make_method
-from secateur.models.decoders import decoder_anatomy
+from secateur.models.decoders import decoder_anatomy, decoder_blocks
 from secateur.models.sources import Source
 from secateur.models.surgery import layer_overrides
 from secateur.plans import Plan
@@ -89,6 +89,22 @@ def test_both_budgets_are_met(method, variants):
     assert left(plan, model, "kv_bytes") <= 5 / 6 + 1e-9
     neuron = 3 * model.config.hidden_size / decoder_anatomy(model).blocks.params
     assert 0.7 - neuron < left(plan, model, "params") <= 0.7
+
+
+@pytest.mark.parametrize("family", ["llama-tied-bias", "gpt2", "gpt_neox", "opt", "olmo2"])
+def test_a_budget_counts_the_linear_weights_that_are_left_and_no_biases(family):
+    model = make_tiny(family)
+    budget = "params=0.7,macs=0.75,bytes=0.8"
+    plan = sc.plan(model, method="random_sp", budget=budget, options={"variants": "scores"})
+
+    def linear(decoder):
+        return sum(p.numel() for p in decoder_blocks(decoder)[1].parameters() if p.dim() > 1)
+
+    accounts = plan.provenance[0].budgets
+    dense, cut = linear(model), linear(sc.apply(plan, model))
+    assert cut <= 0.7 * dense
+    for name, size in (("params", 1), ("macs", 1), ("bytes", 4)):
+        assert (accounts[name].dense, accounts[name].pruned) == (size * dense, size * cut)
 
 
 def test_uniform_widths_stay_plain():

@@ -299,13 +299,13 @@ def _input_slices(block: DecoderBlock, path: tuple[str, ...], columns: Tensor) -
 
 
 def _unit_cost(block: DecoderBlock, slices: list[Slices], kv_bytes: int = 0) -> Cost:
-    params = macs = 0
+    """Cost of the linear weights that leave with a unit, as ``_linear_cost`` counts those of all blocks."""
+    params = 0
     for part in slices:
         tensor = block.module.get_parameter(part.tensor.removeprefix(block.name + "."))
-        count = part.index.shape[1] * (tensor.numel() // tensor.shape[part.dim])
-        params += count
-        macs += count if tensor.dim() == 2 else 0
-    return Cost(params, macs, params * _itemsize(block.module), kv_bytes)
+        if tensor.dim() == 2:
+            params += part.index.shape[1] * (tensor.numel() // tensor.shape[part.dim])
+    return Cost(params, params, params * _itemsize(block.module), kv_bytes)
 
 
 def _itemsize(module: nn.Module) -> int:
