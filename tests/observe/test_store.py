@@ -91,6 +91,38 @@ def test_options_that_let_units_stay_share_no_statistics_with_others(tmp_path, t
     assert not plan("both", statistics=tmp_path).diff(plan("both"))
 
 
+def test_runs_share_no_statistics_of_other_models_methods_and_texts(tmp_path, make_llama, tiny_tokenizer):
+    for seed in (0, 1):
+        make_llama(seed=seed).save_pretrained(tmp_path / f"model-{seed}")
+        tiny_tokenizer.save_pretrained(tmp_path / f"model-{seed}")
+    jobs = [
+        (0, 4, ["flap"]),
+        (1, 4, ["flap"]),
+        (0, 4, ["cfsp"]),
+        (0, 5, ["flap"]),
+        # the second step looks at what the first has left
+        (0, 4, ["flap", "flap"]),
+    ]
+    folders = []
+    for number, (seed, samples, methods) in enumerate(jobs):
+        weights = []
+        for kept in (None, tmp_path / "statistics"):
+            out = tmp_path / f"out-{number}-{len(weights)}"
+            recipe = {
+                "model": str(tmp_path / f"model-{seed}"),
+                "calibration": {"samples": samples, "length": 32},
+                "steps": [{"method": method, "sparsity": 0.3} for method in methods],
+                "dtype": "float32",
+                "out": str(out),
+            }
+            sc.run(recipe, statistics=kept)
+            weights.append((out / "model.safetensors").read_bytes())
+        assert weights[0] == weights[1]
+        folders.append(len(list((tmp_path / "statistics").iterdir())))
+    # the first step of the last run is the first run
+    assert folders[-1] == folders[-2] + 1
+
+
 @pytest.mark.parametrize("limit", [None, 0, 500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_in_memory_and_in_a_file(limit, dtype, tmp_path):

@@ -100,6 +100,11 @@ def plan_step(
         versions=library_versions(),
         allocation=allocation.provenance if allocation else None,
     )
+
+    def kept(observer: Method | Measuring | None) -> Path | None:
+        how = (resources.dtype, resources.batch_tokens)
+        return statistics_folder(statistics, provenance.model, tokens, observer, *how)
+
     cutter = BlockCutter(source, provenance, output.format if output else "dense")
     keeper = DiskKeeper(step, method, cutter, ranks, cut=output is not None)
     # all have read the journal before one writes to it
@@ -116,12 +121,10 @@ def plan_step(
                 progress=report,
                 keeper=keeper,
                 hidden=Activations(limit=resources.activation_memory, folder=keeper.hidden),
-                statistics=statistics,
+                statistics=kept(method),
                 ranks=ranks,
                 allocator=allocation.allocator if allocation else None,
-                allocator_statistics=statistics_folder(
-                    statistics, provenance.model, tokens, allocation, resources.dtype, resources.batch_tokens
-                ),
+                allocator_statistics=kept(allocation),
                 latency_table=latency_table,
                 tokenizer=tokenizer,
             )
