@@ -171,7 +171,7 @@ def plan(
     from secateur.healing.recovery import split_heal
     from secateur.methods import check_for_decoders, make_method, settled
     from secateur.models.decoders import check_decoder
-    from secateur.models.fingerprint import fingerprint
+    from secateur.models.fingerprint import config_hash, fingerprint
     from secateur.models.sources import Source
     from secateur.observe.calibration import load_tokens
     from secateur.observe.precision import compute_dtype
@@ -214,6 +214,10 @@ def plan(
         )
     source = Source(decoder)
     compute, mine = compute_dtype(dtype, source.device), fingerprint(source)
+
+    def kept(observer: object) -> Path | None:
+        return statistics_folder(statistics, mine, config_hash(decoder), tokens, observer, compute, batch_tokens)
+
     keeper = decide(
         chosen,
         source,
@@ -221,9 +225,9 @@ def plan(
         dtype=compute,
         batch_tokens=batch_tokens,
         progress=progress or _no_progress,
-        statistics=statistics_folder(statistics, mine, tokens, chosen, compute, batch_tokens),
+        statistics=kept(chosen),
         allocator=allocation.allocator if allocation else None,
-        allocator_statistics=statistics_folder(statistics, mine, tokens, allocation, compute, batch_tokens),
+        allocator_statistics=kept(allocation),
         latency_table=Path(latency_table) if latency_table is not None else None,
         tokenizer=tokenizer,
     )

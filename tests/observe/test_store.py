@@ -91,6 +91,18 @@ def test_options_that_let_units_stay_share_no_statistics_with_others(tmp_path, t
     assert not plan("both", statistics=tmp_path).diff(plan("both"))
 
 
+@pytest.mark.parametrize(
+    "change", [{"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}, {"hidden_act": "relu"}]
+)
+def test_equal_weights_under_another_config_share_no_statistics(change, tmp_path, make_llama, tiny_tokenizer):
+    settings = {"method": "flap", "sparsity": 0.3, "samples": 4, "length": 32, "dtype": "float32"}
+    sc.plan(make_llama(), tiny_tokenizer, statistics=tmp_path, **settings)
+    other = make_llama(**change)
+    shared = sc.plan(other, tiny_tokenizer, statistics=tmp_path, **settings)
+    alone = sc.plan(other, tiny_tokenizer, **settings)
+    assert all(torch.equal(shared.scores[name], alone.scores[name]) for name in alone.scores)
+
+
 def test_runs_share_no_statistics_of_other_models_methods_and_texts(tmp_path, make_llama, tiny_tokenizer):
     for seed in (0, 1):
         make_llama(seed=seed).save_pretrained(tmp_path / f"model-{seed}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # enough to tell two trainings apart, and only a few pages of a large file
 _RUNS, _RUN_LENGTH = 8, 128
+# what a config holds beside the way in which the model computes
+_ABOUT = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 Part = Callable[[str, int, int], torch.Tensor]
 """name of a parameter, first entry, count → these entries, flat"""
@@ -69,6 +72,12 @@ def _samples(part: Part, name: str, count: int) -> Iterator[torch.Tensor]:
         return
     for run in range(_RUNS):
         yield part(name, (count - _RUN_LENGTH) * run // (_RUNS - 1), _RUN_LENGTH)
+
+
+def config_hash(model: PreTrainedModel) -> str:
+    """Hash of how the model computes: under another config the same weights give other activations."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _ABOUT}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def display_name(model: PreTrainedModel) -> str:

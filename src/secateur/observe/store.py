@@ -23,6 +23,7 @@ SeenByModule = Mapping[str, Mapping[str, Statistic]]
 def statistics_folder(
     root: str | Path | None,
     model: Fingerprint,
+    config: str,
     tokens: Tokens | None,
     method: object | None,
     dtype: torch.dtype,
@@ -30,13 +31,13 @@ def statistics_folder(
 ) -> Path | None:
     """Where below ``root`` the statistics of this model lie that ``method`` takes from these tokens.
 
-    ``method`` may be an allocator at work; None where nothing is taken.
+    ``config`` is the hash of the model's. ``method`` may be an allocator at work; None where nothing is taken.
     """
     if root is None or tokens is None or method is None:
         return None
     names = sorted(method.observed_statistics())  # type: ignore[attr-defined]
     kind = kind_of(method)
-    what = [model.shapes, model.weights, tokens.info.sha256, names, kind, str(dtype), batch_tokens]
+    what = [model.shapes, model.weights, config, tokens.info.sha256, names, kind, str(dtype), batch_tokens]
     return Path(root) / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 

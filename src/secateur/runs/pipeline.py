@@ -15,7 +15,7 @@ import torch
 from secateur.allocators import Measuring
 from secateur.engine import decide
 from secateur.methods import Method
-from secateur.models.fingerprint import fingerprint
+from secateur.models.fingerprint import config_hash, fingerprint
 from secateur.models.sources import Source
 from secateur.models.surgery import check_fits
 from secateur.observe.activations import Activations
@@ -103,7 +103,7 @@ def plan_step(
 
     def kept(observer: Method | Measuring | None) -> Path | None:
         how = (resources.dtype, resources.batch_tokens)
-        return statistics_folder(statistics, provenance.model, tokens, observer, *how)
+        return statistics_folder(statistics, provenance.model, config_hash(source.model), tokens, observer, *how)
 
     cutter = BlockCutter(source, provenance, output.format if output else "dense")
     keeper = DiskKeeper(step, method, cutter, ranks, cut=output is not None)
