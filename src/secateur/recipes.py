@@ -157,20 +157,20 @@ class Recipe(BaseModel):
             )
         left = [1 - method.sparsity * stage / step.stages for stage in range(step.stages + 1)]
         heals = stages_of(step.heal, growing(step.stages, step.growth or "linear")) if step.heal else None
-        options = step.options
+        options, known = step.options, {}
         if method is not chosen:
             # a preset chooses once, by what all stages remove together
-            step = step.model_copy(update={"method": method.name, "allocate": allocate, "budget": None, "target": None})
             options = method.options()
-        options = {key: value for key, value in options.items() if key != "sparsity"}
+            known = {"method": method.name, "allocate": allocate, "budget": None, "target": None}
+        known["options"] = {key: value for key, value in options.items() if key != "sparsity"}
         return [
             step.model_copy(
                 update={
+                    **known,
                     "sparsity": 1 - left[stage + 1] / left[stage],
                     "heal": heals[stage] if heals else None,
                     "stages": None,
                     "growth": None,
-                    "options": options,
                 }
             )
             for stage in range(step.stages)
