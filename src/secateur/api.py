@@ -473,10 +473,8 @@ def _prune_network(
     from secateur.networks.kinds import Asked
     from secateur.networks.pruning import Called, prune_network
 
-    called, asked = (
-        Called(example_inputs, example_kwargs, dynamic_shapes),
-        Asked(data, loss, ignore, ratios or {}, seed),
-    )
+    called = Called(example_inputs, example_kwargs, dynamic_shapes)
+    asked = Asked(data, loss, ignore, ratios or {}, seed)
     return Result(*prune_network(model, method, called, asked, progress=progress or _no_progress, **arguments))
 
 
