@@ -75,6 +75,8 @@ UNITS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tyr", {**CENTRE, "seed": 1}),
     ("tyr", {**CENTRE, "seed": 2}),
     ("tyr", {**CENTRE, "parts": "mlp"}),
+    ("tyr", {**CENTRE, "parts": "mlp", "seed": 1}),
+    ("tyr", {**CENTRE, "parts": "mlp", "seed": 2}),
     # six times as many tokens in its searches as by default; published are ninety times these
     ("tyr", {**CENTRE, "generations": 20, "stage_tokens": "1024,8192"}),
     ("cfsp", {"heal": "refit", "target": "stream"}),
