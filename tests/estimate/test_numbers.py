@@ -195,7 +195,10 @@ def test_a_search_over_levels_has_its_trials_and_its_supernet(sizes):
     # masks and half of the values of o_proj and down_proj, of three levels
     read = 2 * (32 * 32 + 64 * 32)
     assert disk(sizes, searching)["statistics"] == 3 * (read // 8 + read // 2 * 4)
-    assert "whole model" in memory(sizes, searching, 0).process
+    # three models on 32 tokens each, before a block and after it, and the block as it is beside what it becomes
+    found = memory(sizes, searching, 0).process
+    assert found["tried models"] == 2 * 3 * 32 * sizes.hidden * 4
+    assert found["at work"] >= found["working copy"] == 4 * sizes.blocks[0].entries
 
 
 def test_forward_operations_are_those_that_torch_counts(sizes, tiny_llama):

@@ -1,5 +1,6 @@
 """The level search: shifts by hand, a planted optimum, and the trials against a second computation."""
 
+import math
 from collections import Counter
 from random import Random
 
@@ -74,9 +75,9 @@ class Planted:
     def __init__(self, wanted, done=()):
         self.wanted, self.parents, self.calls = wanted, list(done), 0
 
-    def fitness(self, levels, tokens, seed):
-        self.calls += 1
-        return float(sum((a - b) ** 2 for a, b in zip(levels, self.wanted, strict=True)))
+    def losses(self, candidates, tokens, seed):
+        self.calls += len(candidates)
+        return [float(sum((a - b) ** 2 for a, b in zip(one, self.wanted, strict=True))) for one in candidates]
 
     def done(self):
         return list(self.parents)
@@ -92,7 +93,7 @@ WANTED = (-2, 1, 0, -1, 1, 0, 0, 1, 0, 1, -1, 0)
 def test_a_planted_optimum_is_found():
     trials = Planted(WANTED)
     assert Search(generations=200).run(PARTS, 0.7, trials) == WANTED
-    fitness = [trials.fitness(parent, 0, 0) for parent in trials.parents]
+    fitness = trials.losses(trials.parents, 0, 0)
     assert fitness == sorted(fitness, reverse=True)
 
 
@@ -140,7 +141,9 @@ def test_a_trial_is_the_divergence_of_the_pruned_model(method, make_llama, monke
         progress=lambda *_: None,
     )
     dense = log_softmax(model, ids)
-    for levels in ((0,) * 14, (1, 0) * 7, (0, 1, 1) * 4 + (0, 0)):
+    candidates = [(0,) * 14, (1, 0) * 7, (0, 1, 1) * 4 + (0, 0), (0,) * 13 + (1,)]
+    found = trials.losses(candidates, 3 * 24, 0)
+    for levels, divergence in zip(candidates, found, strict=True):
         cut = make_llama()
         with torch.no_grad():
             for matrix, level in zip(matrices, levels, strict=True):
@@ -150,19 +153,33 @@ def test_a_trial_is_the_divergence_of_the_pruned_model(method, make_llama, monke
         # nothing follows the last position of a window
         expected = (dense.exp() * (dense - log_softmax(cut, ids)))[:, :-1].sum(dim=-1).mean()
         # of models that are nearly alike, in float32
-        assert trials.fitness(levels, 3 * 24, 0) == pytest.approx(float(expected), rel=5e-3)
+        assert divergence == pytest.approx(float(expected), rel=5e-3)
+        assert trials.losses([levels], 3 * 24, 0) == [divergence]
     # what was remembered of the dense model is forgotten where it would be too much, and computed again
     monkeypatch.setattr("secateur.engine.searching._REMEMBERED_BYTES", 0)
     frugal = LevelTrials(
         Source(model), matrices, ids, keeper, dtype=torch.float32, generations=1, progress=lambda *_: None
     )
     for tokens, seed in ((72, 0), (30, 1), (30, 2), (72, 0)):
-        assert frugal.fitness(levels, tokens, seed) == trials.fitness(levels, tokens, seed)
+        assert frugal.losses([levels], tokens, seed) == trials.losses([levels], tokens, seed)
         assert len(frugal._remembered) <= 3
     # 30 tokens are a window of 24 and 6 of another one
     assert [length for _, length in trials._windows(30, 1)] == [24, 6]
     # some of the windows, and some of their tokens
-    assert trials.fitness(levels, 8, 0) != trials.fitness(levels, 8, 1)
+    assert trials.losses([levels], 8, 0) != trials.losses([levels], 8, 1)
+
+
+def test_a_model_that_gives_nan_is_no_candidate(make_llama):
+    model, ids, keeper = make_llama(), torch.arange(2, 26)[None], Keeper()
+    matrices = [m for m in sc.anatomy(model).matrices if m.module.endswith("down_proj")]
+    keep = torch.ones(matrices[0].shape, dtype=torch.bool)
+    for matrix in matrices:
+        made = {0: (keep, None), 1: (keep, torch.full(matrix.shape, math.inf))}
+        keeper.keep(0, Decision(), final=False, ranked=level_tensors(matrix.module, made))
+    trials = LevelTrials(
+        Source(model), matrices, ids, keeper, dtype=torch.float32, generations=1, progress=lambda *_: None
+    )
+    assert trials.losses([(1, 0), (0, 0), (0, 1)], 24, 0) == [math.inf, 0.0, math.inf]
 
 
 @torch.no_grad()

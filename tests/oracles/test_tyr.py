@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from random import Random
 
@@ -13,12 +14,13 @@ from torch.nn import functional as F
 
 import secateur as sc
 import secateur.engine.supernet
-from families import make_tiny, tiny_ids
+from families import LAYOUTS, make_tiny, tiny_ids
 from runs import plan_for
 from secateur.allocate import Grid, even_start
 from secateur.allocate.levels import rungs_of
 from secateur.allocate.units import Limits
 from secateur.criteria.fitness import CrossEntropy, FullKL, SparseKL
+from secateur.engine.searching import LevelTrials, level_weight
 from secateur.engine.supernet import expectation_weights
 from secateur.errors import BudgetError, DataError, OptionError, UnsupportedModelError, UsageError
 from secateur.methods import Target, make_method
@@ -330,10 +332,10 @@ class Rugged:
     def __init__(self):
         self.parents, self.stages = [], Counter()
 
-    def fitness(self, levels, tokens, seed):
-        self.stages[tokens] += 1
+    def losses(self, candidates, tokens, seed):
+        self.stages[tokens] += len(candidates)
         self.seeds = {*getattr(self, "seeds", ()), seed}
-        return Random(hash((levels, seed))).random()
+        return [Random(hash((levels, seed))).random() for levels in candidates]
 
     def done(self):
         return list(self.parents)
@@ -348,7 +350,7 @@ def test_on_one_batch_a_parent_is_never_worse_than_the_one_before():
     )
     trials = Rugged()
     evolution.run((0,) * 8, [range(-2, 3)] * 8, trials, ["a", "b"] * 4)
-    fitness = [trials.fitness(parent, 64, 3) for parent in ((0,) * 8, *trials.parents)]
+    fitness = trials.losses([(0,) * 8, *trials.parents], 64, 3)
     assert fitness == sorted(fitness, reverse=True) and fitness[-1] < fitness[0]
 
 
@@ -477,6 +479,36 @@ def test_a_search_moves_sparsity_within_a_kind_and_lowers_what_it_looks_at():
         return float((dense.exp() * (dense - cut)).sum(-1).mean())
 
     assert divergence(found) < divergence(alike)
+
+
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("family", [*LAYOUTS, "granite"])
+def test_candidates_are_the_model_with_their_levels(family, refit, monkeypatch):
+    """Heads that are zeros and neurons that are cut out, all at once, beside each candidate put together by hand."""
+    model, ids = make_tiny(family), IDS[:4]
+    found = []
+
+    def watched(self, candidates, tokens, seed):
+        losses = measure(self, candidates, tokens, seed)
+        assert {g.kind for g in self._cut.values()} == {"neuron"}
+        for levels, loss in zip(candidates, losses, strict=True):
+            other = copy.deepcopy(model)
+            for matrix, level in zip(self._matrices, levels, strict=True):
+                weight = other.get_submodule(matrix.module).weight.data
+                stored = weight.T if matrix.transposed else weight
+                stored.copy_(level_weight(self._keeper, matrix.module, level, stored)[1])
+            with torch.no_grad():
+                dense, cut = (one(ids).logits[:, :-1].log_softmax(-1) for one in (model, other))
+            found.append((loss, float((dense.exp() * (dense - cut)).sum(-1).mean())))
+        return losses
+
+    measure = LevelTrials.losses
+    monkeypatch.setattr(LevelTrials, "losses", watched)
+    how = {"generations": 2, "offspring": 4, "iterations": 1, "stage_tokens": "64", "survivors": "", "fitness": "kl"}
+    plan_for("tyr", model, ids, sparsity=0.4, refit=refit, **how)
+    assert len(found) == 10 and len({by_hand for _, by_hand in found}) > 4
+    for loss, by_hand in found:
+        assert loss == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_neurons_alone_give_the_whole_budget():

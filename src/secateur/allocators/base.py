@@ -96,6 +96,11 @@ class Allocator:
         """Tokens that go through whole models, where the allocator tries some."""
         return 0
 
+    @property
+    def widest_trial(self) -> int:
+        """Tokens of all models that go through the blocks together, at most."""
+        return 0
+
     def working(self) -> Allocator:
         """The allocator that does the work with these options; by default this one."""
         return self

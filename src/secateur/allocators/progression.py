@@ -112,6 +112,10 @@ class SlopeSearch(Trying):
     def trial_tokens(self) -> int:
         return len(_SLOPES) * self.tokens
 
+    @property
+    def widest_trial(self) -> int:
+        return self.trial_tokens
+
     def level_sparsities(self, parts: Sequence[Part], sparsity: float) -> list[dict[int, float]]:
         levels: list[dict[int, float]] = [{} for _ in parts]
         for k in range(len(_SLOPES)):
@@ -122,8 +126,9 @@ class SlopeSearch(Trying):
         return levels
 
     def run(self, parts: Sequence[Part], sparsity: float, trials: Trials) -> Levels:
-        possible = self.level_sparsities(parts, sparsity)[0]
-        return min(((k,) * len(parts) for k in possible), key=lambda one: trials.fitness(one, self.tokens, 0))
+        possible = [(k,) * len(parts) for k in self.level_sparsities(parts, sparsity)[0]]
+        losses = trials.losses(possible, self.tokens, 0)
+        return min(zip(possible, losses, strict=True), key=lambda one: one[1])[0]
 
     def at(self, parts: Sequence[Part], levels: Levels, sparsity: float) -> Wishes:
         chosen = replace(self.progression, beta=None, slope=_SLOPES[levels[0]])

@@ -87,6 +87,10 @@ class Search(Trying):
     def trial_tokens(self) -> int:
         return self.evolution().trial_tokens
 
+    @property
+    def widest_trial(self) -> int:
+        return self.evolution().widest_trial
+
     def run(self, parts: Sequence[Part], sparsity: float, trials: Trials) -> Levels:
         """The levels of the best parent. A run that goes on behind ``trials.done()`` gives the same."""
         return self.evolution().run((0,) * len(parts), self.ranges(parts, sparsity), trials)

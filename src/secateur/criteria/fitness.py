@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +17,12 @@ from secateur.criteria.divergence import Divergence
 
 
 class Fitness(Protocol):
-    """Lower = better. Logits are [positions, vocabulary], ``following_T`` the tokens that really follow, int64."""
+    """Lower = better. Logits are [positions, vocabulary], ``following_T`` the tokens that really follow, int64.
+
+    One that isn't ``beside_dense`` needs nothing of the dense model.
+    """
+
+    beside_dense: ClassVar[bool]
 
     def remember(self, dense: Callable[[], Tensor]) -> Any:
         """What is kept of a window; ``dense`` gives the dense model's logits."""
@@ -36,6 +41,8 @@ class Fitness(Protocol):
 class FullKL:
     """KL(dense || other) over the whole vocabulary, in nats."""
 
+    beside_dense: ClassVar[bool] = True
+
     def remember(self, dense: Callable[[], Tensor]) -> Divergence:
         return Divergence(dense())
 
@@ -52,6 +59,7 @@ class SparseKL:
     """The same over the ``top`` tokens to which the dense model gives most, both renormalised over these, in nats."""
 
     top: int
+    beside_dense: ClassVar[bool] = True
 
     def remember(self, dense: Callable[[], Tensor]) -> tuple[Divergence, Tensor]:
         dense_TV = dense()
@@ -69,6 +77,8 @@ class SparseKL:
 @dataclass(frozen=True)
 class CrossEntropy:
     """Cross-entropy of the token that follows, in nats: the logarithm of perplexity. The dense model has no part."""
+
+    beside_dense: ClassVar[bool] = False
 
     def remember(self, dense: Callable[[], Tensor]) -> None:
         return None

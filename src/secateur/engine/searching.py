@@ -1,25 +1,34 @@
-"""Trials of a search: the whole model with matrices at chosen levels, and how far it is from the dense one.
+"""Trials of a search: the model with matrices at chosen levels, and how far it is from the dense one.
 
-What a level makes of a matrix was kept when it was pruned. The model is in memory as a whole, once; only matrices whose
-level has changed are written before a trial. T tokens of a window, V vocabulary.
+What a level makes of a matrix was kept when it was pruned. All candidates go through the blocks together, each of which
+is opened once for all of them, so a checkpoint may be larger than memory. Candidates that have been at the same levels
+so far share their hidden states, so one costs only the blocks from its first own level on; and neurons that a level
+removes are cut out and not multiplied. T tokens of a window, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
 from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.criteria.fitness import Fitness, FullKL
 from secateur.engine.keeping import Keeper
+from secateur.errors import NonFiniteError
+from secateur.models.decoders import is_linear
 from secateur.models.sources import Source
-from secateur.observe.calibration import evaluating
+from secateur.observe.driver import BlockWalk
 from secateur.plans import pack_bits, unpack_bits
-from secateur.structure import Matrix
+from secateur.search import TRIED_BYTES, Levels
+from secateur.structure import Group, Matrix
+from secateur.structure.surgery import cut_positions, removed_positions, set_parameter
 
 Progress = Callable[[str, int, int], None]
 _GENERATION = "generation"
@@ -52,7 +61,8 @@ def level_weight(keeper: Keeper, module: str, level: int, dense_OI: Tensor) -> t
 class LevelTrials:
     """Trials on ``ids`` [windows, tokens] int64, of matrices whose levels ``keeper`` has.
 
-    ``fitness`` compares predictions with those of the dense model. What is finished is noted in ``keeper``.
+    ``fitness`` compares predictions with those of the dense model. ``groups`` are those whose units levels remove, by
+    the matrix that reads them. What is finished is noted in ``keeper``.
     """
 
     def __init__(
@@ -66,39 +76,49 @@ class LevelTrials:
         generations: int,
         progress: Progress,
         fitness: Fitness | None = None,
+        groups: Iterable[Group] = (),
     ) -> None:
-        self._model = source.whole(dtype)
-        self._matrices, self._ids, self._keeper = matrices, ids.to(source.device), keeper
+        self._source, self._matrices, self._keeper, self._dtype = source, matrices, keeper, dtype
+        self._ids = ids.to(source.device)
         self._generations, self._progress = generations, progress
         self._fitness = fitness or FullKL()
-        each = self._fitness.kept_bytes(ids.shape[1], self._model.config.get_text_config().vocab_size)
+        each = self._fitness.kept_bytes(ids.shape[1], source.model.config.get_text_config().vocab_size)
         self._most = _REMEMBERED_BYTES // max(each, 1)
-        self._dense = {m.module: self._weight(m).clone() for m in matrices}
-        self._at: dict[str, int] = {}
+        self._places: dict[int, list[int]] = defaultdict(list)
+        for i, matrix in enumerate(matrices):
+            self._places[matrix.layer].append(i)
+        self._cut = {group.reader: group for group in groups if self._can_be_cut(group)}
         self._remembered: dict[tuple[int, int], Any] = {}
-        self._found: dict[tuple[Any, ...], float] = {}
+        self._found: dict[tuple[Levels, tuple[tuple[int, int], ...]], float] = {}
 
-    def fitness(self, levels: tuple[int, ...], tokens: int, seed: int) -> float:
-        """See ``Trials``: mean over predictions; the last one of a window, which nothing follows, is left out."""
+    def losses(self, candidates: Sequence[Levels], tokens: int, seed: int) -> list[float]:
+        """See ``Trials``: means over predictions; the last one of a window, which nothing follows, is left out."""
         windows = self._windows(tokens, seed)
-        key = (levels, tuple(windows))
-        if key not in self._found:
-            self._remember(windows)
-            self._set(levels)
-            found = [(self._one(*window) * (window[1] - 1), window[1] - 1) for window in windows]
-            self._found[key] = sum(total for total, _ in found) / sum(count for _, count in found)
-        return self._found[key]
+        key = tuple(windows)
+        new = [one for one in dict.fromkeys(candidates) if (one, key) not in self._found]
+        if new:
+            if len({*self._remembered, *windows}) > self._most:
+                self._remembered = {w: kept for w, kept in self._remembered.items() if w in windows}
+            totals = dict.fromkeys(new, 0.0)
+            for length, some in groupby(windows, lambda window: window[1]):
+                chosen, at_once = [place for place, _ in some], self._at_once(length, len(new))
+                for first in range(0, len(chosen), at_once):
+                    for one, found in self._part(chosen[first : first + at_once], length, new).items():
+                        totals[one] += found * (length - 1)
+            predicted = sum(length - 1 for _, length in windows)
+            self._found |= {(one, key): total / predicted for one, total in totals.items()}
+        return [self._found[one, key] for one in candidates]
 
-    def done(self) -> list[tuple[int, ...]]:
+    def done(self) -> list[Levels]:
         """See ``Trials``."""
         noted = self._keeper.noted(_GENERATION)
         return [tuple(noted[generation]) for generation in sorted(noted)]
 
-    def finish(self, generation: int, parent: tuple[int, ...]) -> None:
+    def finish(self, generation: int, parent: Levels) -> None:
         """See ``Trials``."""
         self._keeper.note(_GENERATION, generation, list(parent))
         # other candidates are measured from now on
-        self._found.clear()
+        self._found = {(one, key): found for (one, key), found in self._found.items() if one == parent}
         self._progress("search", generation + 1, self._generations)
 
     def _windows(self, tokens: int, seed: int) -> list[tuple[int, int]]:
@@ -110,50 +130,109 @@ class LevelTrials:
         # a single token predicts nothing
         return [one for one in zip(chosen, lengths, strict=True) if one[1] > 1]
 
-    @torch.no_grad()
-    def _remember(self, windows: Sequence[tuple[int, int]]) -> None:
-        """What the fitness needs of the dense model's predictions for these windows."""
-        missing = [window for window in windows if window not in self._remembered]
-        if not missing:
-            return
-        if len(self._remembered) >= self._most:
-            self._remembered = {w: kept for w, kept in self._remembered.items() if w in windows}
-        for window in missing:
-            self._remembered[window] = self._fitness.remember(lambda window=window: self._dense_logits(window))
-
-    def _dense_logits(self, window: tuple[int, int]) -> Tensor:
-        self._set(None)
-        return self._logits(*window)
-
-    def _one(self, window: int, length: int) -> float:
-        following_T = self._ids[window, 1:length]
-        with torch.inference_mode():
-            bad = self._fitness.of(self._remembered[window, length], self._logits(window, length), following_T)
-        # a model that gives NaN is no candidate
-        return bad if math.isfinite(bad) else math.inf
+    def _at_once(self, length: int, candidates: int) -> int:
+        """How many windows go through together; what is behind a block and what was before it are there at a time."""
+        width = self._source.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
+        return max(1, TRIED_BYTES // (2 * candidates * length * width * self._dtype.itemsize))
 
     @torch.inference_mode()
-    def _logits(self, window: int, length: int) -> Tensor:
-        with evaluating(self._model):
-            ids = self._ids[window : window + 1, :length]
-            return self._model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    def _part(self, windows: list[int], length: int, candidates: list[Levels]) -> dict[Levels, float]:
+        """The sum over some windows of how bad each candidate is on so many tokens of them; NaN is infinitely bad."""
+        missing = [window for window in windows if (window, length) not in self._remembered]
+        wanted: list[Levels | None] = [*candidates]
+        if missing and self._fitness.beside_dense:
+            wanted.append(None)
+        ids_BT = self._ids[windows, :length]
+        walk = BlockWalk(self._source, ids_BT, dtype=self._dtype, batch_tokens=length)
+        hidden = self._through(walk, wanted)
+        totals = dict.fromkeys(candidates, 0.0)
+        for i, window in enumerate(windows):
 
-    @torch.no_grad()
-    def _set(self, levels: tuple[int, ...] | None) -> None:
-        """Write the matrices whose level has changed; None is the dense model."""
-        for i, matrix in enumerate(self._matrices):
-            level = None if levels is None else levels[i]
-            if self._at.get(matrix.module) == level:
+            def logits_of(one: Levels | None, batch: int = i) -> Tensor:
+                return walk.logits(self._head, batch, hidden[one][batch])[0, :-1].float()
+
+            if window in missing:
+                self._remembered[window, length] = self._fitness.remember(lambda: logits_of(None))
+            kept = self._remembered[window, length]
+            for one in candidates:
+                bad = self._fitness.of(kept, logits_of(one), ids_BT[i, 1:]) if hidden[one] else math.inf
+                totals[one] += bad if math.isfinite(bad) else math.inf
+        return totals
+
+    def _through(self, walk: BlockWalk, wanted: Sequence[Levels | None]) -> dict[Levels | None, list[Tensor]]:
+        """Hidden states behind the last block, by batch; none of a model that gives NaN, which is no candidate."""
+        at = dict.fromkeys(wanted, 0)
+        states = [[walk.hidden[i] for i in range(len(walk.hidden))]]
+        for layer in range(len(self._source.blocks)):
+            block = walk.open(layer)
+            whole = self._touched(block, layer)
+            ways = {one: (self._own(one, layer), at[one]) for one in wanted}
+            made: dict[tuple[Any, int], list[Tensor]] = {}
+            for own in dict.fromkeys(own for own, _ in ways.values()):
+                self._set(block, layer, whole, own)
+                for before in dict.fromkeys(before for other, before in ways.values() if other == own):
+                    try:
+                        made[own, before] = [walk.run(block, layer, i, x) for i, x in enumerate(states[before])]
+                    except NonFiniteError:
+                        if own is None:
+                            raise
+                        made[own, before] = []
+            places = {way: place for place, way in enumerate(made)}
+            at, states = {one: places[way] for one, way in ways.items()}, list(made.values())
+        return {one: states[place] for one, place in at.items()}
+
+    def _own(self, levels: Levels | None, layer: int) -> Levels | None:
+        """The levels of the matrices of one block; None for the dense model."""
+        return None if levels is None else tuple(levels[i] for i in self._places[layer])
+
+    def _touched(self, block: nn.Module, layer: int) -> dict[str, Tensor]:
+        """What levels may change of a block, as it was opened, by its name in the block."""
+        matrices = [self._matrices[i] for i in self._places[layer]]
+        groups = [self._cut[m.module] for m in matrices if m.module in self._cut]
+        names = [*(m.tensor for m in matrices), *(part.tensor for group in groups for part in group.slices)]
+        return {name: block.get_parameter(name).detach() for name in map(self._inside, dict.fromkeys(names))}
+
+    def _set(self, block: nn.Module, layer: int, whole: Mapping[str, Tensor], own: Levels | None) -> None:
+        """Put the levels of one block into its working copy, the dense weights without."""
+        for name, tensor in whole.items():
+            set_parameter(block, name, tensor)
+        for i, level in zip(self._places[layer], own or (), strict=own is not None):
+            matrix, name = self._matrices[i], self._inside(self._matrices[i].tensor)
+            group = self._cut.get(matrix.module)
+            if group is not None:
+                self._remove(block, group, matrix, level, whole)
                 continue
-            weight = self._dense[matrix.module]
-            if level is not None:
-                weight = level_weight(self._keeper, matrix.module, level, weight)[1]
-                self._at[matrix.module] = level
-            else:
-                self._at.pop(matrix.module, None)
-            self._weight(matrix).copy_(weight)
+            dense = whole[name]
+            weight = level_weight(self._keeper, matrix.module, level, dense.T if matrix.transposed else dense)[1]
+            set_parameter(block, name, (weight.T if matrix.transposed else weight).contiguous())
 
-    def _weight(self, matrix: Matrix) -> Tensor:
-        """The weight of a matrix in the model, [outputs, inputs]."""
-        weight: Tensor = self._model.get_submodule(matrix.module).weight.detach()  # type: ignore[assignment]
-        return weight.T if matrix.transposed else weight
+    def _remove(self, block: nn.Module, group: Group, matrix: Matrix, level: int, whole: Mapping[str, Tensor]) -> None:
+        """Cut the units that a level removes out of a working copy; what reads them has its weights from the level."""
+        first = self._keeper.ranked(f"{matrix.module}/{level}/mask")[: -(-matrix.shape[1] // 8)]
+        keep_I = unpack_bits(first, (matrix.shape[1],))
+        gone = (~keep_I[group.columns[:, 0]]).nonzero().flatten()
+        positions = removed_positions([group], {group.name: gone})
+        for part in group.slices:
+            name = self._inside(part.tensor)
+            set_parameter(block, name, cut_positions(whole[name], part.tensor, positions))
+        values = self._keeper.ranked(f"{matrix.module}/{level}/values")
+        if values.numel():
+            dense = whole[self._inside(matrix.tensor)]
+            weight = values.to(dense.device, dense.dtype).view(matrix.shape[0], -1)
+            set_parameter(block, self._inside(matrix.tensor), weight.T.contiguous() if matrix.transposed else weight)
+
+    def _can_be_cut(self, group: Group) -> bool:
+        """Whether a block runs without some units of a group, with no more than its tensors cut.
+
+        Heads are counted elsewhere, too.
+        """
+        modules = [self._source.model.get_submodule(part.tensor.rpartition(".")[0]) for part in group.slices]
+        return group.kind == "neuron" and group.inexact is None and all(map(is_linear, modules))
+
+    @cached_property
+    def _head(self) -> nn.Module:
+        return self._source.shell(self._dtype, whole=True)
+
+    def _inside(self, name: str) -> str:
+        """The name of a tensor within its block."""
+        return name.removeprefix(f"{self._source.name}.").partition(".")[2]

@@ -147,6 +147,7 @@ def _search(method: SupernetMethod, run: Run, groups: list[Group], grid: Grid, a
         generations=evolution.generations,
         progress=run.progress,
         fitness=method.measured_by(),
+        groups=groups,
     )
     return evolution.run(alike, grid.ranges(), trials, grid.kinds)
 

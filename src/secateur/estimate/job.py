@@ -75,6 +75,13 @@ class Job:
             return self.repeats * self.method.evolution(self.tokens).trial_tokens
         return self.allocation.allocator.trial_tokens if self.allocation is not None else 0
 
+    @property
+    def widest_trial(self) -> int:
+        """Tokens of all whole models that go through the blocks together, at most."""
+        if isinstance(self.method, SupernetMethod):
+            return self.method.evolution(self.tokens).widest_trial
+        return self.allocation.allocator.widest_trial if self.allocation is not None else 0
+
     def tried_tokens(self, blocks: int) -> int:
         """Tokens that go through models without some of their sub-layers, for a method that tries them out."""
         return self.method.tried_tokens(2 * blocks, self.tokens) if isinstance(self.method, SublayerMethod) else 0

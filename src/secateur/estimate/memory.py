@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import BlockSizes, Sizes
 from secateur.methods import StructuredMethod, SublayerMethod, TrainedMethod, WeightMethod
+from secateur.search import TRIED_BYTES
 
 # outside tensors are looked at beside all else, in parts of 2^20 entries
 _CHECKED = 1 << 20
@@ -33,7 +34,16 @@ _SLACK, _MOST_SLACK = 0.1, 1 << 28
 # tokens whose predictions are kept while models are tried out
 _TRIED = 4096
 # what lies on the device that computes
-_ON_DEVICE = ("working copy", "whole model", "adapters", "hidden states", "statistics", "at work")
+_ON_DEVICE = (
+    "working copy",
+    "whole model",
+    "tried models",
+    "head",
+    "adapters",
+    "hidden states",
+    "statistics",
+    "at work",
+)
 
 
 @dataclass(frozen=True)
@@ -173,13 +183,18 @@ def _ending(sizes: Sizes, job: Job) -> dict[str, int]:
 
 
 def _trying(sizes: Sizes, job: Job) -> dict[str, int]:
-    """A whole model, its dense matrices beside it, and the predictions of both for some tokens."""
+    """Hidden states of whole models before and after a block, which is there twice, the head and predictions."""
     if not job.trial_tokens:
         return {}
-    entries = sum(block.entries for block in sizes.blocks) + sizes.outside_entries + sizes.linear
+    states = 2 * job.widest_trial * sizes.hidden * job.dtype.itemsize
     # logits and probabilities of the dense model
     predictions = 4 * sizes.vocabulary * (2 * min(job.tokens, job.trial_tokens, _TRIED) + 3 * job.length)
-    return {"whole model": entries * job.dtype.itemsize, "at work": predictions}
+    shared = not sizes.streamed and sizes.itemsize == job.dtype.itemsize
+    return {
+        "tried models": min(states, TRIED_BYTES),
+        "head": 0 if shared else sizes.outside_entries * job.dtype.itemsize,
+        "at work": predictions + max(block.entries for block in sizes.blocks) * job.dtype.itemsize,
+    }
 
 
 def _leaving_out(sizes: Sizes, job: Job) -> dict[str, int]:

@@ -316,7 +316,7 @@ class SupernetMethod(StructuredMethod):
     """Cuts every group to several levels, and searches on the whole model how many units each group loses.
 
     ``levels_of`` says what a group is at each level, and ``evolution`` and ``measured_by`` how levels are put together.
-    The search is made again around what it has found, with steps of half the size. The whole model lies in memory.
+    The search is made again around what it has found, with steps of half the size. Blocks are opened one at a time.
     """
 
     levels: int = option(5, "levels that a group is cut to: one, and as many on either side", ge=1)

@@ -1,7 +1,7 @@
 """Searches on a whole model: masks, by a quadratic model of its loss, and levels of its parts, by evolution."""
 
 from secateur.search.descent import CURVATURES, SELECTIONS, Descent, MaskDescent, Move, Searched, step_slots
-from secateur.search.evolution import FIXED, Evolution, Levels, Trials, shifted
+from secateur.search.evolution import FIXED, TRIED_BYTES, Evolution, Levels, Trials, shifted
 from secateur.search.losses import class_loss, token_loss
 from secateur.search.policy import Episodes, Policy, PolicySearch, draw_order
 from secateur.search.quadratic import CUTOFFS, Quadratic, cut_off, quadratic
@@ -12,6 +12,7 @@ __all__ = [
     "CUTOFFS",
     "FIXED",
     "SELECTIONS",
+    "TRIED_BYTES",
     "Batch",
     "Descent",
     "Episodes",

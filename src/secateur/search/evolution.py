@@ -22,12 +22,14 @@ Levels = tuple[int, ...]
 """the level of every part"""
 
 FIXED = ("none", "last", "all")
+TRIED_BYTES = 1 << 30
+"""Of hidden states of all models that are tried together: so many windows go through at a time, but at least one."""
 
 
 class Trials(Protocol):
     """What a search asks of whoever can put levels together."""
 
-    def fitness(self, levels: Levels, tokens: int, seed: int) -> float:
+    def losses(self, candidates: Sequence[Levels], tokens: int, seed: int) -> list[float]:
         """How bad the model with these levels is, on so many tokens drawn from ``seed``; lower = better."""
         ...
 
@@ -60,9 +62,18 @@ class Evolution:
     @property
     def trial_tokens(self) -> int:
         """Tokens that go through the whole model in all, at most."""
+        return self.generations * sum(self._stages())
+
+    @property
+    def widest_trial(self) -> int:
+        """Tokens of all models that are compared at once, at most."""
+        return max(self._stages())
+
+    def _stages(self) -> list[int]:
+        """Tokens of all models of a stage, the parent among those of the last."""
         measured = [self.offspring, *self.survivors]
         measured[-1] += 1
-        return self.generations * sum(count * tokens for count, tokens in zip(measured, self.tokens, strict=True))
+        return [count * tokens for count, tokens in zip(measured, self.tokens, strict=True)]
 
     def run(self, start: Levels, ranges: Sequence[range], trials: Trials, kinds: Sequence[str] = ()) -> Levels:
         """The levels of the best parent, from ``start`` on.
@@ -96,7 +107,7 @@ class Evolution:
             draw = self.seed if fixed else random.randrange(1 << 30)
             # the parent comes last, and stays only where nothing is better or equal
             candidates = [*candidates, parent] if last else candidates
-            found = {one: trials.fitness(one, tokens, draw) for one in candidates}
+            found = dict(zip(candidates, trials.losses(candidates, tokens, draw), strict=True))
             # sorted by no more than that: where two are equal, the one that was ahead stays so
             candidates = sorted(candidates, key=found.__getitem__)[: 1 if last else self.survivors[stage]]
         return candidates[0]

@@ -25,8 +25,9 @@ lose one more, and neurons make up for what is left of the budget. With `parts=m
 key-value heads make one of them a large part of a layer, such a start is the better one.
 
 Published: 9 levels, 4 iterations of 50 generations, 128 offspring, stage_tokens 2048,16384,131072, survivors 16,4, and
-4 million calibration tokens. The defaults here are for two cores and a small model. The whole model is in memory, and
-all levels lie in the folder of the run until the next search has its own.
+4 million calibration tokens. The defaults here are for two cores and a small model. All candidates go through the model
+together, block by block, so that it may be larger than memory; all levels lie in the folder of the run until the next
+search has its own.
 
 Source: G. Li et al., "Tyr-the-Pruner: Structural Pruning LLMs via Global Sparsity Distribution Optimization", NeurIPS
 2025, arXiv:2503.09657; official code AMD-AGI/Tyr-the-Pruner. Differs from the official code: the mean of eq. 5 is
