@@ -69,6 +69,8 @@ def test_numbers(load, text, value):
         ("steps: [{sparsity: 0.1}]", "'method' is missing in step 1"),
         ("steps: [{method: a, sparsity: lots}]", "step 1.sparsity: input should be a valid number.*got 'lots'"),
         ("steps: [{method: a}]\ncalibration: {samples: 0}", "calibration.samples: .*got 0"),
+        ("steps: [{method: a}]\ncalibration: {samples: true}", "calibration.samples: must be a number, not true"),
+        ("steps: [{method: a, stages: yes}]", "step 1.stages: must be a number, not true"),
         ("steps: [{method: a}]\nformat: zip", "format: .*got 'zip'"),
         ("steps: [{method: a, sparsity: 0.1, options: {sparsity: 0.2}}]", "step 1: sparsity is given twice"),
         ("steps: [{method: a, sparsity: 0.1, pattern: 2:4}]", "sparsity 0.1 contradicts pattern 2:4"),

@@ -270,7 +270,7 @@ def method_options(
 
     Raises OptionError for a general argument that the method doesn't have.
     """
-    from secateur.allocate.asked import written
+    from secateur.allocate.asked import contradiction, written
     from secateur.errors import OptionError
     from secateur.methods import get_method
 
@@ -286,6 +286,8 @@ def method_options(
         if name not in fields:
             raise OptionError(f"{method} takes no {name}: 'secateur describe {method}' lists its options")
         merged |= chosen.budget_options(value) if name == "budget" else {name: value}
+    if why := contradiction(sparsity, pattern):
+        raise OptionError(f"{method}: {why}")
     if "seed" in fields:
         merged.setdefault("seed", seed)
     return merged
@@ -313,7 +315,7 @@ def apply(
     if not isinstance(plan, Plan):
         raise UsageError(f"give a plan as secateur.plan or Plan.load(folder) returns it, not {plan!r:.100}")
     if optimizer is not None and plan.inputs is None:
-        raise UsageError("optimizer= is for modules that were traced; the plan is for a language model")
+        raise UsageError("optimizer= goes with plans that cut a traced module; this one is not such a plan")
     from secateur.networks.kinds import is_onnx
 
     if is_onnx(model):

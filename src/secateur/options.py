@@ -112,10 +112,12 @@ def describe_options(cls: type[Any]) -> dict[str, Any]:
 
 
 def _convert(method: str, key: str, value: Any, hint: Any) -> Any:
-    if not isinstance(value, str):
-        return value
     kinds = get_args(hint) or (hint,)
     if str in kinds:
+        # what may be 3% or a list is a number in a recipe as soon as it looks like one
+        plain = isinstance(value, int | float) and not isinstance(value, (bool, *kinds))
+        return str(value) if plain else value
+    if not isinstance(value, str):
         return value
     if bool in kinds:
         if value.lower() in ("true", "yes", "on", "1"):

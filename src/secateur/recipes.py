@@ -23,11 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from secateur.allocate.asked import contradiction
 from secateur.errors import RecipeError, UsageError, nearest
 from secateur.reading import read_bytes, shown
 
@@ -43,10 +44,23 @@ MAX_RECIPE_BYTES = 1_000_000
 _MAX_DEPTH = 16
 
 
-class CalibrationSpec(BaseModel):
-    """Which data the statistics are taken from: ``samples`` windows of ``length`` tokens."""
+class Section(BaseModel):
+    """A part of a recipe, whose keys are all known, and where true is not the number 1."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switches_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        kinds = set(get_args(kind)) or {kind}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError(f"must be a number, not {str(value).lower()}")
+        return value
+
+
+class CalibrationSpec(Section):
+    """Which data the statistics are taken from: ``samples`` windows of ``length`` tokens."""
 
     source: str = "builtin"
     samples: int = Field(default=64, ge=1)
@@ -60,14 +74,12 @@ class CalibrationSpec(BaseModel):
         return self.source == "self"
 
 
-class Step(BaseModel):
+class Step(Section):
     """One method and how much it removes; ``options`` are the method's own, ``allocate`` says where it is removed.
 
     ``heal`` is a repair (``refit``), a training (``lora:steps=300``), or both (``refit+lora``). With ``stages`` that
     many steps stand for this one: each removes a part, and ``growth`` says which share of the training it has.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     method: str
     sparsity: float | None = None
@@ -85,20 +97,13 @@ class Step(BaseModel):
         for key in ("sparsity", "pattern", "budget", "heal", "target"):
             if getattr(self, key) is not None and key in self.options:
                 raise ValueError(f"{key} is given twice, once among the options")
-        found = re.fullmatch(r"(\d+):([1-9]\d*)", self.pattern or "")
-        if found and self.sparsity is not None:
-            removed = int(found[1]) / int(found[2])
-            if abs(removed - self.sparsity) > 1e-9:
-                raise ValueError(
-                    f"sparsity {self.sparsity:g} contradicts pattern {self.pattern} ({removed:g} is removed)"
-                )
+        if why := contradiction(self.sparsity, self.pattern):
+            raise ValueError(why)
         return self
 
 
-class Recipe(BaseModel):
+class Recipe(Section):
     """A whole run: model, calibration data, steps, what to measure and where to write."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
     revision: str | None = None

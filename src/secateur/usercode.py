@@ -16,6 +16,7 @@ from typing import Any
 
 from secateur.errors import SecateurError, UsageError, nearest
 
+_OURS = Path(__file__).parent
 _OBJECT = re.compile(r"(?P<source>[^:]+):(?P<name>[A-Za-z_][\w.]*)")
 
 
@@ -109,6 +110,7 @@ def _failure(what: str, source: str, error: Exception) -> str:
 
 
 def _what_and_where(error: Exception) -> str:
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message} ({place.filename}, line {place.lineno})"
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    # a function that can't even be called has failed in none of its lines
+    theirs = [f for f in traceback.extract_tb(error.__traceback__) if not Path(f.filename).is_relative_to(_OURS)]
+    return f"{message} ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else message

@@ -29,6 +29,9 @@ def loss(module, batch):
 def broken():
     raise ValueError("no weights here")
 
+def needy(width):
+    return Residual()
+
 def diverged():
     module = Residual()
     module.head.weight.data[0, 0] = float("nan")
@@ -254,6 +257,10 @@ def test_a_free_size_stays_free_in_the_file(net, cli, size):
         (["nte.py:make", *PRUNE, "--dry-run"], "nte.py is not a file"),
         (["nte:make", *PRUNE, "--dry-run"], "nte is not installed"),
         (["net.py:broken", *PRUNE, "--dry-run"], "net.py:broken failed: ValueError: no weights here"),
+        (
+            ["net.py:needy", *PRUNE, "--dry-run"],
+            "net.py:needy failed: TypeError: needy() missing 1 required positional argument: 'width'\n",
+        ),
         (["net.py:number", *PRUNE, "--dry-run"], "net.py:number must be a torch.nn.Module"),
         (["net.py:batches", *PRUNE, "--dry-run"], "must make a torch.nn.Module, it made list"),
         (["net.py:make", *PRUNE, "--data", "net.py:number", "--dry-run"], "must be batches"),

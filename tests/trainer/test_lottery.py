@@ -213,6 +213,8 @@ def test_tickets_of_a_pretrained_language_model(tiny_checkpoint, tmp_path):
         ({"lottery": {"seeds": [1, 1]}}, "seeds are different numbers"),
         ({"lottery": {"seed": 1}}, "leave seed out"),
         ({"lottery": {"method": "lottery_rewind", "start_at": "7"}}, "start_at is step 7, but a training has"),
+        ({"lottery": {"method": "lottery_rewind", "start_at": 7}}, "start_at is step 7, but a training has"),
+        ({"lottery": {"method": "lottery_rewind", "start_at": True}}, "start_at must be of type str, got True"),
         ({"sparsifier": "gmp"}, "leave the sparsifier out"),
         ({"track": ["wandb"]}, "track and format are for a single training"),
         ({"model": {"name": "timm:resnet18", "start": "pretrained"}}, "draws the network anew"),

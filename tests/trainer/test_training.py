@@ -328,6 +328,11 @@ def test_models_of_timm(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"steps": True}, "steps: must be a number, not true"),
+        (
+            {"sparsifier": {"method": "gmp", "every": 1, "sparsity": 0.3, "pattern": "2:4"}},
+            "sparsity 0.3 contradicts pattern 2:4",
+        ),
         ({"bacth": 3}, "unknown key 'bacth'; did you mean 'batch'?"),
         ({"data": {"imges": "x"}}, "unknown key 'imges' in data; did you mean 'images'?"),
         ({"data": {"images": "x"}}, "data: pictures need test"),

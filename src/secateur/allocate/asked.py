@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from secateur.errors import OptionError, nearest
@@ -43,6 +44,15 @@ def written(budget: str | Mapping[str, float]) -> str:
     if isinstance(budget, str):
         return budget
     return ",".join(f"{name}={fraction!r}" for name, fraction in budget.items())
+
+
+def contradiction(sparsity: float | None, pattern: str | None) -> str:
+    """What is wrong where both are given and don't say the same; empty where nothing is."""
+    found = re.fullmatch(r"(\d+):([1-9]\d*)", pattern or "")
+    removed = int(found[1]) / int(found[2]) if found else 0.0
+    if not found or sparsity is None or abs(removed - sparsity) <= 1e-9:
+        return ""
+    return f"sparsity {sparsity:g} contradicts pattern {pattern} ({removed:g} is removed)"
 
 
 def _check_name(name: str, names: Sequence[str]) -> None:

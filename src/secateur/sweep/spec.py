@@ -26,14 +26,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from secateur.errors import RecipeError, UsageError, nearest
-from secateur.recipes import Recipe, explain, make_recipe, read_recipe
+from secateur.recipes import Recipe, Section, explain, make_recipe, read_recipe
 from secateur.sweep.axes import Choice, Point, Range, Scalar, check_axes, make_point
 
 # combinations of the corners of a search space that are looked at before anything runs
 _MOST_CORNERS = 2000
 
 
-class Search(BaseModel):
+class Search(Section):
     """How many points Optuna tries and what it makes small or large; every other key is an axis."""
 
     model_config = ConfigDict(extra="allow")
@@ -49,10 +49,8 @@ class Search(BaseModel):
         return [value] if isinstance(value, str) else value
 
 
-class SweepSpec(BaseModel):
+class SweepSpec(Section):
     """The value of ``sweep``: a grid (or several) or a search, and how often a failed point is tried again."""
-
-    model_config = ConfigDict(extra="forbid")
 
     grid: list[dict[str, list[Any]]] | None = None
     search: Search | None = None

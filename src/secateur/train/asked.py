@@ -6,18 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from secateur.allocate import Schedule
+from secateur.allocate.asked import contradiction
 from secateur.errors import UsageError
 from secateur.methods import TrainingMethod, get_method, list_methods, make_method
 
 
 def training_method(name: str, options: Mapping[str, Any]) -> TrainingMethod:
-    """The method of that name with these options. Raises UsageError when it prunes at another time."""
+    """The method of that name with these options. Raises UsageError, as when it prunes at another time."""
     method = make_method(name, options)
     if not isinstance(method, TrainingMethod):
         raise UsageError(
             f"{name} doesn't prune while a network is trained: call secateur.prune, or take one of"
             f" {', '.join(training_methods())}"
         )
+    if {"sparsity", "pattern"} <= options.keys():
+        said = method.options()
+        if why := contradiction(said["sparsity"], said["pattern"]):
+            raise UsageError(f"{name}: {why}")
     return method
 
 

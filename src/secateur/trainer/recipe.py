@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from secateur.errors import RecipeError, UsageError, first_line, nearest
 from secateur.loop import SHAPES, Rate
 from secateur.methods import TrainingMethod
-from secateur.recipes import explain, read_recipe
+from secateur.recipes import Section, explain, read_recipe
 from secateur.train.channels import check_method
 from secateur.train.sparsifier import training_method
 
@@ -42,11 +42,7 @@ TRACKERS = ("tensorboard", "wandb")
 _AUGMENTATION = re.compile(r"flip|crop=[1-9]\d*")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Open(BaseModel):
+class Open(Section):
     """Keys that aren't ours are options of what is named."""
 
     model_config = ConfigDict(extra="allow")
@@ -56,7 +52,7 @@ class Open(BaseModel):
         return dict(self.model_extra or {})
 
 
-class ModelSpec(_Strict):
+class ModelSpec(Section):
     """What is trained; ``options`` are arguments of what makes it. By default language models start pretrained."""
 
     name: str
@@ -65,7 +61,7 @@ class ModelSpec(_Strict):
     tokenizer: str | None = None
 
 
-class DataSpec(_Strict):
+class DataSpec(Section):
     """``images`` or ``text`` to train on, and ``test``; without it the last windows of a text are held out."""
 
     images: str | None = None
@@ -114,7 +110,7 @@ class OptimizerSpec(Open):
         return OPTIMIZERS[self.name](parameters, lr=self.lr, **options)
 
 
-class ScheduleSpec(_Strict):
+class ScheduleSpec(Section):
     """The learning rate by step; fractions are of all steps, see ``loop.rates``."""
 
     shape: Literal["cosine", "linear", "constant", "steps", "wsd"] = "constant"
@@ -169,7 +165,7 @@ class SparsifierSpec(Open):
         return {**told, **self.options}
 
 
-class TrainRecipe(_Strict):
+class TrainRecipe(Section):
     """A whole training."""
 
     model: ModelSpec

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from secateur.loop import examples_of
 from secateur.methods.rounds import checked_step
-from secateur.recipes import read_recipe
+from secateur.recipes import Section, read_recipe
 from secateur.rounds import Run, Stability, instability
 from secateur.rounds.run import seeded
 from secateur.rounds.stability import STABLE
@@ -29,12 +29,10 @@ from secateur.trainer.recipe import TrainRecipe, checked_recipe
 from secateur.trainer.training import train
 
 
-class StabilitySpec(BaseModel):
+class StabilitySpec(Section):
     """The value of ``stability``; ``at`` are steps or parts of the training, ``batches`` those on which statistics of
     batch norms are taken again.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     at: list[int | str] = Field(default_factory=lambda: [0], min_length=1)
     masks: str | None = None
