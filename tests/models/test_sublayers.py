@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from secateur.engine import decide
 from secateur.engine.keeping import Keeper
 from secateur.engine.run import Run
 from secateur.engine.trials import SublayerTrials
-from secateur.errors import BudgetError, PlanMismatchError, UnsupportedModelError, UsageError
+from secateur.errors import BudgetError, NonFiniteError, PlanMismatchError, UnsupportedModelError, UsageError
 from secateur.models.decoders import decoder_anatomy, typed_blocks
 from secateur.models.latency import measure_decoder
 from secateur.models.saving import plain
@@ -175,3 +176,16 @@ def test_trials_agree_with_masked_models_however_many_go_through_at_a_time():
     assert 2 <= len(drawn) <= len(IDS)
     short = trials.losses(candidates[:1], fitness="perplexity", tokens=5)[0]
     assert short == pytest.approx(float(torch.tensor(text_loss(logits(model)[:1, :5], IDS[:1, :5])).exp()), rel=1e-4)
+
+
+def test_a_model_that_gives_nan_is_the_worst_of_all_and_a_dense_one_is_refused():
+    model = make_tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(math.inf)
+    more: Any = {"keeper": Keeper(), "hidden": None, "statistics": None, "ranks": ALONE, **HOW}
+    trials = SublayerTrials(Run(Chosen(), Source(model), tokens_of(IDS), **more), 2**30)
+    broken, mended = frozenset({"layers.0.mlp"}), frozenset({"layers.1.mlp"})
+    found = trials.losses([broken, mended], fitness="perplexity")
+    assert found[0] == math.inf and math.isfinite(found[1])
+    with pytest.raises(NonFiniteError, match="layer 1 gives NaN or inf"):
+        trials.losses([mended], fitness="divergence")

@@ -1,16 +1,15 @@
 """Trials of a search: the model with matrices at chosen levels, and how far it is from the dense one.
 
-What a level makes of a matrix was kept when it was pruned. All candidates go through the blocks together, each of which
-is opened once for all of them, so a checkpoint may be larger than memory. Candidates that have been at the same levels
-so far share their hidden states, so one costs only the blocks from its first own level on; and neurons that a level
-removes are cut out and not multiplied. T tokens of a window, V vocabulary.
+What a level makes of a matrix was kept when it was pruned. All candidates go through the blocks together, and neurons
+that a level removes are cut out and not multiplied. T tokens of a window, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 from random import Random
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from secateur.criteria.fitness import Fitness, FullKL
 from secateur.engine.keeping import Keeper
-from secateur.errors import NonFiniteError
+from secateur.engine.together import through, windows_at_once
 from secateur.models.decoders import is_linear
 from secateur.models.sources import Source
 from secateur.observe.driver import BlockWalk
@@ -84,6 +83,7 @@ class LevelTrials:
         self._fitness = fitness or FullKL()
         each = self._fitness.kept_bytes(ids.shape[1], source.model.config.get_text_config().vocab_size)
         self._most = _REMEMBERED_BYTES // max(each, 1)
+        self._state_bytes = source.model.get_input_embeddings().weight.shape[1] * dtype.itemsize  # type: ignore[union-attr]
         self._places: dict[int, list[int]] = defaultdict(list)
         for i, matrix in enumerate(matrices):
             self._places[matrix.layer].append(i)
@@ -101,7 +101,8 @@ class LevelTrials:
                 self._remembered = {w: kept for w, kept in self._remembered.items() if w in windows}
             totals = dict.fromkeys(new, 0.0)
             for length, some in groupby(windows, lambda window: window[1]):
-                chosen, at_once = [place for place, _ in some], self._at_once(length, len(new))
+                chosen = [place for place, _ in some]
+                at_once = windows_at_once(TRIED_BYTES, len(new), length * self._state_bytes)
                 for first in range(0, len(chosen), at_once):
                     for one, found in self._part(chosen[first : first + at_once], length, new).items():
                         totals[one] += found * (length - 1)
@@ -130,11 +131,6 @@ class LevelTrials:
         # a single token predicts nothing
         return [one for one in zip(chosen, lengths, strict=True) if one[1] > 1]
 
-    def _at_once(self, length: int, candidates: int) -> int:
-        """How many windows go through together; what is behind a block and what was before it are there at a time."""
-        width = self._source.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
-        return max(1, TRIED_BYTES // (2 * candidates * length * width * self._dtype.itemsize))
-
     @torch.inference_mode()
     def _part(self, windows: list[int], length: int, candidates: list[Levels]) -> dict[Levels, float]:
         """The sum over some windows of how bad each candidate is on so many tokens of them; NaN is infinitely bad."""
@@ -144,7 +140,7 @@ class LevelTrials:
             wanted.append(None)
         ids_BT = self._ids[windows, :length]
         walk = BlockWalk(self._source, ids_BT, dtype=self._dtype, batch_tokens=length)
-        hidden = self._through(walk, wanted)
+        hidden = through(walk, len(self._source.blocks), wanted, None, self._own, self._at)
         totals = dict.fromkeys(candidates, 0.0)
         for i, window in enumerate(windows):
 
@@ -159,44 +155,18 @@ class LevelTrials:
                 totals[one] += bad if math.isfinite(bad) else math.inf
         return totals
 
-    def _through(self, walk: BlockWalk, wanted: Sequence[Levels | None]) -> dict[Levels | None, list[Tensor]]:
-        """Hidden states behind the last block, by batch; none of a model that gives NaN, which is no candidate."""
-        at = dict.fromkeys(wanted, 0)
-        states = [[walk.hidden[i] for i in range(len(walk.hidden))]]
-        for layer in range(len(self._source.blocks)):
-            block = walk.open(layer)
-            whole = self._touched(block, layer)
-            ways = {one: (self._own(one, layer), at[one]) for one in wanted}
-            made: dict[tuple[Any, int], list[Tensor]] = {}
-            for own in dict.fromkeys(own for own, _ in ways.values()):
-                self._set(block, layer, whole, own)
-                for before in dict.fromkeys(before for other, before in ways.values() if other == own):
-                    try:
-                        made[own, before] = [walk.run(block, layer, i, x) for i, x in enumerate(states[before])]
-                    except NonFiniteError:
-                        if own is None:
-                            raise
-                        made[own, before] = []
-            places = {way: place for place, way in enumerate(made)}
-            at, states = {one: places[way] for one, way in ways.items()}, list(made.values())
-        return {one: states[place] for one, place in at.items()}
-
     def _own(self, levels: Levels | None, layer: int) -> Levels | None:
         """The levels of the matrices of one block; None for the dense model."""
         return None if levels is None else tuple(levels[i] for i in self._places[layer])
 
-    def _touched(self, block: nn.Module, layer: int) -> dict[str, Tensor]:
-        """What levels may change of a block, as it was opened, by its name in the block."""
-        matrices = [self._matrices[i] for i in self._places[layer]]
-        groups = [self._cut[m.module] for m in matrices if m.module in self._cut]
-        names = [*(m.tensor for m in matrices), *(part.tensor for group in groups for part in group.slices)]
-        return {name: block.get_parameter(name).detach() for name in map(self._inside, dict.fromkeys(names))}
-
-    def _set(self, block: nn.Module, layer: int, whole: Mapping[str, Tensor], own: Levels | None) -> None:
-        """Put the levels of one block into its working copy, the dense weights without."""
-        for name, tensor in whole.items():
-            set_parameter(block, name, tensor)
-        for i, level in zip(self._places[layer], own or (), strict=own is not None):
+    @contextmanager
+    def _at(self, block: nn.Module, layer: int, own: Levels | None) -> Iterator[None]:
+        """The working copy of a block with these levels of its matrices as long as this lasts."""
+        places = [] if own is None else self._places[layer]
+        groups = [self._cut[m.module] for m in (self._matrices[i] for i in places) if m.module in self._cut]
+        names = [*(self._matrices[i].tensor for i in places), *(part.tensor for g in groups for part in g.slices)]
+        whole = {name: block.get_parameter(name).detach() for name in map(self._inside, dict.fromkeys(names))}
+        for i, level in zip(places, own or (), strict=True):
             matrix, name = self._matrices[i], self._inside(self._matrices[i].tensor)
             group = self._cut.get(matrix.module)
             if group is not None:
@@ -205,6 +175,11 @@ class LevelTrials:
             dense = whole[name]
             weight = level_weight(self._keeper, matrix.module, level, dense.T if matrix.transposed else dense)[1]
             set_parameter(block, name, (weight.T if matrix.transposed else weight).contiguous())
+        try:
+            yield
+        finally:
+            for name, tensor in whole.items():
+                set_parameter(block, name, tensor)
 
     def _remove(self, block: nn.Module, group: Group, matrix: Matrix, level: int, whole: Mapping[str, Tensor]) -> None:
         """Cut the units that a level removes out of a working copy; what reads them has its weights from the level."""

@@ -1,22 +1,21 @@
 """Trials of models without some of their sub-layers: all candidates go through the blocks together.
 
-Candidates that have lost the same sub-layers so far share their hidden states, so a candidate costs only the blocks
-from its first own gap on. Each block is opened once for all of them, so a checkpoint may be larger than memory. So many
-windows go through at a time that the hidden states of all candidates take about ``hidden_bytes``, but at least one.
-B windows, T tokens, D hidden, V vocabulary.
+So many windows go through at a time that the hidden states of all candidates take about ``hidden_bytes``, but at least
+one. B windows, T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from random import Random
 
 from torch import Tensor, nn
 
 from secateur.criteria.divergence import Divergence, text_loss
 from secateur.engine.run import Run
+from secateur.engine.together import through, windows_at_once
 from secateur.errors import UsageError
 from secateur.methods import Gone
 from secateur.models.decoders import DecoderBlock, typed_blocks
@@ -45,17 +44,20 @@ class SublayerTrials:
     def losses(
         self, candidates: Sequence[Gone], *, fitness: str, tokens: int = 0, seed: int | None = None
     ) -> list[float]:
-        """See ``Trials``; a model that gives no finite loss has an infinite one. Raises NonFiniteError."""
+        """See ``Trials``; a model that gives no finite loss has an infinite one.
+
+        Raises NonFiniteError when the dense one gives NaN and they are compared with it.
+        """
         ids = self._windows(tokens, seed)
         hidden = self._run.source.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
         per_window = ids.shape[1] * hidden * self._run.dtype.itemsize
-        at_once = max(1, self._hidden_bytes // (per_window * (len(candidates) + 1)))
+        at_once = windows_at_once(2 * self._hidden_bytes, len(candidates) + 1, per_window)
         totals = dict.fromkeys(candidates, 0.0)
         for part in ids.split(at_once):
             for candidate, loss in self._part(part, list(totals), fitness).items():
                 totals[candidate] += loss * len(part) / len(ids)
-        found = {c: math.exp(min(loss, 700.0)) if fitness == "perplexity" else loss for c, loss in totals.items()}
-        return [found[c] if math.isfinite(found[c]) else math.inf for c in candidates]
+        found = [totals[c] if math.isfinite(totals[c]) else math.inf for c in candidates]
+        return [math.exp(loss) if loss < 700 else math.inf for loss in found] if fitness == "perplexity" else found
 
     def done(self) -> list[tuple[Gone, float]]:
         """See ``Trials``."""
@@ -80,23 +82,18 @@ class SublayerTrials:
         source, run = self._run.source, self._run
         walk = BlockWalk(source, ids, dtype=run.dtype, batch_tokens=run.batch_tokens)
         wanted = list(dict.fromkeys([*candidates, _DENSE] if fitness == "divergence" else candidates))
-        states = {_DENSE: [walk.hidden[i] for i in range(len(walk.hidden))]}
-        for layer in range(len(source.blocks)):
-            block = walk.open(layer)
-            before, states = states, {}
-            for now in dict.fromkeys(self._lost(c, layer) for c in wanted):
-                with without(self._blocks[layer], block, {name for name in now if self._layer(name) == layer}):
-                    entered = before[self._lost(now, layer - 1)]
-                    states[now] = [walk.run(block, layer, i, hidden) for i, hidden in enumerate(entered)]
+        states = through(walk, len(source.blocks), wanted, _DENSE, self._lost, self._going)
         head = source.shell(run.dtype, whole=True)
         totals = dict.fromkeys(candidates, 0.0)
         start = 0
-        for i, hidden in enumerate(states[wanted[0]]):
-            ids_BT = ids[start : start + len(hidden)].to(hidden.device)
-            start += len(hidden)
+        for i in range(len(walk.hidden)):
+            entering = walk.hidden[i]
+            ids_BT = ids[start : start + len(entering)].to(entering.device)
+            start += len(entering)
             judge = self._judge(fitness, lambda i=i: walk.logits(head, i, states[_DENSE][i]))
             for candidate in candidates:
-                loss = judge(walk.logits(head, i, states[candidate][i]), ids_BT)
+                hidden = states[candidate]
+                loss = judge(walk.logits(head, i, hidden[i]), ids_BT) if hidden else math.inf
                 totals[candidate] += loss * len(ids_BT) / len(ids)
         return totals
 
@@ -109,13 +106,13 @@ class SublayerTrials:
             return lambda logits_BTV, _: divergence.of(logits_BTV)
         raise UsageError(f"fitness must be perplexity or divergence, got {fitness!r}")
 
-    def _lost(self, candidate: Gone, layer: int) -> Gone:
-        """What a candidate has lost up to a block, that one included."""
-        return frozenset(name for name in candidate if self._layer(name) <= layer)
-
     @staticmethod
-    def _layer(name: str) -> int:
-        return int(name.split(".")[1])
+    def _lost(candidate: Gone, layer: int) -> Gone:
+        """What a candidate has lost of a block."""
+        return frozenset(name for name in candidate if int(name.split(".")[1]) == layer)
+
+    def _going(self, block: nn.Module, layer: int, gone: Gone) -> AbstractContextManager[None]:
+        return without(self._blocks[layer], block, gone)
 
 
 @contextmanager
