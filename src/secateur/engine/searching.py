@@ -83,7 +83,6 @@ class LevelTrials:
         self._fitness = fitness or FullKL()
         each = self._fitness.kept_bytes(ids.shape[1], source.model.config.get_text_config().vocab_size)
         self._most = _REMEMBERED_BYTES // max(each, 1)
-        self._state_bytes = source.model.get_input_embeddings().weight.shape[1] * dtype.itemsize  # type: ignore[union-attr]
         self._places: dict[int, list[int]] = defaultdict(list)
         for i, matrix in enumerate(matrices):
             self._places[matrix.layer].append(i)
@@ -102,7 +101,7 @@ class LevelTrials:
             totals = dict.fromkeys(new, 0.0)
             for length, some in groupby(windows, lambda window: window[1]):
                 chosen = [place for place, _ in some]
-                at_once = windows_at_once(TRIED_BYTES, len(new), length * self._state_bytes)
+                at_once = windows_at_once(self._source, self._dtype, TRIED_BYTES, len(new), length)
                 for first in range(0, len(chosen), at_once):
                     for one, found in self._part(chosen[first : first + at_once], length, new).items():
                         totals[one] += found * (length - 1)

@@ -10,9 +10,11 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from secateur.errors import NonFiniteError
+from secateur.models.sources import Source
 from secateur.observe.driver import BlockWalk
 
 Candidate = TypeVar("Candidate", bound=Hashable)
@@ -52,6 +54,10 @@ def through(
     return {one: states[place] for one, place in at.items()}
 
 
-def windows_at_once(limit: int, candidates: int, window_bytes: int) -> int:
-    """So many that the hidden states of all candidates before and behind a block take ``limit`` bytes, at least one."""
-    return max(1, limit // (2 * candidates * window_bytes))
+def windows_at_once(source: Source, dtype: torch.dtype, limit: int, candidates: int, tokens: int) -> int:
+    """So many that the hidden states of all candidates before and behind a block take ``limit`` bytes, at least one.
+
+    ``tokens`` are those of a window.
+    """
+    hidden = int(source.model.get_input_embeddings().weight.shape[1])  # type: ignore[union-attr,operator,arg-type]
+    return max(1, limit // (2 * candidates * tokens * hidden * dtype.itemsize))

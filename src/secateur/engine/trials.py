@@ -49,9 +49,8 @@ class SublayerTrials:
         Raises NonFiniteError when the dense one gives NaN and they are compared with it.
         """
         ids = self._windows(tokens, seed)
-        hidden = self._run.source.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
-        per_window = ids.shape[1] * hidden * self._run.dtype.itemsize
-        at_once = windows_at_once(2 * self._hidden_bytes, len(candidates) + 1, per_window)
+        how = (self._run.source, self._run.dtype, 2 * self._hidden_bytes)
+        at_once = windows_at_once(*how, len(candidates) + 1, ids.shape[1])
         totals = dict.fromkeys(candidates, 0.0)
         for part in ids.split(at_once):
             for candidate, loss in self._part(part, list(totals), fitness).items():
