@@ -296,3 +296,24 @@ def test_text_that_cannot_be_measured_on_is_said_first(cli, tiny_checkpoint, tmp
     run = cli("prune", tiny_checkpoint, *asked)
     assert run.code == 1 and said in run.err and "prune" not in run.err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
+
+
+def test_a_harness_task_whose_data_are_missing_is_said_first(cli, tiny_checkpoint, tmp_path):
+    task = tmp_path / "mine.yaml"
+    task.write_text(
+        f"""
+task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {tmp_path}/missing.jsonl, cache_dir: {tmp_path}/cache}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: ["a", "b"]
+doc_to_target: answer
+""",
+        encoding="utf8",
+    )
+    asked = ("--method", "magnitude", "--evaluate", f"lm_eval:{task}", *QUICK, "--out", tmp_path / "out")
+    run = cli("prune", tiny_checkpoint, *asked)
+    assert run.code == 1 and "lm_eval:mine.yaml can't be run: " in run.err and run.err.count("\n") == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()

@@ -79,22 +79,29 @@ class LmEval:
             settings.progress(self.name, done, len(models))
         return _metrics(results, self.limit)
 
+    def check(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, settings: Settings) -> None:
+        """Load the task and its data. Raises UsageError and DataError."""
+        self._loaded()
+
     def check_written(self) -> None:
         """Raises UsageError where an answer is chosen and not written, which a KV cache has no part in.
 
         The task and its data are loaded for that, so that what is missing is said here too, as a DataError.
         """
+        for name, kind in _output_types(self._loaded()).items():
+            if kind != "generate_until":
+                raise UsageError(
+                    f"{self.name}: the answers of {name} are ranked by their likelihood, all at once with the"
+                    " prompt, so that a compressed cache is never read: take a task whose answers are written,"
+                    " such as lm_eval:longbench_qasper"
+                )
+
+    def _loaded(self) -> Mapping[Any, Any]:
+        """The tasks that this one stands for; newer versions load flat, older ones groups within groups."""
         manager = self._manager()
         with contextlib.redirect_stdout(sys.stderr), self._one_sentence():
-            # newer versions load flat, older ones groups within groups
             loaded = manager.load([self.task])["tasks"] if hasattr(manager, "load") else None
-            for name, kind in _output_types(loaded or manager.load_task_or_group(self.task)).items():
-                if kind != "generate_until":
-                    raise UsageError(
-                        f"{self.name}: the answers of {name} are ranked by their likelihood, all at once with the"
-                        " prompt, so that a compressed cache is never read: take a task whose answers are written,"
-                        " such as lm_eval:longbench_qasper"
-                    )
+            return loaded or manager.load_task_or_group(self.task)
 
     def _manager(self) -> Any:
         tasks = require_extra("lm_eval.tasks", "eval", self.name)
