@@ -13,6 +13,7 @@ import torch
 from secateur.errors import UsageError
 from secateur.structure.anatomy import Anatomy, Frozen, Group, Slices
 from secateur.structure.costs import Costs
+from secateur.structure.silence import heard
 from secateur.structure.traced import Traced
 
 HEADS = ("outer", "inner", "both")
@@ -69,7 +70,7 @@ def traced_anatomy(
             cost=cost,
             slices=slices,
             frozen=next((kept_by_policy[u] for u in members if u in kept_by_policy), None),
-            inexact=next((f"{inexact[u]} runs over it" for u in members if u in inexact), None),
+            inexact=next((inexact[u] for u in members if u in inexact), None),
         )
         for (name, members), cost, slices in zip(found.items(), single, _slices(trace, found), strict=True)
     ]
@@ -193,12 +194,12 @@ def _policy(trace: Traced, heads: str) -> dict[int, str]:
 
 
 def _inexact(trace: Traced) -> dict[int, str]:
-    """Units over which an average runs, and what it is."""
+    """Units of which a masked network keeps something, and what."""
     found: dict[int, str] = {}
     for labels, what in trace.inexact:
         for unit in np.unique(trace.units.table(labels)).tolist():
-            found.setdefault(unit, what)
-    return found
+            found.setdefault(unit, f"{what} runs over it")
+    return {**heard(trace), **found}
 
 
 def _frozen(trace: Traced) -> list[Frozen]:

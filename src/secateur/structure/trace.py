@@ -7,17 +7,21 @@ keeps everything that it touches, and is listed with the line of the user's code
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.structure.exporting import Exported, export
-from secateur.structure.traced import Call, NoRule, Step, Traced, Value
+from secateur.structure.traced import SAMPLES, Call, NoRule, Step, Traced, Value
 
 __all__ = ["RULES", "Call", "NoRule", "Trace", "Value", "rule", "trace"]
 
@@ -120,6 +124,40 @@ class Trace(Traced):
         found = self.values[node]
         return found if isinstance(found, Value) else found[0]
 
+    def unmasked(self) -> Collection[str]:
+        """Constants that export made."""
+        tensors = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        tensors |= {name for name, _ in self.module.named_buffers(remove_duplicate=False)}
+        return self.parameters.keys() - tensors
+
+    def pointwise(self, call: Call) -> bool:
+        return _look_up(call.node) is RULES["pointwise"]
+
+    def sampled(self, call: Call, zero: Collection[int]) -> NDArray[Any] | None:
+        found = []
+        for numbers in SAMPLES:
+            operands = cycle(numbers)
+
+            def entry(node: fx.Node, operands: Iterator[float] = operands) -> Any:
+                example = node.meta.get("val")
+                if not isinstance(example, Tensor):
+                    return hint(example)
+                constant = self.constant(node) if example.dim() == 0 else None
+                if constant is not None:
+                    return constant.cpu()
+                number = 0.0 if id(self.values[node]) in zero else next(operands)
+                return torch.full([1] * min(example.dim(), 1), of_type(number, example.dtype), dtype=example.dtype)
+
+            args, kwargs = fx.map_arg((call.node.args, call.node.kwargs), entry)
+            try:
+                with torch.no_grad():
+                    made = call.node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
+                many = made if isinstance(made, list | tuple) else [made]
+                found += [float(tensor) for tensor in many if tensor.numel()]
+            except Exception:  # not on single entries, not on a processor, complex: nothing is known of it then
+                return None
+        return np.array(found)
+
     def unread(self) -> list[str]:
         """Parameters and buffers that no call reads, under none of their names."""
         placed = [n for n in self.graph.nodes if n.op == "get_attr" and str(n.target) in self.parameters]
@@ -129,6 +167,13 @@ class Trace(Traced):
     def calls(self) -> Iterator[fx.Node]:
         """The nodes that compute, in order."""
         yield from (n for n in self.graph.nodes if n.op == "call_function")
+
+
+def of_type(number: float, dtype: torch.dtype) -> float:
+    """A number, or its sign or its size where entries are of another type."""
+    if dtype == torch.bool:
+        return number > 0
+    return number if dtype.is_floating_point else float(math.ceil(abs(number)))
 
 
 def writes(node: fx.Node) -> bool:

@@ -5,11 +5,16 @@ The front ends (``trace`` for torch, ``onnx`` for ONNX graphs) fill it; groups, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
+
 from secateur.structure.units import Labels, Units
+
+SAMPLES = ((0.7, 1.9, 2.3, 1.3), (-0.6, 1.1, -2.9, 0.4), (2.1, -1.7, -0.3, -0.9), (-1.2, -0.8, 1.6, 0.5))
+"""Numbers to try a point-wise call on, for every operand another one."""
 
 
 class NoRule(Exception):
@@ -105,6 +110,10 @@ class Traced:
     """Labels of dimensions inside attention heads."""
     inexact: list[tuple[Labels, str]] = field(default_factory=list, kw_only=True)
     """Labels over which an average runs: zeroing them is not removing them."""
+    summed: dict[Any, list[Labels]] = field(default_factory=dict, kw_only=True)
+    """Node → labels of dimensions over which it sums."""
+    calls_made: list[tuple[Call, list[Value]]] = field(default_factory=list, kw_only=True)
+    """All calls with their outputs, in order."""
     averaging: set[Any] = field(default_factory=set, kw_only=True)
     """The nodes that average."""
     unknown: dict[str, list[str]] = field(default_factory=dict, kw_only=True)
@@ -136,6 +145,10 @@ class Traced:
         self.inexact.append((labels, what))
         self.averaging.add(call.node)
 
+    def sums(self, call: Call, labels: Labels) -> None:
+        """Note that a call sums over these positions, where zeros add nothing."""
+        self.summed.setdefault(call.node, []).append(labels)
+
     # -- words for front ends ------------------------------------------------------------------------------------
 
     def ruled(self, call: Call, rule: Callable[[Any, Call], Value | Sequence[Value]]) -> list[Value]:
@@ -144,12 +157,14 @@ class Traced:
             found = rule(self, call)
         except NoRule as error:
             return self.freeze(call, str(error))
-        values = [found] if isinstance(found, Value) else list(found)
+        # values of their own, also where a rule hands its input on
+        values = [Value(value.dims) for value in ([found] if isinstance(found, Value) else found)]
         if tuple(v.shape for v in values) != call.shapes:
             return self.freeze(call, "its rule doesn't fit this call")
         for labels in (labels for value in values for labels in value.dims if len(labels) == 1):
             # such a dimension broadcasts, so it means another thing than a larger one that was cut
             self.units.pin(labels, "a dimension of size 1")
+        self.calls_made.append((call, values))
         return values
 
     def freeze(self, call: Call, why: str) -> list[Value]:
@@ -183,6 +198,22 @@ class Traced:
     def steps(self) -> list[Step]:
         """The calls, in order."""
         raise NotImplementedError
+
+    def unmasked(self) -> Collection[str]:
+        """Parameters, buffers and constants that a mask leaves as they are."""
+        raise NotImplementedError
+
+    def pointwise(self, call: Call) -> bool:
+        """Whether an entry of the output follows from the entries at the same place."""
+        raise NotImplementedError
+
+    def sampled(self, call: Call, zero: Collection[int]) -> NDArray[Any] | None:
+        """Entries that a point-wise call gives where the values with these ids are 0 and others aren't, or None."""
+        raise NotImplementedError
+
+    def pads_with_zeros(self, call: Call) -> bool:
+        """Whether a call that pads adds zeros, or entries that are there."""
+        return not call.get("value")
 
     def maker(self, name: str) -> tuple[str, int]:
         """What units are called that lie along a dimension of a parameter, and the dimension."""

@@ -6,9 +6,10 @@ An operator without a rule, and If, Loop and Scan, keep everything that they tou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from secateur.structure.onnx.network import (
     subgraphs,
 )
 from secateur.structure.onnx.shapes import Shapes, doubled, example_inputs
-from secateur.structure.traced import Call, NoRule, Step, Traced, Value
+from secateur.structure.traced import SAMPLES, Call, NoRule, Step, Traced, Value
 from secateur.structure.units import Labels
 
 Rule = Callable[["OnnxTrace", Call], "Value | Sequence[Value]"]
@@ -112,6 +113,47 @@ class OnnxTrace(Traced):
             number |= dict.fromkeys(node.output, len(found))
             found.append(step)
         return found
+
+    def unmasked(self) -> Collection[str]:
+        """Numbers that aren't of floating point, and what an earlier cut wrote in."""
+        return self.parameters.keys() - self.element_sizes().keys()
+
+    def pointwise(self, call: Call) -> bool:
+        from secateur.structure.onnx.rules.plain import POINTWISE
+
+        return call.name in POINTWISE
+
+    def sampled(self, call: Call, zero: Collection[int]) -> Array | None:
+        from onnx import helper
+        from onnx.reference import ReferenceEvaluator
+
+        node, found = self.network.node(call.node), []
+        for numbers in SAMPLES:
+            operands, feeds = cycle(numbers), {}
+            try:
+                for name in dict.fromkeys(filter(None, node.input)):
+                    known, dtype = (
+                        self.shapes.known.get(name),
+                        helper.tensor_dtype_to_np_dtype(self.shapes.element(name)),
+                    )
+                    if id(self.values[name]) in zero:
+                        feeds[name] = np.zeros(1, dtype)
+                    elif known is not None and known.size == 1:
+                        feeds[name] = known.reshape([1] * min(known.ndim, 1))
+                    else:
+                        number = next(operands)
+                        feeds[name] = np.array([number if dtype.kind == "f" else number > 0], dtype)
+                with np.errstate(all="ignore"):
+                    made = ReferenceEvaluator(node, opsets=self.network.opsets).run(None, feeds)  # type: ignore[arg-type]
+                found += [array.item() for array in map(np.asarray, made)]
+            except Exception:  # onnx's own evaluator lacks an operator, or runs it on no single entries
+                return None
+        return np.array(found)
+
+    def pads_with_zeros(self, call: Call) -> bool:
+        filler = self.constant(call, 2) if len(call["inputs"]) > 2 and call["inputs"][2] is not None else None
+        given = call["inputs"][2:3] not in ([], [None])
+        return not call.get("value") and (not filler.any() if filler is not None else not given)
 
     def makes(self, labels: Labels) -> None:
         """Along this dimension of a weight lie the channels that it makes."""

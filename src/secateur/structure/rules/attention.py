@@ -11,6 +11,7 @@ def attention(trace: Trace, call: Call) -> Value:
     q, k, v, mask = call["query"], call["key"], call["value"], call["attn_mask"]
     units = trace.units
     units.join(q.dims[-1], k.dims[-1])
+    trace.sums(call, q.dims[-1])
     for labels in (q.dims[-2], k.dims[-2], v.dims[-2]):
         units.pin(labels, "a position of the sequence")
     batch_q, batch_k, batch_v = q.dims[:-2], k.dims[:-2], v.dims[:-2]

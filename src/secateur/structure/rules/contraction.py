@@ -14,6 +14,7 @@ def linear(trace: Trace, call: Call) -> Value:
         raise NoRule("its weight is a vector")
     outputs, inputs = weight.dims
     trace.units.join(x.dims[-1], inputs)
+    trace.sums(call, inputs)
     if bias is not None:
         trace.units.join(outputs, bias.dims[0])
     trace.count(call, *x.dims[:-1], outputs, inputs)
@@ -40,6 +41,7 @@ def _product(trace: Trace, call: Call, a: Value, b: Value) -> Value:
     rows, columns = a.dims[-2:-1], b.dims[-1:] if len(b.dims) > 1 else ()
     summed_a, summed_b = a.dims[-1], b.dims[max(0, len(b.dims) - 2)]
     trace.units.join(summed_a, summed_b)
+    trace.sums(call, summed_a)
     shape = call.shape[: len(call.shape) - len(rows) - len(columns)]
     batch = aligned(trace, [Value(a.dims[:-2]), Value(b.dims[:-2])], shape)
     trace.count(call, *batch.dims, *rows, summed_a, *columns)
@@ -63,6 +65,8 @@ def einsum(trace: Trace, call: Call) -> Value:
                 raise NoRule("it broadcasts a dimension")
             trace.units.join(known, labels)
     trace.count(call, *by_letter.values())
+    for letter in by_letter.keys() - set(output):
+        trace.sums(call, by_letter[letter])
     if len(operands) == 2 and len(set(inputs) & set(output)) > 3:
         trace.lanes += [by_letter[c] for c in by_letter if not all(c in part for part in inputs.split(","))]
     return Value(tuple(by_letter[letter] for letter in output))
@@ -73,6 +77,8 @@ def bilinear(trace: Trace, call: Call) -> Value:
     x, y, weight, bias = call["input1"], call["input2"], call["weight"], call["bias"]
     trace.units.join(x.dims[-1], weight.dims[1])
     trace.units.join(y.dims[-1], weight.dims[2])
+    for labels in weight.dims[1:]:
+        trace.sums(call, labels)
     if bias is not None:
         trace.units.join(weight.dims[0], bias.dims[0])
     trace.count(call, *x.dims[:-1], *weight.dims)

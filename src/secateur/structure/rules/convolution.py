@@ -17,6 +17,7 @@ def convolution(trace: Trace, call: Call) -> Value:
     x, weight, bias, groups = call["input"], call["weight"], call["bias"], call["groups"]
     channels, spatial = _channels(trace, call, x, len(weight.dims) - 2)
     outputs, inputs = weight.dims[:2]
+    trace.sums(call, inputs)
     if groups == 1:
         trace.units.join(channels, inputs)
     else:
@@ -33,6 +34,7 @@ def transposed_convolution(trace: Trace, call: Call) -> Value:
     channels, spatial = _channels(trace, call, x, len(weight.dims) - 2)
     inputs, outputs = weight.dims[:2]
     trace.units.join(channels, inputs)
+    trace.sums(call, inputs)
     made = outputs
     if groups > 1:
         group, _ = trace.units.split(inputs, (groups, len(inputs) // groups))

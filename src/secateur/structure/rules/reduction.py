@@ -27,7 +27,10 @@ def reduced(trace: Trace, call: Call, x: Value, over: list[int]) -> list[Value]:
 def total(trace: Trace, call: Call) -> list[Value]:
     """Zeros add nothing: what leaves along a summed dimension leaves no trace in the output."""
     x = call.values()[0]
-    return reduced(trace, call, x, _dims(call, len(x.dims)))
+    over = _dims(call, len(x.dims))
+    for dim in over:
+        trace.sums(call, x.dims[dim])
+    return reduced(trace, call, x, over)
 
 
 @rule("aten::mean", "aten::var", "aten::std", "aten::var_mean", "aten::std_mean", "aten::amax", "aten::amin")

@@ -17,6 +17,8 @@ BROADCASTING = (
     " Mod Mul Or PRelu Pow Sub Sum Where Xor com.microsoft::FastGelu com.microsoft::BiasGelu"
 )
 
+POINTWISE = frozenset((*UNARY.split(), *BROADCASTING.split(), "Clip", "Dropout", "CastLike"))
+
 
 @rule(*UNARY.split())
 def unary(trace: OnnxTrace, call: Call) -> Value:

@@ -51,7 +51,9 @@ def softmax(trace: OnnxTrace, call: Call) -> list[Value]:
 @rule("LpNormalization")
 def scaled(trace: OnnxTrace, call: Call) -> Value:
     """Zeros don't count in the norm."""
-    return call["inputs"][0]
+    x = call["inputs"][0]
+    trace.sums(call, x.dims[call.get("axis", -1)])
+    return x
 
 
 def _every_entry(trace: OnnxTrace, call: Call, axes: list[int] | None) -> list[Value]:

@@ -1,0 +1,147 @@
+"""Groups of which a masked network keeps something are marked, and no others, in torch graphs and in ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cut_networks import anatomy_of, images, pruned_anatomy, randomised, zeroed
+from onnx_models import Net as Graph
+from onnx_models import feeds_for, run
+from secateur.structure.onnx import cut_onnx, mask_onnx, onnx_anatomy
+
+Between = Callable[["Net", Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """[batch, 5, positions] → six channels, and what lies between them and the output."""
+
+    def __init__(self, between: Between) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(5, 6, 1)
+        self.norm, self.plain = nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False)
+        self.second = nn.Conv1d(6, 4, 3, padding=1)
+        self.scale = nn.Parameter(torch.ones(6, 1))
+        self.steps = nn.LSTM(6, 6, batch_first=True)
+        self.register_buffer("table", torch.rand(6, 1))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.between(self, self.first(x))
+
+
+def linear_attention(net: Net, x: Tensor) -> Tensor:
+    q, k = F.elu(x) + 1, F.elu(net.scale * x) + 1
+    return (q.transpose(1, 2) @ k) @ x.mean(dim=1, keepdim=True).transpose(1, 2)
+
+
+EXACT: dict[str, Between] = {
+    "relu": lambda net, x: x.relu().sum(dim=1),
+    "smooth": lambda net, x: (F.gelu(x) + F.silu(x) - x.tanh() * 3).sum(dim=1),
+    "root": lambda net, x: x.square().sum(dim=1).sqrt(),
+    "norm": lambda net, x: (x / x.norm(dim=1, keepdim=True).clamp_min(1e-6)).sum(dim=1),
+    "read": lambda net, x: net.second(x.sigmoid() + 1),
+    "gate": lambda net, x: (x * x.sigmoid() / (1 + x.exp())).sum(dim=1),
+    "scaled": lambda net, x: (x.sigmoid() * net.scale).sum(dim=1),
+    "batch norm": lambda net, x: net.norm(x.cos()).sum(dim=1),
+    "norm without scale": lambda net, x: net.plain(x).sum(dim=1),
+    "pools": lambda net, x: F.avg_pool1d(F.max_pool1d(x.relu(), 3), 2).sum(dim=1),
+    "pad": lambda net, x: F.pad(x, (1, 2)).sum(dim=1),
+    "concatenated": lambda net, x: net.second(torch.cat([x[:, :3], x[:, 3:].sigmoid()], dim=1)),
+    "over positions": lambda net, x: net.second(x.exp() / x.exp().sum(dim=2, keepdim=True)),
+    "attention": lambda net, x: ((x.transpose(1, 2) @ x).softmax(dim=2) @ x.transpose(1, 2)).sum(dim=2),
+    "where": lambda net, x: torch.where(x > 0, x, 0.5 * x).sum(dim=1),
+    "clamped": lambda net, x: x.clamp(-1, 2).sum(dim=1),
+    "einsum": lambda net, x: torch.einsum("bct,bcs->bts", x, x.sigmoid()),
+    "product": lambda net, x: x.transpose(1, 2) @ x.sigmoid(),
+    "lstm": lambda net, x: net.steps(x.transpose(1, 2))[0].sum(dim=2),
+    "buffer": lambda net, x: (x.exp() * net.table).sum(dim=1),
+}
+
+INEXACT: dict[str, Between] = {
+    "softplus": lambda net, x: F.softplus(x).sum(dim=1),
+    "sigmoid": lambda net, x: x.sigmoid().sum(dim=1),
+    "cosine": lambda net, x: x.cos().norm(dim=1),
+    "constant": lambda net, x: (x + 1).sum(dim=1),
+    "elu": linear_attention,
+    "power": lambda net, x: (0.5**x).sum(dim=1),
+    "pad": lambda net, x: F.pad(x, (1, 2), value=1.0).sum(dim=1),
+    "einsum": lambda net, x: torch.einsum("bct,bcs->bts", x.exp(), x.sigmoid()),
+    "product": lambda net, x: x.cos().transpose(1, 2) @ x.sigmoid(),
+    "clamped": lambda net, x: x.clamp(0.5, 2).sum(dim=1),
+    "scale": lambda net, x: (net.scale.exp() * x.cos()).sum(dim=1),
+    "positive weights": lambda net, x: F.conv1d(x.exp(), F.softplus(net.second.weight)),
+    "over positions": lambda net, x: x.softmax(dim=2).sum(dim=1),
+    "batch norm": lambda net, x: net.norm(x).sigmoid().sum(dim=1),
+    "not finite": lambda net, x: x.square().sqrt().log().sum(dim=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("between", "marked"),
+    [*((f, False) for f in EXACT.values()), *((f, True) for f in INEXACT.values())],
+    ids=[*EXACT, *INEXACT],
+)
+def test_torch(between: Between, marked: bool) -> None:
+    net, inputs = randomised(Net(between)), images(2, 5, 7)
+    anatomy = anatomy_of(net, inputs)
+    name = next(g.name for g in anatomy.groups if any(s.tensor == "first.weight" for s in g.slices))
+    found = pruned_anatomy(net, inputs, anatomy, {name: [1, 4]})
+    with torch.no_grad():
+        masked, cut = zeroed(found)(*inputs), found.graph(*inputs)
+    assert (bool(anatomy[name].inexact), not torch.allclose(masked, cut)) == (marked, marked)
+
+
+Calls = Callable[[Graph, str], str]
+
+
+def total(net: Graph, x: str) -> str:
+    return net("ReduceSum", x, net.ints(1), keepdims=0)
+
+
+def flat(net: Graph, x: str) -> str:
+    return net("Flatten", net("ReduceMean", x, net.ints(2, 3)))
+
+
+ONNX_EXACT: dict[str, Calls] = {
+    "Relu": lambda net, x: total(net, net("Relu", x)),
+    "Clip": lambda net, x: total(net, net("Clip", x, net.constant(np.float32(0)), net.constant(np.float32(6)))),
+    "Pow": lambda net, x: total(net, net("Pow", x, net.constant(np.float32(2)))),
+    "gate": lambda net, x: total(net, net("Mul", x, net("Sigmoid", x))),
+    "read": lambda net, x: net("Gemm", net("Exp", flat(net, x)), net.weight(3, 6), net.weight(3), transB=1),
+    "LpNormalization": lambda net, x: net("LpNormalization", net.conv(x, 6, 4), axis=3),
+    "Pad": lambda net, x: total(net, net("Pad", x, net.ints(0, 0, 1, 1, 0, 0, 0, 0), net.constant(np.float32(0)))),
+}
+
+
+ONNX_INEXACT: dict[str, Calls] = {
+    "Softplus": lambda net, x: total(net, net("Softplus", x)),
+    "Clip": lambda net, x: total(net, net("Clip", x, net.constant(np.float32(1)), net.constant(np.float32(6)))),
+    "Add": lambda net, x: total(net, net("Add", x, net.constant(np.float32(2)))),
+    "ReduceL2": lambda net, x: net("ReduceL2", net("Cos", x), net.ints(1), keepdims=0),
+    "LpNormalization": lambda net, x: net.conv(net("LpNormalization", net("Cos", x), axis=1), 6, 4),
+    "Pad": lambda net, x: total(net, net("Pad", x, net.ints(0, 0, 1, 1, 0, 0, 0, 0), net.constant(np.float32(1)))),
+    "MatMul": lambda net, x: net("MatMul", net("Transpose", net("Exp", x), perm=[0, 2, 3, 1]), turned(net, x)),
+}
+
+
+def turned(net: Graph, x: str) -> str:
+    return net("Transpose", net("Sigmoid", x), perm=[0, 2, 1, 3])
+
+
+@pytest.mark.parametrize(
+    ("between", "marked"),
+    [*((f, False) for f in ONNX_EXACT.values()), *((f, True) for f in ONNX_INEXACT.values())],
+    ids=[*ONNX_EXACT, *ONNX_INEXACT],
+)
+def test_onnx(between: Calls, marked: bool) -> None:
+    net = Graph(2, 3, 5, 5)
+    anatomy = onnx_anatomy(net.model(between(net, net.conv("x", 3, 6, name="first"))))
+    feeds, removed = feeds_for(anatomy), {"first": [1, 4]}
+    cut, masked = run(cut_onnx(anatomy, removed), feeds), run(mask_onnx(anatomy, removed), feeds)
+    assert (bool(anatomy["first"].inexact), not np.allclose(cut[0], masked[0], atol=1e-5)) == (marked, marked)
