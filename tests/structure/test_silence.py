@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import secateur as sc
 from cut_networks import anatomy_of, images, pruned_anatomy, randomised, zeroed
 from onnx_models import Net as Graph
 from onnx_models import feeds_for, run
@@ -95,6 +96,30 @@ def test_torch(between: Between, marked: bool) -> None:
     with torch.no_grad():
         masked, cut = zeroed(found)(*inputs), found.graph(*inputs)
     assert (bool(anatomy[name].inexact), not torch.allclose(masked, cut)) == (marked, marked)
+
+
+class Standardised(nn.Conv2d):
+    """Divides its weights by their own deviation, and by nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / spread, self.bias)
+
+
+@pytest.mark.parametrize("kind", ["StdConv2d", "ScaledStdConv2d", None])
+def test_standardised_weights_that_are_all_zero(kind: str | None) -> None:
+    """0 / 0 is said beforehand; with an epsilon, as in timm's networks, zeros stay zeros."""
+    conv = Standardised if kind is None else getattr(pytest.importorskip("timm.layers"), kind)
+    net, inputs = randomised(nn.Sequential(conv(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))), images(2, 3, 5, 5)
+    (group,) = anatomy_of(net, inputs).groups
+    plan = sc.plan(net, example_inputs=inputs, method="spa_l1", sparsity=0.0, budget="channels", ratios={"0": 0.5})
+    with torch.no_grad():
+        cut, masked = sc.apply(plan, net)(*inputs), sc.apply(plan, net, mask=True)(*inputs)
+    assert torch.isfinite(cut).all()
+    if kind is None:
+        assert masked.isnan().all() and group.inexact == "div isn't finite where its parameters are 0"
+    else:
+        assert torch.allclose(masked, cut) and group.inexact is None
 
 
 Calls = Callable[[Graph, str], str]
