@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import secateur as sc
-from cut_networks import Pruned, check, difference, images, pruned, randomised, tokens
+from cut_networks import Pruned, check, difference, images, pruned, randomised, tokens, zeroed
 from secateur.errors import PlanError
 from secateur.networks.applying import copied
 from secateur.structure.graphcut import cut_graph
@@ -234,10 +234,11 @@ def test_recurrent_layers_follow():
 
 
 class Auxiliary(nn.Module):
-    """A second head that only training has, and a layer of two names."""
+    """A second head that only training has, and a layer of two names. ``depends``: training branches by an entry."""
 
-    def __init__(self) -> None:
+    def __init__(self, depends: bool = False) -> None:
         super().__init__()
+        self.depends = depends
         self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
         self.aux, self.again = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), self.b
         self.spare = nn.Parameter(torch.zeros(3))
@@ -245,19 +246,33 @@ class Auxiliary(nn.Module):
     def forward(self, x: Tensor) -> Any:
         x = torch.relu(self.a(x))
         out = self.c(torch.relu(self.b(x)))
-        return (out, self.aux(x)) if self.training else out
+        if not self.training:
+            return out
+        return (out, self.aux(x if not self.depends or x.sum() > 0 else -x))
 
 
-def test_parameters_that_only_training_reads_stay_and_are_named():
+def test_what_only_training_reads_follows_and_keeps_its_own_channels():
     module, inputs = randomised(Auxiliary()), images(2, 4)
-    found = pruned(module, inputs)
+    found = pruned(module, inputs, {"a": [1, 4]})
     assert {g.name for g in found.anatomy.groups} == {"a", "b"}
     reasons = {f.name: f.reason for f in found.anatomy.frozen}
-    assert reasons["aux.0.weight dim 1"] == reasons["spare dim 0"] == "the traced forward never reads it"
-    assert own(found).aux[0].weight.shape == (8, 6)
+    assert reasons["aux.0.weight dim 0"] == reasons["spare dim 0"] == "the traced forward never reads it"
+    check(found)
+    cut, masked = own(found), zeroed(found)
+    assert cut.aux[0].weight.shape == (8, 4) and cut.aux[0].in_features == 4
+    with torch.no_grad():
+        for theirs, ours in zip(masked.train()(*inputs), cut.train()(*inputs), strict=True):
+            assert difference(ours, theirs) < 1e-12
     result = sc.prune(module, example_inputs=inputs, method="spa_l1", sparsity=0.3)
     (note,) = result.report.notes
-    assert note.startswith("aux, spare: read in training only, if at all, ")
+    assert note.startswith("spare: nothing that was traced reads it, ")
+
+
+def test_a_head_that_cannot_be_traced_in_training_stays_and_is_named():
+    module, inputs = randomised(Auxiliary(depends=True)), images(2, 4)
+    assert own(pruned(module, inputs)).aux[0].weight.shape == (8, 6)
+    (note,) = sc.prune(module, example_inputs=inputs, method="spa_l1", sparsity=0.3).report.notes
+    assert note.startswith("aux, spare: nothing that was traced reads it, ")
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated in favor of:FutureWarning")

@@ -77,8 +77,8 @@ def plan_module(
 
 
 def _unread(anatomy: TracedAnatomy) -> list[str]:
-    """A note on modules and parameters that are no part of what was traced."""
-    module, unread = anatomy.trace.module, set(anatomy.trace.unread())
+    """A note on modules and parameters that are no part of what was traced, nor of its branches for training."""
+    module, unread = anatomy.trace.module, set(anatomy.trace.alone)
     inside = {path: {n for n, _ in part.named_parameters(path)} for path, part in module.named_modules() if path}
     inside |= {name: {name} for name, _ in module.named_parameters()}
     found: list[str] = []
@@ -89,7 +89,7 @@ def _unread(anatomy: TracedAnatomy) -> list[str]:
         return []
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return [
-        f"{', '.join(found[:_NAMED])}{more}: read in training only, if at all, so channels that are inputs there may"
+        f"{', '.join(found[:_NAMED])}{more}: nothing that was traced reads it, so channels that are inputs there may"
         " leave while these parameters stay as they are"
     ]
 

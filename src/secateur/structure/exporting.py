@@ -44,14 +44,16 @@ def export(
     *,
     known: Callable[[fx.Node], bool],
     dynamic_shapes: Any = None,
+    training: bool = False,
 ) -> Exported:
     """The flat functional ATen graph of ``module`` in evaluation mode; the module is left as it is.
 
     ``known`` tells whether an operator can be left as it is; others are taken apart where torch can.
-    ``dynamic_shapes`` are those of ``torch.export``: what they name must stay free.
+    ``dynamic_shapes`` are those of ``torch.export``: what they name must stay free. With ``training`` modules take the
+    branches that their own code has for training.
     Raises UsageError when the module doesn't run on these inputs, UnsupportedModelError when it can't be exported.
     """
-    with evaluation_mode(module), quiet(), no_fast_path():
+    with evaluation_mode(module, but_for_branches=training), quiet(), no_fast_path():
         try:
             program = torch.export.export(
                 module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
@@ -116,19 +118,29 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Every sub-module in evaluation mode, and back as it was."""
+def evaluation_mode(module: nn.Module, *, but_for_branches: bool = False) -> Iterator[None]:
+    """Every sub-module in evaluation mode, and back as it was.
+
+    ``but_for_branches``: only those of torch, which compute in training what they do otherwise, but for noise and
+    statistics; the user's own modules are in training mode.
+    """
     before = {m: m.training for m in module.modules()}
     try:
         # an exported graph, or a part that is one, has the mode that it was exported in
         with suppress(NotImplementedError):
             module.eval()
         for part in before:
-            part.training = False
+            part.training = but_for_branches and not of_torch(part)
         yield
     finally:
         for part, training in before.items():
             part.training = training
+
+
+def of_torch(part: nn.Module) -> bool:
+    """Whether torch knows what a module does, and what its attributes are."""
+    plain = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return any(c.__module__.startswith("torch.nn.") and c not in plain for c in type(part).__mro__)
 
 
 @contextmanager

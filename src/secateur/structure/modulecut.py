@@ -19,7 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from secateur.errors import SecateurError
-from secateur.structure.exporting import export
+from secateur.structure.exporting import export, of_torch
 from secateur.structure.graphcut import cut_tensor
 from secateur.structure.resize import RESIZERS, Cut, named_arguments, resized
 from secateur.structure.trace import Value, attribute, describe, has_rule, hint, module_of, sizes
@@ -174,15 +174,9 @@ def _doubtful(module: nn.Module, edits: Edits) -> list[Edits]:
     found: dict[tuple[type, str], Edits] = {}
     for (path, name), value in edits.items():
         part = module.get_submodule(path)
-        if not _of_torch(part) and not any(word in name for word in _WIDTH_NAMES):
+        if not of_torch(part) and not any(word in name for word in _WIDTH_NAMES):
             found.setdefault((type(part), name), {})[path, name] = value
     return list(found.values())
-
-
-def _of_torch(part: nn.Module) -> bool:
-    """Whether torch knows what the attributes of a module are."""
-    plain = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return any(c.__module__.startswith("torch.nn.") and c not in plain for c in type(part).__mro__)
 
 
 def _put_back(before: nn.Module, module: nn.Module, doubtful: list[Edits], proved: Callable[[], bool]) -> None:

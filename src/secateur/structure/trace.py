@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any, TypeVar
@@ -60,6 +61,8 @@ class Trace(Traced):
     dynamic_shapes: Any = None
     """What ``torch.export`` was told of sizes that stay free."""
     values: dict[fx.Node, Value | list[Value]] = field(default_factory=dict)
+    alone: tuple[str, ...] = ()
+    """Parameters and buffers that no call reads, in training neither as far as that is known."""
     _constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
 
     def constant(self, node: fx.Node | Any) -> Tensor | None:
@@ -202,17 +205,67 @@ def trace(
     _check_free(found, free)
     tensors: dict[int, Value] = {}
     for node in found.graph.nodes:
-        if node.op == "placeholder":
-            found.values[node] = found.fixed(sizes(node.meta.get("val")), "input of the network")
-        elif node.op == "get_attr":
-            found.values[node] = _place_tensor(found, node, tensors)
-        elif node.op == "call_function":
-            found.values[node] = _apply_rule(found, node)
+        if node.op != "output":
+            found.values[node] = _visit(found, node, tensors)
     for node in found.graph.output_node().all_input_nodes:
         found.pin(found.values[node], "output of the network")
-    for name in found.unread():
-        found.pin(found.parameters[name], "the traced forward never reads it")
+    _follow_training(found, args, kwargs, tensors)
     return found
+
+
+def _follow_training(
+    trace: Trace, args: Sequence[Any], kwargs: Mapping[str, Any] | None, tensors: dict[int, Value]
+) -> None:
+    """Couple what is read in training only, such as a second head, to the channels that it reads; its own stay.
+
+    ``alone`` is what that can't be said of: nothing reads it, or the branches for training can't be exported.
+    """
+    unread = trace.unread()
+    trace.alone = tuple(unread)
+    if {name for name, _ in trace.module.named_parameters(remove_duplicate=False)}.intersection(unread):
+        with suppress(UnsupportedModelError, UsageError):
+            branch = _visit_branches(trace, unread, args, kwargs, tensors)
+            trace.alone = tuple(name for name in unread if name not in branch)
+    read = [d for name, dims in trace.distinct_parameters().items() if name not in unread for d in dims]
+    units = {u for labels in read for u in trace.units.table(labels).reshape(-1).tolist()} | {-1}
+    for labels in [labels for name in unread for labels in trace.parameters[name].dims]:
+        own = [not units.issuperset(row) for row in trace.units.table(labels).tolist()]
+        trace.units.pin(labels[own], "the traced forward never reads it")
+
+
+def _visit_branches(
+    trace: Trace,
+    unread: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    tensors: dict[int, Value],
+) -> set[str]:
+    """Apply the rules to the calls in branches for training that read these parameters; returns those that are."""
+    dynamic = trace.dynamic_shapes
+    exported = export(trace.module, args, kwargs, known=has_rule, dynamic_shapes=dynamic, training=True)
+    graph = exported.graph_module().graph
+    branch = {n for n in graph.nodes if n.op == "get_attr" and str(n.target) in unread and n.users}
+    read = {str(n.target) for n in branch}
+    for node in graph.nodes:
+        if node.op == "call_function" and branch.intersection(node.all_input_nodes):
+            branch.add(node)
+    needed = set(branch)
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    also = Trace(trace.module, exported, graph, dynamic, units=trace.units)
+    for node in graph.nodes:
+        if node in needed and node.op != "output":
+            also.values[node] = _visit(also, node, tensors)
+    for node in branch.intersection(graph.output_node().all_input_nodes):
+        also.pin(also.values[node], "output of the network in training")
+    return read
+
+
+def _visit(trace: Trace, node: fx.Node, tensors: dict[int, Value]) -> Value | list[Value]:
+    if node.op == "placeholder":
+        return trace.fixed(sizes(node.meta.get("val")), "input of the network")
+    return _place_tensor(trace, node, tensors) if node.op == "get_attr" else _apply_rule(trace, node)
 
 
 def _check_free(trace: Trace, free: Sequence[Sequence[int]]) -> None:
