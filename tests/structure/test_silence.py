@@ -122,6 +122,13 @@ def test_standardised_weights_that_are_all_zero(kind: str | None) -> None:
         assert torch.allclose(masked, cut) and group.inexact is None
 
 
+def test_no_random_numbers_of_the_caller_are_drawn() -> None:
+    net, inputs = randomised(Net(lambda net, x: F.dropout(x, training=True).sum(dim=1))), images(2, 5, 7)
+    before = torch.get_rng_state()
+    (group,) = anatomy_of(net, inputs).groups
+    assert group.inexact is None and torch.equal(torch.get_rng_state(), before)
+
+
 Calls = Callable[[Graph, str], str]
 
 

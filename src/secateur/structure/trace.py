@@ -138,6 +138,7 @@ class Trace(Traced):
 
     def sampled(self, call: Call, zero: Collection[int]) -> NDArray[Any] | None:
         found = []
+        random = torch.Tag.nondeterministic_seeded in getattr(call.node.target, "tags", ())
         for numbers in SAMPLES:
             operands = cycle(numbers)
 
@@ -152,9 +153,12 @@ class Trace(Traced):
                 return torch.full([1] * min(example.dim(), 1), of_type(number, example.dtype), dtype=example.dtype)
 
             args, kwargs = fx.map_arg((call.node.args, call.node.kwargs), entry)
+            if "device" in kwargs:
+                kwargs = {**kwargs, "device": "cpu"}
             try:
-                with torch.no_grad():
-                    made = call.node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
+                # dropout draws numbers, and those of the caller are left alone
+                with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=random):
+                    made = call.node.target(*args, **kwargs)
                 many = made if isinstance(made, list | tuple) else [made]
                 found += [float(tensor) for tensor in many if tensor.numel()]
             except Exception:  # not on single entries, not on a processor, complex: nothing is known of it then

@@ -26,7 +26,7 @@ from secateur.structure.onnx.network import (
     operator,
     subgraphs,
 )
-from secateur.structure.onnx.shapes import Shapes, doubled, example_inputs
+from secateur.structure.onnx.shapes import RANDOM, Shapes, doubled, example_inputs
 from secateur.structure.traced import SAMPLES, Call, NoRule, Step, Traced, Value
 from secateur.structure.units import Labels
 
@@ -127,28 +127,26 @@ class OnnxTrace(Traced):
         from onnx import helper
         from onnx.reference import ReferenceEvaluator
 
-        node, found = self.network.node(call.node), []
-        for numbers in SAMPLES:
-            operands, feeds = cycle(numbers), {}
-            try:
-                for name in dict.fromkeys(filter(None, node.input)):
-                    known, dtype = (
-                        self.shapes.known.get(name),
-                        helper.tensor_dtype_to_np_dtype(self.shapes.element(name)),
-                    )
-                    if id(self.values[name]) in zero:
-                        feeds[name] = np.zeros(1, dtype)
-                    elif known is not None and known.size == 1:
-                        feeds[name] = known.reshape([1] * min(known.ndim, 1))
-                    else:
-                        number = next(operands)
-                        feeds[name] = np.array([number if dtype.kind == "f" else number > 0], dtype)
-                with np.errstate(all="ignore"):
-                    made = ReferenceEvaluator(node, opsets=self.network.opsets).run(None, feeds)  # type: ignore[arg-type]
-                found += [array.item() for array in map(np.asarray, made)]
-            except Exception:  # onnx's own evaluator lacks an operator, or runs it on no single entries
-                return None
-        return np.array(found)
+        node = self.network.node(call.node)
+        if node.op_type in RANDOM - {"Dropout"}:
+            return None
+        operands, feeds = cycle(zip(*SAMPLES, strict=True)), {}
+        try:
+            for name in dict.fromkeys(filter(None, node.input)):
+                known = self.shapes.known.get(name)
+                dtype = helper.tensor_dtype_to_np_dtype(self.shapes.element(name))
+                if id(self.values[name]) in zero:
+                    feeds[name] = np.zeros(len(SAMPLES), dtype)
+                elif known is not None and known.size == 1:
+                    feeds[name] = known.reshape([1] * min(known.ndim, 1))
+                else:
+                    numbers = np.array(next(operands))
+                    feeds[name] = (numbers if dtype.kind == "f" else numbers > 0).astype(dtype)
+            with np.errstate(all="ignore"):
+                made = ReferenceEvaluator(node, opsets=self.network.opsets).run(None, feeds)  # type: ignore[arg-type]
+            return np.concatenate([np.asarray(array, dtype=np.float64).reshape(-1) for array in made])
+        except Exception:  # onnx's own evaluator lacks an operator
+            return None
 
     def pads_with_zeros(self, call: Call) -> bool:
         filler = self.constant(call, 2) if len(call["inputs"]) > 2 and call["inputs"][2] is not None else None
