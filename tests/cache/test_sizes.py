@@ -128,10 +128,20 @@ def test_a_fraction_is_put_where_there_is_none(press, spec):
 
 
 def test_no_fraction_is_put_where_it_would_say_nothing():
-    for press in ("mustafar:k=0.7,v=0.2", "kvzap:threshold=-4", "h2o:budget=64"):
+    for press in (
+        "mustafar:k=0.7,v=0.2",
+        "kvzap:threshold=-4",
+        "h2o:budget=64",
+        "key_rerotation(h2o:budget=64)",
+        "per_layer_kv(snapkv):sparsities=0.2/0.4/0.6",
+        "key_rerotation(per_layer_kv(knorm):sparsities=0.2/0.4/0.6)",
+    ):
         with pytest.raises(UsageError, match="says itself how much is removed"):
             at_sparsity(press, 0.5)
     assert at_sparsity("knorm+mustafar:k=0.7,v=0.2", 0.5) == "knorm:0.5+mustafar:k=0.7,v=0.2"
+    assert at_sparsity("per_layer_kv(snapkv)", 0.5) == "per_layer_kv(snapkv):0.5"
+    (wrapped,) = parse_cache_spec("adakv(per_layer_kv(knorm):sparsities=0.2/0.4/0.6)")
+    assert not wrapped.by_sparsity
 
 
 def test_presses_are_split_at_commas_that_are_not_options():

@@ -93,6 +93,11 @@ class EvictionMethod(CacheMethod):
         return self.sparsity == 0
 
     @property
+    def by_fraction(self) -> bool:
+        """Whether a fraction of the prompt leaves: that of ``sparsity``, or another one."""
+        return self.by_sparsity
+
+    @property
     def every(self) -> int:
         """Tokens of the text after which tokens leave again while the model decodes; 0 where those that stay, stay."""
         return 0
@@ -224,7 +229,7 @@ class WrapperMethod(EvictionMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.inner.every or not self.inner.by_sparsity) and not self.of_budgets:
+        if (self.inner.every or not self.inner.by_fraction) and not self.of_budgets:
             raise OptionError(
                 f"{self.name}: of must be a method that removes a fraction of the prompt, and nothing while decoding,"
                 f" got '{self.of}'"
@@ -238,6 +243,14 @@ class WrapperMethod(EvictionMethod):
     @property
     def is_identity(self) -> bool:
         return self.inner.is_identity
+
+    @property
+    def by_sparsity(self) -> bool:
+        return self.inner.by_sparsity
+
+    @property
+    def by_fraction(self) -> bool:
+        return self.inner.by_fraction
 
     @property
     def protected(self) -> int:

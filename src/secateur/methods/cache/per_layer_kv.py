@@ -49,6 +49,10 @@ class PerLayerKV(WrapperMethod):
         listed = self._listed()
         return not any(listed) if listed else self.sparsity == 0
 
+    @property
+    def by_sparsity(self) -> bool:
+        return not self._listed() and super().by_sparsity
+
     def _of_layer(self, prompt: Prompt) -> EvictionMethod:
         listed = self._listed()
         if listed and len(listed) != prompt.layers:
