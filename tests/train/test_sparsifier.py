@@ -252,6 +252,38 @@ def test_a_compiled_module_is_pruned_behind_its_back():
     assert same(plain, inner) and "0.weight" in pruned.masks
 
 
+@pytest.mark.parametrize("decoder", [False, True])
+def test_parts_that_are_compiled_by_themselves_change_no_names(decoder, tmp_path):
+    module = build_llama() if decoder else nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Linear(16, 4))
+    plain = copy.deepcopy(module)
+    blocks, first = (module.model.layers, "model.layers.0.mlp.up_proj.weight") if decoder else (module, "0.0.weight")
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    pruned = sc.Sparsifier(module, method="gmp", sparsity=0.5, begin=0, end=2, every=1)
+    for _ in range(2):
+        pruned.step()
+    plan = pruned.plan()
+    assert first in plan.masks and not any("_orig_mod" in name for name in plan.masks)
+    pruned.apply(plain)
+    masked = sc.apply(plan, plain)
+    values = list(module.parameters())
+    for made in (plain, masked) if decoder else (plain, masked, sc.apply(plan, module)):
+        assert all(torch.equal(a, b) for a, b in zip(made.parameters(), values, strict=True))
+    assert not masked.get_parameter(first)[~plan.masks[first]].any()
+    pruned.save(tmp_path / "state")
+    resumed = sc.Sparsifier(plain, method="gmp", sparsity=0.5, begin=0, end=2, every=1, resume=tmp_path / "state")
+    assert resumed.sparsities == pruned.sparsities
+
+
+def test_channels_of_parts_that_are_compiled_by_themselves():
+    plain = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Linear(16, 4))
+    module = copy.deepcopy(plain)
+    module[0] = torch.compile(module[0], backend="eager")
+    schedule = {"method": "gmp", "sparsity": 0.5, "begin": 0, "end": 1, "every": 1}
+    pruned = sc.Sparsifier(module, units="channels", example_inputs=(torch.ones(1, 8),), **schedule)
+    pruned.step()
+    assert sc.apply(pruned.finish(), plain)[0][0].weight.shape == (8, 8)
+
+
 def test_bf16_autocast_and_bf16_weights():
     module = network()
     optimizer = sgd(module)

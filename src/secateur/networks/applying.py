@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from secateur.errors import PlanMismatchError, UnsupportedModelError, UsageError
 from secateur.healing.starting import start_anew
+from secateur.networks.compiled import plainly_named
 from secateur.networks.example import Example
 from secateur.networks.fitting import kept_entries
 from secateur.networks.optimizers import check_optimizer, shrink_optimizer
@@ -132,14 +133,15 @@ def apply_masks(plan: Plan, module: nn.Module, *, inplace: bool = False) -> nn.M
 
     Raises PlanMismatchError when the plan was made for other shapes.
     """
-    if _hash_of_shapes(module) != plan.model.shapes:
+    if _hash_of_shapes(plainly_named(module)) != plan.model.shapes:
         raise PlanMismatchError(
             f"the plan was made for {plan.model.architecture} with parameters of other shapes than this module's"
         )
     made = module if inplace else copied(module)
+    named = plainly_named(made)
     with torch.no_grad():
         for name, mask in plan.masks.items():
-            weight = made.get_parameter(name)
+            weight = named.get_parameter(name)
             weight.masked_fill_(~mask.to(weight.device), 0)
     return made
 

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from secateur.allocate import Schedule, fewest_kept, kept_counts
 from secateur.errors import UsageError
 from secateur.methods import StartingMethod, Trained
+from secateur.networks.compiled import plainly_named
 from secateur.networks.example import Example
 from secateur.observe.gradients import Loss
 from secateur.plans import Plan, pack_bits
@@ -95,6 +96,8 @@ class Sparsifier:
     ) -> None:
         self.method = training_method(method, options)
         self.model = unwrapped(model)
+        # FSDP knows its own modules alone, and names are those of this one
+        self._named = plainly_named(self.model)
         reshard(self.model)
         self._group = process_group
         self.sharded = any(isinstance(p, DTensor) for p in self.model.parameters())
@@ -105,17 +108,17 @@ class Sparsifier:
             if self.sharded:
                 raise UsageError("units='channels' traces the network, which is sharded over ranks: use DDP instead")
             example = Example(tuple(example_inputs or ()), example_kwargs)
-            self._channels = Channels(self.model, self.method, example, include, exclude)
+            self._channels = Channels(self._named, self.method, example, include, exclude)
         elif units == "weights":
             self._layers = find_layers(
-                self.model,
+                self._named,
                 include=include,
                 exclude=exclude,
                 keep_first=self.method.keep_first,
                 depthwise=self.method.depthwise,
                 sharded=not isinstance(self.method, StartingMethod),
             )
-            warn_of_computed(self.model, (*include, *exclude))
+            warn_of_computed(self._named, (*include, *exclude))
         else:
             raise UsageError(f"units must be weights or channels, got {units!r}")
         self._updates = self.method.updates()
@@ -224,7 +227,8 @@ class Sparsifier:
         """Zero in another module of the same names, such as an average of weights, what is dead here."""
         module = unwrapped(module)
         reshard(module)
-        own: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        named = plainly_named(module)
+        own: dict[str, Tensor] = {**dict(named.named_parameters()), **dict(named.named_buffers())}
         pruned = self._pruned
         for name, weight in pruned.items():
             if name not in own or own[name].shape != weight.shape:
@@ -247,9 +251,9 @@ class Sparsifier:
         note = f"masks after {self._step} steps of training: apply the plan to the trained weights"
         if self._channels is not None:
             inputs = self._channels.example.recorded()
-            return checkpoints.cutting_plan_of(self.model, self.method, self._masks, (note,), inputs)
+            return checkpoints.cutting_plan_of(self._named, self.method, self._masks, (note,), inputs)
         reshard(self.model)
-        return checkpoints.plan_of(self.model, self.method, self.masks, (note,))
+        return checkpoints.plan_of(self._named, self.method, self.masks, (note,))
 
     def flops(self, *example_inputs: Any, **example_kwargs: Any) -> flops.Flops:
         """Effective operations on these inputs: of inference with the masks as they are, and of training so far."""
@@ -257,7 +261,7 @@ class Sparsifier:
             raise UsageError(
                 "effective operations are those of sparse weights: apply the plan, and count the cut network's"
             )
-        total, per_layer = flops.count(self.model, self._layers, example_inputs, example_kwargs)
+        total, per_layer = flops.count(self._named, self._layers, example_inputs, example_kwargs)
         sizes = self._sizes
         now = {name: self._kept[name] / size for name, size in sizes.items()}
         steps = max(self._step, 1)
@@ -355,7 +359,7 @@ class Sparsifier:
         if given is not None:
             return self._given_masks(ones, given.masks if isinstance(given, Plan) else given)
         if isinstance(self.method, StartingMethod):
-            masks = starting_masks(self.method, self.model, self._layers, told, self._reduce)
+            masks = starting_masks(self.method, self._named, self._layers, told, self._reduce)
             return masks, _counted(masks)
         start = self._schedule(0)
         if not self._begins_sparse:

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from secateur.errors import UsageError
 from secateur.models.decoders import is_linear
+from secateur.networks.compiled import uncompiled
 from secateur.structure.groups import matches
 from secateur.train.parts import whole
 
@@ -54,7 +55,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel | AveragedModel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif (inner := uncompiled(model)) is not model:
             model = inner
         else:
             return model
