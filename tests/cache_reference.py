@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import itertools
 import json
 import shutil
 import tempfile
@@ -70,7 +71,11 @@ def as_dense(layer: CompressedLayer) -> tuple[Tensor, Tensor, Tensor]:
         for span, b, k in layer.store.spans():
             rows = (layer.store.keys.dense(span), layer.store.values.dense(span))
             put(b, k, layer.store.text_positions(span), rows)
-    put(slice(None), slice(None), layer.tail_positions(), (layer.keys, layer.values))
+    positions = layer.tail_positions()
+    for b, k in itertools.product(range(batch), range(heads)):
+        own = positions[b, k] >= 0  # other rows are blank
+        rows = (layer.keys[b, k, own][None, None], layer.values[b, k, own][None, None])
+        put(slice(b, b + 1), slice(k, k + 1), positions[b, k, own][None, None], rows)
     return keys, values, there
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from itertools import pairwise
 
 import pytest
 import torch
@@ -70,17 +71,17 @@ def test_several_tokens_at_a_time_are_one_after_the_other(model, spec):
 
 
 @pytest.mark.parametrize(
-    ("spec", "length"),
+    ("spec", "length", "sequences"),
     [
-        ("think:0.5,recent=0", 24),
-        ("knorm:0.5+think:0.5,recent=0", 24),
-        ("adakv(knorm:0.5)+mustafar:0.5,window=4,block=4", 4),
-        ("kvzip:0.9,sinks=0,level=head", 24),
+        ("think:0.5,recent=0", 24, [0, 1]),
+        ("knorm:0.5+think:0.5,recent=0", 24, [0, 1]),
+        ("adakv(knorm:0.5)+mustafar:0.5,window=4,block=4", 4, [1, 1]),
+        ("kvzip:0.9,sinks=0,level=head", 24, [0, 1]),
     ],
 )
-def test_what_is_left_may_hold_no_recent_token(model, spec, length):
+def test_what_is_left_may_hold_no_recent_token(model, spec, length, sequences):
     """Also where a head, or a whole layer, has lost all of its tokens."""
-    ids, more = IDS[:, :length], tiny_ids(windows=2, length=1, seed=5)
+    ids, more = IDS[sequences, :length], tiny_ids(windows=2, length=1, seed=5)
     cache = sc.compressed_cache(spec, model, tokenizer=Words())
     feed(model, cache, ids)
     assert any(layer.keys.shape == (2, 2, 0, 8) for layer in cache.layers)
@@ -266,6 +267,44 @@ def test_a_padded_batch_stays_rectangular(model):
         # 9 of 19 tokens and 3 of padding beside 12 of 24, so that the model's own attention can go on
         assert layer.store is None and layer.kept.shape == (2, 2, 12) and layer.padding == [0, 3]
         assert bool((layer.kept[1, :, :3] < 5).all()) and bool((layer.kept[1, :, 3:] >= 5).all())
+
+
+@pytest.mark.parametrize("padding", [0, 21])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "adakv(knorm:0.5)+mustafar:0.7,window=8,block=1",
+        "adakv(knorm:0.5)+mustafar:0.7,window=2,block=4",
+        "adakv(knorm:0.5)+mustafar:0.5,window=2,block=32,direction=channel",
+        "adakv(knorm:0.5)+think:0.5,recent=8",
+        "chunkkv:0.5,length=7+mustafar:0.7,window=2,block=4",  # the last chunk is shorter
+        "snapkv:0.5,window=16+mustafar:0.7,window=4,block=8",  # short prompts stay whole
+        "snapkv:0.5,window=16+think:0.5,recent=8",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*as it is. its window is as long")
+def test_neighbours_have_no_part_in_what_stays(model, spec, padding):
+    """Neither of the prompt nor of what follows, also where heads of some sequences are equally long."""
+    ids = tiny_ids(windows=3, length=24 + 12 * 6)
+    paddings = (0, padding, 9)
+    mask = torch.stack([(torch.arange(ids.shape[1]) >= count).long() for count in paddings])
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    together, *alone = (sc.compressed_cache(spec, model) for _ in (None, *paddings))
+    for start, stop in pairwise([0, *range(24, ids.shape[1] + 1, 6)]):
+        logits = _read(model, together, ids, mask, position_ids, start, stop)
+        for b, count in enumerate(paddings):
+            own = [x[b : b + 1, count:] for x in (ids, mask, position_ids)]
+            expected = _read(model, alone[b], *own, max(0, start - count), stop - count)
+            assert torch.allclose(logits[b, -expected.shape[1] :], expected[0], atol=1e-4)
+            for layer, lonely in zip(together.layers, alone[b].layers, strict=True):
+                for whole, part in zip(as_dense(layer), as_dense(lonely), strict=True):
+                    assert torch.allclose(whole[b : b + 1, :, count:].float(), part.float(), atol=1e-5)
+
+
+def _read(model, cache, ids, mask, position_ids, start, stop):
+    with torch.no_grad():
+        new = slice(start, stop)
+        return model(ids[:, new], attention_mask=mask[:, :stop], position_ids=position_ids[:, new], cache=cache).logits
 
 
 def test_heads_of_different_lengths_hold_the_bytes_of_their_budget(model):

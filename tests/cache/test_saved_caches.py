@@ -68,6 +68,24 @@ def test_a_loaded_cache_goes_on_bit_for_bit(model, tmp_path, spec):
     copy.deepcopy(loaded).batch_select_indices(torch.tensor([1]))
 
 
+@pytest.mark.parametrize(
+    "spec", ["adakv(knorm:0.5)+mustafar:0.5,window=8,block=4", "adakv(knorm:0.5)+think:0.5,recent=8"]
+)
+def test_sequences_with_fewer_dense_rows_come_back(model, tmp_path, spec):
+    mask = MASK.clone()
+    mask[1, :14] = 0
+    cache = behind(model, spec, mask)
+    counts = [(layer.tail_positions() >= 0).sum(dim=-1) for layer in cache.layers]
+    assert all(layer.blank for layer in cache.layers) and all(len(set(n[:, 0].tolist())) == 2 for n in counts)
+    for entry in cache.report()["layers"]:
+        assert [sum(heads) for heads in entry["tokens_kept"]] == [20, 6]
+    cache.save(tmp_path / "cache.safetensors")
+    is_same(sc.load_cache(tmp_path / "cache.safetensors", model, spec), cache)
+    twice = copy.deepcopy(cache)
+    twice.batch_select_indices(torch.tensor([0]))
+    assert all((layer.tail_positions() >= 0).all() and not layer.blank for layer in twice.layers)
+
+
 @pytest.mark.parametrize("spec", ["mustafar:k=0.5,v=0,window=4,block=4", BITMAPS])
 def test_tiles_that_were_added_while_decoding_come_back(tmp_path, spec):
     """Blocks lie in another order than their elements, and what is added goes on from there."""

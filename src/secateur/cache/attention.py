@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from secateur.cache.kernels import Problem, Rectangle, kernel_for
 from secateur.cache.store import Store
@@ -54,6 +55,16 @@ class Visible:
             real = mask.bool()[sequences, None].expand(-1, positions_BKn.shape[1], -1).gather(-1, positions_BKn)
             seen = real[:, :, None] if seen is None else seen & real[:, :, None]
         return seen
+
+    def with_blank(self, positions_BKn: Tensor) -> tuple[Visible, Tensor]:
+        """The same with a place behind the text that nothing sees, and ``positions_BKn`` with that place for -1."""
+        batch, device = positions_BKn.shape[0], positions_BKn.device
+        mask = self.at(torch.arange(self.seen, device=device).expand(batch, 1, -1))
+        if mask is None:
+            mask = torch.ones(batch, 1, self.new, self.seen, dtype=torch.bool, device=device)
+        unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        hidden = Visible(F.pad(mask, (0, 1), value=unseen), self.new, self.seen)
+        return hidden, positions_BKn.masked_fill(positions_BKn < 0, self.seen)
 
 
 def left_padding(mask: Tensor | None, batch: int, tokens: int) -> list[int] | None:

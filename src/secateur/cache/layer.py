@@ -51,7 +51,9 @@ class CompressedLayer(DynamicLayer):
     ``kept`` [B, K, rows] int32 are the positions of the first rows of the tail where tokens were evicted; those behind
     them follow each other up to ``seen``, the number of tokens that the layer was given. Some of the first ``settled``
     ones may be gone. ``padding`` counts the rows of every sequence that are padding, at its beginning; ``packed`` those
-    of every segment that were pruned and went from the tail into the store.
+    of every segment that were pruned and went from the tail into the store. Rows of the tail that hold no token
+    (``blank`` says whether there are any) have the position -1, and nothing sees them: in front of sequences of which
+    fewer rows are dense than of others.
     """
 
     keys: Any  # tensors once there is something; the base class says that they may be None
@@ -69,6 +71,7 @@ class CompressedLayer(DynamicLayer):
         self.prompt = 0
         self.settled = 0
         self.packed = 0
+        self.blank = False
         self.pending: Prompt | None = None
         self.eviction = Eviction(self.steps.tokens) if self.steps.tokens is not None else None
         self.padding: list[int] = []
@@ -127,6 +130,7 @@ class CompressedLayer(DynamicLayer):
             self.store = self.store.before(limit)
             self.packed = max(0, self.packed + tokens_to_remove + leaving)
         self.seen = limit
+        self.padding = [min(padding, self._rows()) for padding in self.padding]
         self.cut = [min(cut, self._rows()) for cut in self.cut]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -142,7 +146,7 @@ class CompressedLayer(DynamicLayer):
         indices = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         here = indices.to(self.keys.device)
         self.keys, self.values = self.keys[here], self.values[here]
-        self.kept = None if self.kept is None else self.kept[here]
+        self.set_kept(None if self.kept is None else self.kept[here])
         self.store = None if self.store is None else self.store.batch(indices)
         self.padding = [self.padding[i] for i in indices.tolist()] if self.padding else []
         self.cut = [self.cut[i] for i in indices.tolist()] if self.cut else []
@@ -160,8 +164,12 @@ class CompressedLayer(DynamicLayer):
         """Rows of a segment that are or were in the tail."""
         return self.packed + self.keys.shape[2]
 
+    def set_kept(self, positions: Tensor | None) -> None:
+        self.kept = positions
+        self.blank = positions is not None and bool((positions < 0).any())
+
     def tail_positions(self) -> Tensor:
-        """Positions of the rows of the tail in the text, [B, K, t] int64."""
+        """Positions of the rows of the tail in the text, [B, K, t] int64; -1 for those that hold no token."""
         batch, heads, rows = self.keys.shape[:3]
         own = rows - (self.kept.shape[2] if self.kept is not None else 0)
         new = torch.arange(self.seen - own, self.seen, device=self.keys.device).expand(batch, heads, own)
@@ -200,7 +208,10 @@ class CompressedLayer(DynamicLayer):
             _refuse_extras(call, arguments)
             tail, scaling = (keys, self.values), scaling_of(query, arguments)
             softcap = arguments.get("softcap")
-            out = mixed_attention(query, self.store, tail, self.tail_positions(), visible, scaling, softcap), None
+            places = self.tail_positions()
+            if self.blank:
+                visible, places = visible.with_blank(places)
+            out = mixed_attention(query, self.store, tail, places, visible, scaling, softcap), None
         else:
             out = self._attend_dense(query, keys, visible, call, arguments)
         if self.eviction is not None and self.eviction.method.every:
@@ -268,32 +279,42 @@ class CompressedLayer(DynamicLayer):
             self._start_elements(self.steps.elements)
             self._prune_elements(self.steps.elements)
 
-    def _as_store(self, recent: int) -> tuple[Store, Tensor]:
-        """All rows as a store, and which of them are not among the last ``recent`` of their segment, [N] bool."""
-        store = self.store
-        if store is None:
-            batch, heads, rows = self.keys.shape[:3]
-            store = Store(
-                torch.full((batch, heads), rows),
-                DenseRows(self.keys.flatten(0, 2)),
-                DenseRows(self.values.flatten(0, 2)),
-                self.kept.flatten() if self.kept is not None else None,
-            )
-        lengths = store.lengths.flatten()
-        owner = torch.arange(len(lengths)).repeat_interleave(lengths)
-        rank = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
-        return store, (rank < lengths[owner] - recent).to(self.keys.device)
+    def _as_store(self) -> Store:
+        """All rows as a store."""
+        if self.store is not None:
+            return self.store
+        batch, heads, rows = self.keys.shape[:3]
+        return Store(
+            torch.full((batch, heads), rows),
+            DenseRows(self.keys.flatten(0, 2)),
+            DenseRows(self.values.flatten(0, 2)),
+            self.kept.flatten() if self.kept is not None else None,
+        )
 
-    def _split(self, store: Store, older: Tensor, recent: int, keys: Rows, values: Rows) -> None:
-        """Rows that are not ``older`` become the tail again; ``keys`` and ``values`` hold the older ones."""
+    def _windows(self, store: Store, most: int) -> list[int]:
+        """How many of its last tokens every sequence keeps as they are: no more than its shortest head has."""
+        shortest = store.lengths.amin(dim=1).tolist()
+        return [min(most, rows - padding) for rows, padding in zip(shortest, self.padding, strict=True)]
+
+    def _split(self, store: Store, recent: list[int], older: Tensor, keys: Rows, values: Rows) -> None:
+        """Rows that are not ``older`` become the tail again; ``keys`` and ``values`` hold the older ones.
+
+        Where sequences have different numbers of ``recent`` rows, blank ones stand in front of them.
+        """
         batch, heads = store.lengths.shape
-        dense_keys, dense_values = _dense(store.keys)[~older], _dense(store.values)[~older]
-        # widths in full: torch can't infer them where no row is recent
-        self.keys = dense_keys.view(batch, heads, recent, dense_keys.shape[-1])
-        self.values = dense_values.view(batch, heads, recent, dense_values.shape[-1])
+        counts, most = torch.tensor(recent), max(recent)
+        there = torch.arange(most) >= most - counts[:, None, None].expand(batch, heads, 1)
+
+        def tail(rows: Tensor, blank: int) -> Tensor:
+            made = rows.new_full((batch, heads, most, *rows.shape[1:]), blank)
+            made[there.to(rows.device)] = rows[~older]
+            return made
+
         positions = store.positions
-        self.kept = positions[~older].view(batch, heads, recent) if positions is not None else None
-        self.store = Store(store.lengths - recent, keys, values, positions[older] if positions is not None else None)
+        self.keys, self.values = tail(_dense(store.keys), 0), tail(_dense(store.values), 0)
+        self.set_kept(None if positions is None else tail(positions, -1))
+        left = store.lengths - counts[:, None]
+        self.store = Store(left, keys, values, positions[older] if positions is not None else None)
 
     def settle(self, keep: Tensor, recent: int) -> None:
         """Move the rows of the tail that ``keep`` [B, K, t] marks into the store, all but the ``recent`` last ones."""
@@ -310,21 +331,21 @@ class CompressedLayer(DynamicLayer):
         self.kept = None  # what is left of the tail are the last tokens of the text
 
     def _thin(self, method: CacheChannelMethod, prompt: Prompt, padding: list[int]) -> None:
-        recent = min(method.recent, self._shortest())
-        store, older = self._as_store(recent)
+        store = self._as_store()
+        recent = self._windows(store, method.recent)
+        if not store.is_ragged:  # padding fills the shorter ones up
+            recent = [max(recent)] * len(recent)
+        older = _older(store, recent)
         if not bool(older.any()):
             self.warn_short(method, prompt.tokens)
             return
         channels = self._channels(method, prompt, padding, store)
         keys, values = _dense(store.keys)[older], _dense(store.values)[older]
-        lengths = store.lengths.flatten() - recent
+        lengths = (store.lengths - torch.tensor(recent)[:, None]).flatten()
         if method.target == "key":
-            self._split(store, older, recent, ThinRows.encode(keys, lengths, channels), DenseRows(values))
+            self._split(store, recent, older, ThinRows.encode(keys, lengths, channels), DenseRows(values))
         else:
-            self._split(store, older, recent, DenseRows(keys), ThinRows.encode(values, lengths, channels))
-
-    def _shortest(self) -> int:
-        return int(self.store.lengths.min()) if self.store is not None else self.keys.shape[2]
+            self._split(store, recent, older, DenseRows(keys), ThinRows.encode(values, lengths, channels))
 
     def _channels(self, method: CacheChannelMethod, prompt: Prompt, padding: list[int], store: Store) -> Tensor:
         """Channels that stay of every segment, [B * K, C] int64, by the rows that were not evicted.
@@ -359,27 +380,35 @@ class CompressedLayer(DynamicLayer):
                 grows = f"{method.name} removes less of the {side} than its bitmap takes: the cache grows"
                 warn_once(self.call.warned, grows)
         if self.store is not None:
-            recent = min(method.window, self._shortest())
-            store, older = self._as_store(recent)
-            keys, values = _dense(store.keys), _dense(store.values)
-            lengths = (store.lengths.flatten() - recent).tolist()
-            sides = {"keys": keys[older], "values": values[older]}
-            for side, rows in sides.items():
-                for piece in rows.split(lengths):
-                    _prune(method, piece, side)
-            left = store.lengths - recent
-            self._split(store, older, recent, *(_encoded(method, sides[side], side, left) for side in sides))
-            self.cut = [0] * len(store.lengths)
-            return
+            self._prune_older(self.store, method)
         for b, padding in enumerate(self.padding):
             self.keys[b, :, :padding] = 0
             self.values[b, :, :padding] = 0
         self.cut = list(self.padding)
 
+    def _prune_older(self, store: Store, method: CacheElementMethod) -> None:
+        """Prune heads of different lengths; where those of one sequence aren't, as if it were alone.
+
+        There whole blocks leave, and of other sequences all that is older than the window.
+        """
+        recent = self._windows(store, method.window)
+        for b, lengths in enumerate(store.lengths.tolist()):
+            if min(lengths) == max(lengths):
+                recent[b] = lengths[0] - _in_blocks(method, lengths[0])
+        older = _older(store, recent)
+        left = store.lengths - torch.tensor(recent)[:, None]
+        sides = {"keys": _dense(store.keys)[older], "values": _dense(store.values)[older]}
+        for side, rows in sides.items():
+            for piece in rows.split(left.flatten().tolist()):
+                if len(piece):
+                    _prune(method, piece, side)
+        self._split(store, recent, older, *(_encoded(method, sides[side], side, left) for side in sides))
+        self.padding = [max(recent) - rows for rows in recent]
+
     def _prune_elements(self, method: CacheElementMethod) -> None:
         """Prune what has left the window in whole blocks, and put it into the store."""
         rows, first = self._rows(), self.packed
-        cuts = [p + max(0, (rows - p - method.window) // method.block * method.block) for p in self.padding]
+        cuts = [p + _in_blocks(method, rows - p) for p in self.padding]
         cuts = [max(pair) for pair in zip(cuts, self.cut, strict=True)]
         if cuts == self.cut:
             return
@@ -412,9 +441,10 @@ class CompressedLayer(DynamicLayer):
                 None if positions is None else positions.flatten().to(torch.int32),
             )
         else:
-            self.store = self.store.joined(keys, values, positions)
+            keep = positions >= 0 if self.blank and positions is not None else None
+            self.store = self.store.joined(keys, values, positions, keep)
         self.keys, self.values = self.keys[:, :, rows:].clone(), self.values[:, :, rows:].clone()
-        self.kept = None if self.kept is None else self.kept[:, :, rows:].clone()
+        self.set_kept(None if self.kept is None else self.kept[:, :, rows:].clone())
         self.packed += rows
 
 
@@ -428,6 +458,20 @@ def warn_once(warned: set[str], message: str) -> None:
 def short_prompt(method: CacheMethod, tokens: int) -> str:
     """What is said of a prompt that has no more tokens than a method protects."""
     return f"{method.name} leaves a prompt of {tokens} tokens as it is: its window is as long"
+
+
+def _in_blocks(method: CacheElementMethod, rows: int) -> int:
+    """How many of so many rows are pruned: whole blocks that have left the window."""
+    return max(0, (rows - method.window) // method.block * method.block)
+
+
+def _older(store: Store, recent: list[int]) -> Tensor:
+    """Which rows are not among the last ``recent`` ones of their segment, [N] bool."""
+    lengths = store.lengths.flatten()
+    stop = lengths - torch.tensor(recent).repeat_interleave(store.lengths.shape[1])
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+    rank = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
+    return (rank < stop[owner]).to(_dense(store.keys).device)
 
 
 def _dense(rows: Rows) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from secateur.cache.layer import CompressedLayer
@@ -99,9 +100,13 @@ def _layer(index: int, layer: Any) -> dict[str, Any]:
             "bytes_ideal": size,
         }
     store = layer.store
-    lengths = store.lengths + rows if store is not None else [[rows] * heads] * batch
-    kept = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-    elements = keys.numel() + values.numel() + (store.keys.elements + store.values.elements if store is not None else 0)
+    dense = torch.full((batch, heads), rows)
+    if layer.blank:
+        dense = (layer.tail_positions() >= 0).sum(dim=-1).cpu()
+    kept = (dense + store.lengths if store is not None else dense).tolist()
+    elements = int(dense.sum()) * sum(widths) + (
+        store.keys.elements + store.values.elements if store is not None else 0
+    )
     whole = sum(n for sequence in kept for n in sequence) * sum(widths)
     return {
         "layer": index,

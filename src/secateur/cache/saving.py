@@ -194,10 +194,12 @@ def _fill(layer: Any, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> N
         return
     for name in _NUMBERS:
         setattr(layer, name, entry[name])
-    layer.kept = tensors.get("kept")
+    layer.set_kept(tensors.get("kept"))
     if layer.kept is not None:
-        _check_positions(layer.kept, (*keys.shape[:2], min(layer.kept.shape[-1], keys.shape[2])), layer.seen)
-    if bool((layer.tail_positions() < 0).any()):
+        shape = (*keys.shape[:2], min(layer.kept.shape[-1], keys.shape[2]))
+        # blank rows are hidden where attention goes over a store
+        _check_positions(layer.kept, shape, layer.seen, least=-1 if "store" in entry else 0)
+    if layer.seen < keys.shape[2] - (0 if layer.kept is None else layer.kept.shape[2]):
         raise ValueError("it has more rows than tokens")
     if "store" in entry:
         layer.store = _store(entry["store"], _below(tensors, "store"), layer)
@@ -231,7 +233,7 @@ def _store(entry: Mapping[str, Any], tensors: dict[str, Tensor], layer: Compress
     return Store(lengths, positions=positions, **sides)
 
 
-def _check_positions(positions: Tensor, shape: tuple[int, ...], tokens: int) -> None:
+def _check_positions(positions: Tensor, shape: tuple[int, ...], tokens: int, least: int = 0) -> None:
     require(positions, shape, torch.int32, "positions")
-    if bool(((positions < 0) | (positions >= tokens)).any()):
+    if bool(((positions < least) | (positions >= tokens)).any()):
         raise ValueError(f"its positions aren't all within {tokens} tokens")
