@@ -153,16 +153,40 @@ def test_groups_keep_their_dense_numbers_after_a_removal():
     assert whole.keep == {"layers.0.mlp": [0], "layers.2.mlp": [1]} and whole.scores == {"layers.2.mlp": [1.0]}
 
 
-def test_masks_of_steps_are_counted_as_they_are_in_the_checkpoint(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"method": "magnitude", "sparsity": 0.5}, {"method": "magnitude", "sparsity": 0.6}],
+        [{"method": "magnitude", "sparsity": 0.5}, {"method": "random", "sparsity": 0.5}],
+        [{"method": "magnitude", "sparsity": 0.5}, {"method": "magnitude", "pattern": "2:4"}],
+        [
+            {"method": "magnitude", "sparsity": 0.5},
+            {"method": "shortgpt", "options": {"layers": 1}},
+            {"method": "magnitude_sp", "sparsity": 0.3},
+            {"method": "random", "sparsity": 0.5},
+        ],
+    ],
+    ids=lambda steps: "+".join(step["method"] for step in steps),
+)
+def test_masks_of_steps_are_counted_as_they_are_in_the_checkpoint(tiny_checkpoint, tmp_path, steps):
     import secateur as sc
 
-    steps = [{"method": "magnitude", "sparsity": 0.5}, {"method": "magnitude", "sparsity": 0.6}]
-    job = {"model": str(tiny_checkpoint), "out": str(tmp_path / "out"), "steps": steps}
+    data = {"source": "builtin", "samples": 2, "length": 32}
+    job = {"model": str(tiny_checkpoint), "out": str(tmp_path / "out"), "steps": steps, "calibration": data}
     found = sc.run(job)
     model, _ = sc.load(tmp_path / "out")
-    matrices = [model.get_parameter(m.tensor) for m in sc.anatomy(model).matrices]
-    zeros = sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
-    assert found.achieved == pytest.approx(zeros, abs=1e-6) and zeros == pytest.approx(0.6, abs=0.01)
+    dense, _ = sc.load(tiny_checkpoint)
+    matrices = {m.tensor: model.get_parameter(m.tensor) for m in sc.anatomy(model).matrices}
+    size = sum(dense.get_parameter(m.tensor).numel() for m in sc.anatomy(dense).matrices)
+    left = sum(w.numel() for w in matrices.values())
+    zeros = {name: int((w == 0).sum()) for name, w in matrices.items()}
+    assert found.masked == pytest.approx(sum(zeros.values()) / left, abs=1e-9)
+    assert found.achieved == pytest.approx(1 - (left - sum(zeros.values())) / size, abs=1e-9)
+    there = [cut for cut in found.layers if cut.units.get("layer") != (1, 0)]
+    for number, cut in enumerate(there):
+        for short, share in cut.matrices.items():
+            name = f"model.layers.{number}.{short}.weight"
+            assert share == pytest.approx(zeros[name] / matrices[name].numel(), abs=1e-9)
 
 
 def test_one_report_is_left_as_it_is():

@@ -289,8 +289,8 @@ def merge_reports(reports: Sequence[Report]) -> Report:
     """One report of steps that followed each other; layers are numbered as in the dense model.
 
     The fraction removed is that of the whole: 20 % and then half of the rest is 60 %. A mask of half and then one of
-    60 % are 60 %, as what is zero already is what a second mask takes first. A mask by chance doesn't, so that
-    after it more is zero than this says.
+    60 % are 60 %, as what is zero already is what a second mask takes first. One by chance, or that compares other
+    entries, doesn't: whoever has the cut model counts its zeros (``report.build.with_zeros_counted``).
     """
     whole = reports[0]
     for report in reports[1:]:

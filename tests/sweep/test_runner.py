@@ -94,6 +94,16 @@ def test_steps_follow_each_other(sweep_of, run_in, tmp_path):
     assert point.removed > 0.5
 
 
+def test_zeros_of_several_masks_are_counted(sweep_of, run_in, tiny_checkpoint, tmp_path):
+    import secateur as sc
+
+    steps = [{"method": "magnitude", "sparsity": 0.5}, {"method": "random"}]
+    (point,) = run_in(sweep_of({"steps.2.sparsity": 0.5}, steps=steps)).points
+    steps[1]["sparsity"] = 0.5
+    found = sc.run({"model": str(tiny_checkpoint), "out": str(tmp_path / "single"), "steps": steps})
+    assert point.removed == pytest.approx(found.achieved, abs=1e-9) and point.removed > 0.7
+
+
 def test_a_failing_point_is_tried_again(sweep_of, run_in, faulty, runs):
     faulty("raise RuntimeError('out of luck')")
     results = run_in(sweep_of({"method": "faulty", "sparsity": [0.3, 0.5, 0.6]}))

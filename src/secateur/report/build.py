@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from secateur.plans import Plan
 from secateur.report.report import LayerCut, Metric, Report
@@ -52,6 +53,42 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
 def removed_fraction(plan: Plan, anatomy: Anatomy) -> float:
     """Fraction of the linear weights of all blocks that is gone (cut, or zero); of the tokens if only these are cut."""
     return _fraction(_removed(plan, anatomy), plan, anatomy)
+
+
+def with_zeros_counted(report: Report, anatomy: Anatomy, zeros: Callable[[str], int]) -> Report:
+    """The report of several steps with as many zeros as there are in the cut model, which has this ``anatomy``.
+
+    How many entries two masks have in common follows from neither: a mask by chance takes others than the one before,
+    and so does one that compares other entries, by rows or in a pattern. ``zeros`` counts those of a weight, by name.
+    """
+    there = [cut.layer for cut in report.layers if cut.units.get("layer") != (1, 0)]
+    if not any(cut.masked for cut in report.layers) or len(there) != anatomy.num_layers:
+        return report
+    layers, total = {cut.layer: cut for cut in report.layers}, 0
+    for layer, dense_layer in enumerate(there):
+        cut, sizes = layers[dense_layer], _sizes(layer, anatomy)
+        found = {tensor: zeros(tensor) for tensor in sizes}
+        shares = {
+            tensor.rpartition(f".{layer}.")[2].removesuffix(".weight"): count / sizes[tensor]
+            for tensor, count in found.items()
+        }
+        masked = sum(found.values()) / max(sum(sizes.values()), 1)
+        total += sum(found.values())
+        layers[dense_layer] = replace(
+            cut,
+            sparsity=_masked_again(cut.sparsity, cut.masked, masked),
+            matrices={name: shares.get(name, before) for name, before in cut.matrices.items()},
+            masked=masked,
+        )
+    masked = total / max(anatomy.blocks.params, 1)
+    achieved = _masked_again(report.achieved, report.masked, masked)
+    return replace(report, layers=list(layers.values()), masked=masked, achieved=achieved)
+
+
+def _masked_again(removed: float, before: float, now: float) -> float:
+    """What is removed in all where a mask makes another fraction of what is left zero than it did before."""
+    left = (1.0 - removed) / (1.0 - before) if before < 1 else 1.0
+    return 1.0 - left * (1.0 - now)
 
 
 def _fraction(gone: list[tuple[float, float]], plan: Plan, anatomy: Anatomy) -> float:

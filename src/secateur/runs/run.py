@@ -30,7 +30,7 @@ from secateur.plans import Plan
 from secateur.ranks import ALONE, Ranks, join
 from secateur.recipes import Recipe, Step, load_recipe, make_recipe, merge_reports
 from secateur.report import Report
-from secateur.report.build import build_report
+from secateur.report.build import build_report, with_zeros_counted
 from secateur.runs.folder import RunFolder, StepFolder, read_document, run_path
 from secateur.runs.kept import hint, kept
 from secateur.runs.pipeline import Output, Progress, Resources, StepResult, plan_step, prune_step
@@ -214,7 +214,7 @@ class _Runner:
                 reports.append(report)
         self._stop.defer(False)
         self._folder.complete = True
-        return self._ranks.on_main(lambda: self._finish(results, merge_reports(reports)))
+        return self._ranks.on_main(lambda: self._finish(results, self._merged(results, reports)))
 
     def plans(self) -> list[Plan]:
         """The plan of every step; only what a later step needs is cut."""
@@ -335,6 +335,18 @@ class _Runner:
             text_field=data.text_field,
             model=model,
         )
+
+    def _merged(self, results: list[StepResult], reports: list[Report]) -> Report:
+        merged = merge_reports(reports)
+        if len(reports) == 1 or not merged.masked:
+            return merged
+        source, _ = open_source(results[-1].folder, device="cpu", trust_remote_code=self._options.trust_remote_code)
+        try:
+            for tally in results[-1].tallies.values():
+                source.know(tally.zeros)
+            return with_zeros_counted(merged, decoder_anatomy(source.model), lambda name: source.count(name)[1])
+        finally:
+            source.close()
 
     def _finish(self, results: list[StepResult], report: Report) -> Report:
         last = results[-1]

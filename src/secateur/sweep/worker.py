@@ -114,7 +114,9 @@ class Worker:
     def _measure(self, point: Point) -> dict[str, Any]:
         from secateur import api
         from secateur.healing.recovery import split_heal
+        from secateur.models.sources import Source
         from secateur.recipes import merge_reports
+        from secateur.report.build import with_zeros_counted
 
         dense, tokenizer = self._dense()
         current, own, plans, reports = dense, tokenizer, [], []
@@ -145,6 +147,9 @@ class Worker:
         shared = bool(statistics_of(point)) and _files(stored) == before
         write_plans(plans, Path(self._job.folder) / "plans" / point.name)
         report = merge_reports(reports)
+        if len(reports) > 1 and report.masked:
+            source = Source(current)
+            report = with_zeros_counted(report, api.anatomy(current), lambda name: source.count(name)[1])
         return {
             "name": point.name,
             "key": point.key,
