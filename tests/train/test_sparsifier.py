@@ -240,6 +240,22 @@ def test_weights_that_are_computed_stay_dense_and_are_named():
     assert set(sc.Sparsifier(module, method="gmp", end=2, every=1).masks) == {"0.weight", "2.weight"}
 
 
+@pytest.mark.parametrize("method", ["rigl", "snfs"])
+def test_a_part_that_a_step_leaves_out_has_a_gradient_of_zeros(method):
+    """As an expert that no token goes to, or a layer that is frozen on the way."""
+    parts = nn.ModuleDict({"in": nn.Linear(8, 16), "often": nn.Linear(16, 4), "seldom": nn.Linear(16, 4)})
+    optimizer = torch.optim.SGD(parts.parameters(), lr=0.1)
+    pruned = sc.Sparsifier(parts, optimizer, method=method, sparsity=0.5, begin=0, end=8, every=2)
+    for number in range(1, 7):
+        optimizer.zero_grad()
+        hidden = parts["in"](torch.ones(2, 8)).relu()
+        parts["seldom" if number == 3 else "often"](hidden).square().sum().backward()
+        optimizer.step()
+        pruned.step()
+    assert pruned.sparsity == pytest.approx(0.5, abs=0.05) and len(pruned.log) == 3
+    assert all(not parts.get_parameter(name)[~mask].any() for name, mask in pruned.masks.items())
+
+
 def test_a_compiled_module_is_pruned_behind_its_back():
     plain = network()
     optimizer = sgd(plain)
@@ -443,6 +459,14 @@ def test_a_state_of_another_training_is_refused(method, changes, message):
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_only_modules_are_pruned():
+    for wrong in (None, "model", torch.ones(2, 2)):
+        with pytest.raises(UsageError, match=r"the model must be a torch\.nn\.Module, got "):
+            sc.Sparsifier(wrong, method="gmp", end=8, every=2)
+    with pytest.raises(UsageError, match=r"the model must be a torch\.nn\.Module, got OrderedDict"):
+        sparsifier(module := network(), sgd(module), "gmp").apply(module.state_dict())
+
+
 def test_bad_input_is_one_sentence_and_changes_nothing():
     module, elsewhere = network(), network()
     before = copy.deepcopy(module)
@@ -450,6 +474,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing():
     for bad, message in (
         ({"exclude": ["*"]}, "Sequential has no weights to prune once those that exclude and keep_first name are left"),
         ({"exclude": ["9"]}, "no parameter of the model matches '9'"),
+        ({"exclude": "0.weight"}, r"exclude takes a list of patterns: write exclude=\['0.weight'\]"),
         ({"optimizer": sgd(elsewhere)}, "the optimizer holds none of the weights that are pruned"),
         ({"optimizer": "sgd"}, "optimizer must be a torch.optim.Optimizer, got str"),
         ({"schedule": 0.5}, "schedule must be a function of the step, got float"),

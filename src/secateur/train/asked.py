@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from secateur.allocate import Schedule
 from secateur.allocate.asked import contradiction
 from secateur.errors import UsageError
@@ -29,6 +31,19 @@ def training_method(name: str, options: Mapping[str, Any]) -> TrainingMethod:
 def training_methods() -> list[str]:
     """Names of all methods that a Sparsifier takes."""
     return [name for name in list_methods(object="weights") if issubclass(get_method(name), TrainingMethod)]
+
+
+def check_module(model: Any) -> None:
+    """Raises UsageError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_patterns(**given: Any) -> None:
+    """Raises UsageError for a text where a list of patterns belongs, whose letters would be taken for patterns."""
+    for name, patterns in given.items():
+        if isinstance(patterns, str):
+            raise UsageError(f"{name} takes a list of patterns: write {name}=['{patterns}']")
 
 
 def checked_schedule(schedule: Callable[[int], Any]) -> Schedule:

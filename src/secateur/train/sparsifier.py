@@ -34,7 +34,7 @@ from secateur.observe.gradients import Loss
 from secateur.plans import Plan, pack_bits
 from secateur.ranks import join
 from secateur.train import checkpoints, flops
-from secateur.train.asked import checked_schedule, training_method
+from secateur.train.asked import check_module, check_patterns, checked_schedule, training_method
 from secateur.train.channels import Channels
 from secateur.train.parts import clear_dead, local, part_of, reshard, whole, whole_like
 from secateur.train.starting import Given, starting_masks
@@ -95,6 +95,8 @@ class Sparsifier:
         **options: Any,
     ) -> None:
         self.method = training_method(method, options)
+        check_module(model)
+        check_patterns(include=include, exclude=exclude)
         self.model = unwrapped(model)
         # FSDP knows its own modules alone, and names are those of this one
         self._named = plainly_named(self.model)
@@ -225,6 +227,7 @@ class Sparsifier:
 
     def apply(self, module: nn.Module) -> None:
         """Zero in another module of the same names, such as an average of weights, what is dead here."""
+        check_module(module)
         module = unwrapped(module)
         reshard(module)
         named = plainly_named(module)
@@ -455,13 +458,17 @@ class Sparsifier:
 
     def _gradient(self, name: str) -> Tensor:
         weight = self._layers[name].weight
-        found = weight.grad if self._watched is None else self._watched.gradient(weight)
-        if found is None:
+        found = self._seen_gradient(weight)
+        if found is None and all(self._seen_gradient(layer.weight) is None for layer in self._layers.values()):
             raise UsageError(
                 f"{self.method.name} looks at gradients, and {name} has none at step {self._step}: call"
                 " sparsifier.step() after optimizer.step() and before optimizer.zero_grad()"
             )
-        return local(found).float()
+        # an expert that no token went to, or a layer that was frozen meanwhile
+        return torch.zeros_like(local(weight), dtype=torch.float32) if found is None else local(found).float()
+
+    def _seen_gradient(self, weight: Tensor) -> Tensor | None:
+        return weight.grad if self._watched is None else self._watched.gradient(weight)
 
     def _follow_gradients(self) -> None:
         smoothing = self.method.smoothing()
