@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from secateur.cache.sizes import cache_shape, predicted_bytes
 from secateur.cachestudy.harness import answerings
@@ -67,6 +67,7 @@ def compare_caches(
     and page; with ``resume`` what is done there isn't done again.
     Raises UsageError, DataError or OutputError.
     """
+    _check_lists(presses=presses, ratios=ratios, held=held or (), needles=needles, tasks=tasks, speed=speed)
     asked = Protocol(
         text=str(text),
         prefix=prefix,
@@ -100,6 +101,13 @@ def compare_caches(
     return made if out is None else replace(made, missing=(*made.missing, *_write(made, Path(out))))
 
 
+def _check_lists(**given: Any) -> None:
+    """Raises UsageError for one text or number where several belong."""
+    for name, values in given.items():
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise UsageError(f"{name} takes a list: write {name}=[{values!r}]")
+
+
 def _sized(asked: Protocol) -> int:
     """The length of the prompts of which bytes are compared."""
     if asked.windows:
@@ -117,8 +125,8 @@ def _settings(
     if not presses or twice is not None:
         raise UsageError(f"press {twice} is named twice" if twice else "name at least one press, such as snapkv")
     for name, values in (("ratios", ratios), ("held", held or ())):
-        if not all(0 < value < 1 for value in values):
-            raise UsageError(f"{name} must lie in (0, 1), got {', '.join(f'{v:g}' for v in values)}")
+        if not all(isinstance(value, int | float) and 0 < value < 1 for value in values):
+            raise UsageError(f"{name} must lie in (0, 1), got {', '.join(map(repr, values))}")
     shape = cache_shape(model)
     settings, missing = [], []
     for press in presses:
@@ -139,7 +147,7 @@ def _settings(
                 else:
                     settings.append(Setting(press, most, at_sparsity(press, step / STEPS)))
     if not settings:
-        raise UsageError("nothing is left to compare: " + "; ".join(missing))
+        raise UsageError("nothing is left to compare: " + ("; ".join(missing) or "no ratio was given"))
     return settings, missing
 
 
