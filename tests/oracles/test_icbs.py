@@ -27,6 +27,7 @@ from secateur.search import (
     step_slots,
     token_loss,
 )
+from secateur.search.descent import batches
 from secateur.search.told import exact_hessian, listen
 from secateur.solver.binary import Annealing, Exhaustive, SwapSearch, add_solver, energy, ising, minimise, penalty
 
@@ -278,6 +279,27 @@ def test_matrices_of_one_batch_are_stepped_from_the_same_gradients():
     assert told.startswith("steps 1 to 2: loss") and f"predicted {predicted:+.1e}, measured" in told
     with pytest.raises(OptionError, match="hessian=exact is taken at one matrix at a time"):
         make_method("icbs", {"hessian": "exact", "together": 2})
+
+
+def test_a_matrix_stands_once_in_a_batch():
+    """One that comes again waits for the next batch: stepped twice from one gradient it would be taken back."""
+    assert list(batches([0, 1, 1, 0, 1, 2], 1)) == [[0], [1], [1], [0], [1], [2]]
+    assert list(batches([0, 1, 1, 0, 1, 2], 2)) == [[0, 1], [1, 0], [1, 2]]
+    assert list(batches([0, 0, 0, 1, 2, 0], 3)) == [[0, 1, 2], [0], [0], [0]]
+    descent = search(together=2, steps=6, epochs=2, checks=20)
+    assert {descent._matrices[i].name for i in descent._slots} == {"0", "2"}
+    seen = []
+    while not descent.finished:
+        moves = descent.step()
+        assert len({move.layer for move in moves}) == len(moves)
+        seen.append(moves)
+    assert [m.step for m in descent.trace] == list(range(1, 13)) and max(map(len, seen)) == 2
+    # the notes count a batch from where it began
+    sums = [sum(m.predicted for m in moves) for moves in seen]
+    assert all(f"predicted {sums[i]:+.1e}, measured" in note for i, note in enumerate(descent.notes()[:-1]))
+    later = search(together=2, steps=6, epochs=2, checks=20)
+    later.load_state(descent.state() | {"trace": descent.state()["trace"][: len(seen[0])]})
+    assert later.step()[0].step == len(seen[0]) + 1
 
 
 def test_one_step_on_a_quadratic_loss_is_the_best_of_all_masks():

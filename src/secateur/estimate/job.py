@@ -164,7 +164,8 @@ class Job:
             return 0
         descent = self.method.descent()
         steps = len(step_slots(matrices, descent.steps, descent.min_steps)) * descent.epochs
-        return -(-steps // descent.together)
+        # a matrix has one step in a batch
+        return -(-steps // min(descent.together, len(matrices)))
 
     @property
     def round_tokens(self) -> int:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -138,6 +140,10 @@ class MaskDescent:
         self._matrices = [_Matrix(module, searched, settings) for searched in matrices]
         self._slots = step_slots([m.keep.numel() for m in self._matrices], settings.steps, settings.min_steps)
         self.total = len(self._slots) * settings.epochs
+        order = [slot for epoch in range(settings.epochs) for slot in self._order(epoch)]
+        self._batches = list(batches(order, settings.together))
+        # the step that every batch begins with
+        self._firsts = list(accumulate(map(len, self._batches), initial=0))[:-1]
         checks = min(settings.checks, self.total)
         self._checked = {math.ceil((i + 1) * self.total / checks) - 1 for i in range(checks)}
         self.trace: list[Move] = []
@@ -162,9 +168,11 @@ class MaskDescent:
 
         Raises NonFiniteError or UnsupportedModelError.
         """
-        first = len(self.trace)
-        numbers = range(first, min(first + self.settings.together, self.total))
-        matrices, batch = [self._matrices[self._slot(n)] for n in numbers], self._batch(first // self.settings.together)
+        done = len(self.trace)
+        number = self._batch_of(done)
+        chosen = self._batches[number]
+        numbers = range(done, self._firsts[number] + len(chosen))
+        matrices, batch = [self._matrices[i] for i in chosen[-len(numbers) :]], self._batch(number)
         layers = [matrix.layer for matrix in matrices]
         heard = listen(self._module, layers, batch, self._loss, samples_at_once=self._at_once)
         moves = [self._move(*one, batch) for one in zip(numbers, matrices, heard, strict=True)]
@@ -224,7 +232,7 @@ class MaskDescent:
         for move in self.trace:
             if move.measured is None:
                 continue
-            first = (move.step - 1) // self.settings.together * self.settings.together
+            first = self._firsts[self._batch_of(move.step - 1)]
             predicted = sum(one.predicted for one in self.trace[first : move.step])
             what = f"step {move.step}, {move.layer}" if first + 1 == move.step else f"steps {first + 1} to {move.step}"
             checked.append(f"{what}: loss {move.before:.4f}, predicted {predicted:+.1e}, measured {move.measured:+.1e}")
@@ -285,10 +293,14 @@ class MaskDescent:
             return (size * told.input_norms()).flatten()
         return size.flatten() * gradient.abs() if kind == "gradient" else size.flatten()
 
-    def _slot(self, number: int) -> int:
-        epoch, place = divmod(number, len(self._slots))
+    def _order(self, epoch: int) -> list[int]:
+        """The matrices of the steps of an epoch."""
         order = torch.randperm(len(self._slots), generator=self._lot("slots", epoch))
-        return self._slots[int(order[place])]
+        return [self._slots[place] for place in order.tolist()]
+
+    def _batch_of(self, step: int) -> int:
+        """The batch of a step; both are counted from 0."""
+        return bisect_right(self._firsts, step) - 1
 
     def _batch(self, number: int) -> Batch:
         count, size = len(self._data[0]), min(self.settings.batch, len(self._data[0]))
@@ -308,6 +320,20 @@ def _fixed(score: Tensor, keep: Tensor, settings: Descent) -> Tensor:
     fixed[gone[score[gone].argsort(stable=True)[: int(settings.fix_pruned * len(gone))]]] = True
     fixed[kept[score[kept].argsort(descending=True, stable=True)[: int(settings.fix_kept * len(kept))]]] = True
     return fixed
+
+
+def batches(order: Sequence[int], together: int) -> Iterator[list[int]]:
+    """``order`` in lists of up to ``together`` matrices, none twice: one that comes again waits for the next list."""
+    waiting = list(order)
+    while waiting:
+        found: list[int] = []
+        place = 0
+        while place < len(waiting) and len(found) < together:
+            if waiting[place] in found:
+                place += 1
+            else:
+                found.append(waiting.pop(place))
+        yield found
 
 
 def step_slots(sizes: Sequence[int], steps: int, minimum: int) -> list[int]:
