@@ -28,8 +28,19 @@ from secateur.search import (
     token_loss,
 )
 from secateur.search.descent import batches
+from secateur.search.quadratic import FactoredQuadratic, Quadratic, outer_quadratic
 from secateur.search.told import exact_hessian, listen
-from secateur.solver.binary import Annealing, Exhaustive, SwapSearch, add_solver, energy, ising, minimise, penalty
+from secateur.solver.binary import (
+    Annealing,
+    Exhaustive,
+    Factored,
+    SwapSearch,
+    add_solver,
+    energy,
+    ising,
+    minimise,
+    penalty,
+)
 
 
 def problem(n, seed=0):
@@ -74,6 +85,50 @@ def test_the_published_cutoff_loses_what_attracts():
     model = quadratic(w0, w, g, H)
     best, theirs = (model.change(torch.from_numpy(Exhaustive().solve(q.numpy(), 6))) for q in (scaled, official))
     assert best < theirs
+
+
+def low_rank(n, samples, seed=0):
+    """(the model with Q as a factor, the same with Q as a whole)."""
+    w0, w, g, _ = problem(n, seed)
+    each = torch.randn(samples, n, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    each[:, 5] = g[5] = 0
+    H = each.T @ each / samples
+    expansion = {"multiplier": 0.75, "ridge": 0.001}
+    return outer_quadratic(w0, w, g, each, **expansion), quadratic(w0, w, g, H, **expansion)
+
+
+def test_a_sum_of_few_squares_is_never_built_and_says_the_same():
+    factored, whole = low_rank(200, 4)
+    assert isinstance(factored, FactoredQuadratic) and isinstance(low_rank(100, 4)[0], Quadratic)
+    assert factored.c == pytest.approx(whole.c) and factored.free.nonzero().flatten().tolist() == [5]
+    assert torch.equal(factored.free, whole.free)
+    for seed in range(5):
+        x = torch.rand(200, generator=torch.Generator().manual_seed(seed)) > 0.5
+        assert factored.change(x) == pytest.approx(whole.change(x))
+    some = torch.arange(200) % 3 > 0
+    found = factored.problem(some, "abs")
+    assert isinstance(found, Factored)
+    np.testing.assert_allclose(found.whole(), whole.Q[some][:, some].numpy(), atol=1e-12)
+    scaled, entries = found.scaled(), np.count_nonzero(found.whole())
+    np.testing.assert_allclose(scaled.whole(), whole.problem(some, "abs"), atol=1e-9)
+    assert scaled.size == pytest.approx(entries) and scaled.size == pytest.approx(np.abs(scaled.whole()).sum())
+    # all negative entries vanish with the published cutoff, and what is left is no sum of squares
+    np.testing.assert_allclose(factored.problem(some, "official"), whole.problem(some, "official"), atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_factor_is_solved_by_the_same_exchanges(seed):
+    factored, whole = (model.problem(torch.ones(300) > 0, "abs") for model in low_rank(300, 8, seed))
+    found = minimise(SwapSearch(), factored, 150)
+    assert (~found[:150]).sum() > 20 and (found == minimise(SwapSearch(), whole, 150)).all()
+    # solvers that know nothing of factors are given the matrix
+    assert (minimise(First(), factored, 7) == (np.arange(300) < 7)).all()
+
+
+class First:
+    def solve(self, Q, k):
+        assert isinstance(Q, np.ndarray) and np.abs(Q).mean() == pytest.approx(1, rel=0.1)
+        return np.arange(len(Q)) < k
 
 
 # -- solvers (oracles 3 and 4) -----------------------------------------------------------------------------------
@@ -241,13 +296,22 @@ def test_fixed_sets_and_blocks_go_by_rank():
     assert score[taken[1]].max() == score[free[1]].sort().values[7]
 
 
-def test_curvature_of_a_batch_is_the_mean_over_its_samples():
-    descent = search()
-    matrix, places = descent._matrices[0], (torch.tensor([0, 1, 5]), torch.tensor([2, 0, 7]))
-    each_Sn = torch.randn(8, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    told = SimpleNamespace(samples=8, per_sample=lambda rows, columns: each_Sn)
-    found = descent._hessian(matrix, told, each_Sn.mean(dim=0), places, samples(8))
-    torch.testing.assert_close(found, sum(torch.outer(g, g) for g in each_Sn) / 8)
+@pytest.mark.parametrize("kind", ["gradient_per_sample", "gradient_mean"])
+@pytest.mark.parametrize("count", [3, 80])
+def test_curvature_of_a_batch_is_the_mean_over_its_samples(kind, count):
+    descent = search(hessian=kind)
+    matrix, index = descent._matrices[0], torch.arange(2 * count)[::2]
+    each_Sn = torch.randn(2, count, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    told = SimpleNamespace(samples=2, per_sample=lambda rows, columns: each_Sn)
+    found = descent._model(matrix, told, each_Sn.mean(dim=0), index, samples(8))
+    H = sum(torch.outer(g, g) for g in each_Sn) / 2
+    if kind == "gradient_mean":
+        H = torch.outer(each_Sn.mean(dim=0), each_Sn.mean(dim=0)) / 2
+    weights = matrix.original.flatten()[index], matrix.weight_OI.flatten()[index], each_Sn.mean(dim=0)
+    expected = quadratic(*weights, H, multiplier=0.75, ridge=0.001)
+    for seed in range(5):
+        x = torch.rand(count, generator=torch.Generator().manual_seed(seed)) > 0.5
+        assert found.change(x) == pytest.approx(expected.change(x), rel=1e-9)
 
 
 def test_the_loss_falls_and_is_predicted():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import DataError, UsageError
-from secateur.search.quadratic import cut_off, quadratic
+from secateur.search.quadratic import FactoredQuadratic, Quadratic, outer_quadratic, quadratic
 from secateur.search.told import Batch, Loss, Told, exact_hessian, listen, mean_loss
 from secateur.solver.binary import BinarySolver, SwapSearch, minimise
 
@@ -243,15 +243,8 @@ class MaskDescent:
         self, number: int, matrix: _Matrix, told: Told, g_n: Tensor, index_n: Tensor, k: int, batch: Batch
     ) -> tuple[Tensor, float]:
         """(which of the block are pruned, by how much the loss should change)."""
-        settings, places = self.settings, matrix.places(index_n)
-        model = quadratic(
-            matrix.original[places],
-            matrix.weight_OI[places],
-            g_n,
-            self._hessian(matrix, told, g_n.double(), places, batch),
-            multiplier=settings.gradient_multiplier,
-            ridge=settings.ridge,
-        ).cpu()
+        settings = self.settings
+        model = self._model(matrix, told, g_n, index_n, batch).cpu()
         pruned, left = torch.zeros(len(index_n), dtype=torch.bool), torch.ones(len(index_n), dtype=torch.bool)
         if settings.remove_zero_rows:
             free = model.free.nonzero().flatten()
@@ -261,18 +254,24 @@ class MaskDescent:
             left = ~model.free
         wanted = k - int(pruned.sum())
         if wanted:
-            Q = cut_off(model.Q if bool(left.all()) else model.Q[left][:, left], settings.cutoff)
-            pruned[left] = torch.from_numpy(minimise(settings.solver, Q.numpy(), wanted))
+            found = minimise(settings.solver, model.problem(left, settings.cutoff), wanted)
+            pruned[left] = torch.from_numpy(found)
         return pruned.to(index_n.device), model.change(pruned)
 
-    def _hessian(self, matrix: _Matrix, told: Told, g_n: Tensor, places: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        if self.settings.hessian == "exact":
+    def _model(
+        self, matrix: _Matrix, told: Told, g_n: Tensor, index_n: Tensor, batch: Batch
+    ) -> Quadratic | FactoredQuadratic:
+        """The change of the loss by which of the block are pruned."""
+        settings, places = self.settings, matrix.places(index_n)
+        weights = matrix.original[places], matrix.weight_OI[places], g_n
+        expansion = {"multiplier": settings.gradient_multiplier, "ridge": settings.ridge}
+        if settings.hessian == "exact":
             stored = places[::-1] if matrix.transposed else places
-            return exact_hessian(self._module, matrix.layer.weight, stored, batch, self._loss)  # type: ignore[arg-type]
-        if self.settings.hessian == "gradient_mean":
-            return torch.outer(g_n, g_n) / told.samples
-        each_Sn = told.per_sample(*places)
-        return each_Sn.T @ each_Sn / told.samples
+            H = exact_hessian(self._module, matrix.layer.weight, stored, batch, self._loss)  # type: ignore[arg-type]
+            return quadratic(*weights, H, **expansion)
+        if settings.hessian == "gradient_mean":
+            return outer_quadratic(*weights, g_n.double()[None] / math.sqrt(told.samples), **expansion)
+        return outer_quadratic(*weights, told.per_sample(*places), **expansion)
 
     def _block(self, matrix: _Matrix, score: Tensor) -> tuple[Tensor, int]:
         """(entries of the block, pruned ones first; how many of them are pruned)."""

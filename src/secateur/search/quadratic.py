@@ -5,15 +5,22 @@ Source: iCBS, arXiv:2411.17796. n weights of one matrix; x_i = 1 prunes weight i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from secateur.solver.binary import Factored, Floats
+
 # what counts as nothing, where entries are 1 on average
 NOTHING = 1e-12
 
 CUTOFFS = ("abs", "official")
+
+
+# a sum of up to weights / FEW squares is worked with as such; with twice as many the whole matrix is as fast
+FEW = 32
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,33 @@ class Quadratic:
         """The same on the CPU."""
         return Quadratic(self.Q.cpu(), self.c, self.free.cpu())
 
+    def problem(self, among: Tensor, cutoff: str) -> Floats:
+        """What a solver is given of the weights ``among``, [n] bool."""
+        return cut_off(self.Q if bool(among.all()) else self.Q[among][:, among], cutoff).numpy()
+
+
+@dataclass(frozen=True)
+class FactoredQuadratic:
+    """A ``Quadratic`` with Q = A A' + diag(linear), which is never built: ``factor`` A is [n, samples]."""
+
+    factor: Tensor
+    linear: Tensor
+    c: float
+    free: Tensor
+
+    def change(self, x: Tensor) -> float:
+        """The change of the loss for ``x``, [n] bool."""
+        return float(self.factor[x].sum(dim=0).square().sum() + self.linear[x].sum()) + self.c
+
+    def cpu(self) -> FactoredQuadratic:
+        """The same on the CPU."""
+        return FactoredQuadratic(self.factor.cpu(), self.linear.cpu(), self.c, self.free.cpu())
+
+    def problem(self, among: Tensor, cutoff: str) -> Floats | Factored:
+        """What a solver is given of the weights ``among``, [n] bool; of entries that are nothing none has to vanish."""
+        found = Factored(self.factor[among].numpy(), self.linear[among].numpy())
+        return cut_off(torch.from_numpy(found.whole()), cutoff).numpy() if cutoff == "official" else found
+
 
 def quadratic(
     original: Tensor, current: Tensor, gradient: Tensor, hessian: Tensor, *, multiplier: float = 1.0, ridge: float = 0.0
@@ -50,11 +84,29 @@ def quadratic(
     """
     w0, g, H = original.double(), gradient.double(), hessian.double()
     d = current.double() - w0
-    pushed = H @ d
-    linear = w0 * (pushed - multiplier * g + ridge * (2 * d + w0))
+    linear, constant = _rest(w0, d, g, H @ d, multiplier, ridge)
     curved = w0[:, None] * H * w0 / 2
-    constant = float(d @ pushed / 2 - multiplier * (g @ d) + ridge * (d @ d))
     return Quadratic(curved + torch.diag(linear), constant, (g == 0) & (H == 0).all(dim=1))
+
+
+def outer_quadratic(
+    original: Tensor, current: Tensor, gradient: Tensor, each_Sn: Tensor, *, multiplier: float = 1.0, ridge: float = 0.0
+) -> Quadratic | FactoredQuadratic:
+    """``quadratic`` with H = each' each / S, the mean of outer products, as a factor where S is small beside n."""
+    each, samples = each_Sn.double(), len(each_Sn)
+    if samples * FEW > len(original):
+        return quadratic(original, current, gradient, each.T @ each / samples, multiplier=multiplier, ridge=ridge)
+    w0, g = original.double(), gradient.double()
+    d = current.double() - w0
+    linear, constant = _rest(w0, d, g, each.T @ (each @ d) / samples, multiplier, ridge)
+    factor = (w0 * each / math.sqrt(2 * samples)).T.contiguous()
+    return FactoredQuadratic(factor, linear, constant, (g == 0) & (each == 0).all(dim=0))
+
+
+def _rest(w0: Tensor, d: Tensor, g: Tensor, pushed: Tensor, multiplier: float, ridge: float) -> tuple[Tensor, float]:
+    """(what is added to the diagonal of Q, c), where H pushes d to ``pushed``."""
+    linear = w0 * (pushed - multiplier * g + ridge * (2 * d + w0))
+    return linear, float(d @ pushed / 2 - multiplier * (g @ d) + ridge * (d @ d))
 
 
 def cut_off(Q: Tensor, kind: str) -> Tensor:

@@ -1,7 +1,8 @@
 """Binary quadratic problems with a fixed number of ones: x'Qx is made small over x in {0, 1}^n with sum x = k.
 
 A solver is any object with ``solve(Q, k)``; ``add_solver`` makes one known by a name. Everything here is numpy and
-float64, so that solvers of others (annealers, quantum hardware, integer programmes) need nothing else.
+float64, so that solvers of others (annealers, quantum hardware, integer programmes) need nothing else. One that can do
+with a ``Factored`` Q says so by ``takes_factored``; all others are given the whole matrix.
 
 Sources: the annealing schedule is that of iCBS (arXiv:2411.17796, official code amazon-science/icbs); tabu search is
 F. Glover's (1989).
@@ -12,8 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,8 @@ Bools = NDArray[np.bool_]
 
 # problems that a search over all answers may take
 _MOST_ANSWERS = 2_000_000
+# of a matrix that are looked at in one go, so that they stay in the processor's cache
+_ROWS = 128
 
 
 class BinarySolver(Protocol):
@@ -38,13 +42,94 @@ class BinarySolver(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Factored:
+    """The symmetric [n, n] matrix diag(linear) + A A', which is never built: ``factor`` A is [n, r], r small."""
+
+    factor: Floats
+    linear: Floats
+
+    def __len__(self) -> int:
+        return len(self.linear)
+
+    def whole(self) -> Floats:
+        """The matrix itself."""
+        return self.factor @ self.factor.T + np.diag(self.linear)
+
+    def scaled(self) -> Factored:
+        """With entries that are 1 on average, those that are nothing left out."""
+        entries, total = self._sums
+        scale = entries / total if entries else 1.0
+        return Factored(self.factor * math.sqrt(scale), self.linear * scale)
+
+    @property
+    def size(self) -> float:
+        """What the absolute values of all entries add up to."""
+        return self._sums[1]
+
+    @cached_property
+    def _sums(self) -> tuple[int, float]:
+        """(entries that aren't zero, the sum of their absolute values)."""
+        entries, total = 0, 0.0
+        for first in range(0, len(self), _ROWS):
+            # what lies left of these rows is what lies above the diagonal in others
+            rows = self.factor[first : first + _ROWS] @ self.factor[first:].T
+            inner = rows[:, : len(rows)]
+            inner[np.diag_indices(len(rows))] += self.linear[first : first + _ROWS]
+            np.abs(rows, out=rows)
+            entries += 2 * np.count_nonzero(rows) - np.count_nonzero(inner)
+            total += 2 * float(rows.sum()) - float(inner.sum())
+        return entries, total
+
+    @cached_property
+    def diagonal(self) -> Floats:
+        """Its diagonal, [n]."""
+        return self.linear + np.square(self.factor).sum(axis=1)
+
+    def times(self, x: Floats) -> Floats:
+        return self.linear * x + self.factor @ (self.factor.T @ x)
+
+    def pairs(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Floats:
+        """Entries [rows, columns] of two sets that have nothing in common."""
+        return self.factor[rows] @ self.factor[columns].T
+
+    def exchange(self, on: int, off: int) -> Floats:
+        """Row ``on`` less row ``off``."""
+        change = self.factor @ (self.factor[on] - self.factor[off])
+        change[on] += self.linear[on]
+        change[off] -= self.linear[off]
+        return change
+
+
+class _Whole:
+    """A matrix that is there, with the words of ``Factored``."""
+
+    def __init__(self, Q: Floats) -> None:
+        self.S = Q + Q.T
+        self.S /= 2
+        self.size, self.diagonal = float(np.abs(self.S).sum()), np.diagonal(self.S)
+
+    def __len__(self) -> int:
+        return len(self.S)
+
+    def times(self, x: Floats) -> Floats:
+        return self.S @ x
+
+    def pairs(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Floats:
+        return self.S[np.ix_(rows, columns)]
+
+    def exchange(self, on: int, off: int) -> Floats:
+        # rows are columns, and lie side by side in memory
+        return self.S[on] - self.S[off]
+
+
 def energy(Q: Floats, x: Any) -> float:
     """x'Qx for x [n] of zeros and ones."""
     ones = np.asarray(x, dtype=np.float64)
     return float(ones @ (Q @ ones))
 
 
-def minimise(solver: BinarySolver, Q: Floats, k: int) -> Bools:
+def minimise(solver: BinarySolver, Q: Floats | Factored, k: int) -> Bools:
     """The solver's x, bool [n], with exactly ``k`` ones; it sees Q scaled so that its entries are 1 on average.
 
     Raises UsageError when the solver gives something else.
@@ -52,14 +137,22 @@ def minimise(solver: BinarySolver, Q: Floats, k: int) -> Bools:
     n = len(Q)
     if k <= 0 or k >= n:
         return np.full(n, k > 0)
-    entries = np.count_nonzero(Q)
-    given = np.asarray(solver.solve(Q * (entries / np.abs(Q).sum()) if entries else Q, k))
+    given = np.asarray(solver.solve(_scaled(Q, solver), k))
     who = type(solver).__name__
     if given.shape != (n,) or not np.isin(given, (0, 1)).all():
         raise UsageError(f"{who}.solve must give {n} zeros and ones, it gave an array of shape {given.shape}")
     if int(given.sum()) != k:
         raise UsageError(f"{who}.solve must give {k} ones among {n} variables, it gave {int(given.sum())}")
     return given.astype(bool)
+
+
+def _scaled(Q: Floats | Factored, solver: BinarySolver) -> Any:
+    if isinstance(Q, Factored):
+        if getattr(solver, "takes_factored", False):
+            return Q.scaled()
+        Q = Q.whole()
+    entries = np.count_nonzero(Q)
+    return Q * (entries / np.abs(Q).sum()) if entries else Q
 
 
 @dataclass(frozen=True)
@@ -85,32 +178,33 @@ class SwapSearch:
     are exchanged by lot, ``kicks`` times.
     """
 
+    takes_factored: ClassVar = True
+
     shortlist: int = 64
     tenure: int = 10
     patience: int = 50
     kicks: int = 8
     kicked: int = 8
 
-    def solve(self, Q: Floats, k: int) -> Bools:
-        S = Q + Q.T
-        S /= 2
-        lots, fewer = np.random.default_rng(0), min(k, len(Q) - k)
-        tolerance = 1e-12 * float(np.abs(S).sum())
-        best = self._descend(S, np.arange(len(Q)) < k, tolerance)
-        lowest = energy(S, best)
+    def solve(self, Q: Floats | Factored, k: int) -> Bools:
+        S = Q if isinstance(Q, Factored) else _Whole(Q)
+        lots, fewer = np.random.default_rng(0), min(k, len(S) - k)
+        best, lowest = self._descend(S, np.arange(len(S)) < k)
         for _ in range(self.kicks):
             x = best.copy()
             count = min(self.kicked, fewer)
             on, off = (lots.permutation(np.flatnonzero(among))[:count] for among in (~x, x))
             x[on], x[off] = True, False
-            x = self._descend(S, x, tolerance)
-            if (found := energy(S, x)) < lowest:
+            x, found = self._descend(S, x)
+            if found < lowest:
                 best, lowest = x, found
         return best
 
-    def _descend(self, S: Floats, x: Bools, tolerance: float) -> Bools:
-        n, field = len(S), S @ x.astype(np.float64)
+    def _descend(self, S: Factored | _Whole, x: Bools) -> tuple[Bools, float]:
+        """(the best answer on the way from x, its energy)."""
+        n, field = len(S), S.times(x.astype(np.float64))
         tenure = min(self.tenure, min(int(x.sum()), n - int(x.sum())) - 1)
+        tolerance = 1e-12 * S.size
         best, best_x, value, since, moves = 0.0, x.copy(), 0.0, 0, 0
         rests_until = np.zeros(n, dtype=np.int64)
         while since <= self.patience:
@@ -120,8 +214,7 @@ class SwapSearch:
                 change, on, off = self._best(S, field, x, awake, n)
             moves += 1
             x[on], x[off] = True, False
-            # rows are columns, and lie side by side in memory
-            field += S[on] - S[off]
+            field += S.exchange(on, off)
             value += change
             if value < best - tolerance:
                 best, best_x, since = value, x.copy(), 0
@@ -129,16 +222,22 @@ class SwapSearch:
                 since += 1
                 # on the way down nothing has to rest
                 rests_until[[on, off]] = moves + tenure
-        return best_x
+        ones = best_x.astype(np.float64)
+        return best_x, float(ones @ S.times(ones))
 
     @staticmethod
-    def _best(S: Floats, field: Floats, x: Bools, awake: Bools, count: int) -> tuple[float, int, int]:
+    def _best(S: Factored | _Whole, field: Floats, x: Bools, awake: Bools, count: int) -> tuple[float, int, int]:
         """(change of the energy, variable that becomes one, variable that becomes zero)."""
-        alone = np.diagonal(S) + np.where(x, -2, 2) * field
+        alone = S.diagonal + np.where(x, -2, 2) * field
         ons, offs = (_lowest(alone, np.flatnonzero(among), count) for among in (~x & awake, x & awake))
-        pairs = alone[ons][:, None] + alone[offs][None, :] - 2 * S[np.ix_(ons, offs)]
-        on, off = divmod(int(pairs.argmin()), len(offs))
-        return float(pairs[on, off]), int(ons[on]), int(offs[off])
+        best = math.inf, -1, -1
+        for first in range(0, len(ons), _ROWS):
+            some = ons[first : first + _ROWS]
+            pairs = alone[some][:, None] + alone[offs][None, :] - 2 * S.pairs(some, offs)
+            on, off = divmod(int(pairs.argmin()), len(offs))
+            if pairs[on, off] < best[0]:
+                best = float(pairs[on, off]), int(some[on]), int(offs[off])
+        return best
 
 
 def _lowest(values: Floats, among: NDArray[np.int64], count: int) -> NDArray[np.int64]:
