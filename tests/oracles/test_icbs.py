@@ -40,6 +40,7 @@ from secateur.solver.binary import (
     ising,
     minimise,
     penalty,
+    start_with_fewer,
 )
 
 
@@ -105,7 +106,7 @@ def test_a_sum_of_few_squares_is_never_built_and_says_the_same():
     for seed in range(5):
         x = torch.rand(200, generator=torch.Generator().manual_seed(seed)) > 0.5
         assert factored.change(x) == pytest.approx(whole.change(x))
-    some = torch.arange(200) % 3 > 0
+    some = (torch.arange(200) % 3 > 0).nonzero().flatten()
     found = factored.problem(some, "abs")
     assert isinstance(found, Factored)
     np.testing.assert_allclose(found.whole(), whole.Q[some][:, some].numpy(), atol=1e-12)
@@ -118,7 +119,7 @@ def test_a_sum_of_few_squares_is_never_built_and_says_the_same():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_factor_is_solved_by_the_same_exchanges(seed):
-    factored, whole = (model.problem(torch.ones(300) > 0, "abs") for model in low_rank(300, 8, seed))
+    factored, whole = (model.problem(torch.arange(300), "abs") for model in low_rank(300, 8, seed))
     found = minimise(SwapSearch(), factored, 150)
     assert (~found[:150]).sum() > 20 and (found == minimise(SwapSearch(), whole, 150)).all()
     # solvers that know nothing of factors are given the matrix
@@ -408,6 +409,65 @@ def test_weights_on_silent_inputs_leave_first():
     assert descent.masks()["0"][:, 3].all()
     descent.run()
     assert not descent.masks()["0"][:, 3].any()
+
+
+def network_with(kept):
+    """So many weights of input 3 are kept at first, and the others pruned."""
+    module = network()
+    module[0].weight.data[:, 3] = 1e-4
+    module[0].weight.data[:kept, 3] = 5.0
+    return module
+
+
+class Noted(SwapSearch):
+    """Keeps what it was asked, and leaves it as it was."""
+
+    takes_factored = False
+
+    def solve(self, Q, k):
+        asked.append((len(Q), k))
+        return np.arange(len(Q)) < k
+
+
+asked: list = []
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+def test_behind_weights_that_leave_free_a_solver_starts_at_the_mask_that_is_there(kept, monkeypatch):
+    """Free weights that were kept take the places of as many pruned ones: of those whose return helps most."""
+    x, y = samples()
+    x[:, 3] = 0
+    module = network_with(kept)
+    asked.clear()
+    settings = Descent(block=400, batch=8, fix_pruned=0.0, fix_kept=0.0, remove_zero_rows=True, solver=Noted())
+    descent = MaskDescent(module, started(module)[:1], (x, y), class_loss, settings)
+    first = descent.masks()["0"]
+    assert int(first[:, 3].sum()) == kept
+    after = descent.run()["0"]
+    others = torch.arange(12) != 3
+    assert asked == [(288 - 24, 144 - 24)] and not after[:, 3].any()
+    # what was pruned stays so, but for as many as others have taken the places of
+    assert int((~first & after)[:, others].sum()) == kept == descent.trace[0].exchanged
+    assert not (first & ~after)[:, others].any()
+    # the last of the block would be a worse choice
+    monkeypatch.setattr("secateur.search.descent.start_with_fewer", lambda Q, ones, k: np.arange(len(Q)))
+    [lasting] = MaskDescent(network_with(kept), started(network_with(kept))[:1], (x, y), class_loss, settings).step()
+    assert (descent.trace[0].predicted < lasting.predicted) == (kept > 0)
+
+
+def test_the_ones_that_leave_a_start_are_those_that_gain_most():
+    generator = np.random.default_rng(0)
+    Q = generator.normal(size=(12, 12))
+    Q = Q + Q.T
+    assert start_with_fewer(Q, 5, 5).tolist() == list(range(12))
+    [left] = set(range(5)) - set(start_with_fewer(Q, 5, 4)[:4].tolist())
+    energies = [energy(Q, (np.arange(12) < 5) & (np.arange(12) != i)) for i in range(5)]
+    assert left == int(np.argmin(energies))
+    order = start_with_fewer(Q, 5, 2)
+    assert sorted(order.tolist()) == list(range(12)) and (np.diff(order[2:]) > 0).all() and order[1] < 5
+    A = generator.normal(size=(12, 2))
+    factored = Factored(A, np.diagonal(Q).copy())
+    assert start_with_fewer(factored, 6, 2).tolist() == start_with_fewer(factored.whole(), 6, 2).tolist()
 
 
 def test_more_silent_weights_than_may_leave_are_drawn_by_lot():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from secateur.errors import DataError, UsageError
 from secateur.search.quadratic import FactoredQuadratic, Quadratic, outer_quadratic, quadratic
 from secateur.search.told import Batch, Loss, Told, exact_hessian, listen, mean_loss
-from secateur.solver.binary import BinarySolver, SwapSearch, minimise
+from secateur.solver.binary import BinarySolver, SwapSearch, minimise, start_with_fewer
 
 SELECTIONS = ("gradient", "magnitude", "wanda", "random")
 CURVATURES = ("gradient_per_sample", "gradient_mean", "exact")
@@ -254,8 +254,12 @@ class MaskDescent:
             left = ~model.free
         wanted = k - int(pruned.sum())
         if wanted:
-            found = minimise(settings.solver, model.problem(left, settings.cutoff), wanted)
-            pruned[left] = torch.from_numpy(found)
+            order = left.nonzero().flatten()
+            if (ones := int(left[:k].sum())) > wanted:
+                # free ones that were kept take the places of some that were pruned
+                order = order[start_with_fewer(model.problem(left, settings.cutoff), ones, wanted)]
+            found = minimise(settings.solver, model.problem(order, settings.cutoff), wanted)
+            pruned[order] = torch.from_numpy(found)
         return pruned.to(index_n.device), model.change(pruned)
 
     def _model(

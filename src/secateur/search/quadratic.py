@@ -43,8 +43,8 @@ class Quadratic:
         return Quadratic(self.Q.cpu(), self.c, self.free.cpu())
 
     def problem(self, among: Tensor, cutoff: str) -> Floats:
-        """What a solver is given of the weights ``among``, [n] bool."""
-        return cut_off(self.Q if bool(among.all()) else self.Q[among][:, among], cutoff).numpy()
+        """What a solver is given of the weights ``among``, indices; as many as there are stand in order."""
+        return cut_off(self.Q if len(among) == len(self.Q) else self.Q[among][:, among], cutoff).numpy()
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class FactoredQuadratic:
         return FactoredQuadratic(self.factor.cpu(), self.linear.cpu(), self.c, self.free.cpu())
 
     def problem(self, among: Tensor, cutoff: str) -> Floats | Factored:
-        """What a solver is given of the weights ``among``, [n] bool; of entries that are nothing none has to vanish."""
+        """What a solver is given of the weights ``among``, indices; entries that are nothing needn't vanish."""
         found = Factored(self.factor[among].numpy(), self.linear[among].numpy())
         return cut_off(torch.from_numpy(found.whole()), cutoff).numpy() if cutoff == "official" else found
 

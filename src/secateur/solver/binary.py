@@ -37,7 +37,7 @@ class BinarySolver(Protocol):
     def solve(self, Q: Floats, k: int) -> Any:
         """x [n] of zeros and ones, k of them ones; ``Q`` is [n, n], symmetric, scaled, and 0 < k < n.
 
-        The first k variables are the ones of the answer that is there already.
+        The first k variables are the ones of the answer that is there already, or of what is left of it.
         """
         ...
 
@@ -144,6 +144,19 @@ def minimise(solver: BinarySolver, Q: Floats | Factored, k: int) -> Bools:
     if int(given.sum()) != k:
         raise UsageError(f"{who}.solve must give {k} ones among {n} variables, it gave {int(given.sum())}")
     return given.astype(bool)
+
+
+def start_with_fewer(Q: Floats | Factored, ones: int, k: int) -> NDArray[np.int64]:
+    """The variables in an order that a solver may begin with, where only ``k`` of the first ``ones`` can stay ones.
+
+    The others become zeros one by one, the one whose leaving gains most first.
+    """
+    S = Q if isinstance(Q, Factored) else _Whole(Q)
+    x = np.arange(len(S)) < ones
+    for _ in range(ones - k):
+        leaving = np.where(x, S.diagonal - 2 * S.times(x.astype(np.float64)), math.inf)
+        x[int(leaving.argmin())] = False
+    return np.concatenate([np.flatnonzero(x), np.flatnonzero(~x)])
 
 
 def _scaled(Q: Floats | Factored, solver: BinarySolver) -> Any:
