@@ -12,7 +12,7 @@ from secateur.allocators import BlockWeights, parse_allocator
 from secateur.errors import BudgetError, OptionError, UnsupportedModelError, UsageError
 from secateur.healing.recovery.capacity import guided_ranks, ranks_by_module
 from secateur.methods import Target, make_method
-from secateur.observe import Change, SumSquares
+from secateur.observe import Change, Similarity, SumSquares
 from secateur.recipes import make_recipe
 from sublayers import plan_without
 
@@ -121,6 +121,21 @@ def test_the_coarse_metrics_by_hand(metric):
         both.merge(part)
     assert both.state().keys() == seen.state().keys()
     assert all(torch.allclose(both.state()[key], value) for key, value in seen.state().items())
+
+
+def test_a_cosine_that_is_not_a_number_is_a_half():
+    """In the angle as well, which is a third of half a turn then."""
+    x = torch.tensor([[[0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 2.0]]])
+    for metric, expected in (("cosine", 3 * 0.5 / 4), ("angular", 3 / 3 / 4)):
+        allocator = parse_allocator(f"cfsp:metric={metric}")
+        ((name, kind),) = allocator.needed_statistics(None).items()
+        seen = kind()
+        seen.update(x)
+        assert float(allocator.measure(BlockWeights((), {"": {name: seen}}), None)) == pytest.approx(expected)
+    # a block's influence counts no likeness there
+    shortgpt = Similarity()
+    shortgpt.update(x)
+    assert shortgpt.mean == pytest.approx(1 / 4)
 
 
 def test_change_keeps_what_it_has_seen():

@@ -34,10 +34,18 @@ from secateur.observe import Angle, Change, Similarity, Statistic
 _SCALE = 128 * 1024 / 1e4
 # how far below 1 the official code leaves the largest keep
 _MARGIN = 1.05
+
+
+class HalfSimilarity(Similarity):
+    """With 0.5 for a cosine that is not a number, as the official code has it."""
+
+    nothing: ClassVar[float] = 0.5
+
+
 # metric → name of what is observed of a block, its class, and the importance
 _METRICS: dict[str, tuple[str, type[Statistic], Callable[[Any], float]]] = {
     "angular": ("angle", Angle, lambda seen: seen.mean),
-    "cosine": ("similarity", Similarity, lambda seen: 1.0 - seen.mean),
+    "cosine": ("similarity", HalfSimilarity, lambda seen: 1.0 - seen.mean),
     "mse": ("change", Change, lambda seen: seen.square),
     "mae": ("change", Change, lambda seen: seen.absolute),
 }

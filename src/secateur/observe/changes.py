@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,12 @@ from secateur.observe.statistics import Accumulator, Needs, at_least_float32
 
 
 class Similarity(Accumulator):
-    """Sum over tokens of the cosine between a block's input and output, float64 (ShortGPT's Block Influence)."""
+    """Sum over tokens of the cosine between a block's input and output, float64 (ShortGPT's Block Influence).
+
+    ``nothing`` is what counts where one of the two is zero, so that there is no cosine.
+    """
+
+    nothing: ClassVar[float] = 0.0
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -20,6 +26,7 @@ class Similarity(Accumulator):
     def update_pair(self, before_BTD: Tensor, after_BTD: Tensor) -> None:
         """Take in one batch of hidden states before and after the block."""
         cosine = torch.nn.functional.cosine_similarity(before_BTD.float(), after_BTD.float(), dim=-1)
+        cosine[~(before_BTD.any(dim=-1) & after_BTD.any(dim=-1))] = self.nothing
         self.total += float(cosine.double().sum())
         self.tokens += cosine.numel()
 
