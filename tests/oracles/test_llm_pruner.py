@@ -328,6 +328,14 @@ def test_the_window_is_the_published_one_and_layers_around_it_stay_whole():
     }
 
 
+@pytest.mark.parametrize("more", [{}, {"granularity": "channel"}, {"rounds": 2}, {"scope": "global"}])
+def test_a_ratio_counts_where_no_sparsity_is_asked_for(more):
+    model = make_tiny("llama", num_hidden_layers=4)
+    alone, beside = (plan_for("llm_pruner", model, IDS, ratio=0.5, sparsity=s, **more) for s in (0.0, 0.2))
+    assert any(len(alone.removed(name)) for name in alone.keep)
+    assert all(torch.equal(alone.keep[name], beside.keep[name]) for name in beside.keep)
+
+
 def test_what_an_earlier_round_removed_stays_removed_and_later_rounds_see_it_gone(monkeypatch):
     model = make_tiny("llama")
     seen = []

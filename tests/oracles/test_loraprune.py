@@ -256,6 +256,17 @@ def test_counts_of_the_official_code_end_short_of_the_budget():
     assert {len(kept) for name, kept in exact.keep.items() if "mlp" in name} == {20}
 
 
+def test_a_ratio_counts_where_no_sparsity_is_asked_for():
+    alone, beside = (
+        plan_for("loraprune", make_tiny("llama"), IDS, **{**FAST, "sparsity": s}, ratio=0.5) for s in (0, 0.2)
+    )
+    assert any(len(alone.removed(name)) for name in alone.keep)
+    assert all(torch.equal(alone.keep[name], beside.keep[name]) for name in beside.keep)
+    # one that asks for nothing trains nothing either
+    idle = plan_for("loraprune", make_tiny("llama"), IDS, **{**FAST, "sparsity": 0})
+    assert not idle.keep and not idle.values
+
+
 def test_true_gradients_are_not_clipped_with_the_others_and_train_nothing():
     runs = {}
     for metric in ("magnitude", "grad"):

@@ -32,7 +32,7 @@ _PATIENCE = 20
 def decide_iteratively(method: IterativeMethod, run: Run) -> None:
     """Kept units, by steps that go on behind the last one that was noted. Raises UsageError, BudgetError."""
     groups = [g for g in run.anatomy.of_kind(*method.kinds) if method.cuts(g.layer, run.layers)]
-    if method.sparsity == 0:
+    if method.idle:
         return
     if run.ranks.size > 1:
         raise UsageError(f"{method.name} works on the whole model, in one process: start it without torchrun")

@@ -28,7 +28,7 @@ _NOTE = "policy"
 def decide_by_policy(method: PolicyMethod, run: Run) -> None:
     """Kept neurons by scores that the policy gives. Raises UsageError, BudgetError, CorruptFileError, OutputError."""
     groups = run.anatomy.of_kind(*method.kinds)
-    if all(fraction == 1 for fraction in method.asked.values()):
+    if method.idle:
         return
     if run.ranks.size > 1:
         raise UsageError(f"{method.name} learns from weights alone, in one process: start it without torchrun")

@@ -30,7 +30,7 @@ def decide_supernet(method: SupernetMethod, run: Run) -> None:
     Raises UsageError, DataError, BudgetError.
     """
     groups = run.anatomy.of_kind(*method.kinds)
-    if method.sparsity == 0:
+    if method.idle:
         return
     if run.ranks.size > 1:
         raise UsageError(f"{method.name} searches on the whole model, in one process: start it without torchrun")

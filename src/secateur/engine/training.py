@@ -29,7 +29,7 @@ _LOSSES = "losses"
 
 def decide_trained(method: TrainedMethod, run: Run) -> None:
     """Kept units, and what training makes of the weights. Raises UsageError, BudgetError, MissingExtraError."""
-    if method.sparsity == 0:
+    if method.idle:
         return
     if run.ranks.size > 1:
         raise UsageError(f"{method.name} trains the whole model in one process: start it without torchrun")
@@ -97,7 +97,7 @@ def _check_last(method: TrainedMethod, run: Run, groups: list[Group]) -> None:
         raise BudgetError(f"{method.name}: in {method.steps} steps nothing would leave: take more, or a smaller every")
     if all(len(kept[g.name]) == g.units for g in groups):
         raise BudgetError(
-            f"{method.name}: a sparsity of {method.sparsity:.2%} comes to less than one unit of every group: raise it"
+            f"{method.name}: the share that is asked for comes to less than one unit of every group: raise it"
         )
 
 

@@ -71,7 +71,7 @@ def decide_units(method: UnitMethod, run: Run, scoring: Callable[[], Scoring] | 
     weight that reads them.
     """
     groups = run.anatomy.of_kind(*method.kinds)
-    if all(fraction == 1 for fraction in method.asked.values()):
+    if method.idle:
         return
     total = method.counted(run.anatomy)
     # refused before anything is observed

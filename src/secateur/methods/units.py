@@ -68,6 +68,11 @@ class StructuredMethod(Method):
         """Operations of the products by which the method judges the units of one weight; for estimates."""
         return 0
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is asked to leave."""
+        return self.sparsity == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnitMethod(StructuredMethod, Refittable):
@@ -137,6 +142,10 @@ class UnitMethod(StructuredMethod, Refittable):
     def asked(self) -> Mapping[str, float]:
         """Budget → fraction of the dense model that may stay."""
         return parse_budgets(self.budget, self.sparsity)
+
+    @property
+    def idle(self) -> bool:
+        return all(fraction == 1 for fraction in self.asked.values())
 
     def counted(self, anatomy: Anatomy) -> int:
         """What the sparsity is a fraction of, in units of the budget: the linear weights of all blocks, or neurons."""

@@ -134,6 +134,10 @@ class LLMPruner(CoupledMethod):
             raise OptionError("llm_pruner: ratio and a budget both say how much stays: give one of them")
 
     @property
+    def idle(self) -> bool:
+        return not self.ratio and super().idle
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         return {"layer": ("layer",), "channel": (HIDDEN,)}.get(self.granularity, super().kinds)
 

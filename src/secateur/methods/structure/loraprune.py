@@ -67,6 +67,10 @@ class LoRAPrune(TrainedMethod):
             raise OptionError("loraprune: warmup and cooldown are fractions of the steps, and must leave some between")
 
     @property
+    def idle(self) -> bool:
+        return not self.ratio and super().idle
+
+    @property
     def needs_gradient(self) -> bool:
         return self.metric == "grad"
 
