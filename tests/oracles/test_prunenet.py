@@ -231,6 +231,34 @@ def test_numbers_of_neurons():
     assert {name: len(kept) for name, kept in plan.keep.items()} == {f"layers.{i}.mlp": 28 for i in range(3)}
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"sparsity": 0.33, "budget": "neurons"},
+        {"sparsity": 0.33, "budget": "neurons", "round_to": 8},
+        {"sparsity": 0.86, "budget": "neurons", "min_keep": 5, "round_to": 3},
+        {"sparsity": 0.2},
+        {"sparsity": 0.21},
+        {"sparsity": 0.3, "selection": "topk"},
+    ],
+)
+def test_as_many_neurons_stay_as_the_policy_has_learnt_with(asked, monkeypatch):
+    """int((1 - r) I) of them, the published number: never the nearest where that is larger."""
+    from secateur.engine import policies
+
+    seen, real = [], policies.PolicySearch.__init__
+
+    def noting(self, matrices, rows, how):
+        seen.append(rows)
+        real(self, matrices, rows, how)
+
+    monkeypatch.setattr(policies.PolicySearch, "__init__", noting)
+    plan = plan_for("prunenet", make_tiny("llama"), IDS, episodes=1, **asked)
+    assert {len(kept) for kept in plan.keep.values()} == set(seen) and 0 < seen[0] < 40
+    if asked.get("budget") and len(asked) == 2:
+        assert seen == [26]
+
+
 def test_scores_by_the_policy(policy):
     w = random(ROWS, INPUTS)
     target = Target("layers.0.mlp", "neuron", 0, random(4, ROWS), torch.arange(ROWS)[:, None])

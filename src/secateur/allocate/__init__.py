@@ -12,6 +12,7 @@ from secateur.allocate.selection import SCOPES, fewest_kept, highest_live, keep_
 from secateur.allocate.shares import MOST, fit_sparsities, mixed_patterns, normalised, removed_counts, within
 from secateur.allocate.units import (
     Allocator,
+    AtLeastAllocator,
     GlobalAllocator,
     ManualAllocator,
     RoundedAllocator,
@@ -27,6 +28,7 @@ __all__ = [
     "SCOPES",
     "MOST",
     "Allocator",
+    "AtLeastAllocator",
     "Budget",
     "Constant",
     "Cosine",

@@ -246,6 +246,26 @@ class RoundedAllocator(UniformAllocator):
 
 
 @dataclass(frozen=True)
+class AtLeastAllocator(UniformAllocator):
+    """Every layer loses its share at least: what stays is rounded down, as int((1 - share) * units) does."""
+
+    def _meet(
+        self,
+        finest: str,
+        ordered: Mapping[str, list[Bundle]],
+        least: Mapping[str, int],
+        keep: dict[str, int],
+        share: float,
+        limits: Limits,
+    ) -> None:
+        super()._meet(finest, ordered, least, keep, share, limits)
+        gone = sum(b.cost for name, many in ordered.items() for b in many[keep[name] :])
+        # a share is no exact number
+        if keep[finest] > least[finest] and gone < self.sparsity * share - 1e-9 * ordered[finest][0].cost:
+            keep[finest] -= 1
+
+
+@dataclass(frozen=True)
 class ManualAllocator:
     """A given number of attention units leaves the model; neurons give the rest of the budget (FLAP's *M modes).
 

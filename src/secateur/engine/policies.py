@@ -99,7 +99,11 @@ def _learnt(
     for group in groups:
         name = _written_by(method, run, group)[0].tensor
         run.source.check(name, run.source.tensor(name), group.layer)
-    kept = max(1, int((1 - removed) * rows + 1e-9))
+    # as many as are kept in the end, where every block loses the same
+    kept = int((1 - removed) * rows + 1e-9)
+    if kept < rows:
+        least = -(-method.min_keep // method.round_to)
+        kept = max(kept // method.round_to, least) * method.round_to
     matrices = [lambda group=group: _writer(method, run, group) for group in groups]
     search = PolicySearch(matrices, kept, method.episodes_of())
     state, last = run.keeper.searched(), time.monotonic()

@@ -2,7 +2,8 @@
 
     alpha   = sigmoid( (W P^T + b) v )         W [I, d] is gate_proj (or the first FFN matrix), P, b, v the policy
     keep    = binary concrete sample of alpha
-    stay      neurons drawn without replacement with the weights `keep` (`selection=topk`: those of largest alpha)
+    stay      int((1 - r) I) neurons drawn without replacement with the weights `keep` (`selection=topk`: those of
+              largest alpha)
     reward    1 / KS distance of the singular values of W and of the rows that stay, 99999 where that is 0
 
 One policy serves all blocks. It learns in 20 episodes by REINFORCE: - log keep of what stayed, times the reward of the
@@ -17,7 +18,7 @@ Source: "You Only Prune Once: Designing Calibration-Free Model Compression With 
 arXiv:2501.15296; official code LCS2-IIITD/PruneNet, and the package efficient-pruners (`update=per_episode`). Differs
 from the official code: the best policy is the one that earned the reward (theirs: after the updates of that episode);
 float32 throughout; eps and alpha stay 1e-6 away from 0 and 1; rows are drawn by an exponential race, the same
-distribution; the number of neurons is rounded to the nearest. By default the sparsity is a fraction of the parameters.
+distribution. By default the sparsity is a fraction of the parameters.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.allocate import Allocator, UniformAllocator
+from secateur.allocate import Allocator, AtLeastAllocator
 from secateur.criteria import random_scores
 from secateur.methods import Descriptor, PolicyMethod, Seen, Target, option, register
 from secateur.search import Episodes, draw_order
@@ -74,7 +75,7 @@ class PruneNet(PolicyMethod):
         return draw_order(keep_U, random_scores(f"{target.name}/order", self.seed, (target.units,))).log()
 
     def allocator(self) -> Allocator:
-        return UniformAllocator(self.sparsity)
+        return AtLeastAllocator(self.sparsity)
 
     def solve_flops(self, outputs: int, inputs: int) -> int:
         # singular values, of every block once and in every episode, take 4 I d^2 operations, and 2.5 times as long as
