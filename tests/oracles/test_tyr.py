@@ -326,6 +326,35 @@ def test_every_kind_keeps_what_it_loses(seed):
         assert all(one in mine for one, mine in zip(levels, ranges, strict=True))
 
 
+@given(st.integers(0, 10_000))
+def test_rungs_of_unequal_size_keep_what_is_lost_too(seed):
+    random, limits = Random(seed), Limits(round_to=32)
+    groups = [group(f"{layer}.m", layer, random.choice((72, 64, 100, 160))) for layer in range(7)]
+    centre = tuple(random.randrange(len(rungs_of(g, limits))) for g in groups)
+    grid = Grid.of(groups, centre, limits, step=0.125, half=2)
+    levels = start = (0,) * 7
+    for _ in range(20):
+        levels = shifted(levels, grid.ranges(), random, most=4, size=grid.removed)
+        assert sum(map(grid.removed, range(7), levels)) == sum(map(grid.removed, range(7), start))
+
+
+def test_a_search_keeps_the_budget_where_neurons_do_not_fill_their_multiples(monkeypatch):
+    """40 neurons in multiples of 16: the first to leave are 8."""
+    model, options = make_tiny("llama", num_hidden_layers=4), {"sparsity": 0.12, "round_to": 16, "parts": "mlp"}
+    start = plan_for("tyr", model, IDS, **options, generations=0)
+
+    def wander(self, levels, ranges, trials, kinds=(), size=None):
+        random = Random(0)
+        for _ in range(25):
+            levels = shifted(levels, ranges, random, most=4, kinds=kinds, size=size)
+        return levels
+
+    monkeypatch.setattr(Evolution, "run", wander)
+    plan = plan_for("tyr", model, IDS, **QUICK, **options)
+    gone = [[len(one.removed(name)) for name in one.keep] for one in (start, plan)]
+    assert sum(gone[0]) == sum(gone[1]) and {*gone[0], *gone[1]} <= {0, 8, 24} and 8 in gone[0], gone
+
+
 class Rugged:
     """A fitness that is another one for every batch, and always the same for the same one."""
 

@@ -4,7 +4,7 @@
 
 A rung is one bundle of units: as many neurons as are rounded to, one query head of every key-value group, or one unit.
 The step is the same for all groups of a kind, so that a group one level up and another one down keep what the kind
-loses exactly as it is.
+loses exactly as it is; where units don't fill bundles the first rung is smaller, and goes with its like alone.
 
 Source: G. Li et al., "Tyr-the-Pruner", 2025, arXiv:2503.09657, and its official code: steps of an eighth, never below
 one head or 32 neurons, halved from one search to the next.

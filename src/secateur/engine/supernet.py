@@ -149,7 +149,13 @@ def _search(method: SupernetMethod, run: Run, groups: list[Group], grid: Grid, a
         fitness=method.measured_by(),
         groups=groups,
     )
-    return evolution.run(alike, grid.ranges(), trials, grid.kinds)
+    limits = Limits(budget=method.budget)
+
+    def size(place: int, level: int) -> int:
+        # the first level of a width that isn't a multiple takes less, and groups may differ
+        return grid.removed(place, level) * limits.cost(groups[place].cost)
+
+    return evolution.run(alike, grid.ranges(), trials, grid.kinds, size)
 
 
 def _log(searches: list[Levels]) -> list[str]:

@@ -1,6 +1,7 @@
 """Evolution of levels: parts of a model, each at one of several levels, shift sparsity between each other.
 
 One level is as much in every part of a kind, so that a part one level up and another one down keep the whole as it is.
+Where it isn't, only levels of the same size are exchanged.
 
     offspring   the parent after n = min(r, r') shifts, r and r' drawn from 1..shifts
     a shift     a part that can goes one level denser, and one of the same kind that can goes one level sparser
@@ -13,13 +14,15 @@ arXiv:2503.09657.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
 Levels = tuple[int, ...]
 """the level of every part"""
+Size = Callable[[int, int], int]
+"""(part, level) → what it loses there"""
 
 FIXED = ("none", "last", "all")
 TRIED_BYTES = 1 << 30
@@ -75,25 +78,35 @@ class Evolution:
         measured[-1] += 1
         return [count * tokens for count, tokens in zip(measured, self.tokens, strict=True)]
 
-    def run(self, start: Levels, ranges: Sequence[range], trials: Trials, kinds: Sequence[str] = ()) -> Levels:
+    def run(
+        self,
+        start: Levels,
+        ranges: Sequence[range],
+        trials: Trials,
+        kinds: Sequence[str] = (),
+        size: Size | None = None,
+    ) -> Levels:
         """The levels of the best parent, from ``start`` on.
 
         ``ranges`` are the levels that every part may take, and ``kinds`` says between which parts shifts are made; all
-        are of one kind without. A run that goes on behind ``trials.done()`` gives the same.
+        are of one kind without. With ``size``, what all parts lose together stays as it is. A run that goes on behind
+        ``trials.done()`` gives the same.
         """
         done = trials.done()
         parent = done[-1] if done else start
         for generation in range(len(done), self.generations):
             # of its own in every generation, so that it doesn't matter where a run was interrupted
             random = Random(self.seed * 1_000_003 + generation)
-            parent = self._next(parent, self._offspring(parent, ranges, kinds, random), trials, random)
+            parent = self._next(parent, self._offspring(parent, ranges, kinds, size, random), trials, random)
             trials.finish(generation, parent)
         return parent
 
-    def _offspring(self, parent: Levels, ranges: Sequence[range], kinds: Sequence[str], random: Random) -> list[Levels]:
+    def _offspring(
+        self, parent: Levels, ranges: Sequence[range], kinds: Sequence[str], size: Size | None, random: Random
+    ) -> list[Levels]:
         found: set[Levels] = set()
         for _ in range(self.offspring * self.tries):
-            found |= {shifted(parent, ranges, random, most=self.shifts, kinds=kinds)} - {parent}
+            found |= {shifted(parent, ranges, random, most=self.shifts, kinds=kinds, size=size)} - {parent}
             if len(found) == self.offspring:
                 break
         return sorted(found)
@@ -114,11 +127,17 @@ class Evolution:
 
 
 def shifted(
-    parent: Levels, ranges: Sequence[range], random: Random, *, most: int = 3, kinds: Sequence[str] = ()
+    parent: Levels,
+    ranges: Sequence[range],
+    random: Random,
+    *,
+    most: int = 3,
+    kinds: Sequence[str] = (),
+    size: Size | None = None,
 ) -> Levels:
     """The parent after a few shifts, ``most`` at most.
 
-    Each makes one part a level denser and one of its kind, perhaps the same, a level sparser.
+    Each makes one part a level denser and one of its kind, perhaps the same, a level sparser, by as much of ``size``.
     """
     levels = list(parent)
     for _ in range(min(random.randint(1, most), random.randint(1, most))):
@@ -127,7 +146,14 @@ def shifted(
             break
         down = random.choice(able)
         levels[down] -= 1
+        gained = _step(size, down, levels)
         alike = [i for i in range(len(levels)) if not kinds or kinds[i] == kinds[down]]
         # the one that went down can always come back
-        levels[random.choice([i for i in alike if levels[i] + 1 in ranges[i]])] += 1
+        ups = [i for i in alike if levels[i] + 1 in ranges[i] and _step(size, i, levels) == gained]
+        levels[random.choice(ups)] += 1
     return tuple(levels)
+
+
+def _step(size: Size | None, part: int, levels: Sequence[int]) -> int:
+    """What one level more takes from a part."""
+    return 1 if size is None else size(part, levels[part] + 1) - size(part, levels[part])
