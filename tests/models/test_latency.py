@@ -11,11 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
+from conftest import build_llama
 from families import make_tiny, tiny_ids
 from runs import tokens_of
 from secateur import timing
 from secateur.engine import decide
-from secateur.errors import BudgetError, DataError, UsageError
+from secateur.errors import BudgetError, DataError, UnsupportedModelError, UsageError
 from secateur.evaluation import make_task
 from secateur.evaluation.base import Settings
 from secateur.latencytable import Entry, LatencyTable
@@ -23,7 +24,7 @@ from secateur.methods import make_method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.latency import measure_decoder
 from secateur.models.sources import Source
-from secateur.models.surgery import layer_overrides
+from secateur.models.surgery import Removal, layer_overrides, remove_units
 from secateur.timing import Workload
 
 LOAD = Workload(batch=2, prompt=12, new=3)
@@ -86,6 +87,24 @@ def test_heads_that_have_left_every_block_take_no_time(clock, family):
     assert measured(cut).dense == pytest.approx(request_ms(cut), rel=1e-3)
     heads = decoder_anatomy(cut).of_kind("kv_head")[0]
     assert len(measured(cut).saved(heads)) == heads.units + 1
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_query_heads_that_are_shared_unequally_are_said_to_be_the_reason(clock, kv_heads):
+    """As a method that removes query heads leaves them, or a config per layer."""
+    model = build_llama()
+    groups = decoder_anatomy(model, heads="query")
+    remove_units(model, Removal.of(model, groups, {"layers.0.attention": torch.tensor([1, 3])}))
+    if kv_heads == 1:
+        remove_units(model, Removal.of(model, decoder_anatomy(model), {"layers.0.attention": torch.tensor([1])}))
+    said = "blocks have from 1 to 2 query heads per key-value head"
+    with pytest.raises(UnsupportedModelError, match=said + (".*or heads=query" if kv_heads == 2 else "")):
+        measured(model)
+    if kv_heads == 2:
+        assert measured(model, heads="query").dense == pytest.approx(request_ms(model), rel=2e-2)
+    else:
+        with pytest.raises(UnsupportedModelError, match=said):
+            measured(model, heads="query")
 
 
 def test_a_table_is_measured_once_and_shared(clock, tmp_path):

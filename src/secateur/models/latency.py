@@ -97,13 +97,15 @@ def measure_decoder(
     """Time whatever ``table`` doesn't hold yet, and keep it there.
 
     Raises UsageError when that is needed of a table of another machine or the request is too long, and
-    UnsupportedModelError where sub-layers have left, since blocks count as equal but for their widths.
+    UnsupportedModelError where sub-layers have left or heads are shared unequally, since blocks count as equal but for
+    their widths.
     """
     if not all(block.has_attention and block.has_mlp for block in typed_blocks(source.model)):
         raise UnsupportedModelError(
             "the latency of a model whose attentions or MLPs were removed can't be told from one block:"
             " take another budget, or remove them afterwards"
         )
+    _check_shared(anatomy)
     check_length(source.model, workload.prompt + workload.new, f"workload {workload}")
     key = _found(table, _key(source, anatomy, workload), source)
     kinds = _kinds(anatomy)
@@ -113,6 +115,20 @@ def measure_decoder(
         _time(source, anatomy, workload, table, key, progress)
         table.save()
     return DecoderLatency(anatomy, table, key, workload)
+
+
+def _check_shared(anatomy: Anatomy) -> None:
+    """Raises UnsupportedModelError where a unit isn't as much in every block, so that no probe has them all."""
+    heads = [g for g in _groups(anatomy) if g.kind in ("kv_head", "head")]
+    # query heads per key-value head, and how many of these there are where query heads are the units
+    shared = {g.parts if g.kind == "kv_head" else g.units // g.balance for g in heads}
+    many = {g.balance for g in heads}
+    if len(shared) > 1 and (len(many) > 1 or heads[0].kind == "kv_head"):
+        raise UnsupportedModelError(
+            f"blocks have from {min(shared)} to {max(shared)} query heads per key-value head, and latencies are those"
+            " of blocks that have as many: take another budget"
+            + (", or heads=query" if len({g.units for g in heads}) == 1 and heads[0].kind == "kv_head" else "")
+        )
 
 
 def _time(
