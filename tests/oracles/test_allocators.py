@@ -104,10 +104,10 @@ class ByTenths:
     def __init__(self):
         self.asked = []
 
-    def fitness(self, levels, tokens, seed):
-        assert len(set(levels)) == 1
-        self.asked.append(levels[0])
-        return abs(levels[0] - 3)
+    def losses(self, candidates, tokens, seed):
+        assert all(len(set(levels)) == 1 for levels in candidates)
+        self.asked += [levels[0] for levels in candidates]
+        return [abs(levels[0] - 3) for levels in candidates]
 
 
 def test_beta_auto_takes_the_slope_that_does_least():
