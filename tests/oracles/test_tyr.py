@@ -510,8 +510,9 @@ def test_a_search_moves_sparsity_within_a_kind_and_lowers_what_it_looks_at():
     assert divergence(found) < divergence(alike)
 
 
-@pytest.mark.parametrize("refit", [True, False])
-@pytest.mark.parametrize("family", [*LAYOUTS, "granite"])
+@pytest.mark.parametrize(
+    ("family", "refit"), [*((family, True) for family in (*LAYOUTS, "granite")), ("llama", False), ("gpt2", False)]
+)
 def test_candidates_are_the_model_with_their_levels(family, refit, monkeypatch):
     """Heads that are zeros and neurons that are cut out, all at once, beside each candidate put together by hand."""
     model, ids = make_tiny(family), IDS[:4]
