@@ -89,9 +89,10 @@ def shipped_methods() -> list[str]:
 def operators_page() -> str:
     """Which operators have a rule, by the file that holds it."""
     by_file: dict[str, list[str]] = {}
-    for name, function in RULES.items():
-        if function.__module__.startswith(f"{rules.__name__}."):
-            by_file.setdefault(function.__module__, []).append(name)
+    for name, known in RULES.items():
+        module = known.says.__module__
+        if module.startswith(f"{rules.__name__}."):
+            by_file.setdefault(module, []).append(name)
     parts = [
         NOTE.replace("the docstring or the options of the method", "src/secateur/structure/rules"),
         "# Operators",

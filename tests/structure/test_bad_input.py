@@ -16,7 +16,7 @@ from secateur.networks.applying import module_anatomy
 from secateur.networks.example import Example
 from secateur.structure.graphcut import Reference
 from secateur.structure.groups import traced_anatomy
-from secateur.structure.trace import RULES, Call, NoRule, Trace, Value, rule, trace
+from secateur.structure.trace import RULES, Call, NoRule, Trace, Value, Zeros, rule, trace
 
 
 class Branches(nn.Module):
@@ -190,6 +190,29 @@ def test_a_rule_of_ones_own_frees_what_its_operator_touches(scaled, monkeypatch)
     assert {(s.tensor, s.dim) for s in first.slices} == {("scale", 0), ("a.weight", 0), ("a.bias", 0), ("b.weight", 1)}
     assert (first.units, second.name, second.units) == (6, "b", 8)
     check(found)
+
+
+class Summing(Custom):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operator(self.a(x), self.scale).sum(dim=-1)
+
+
+@pytest.mark.parametrize("zeros", ["lost", "pointwise", Zeros.KEPT])
+def test_a_rule_of_ones_own_says_what_its_operator_makes_of_zeros(scaled, monkeypatch, zeros):
+    monkeypatch.setattr("secateur.structure.trace.RULES", RULES.copy())
+
+    @rule("secateur_tests::scaled", zeros=zeros)
+    def together(trace: Trace, call: Call) -> Value:
+        trace.units.join(call["x"].dims[-1], call["scale"].dims[0])
+        return call["x"]
+
+    (group,) = anatomy_of(randomised(Summing(scaled)), images(2, 4)).groups
+    assert bool(group.inexact) is (zeros == "lost")
+
+
+def test_what_an_operator_makes_of_zeros_is_one_of_a_list():
+    with pytest.raises(UsageError, match=r"zeros is 'point-wise', not one of lost, pointwise, kept, .*centred"):
+        rule("my::op", zeros="point-wise")
 
 
 @pytest.mark.parametrize("answer", ["wrong shape", "no rule"])

@@ -12,7 +12,6 @@ from secateur.allocate.selection import SCOPES, fewest_kept, highest_live, keep_
 from secateur.allocate.shares import MOST, fit_sparsities, mixed_patterns, normalised, removed_counts, within
 from secateur.allocate.units import (
     Allocator,
-    AtLeastAllocator,
     GlobalAllocator,
     ManualAllocator,
     RoundedAllocator,
@@ -28,7 +27,6 @@ __all__ = [
     "SCOPES",
     "MOST",
     "Allocator",
-    "AtLeastAllocator",
     "Budget",
     "Constant",
     "Cosine",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -160,18 +161,25 @@ def _nearest(base: int, costs: Sequence[int], target: float) -> int:
     return int((sums - target).abs().argmin())
 
 
+def _fitting(base: int, costs: Sequence[int], target: float) -> int:
+    """How many of ``costs`` can be added to ``base`` without going beyond ``target``, which is no exact number."""
+    return max(0, sum(total <= target * (1 + 1e-9) for total in accumulate(costs, initial=base)) - 1)
+
+
 @dataclass(frozen=True)
 class UniformAllocator:
     """Every layer loses the same share of its cost.
 
     Each group loses floor(share * units). With ``fill`` the rest of the layer's budget, which coarse units such as
     key-value heads leave over, comes out of the group with the smallest units; without, it stays (the published
-    rule, which removes nothing from three heads at 20 %). ``shares`` are the sparsities of layers that lose another
-    share.
+    rule, which removes nothing from three heads at 20 %); with ``at_least`` that group keeps what fits into the budget,
+    as int((1 - share) * units) does, in place of what comes nearest. ``shares`` are the sparsities of layers that lose
+    another share.
     """
 
     sparsity: float
     fill: bool = True
+    at_least: bool = field(default=False, kw_only=True)
     shares: Mapping[int, float] = field(default_factory=dict, kw_only=True)
 
     def allocate(self, scores: Scores, groups: Sequence[Group], total: int, limits: Limits) -> Kept:
@@ -219,7 +227,8 @@ class UniformAllocator:
             step = max(free or [ordered[n][-1].cost for n in spare], default=0)
             # a little more, as the share is no exact number
             if wanted <= sum(free) + step / 2 + 1e-9 * share:
-                keep[finest] = len(forced) + _nearest(sum(forced), free, sum(costs) - wanted)
+                count = _fitting if self.at_least else _nearest
+                keep[finest] = len(forced) + count(sum(forced), free, sum(costs) - wanted)
                 return
             if not spare:
                 raise refusal(self.sparsity, others + sum(free), int(share), limits)
@@ -243,26 +252,6 @@ class RoundedAllocator(UniformAllocator):
             wanted = round(len(many) * self.sparsity + short / len(many[0].units))
             gone[finest] = max(0, min(wanted, len(many) - least[finest]))
         return {n: len(b) - gone[n] for n, b in ordered.items()}
-
-
-@dataclass(frozen=True)
-class AtLeastAllocator(UniformAllocator):
-    """Every layer loses its share at least: what stays is rounded down, as int((1 - share) * units) does."""
-
-    def _meet(
-        self,
-        finest: str,
-        ordered: Mapping[str, list[Bundle]],
-        least: Mapping[str, int],
-        keep: dict[str, int],
-        share: float,
-        limits: Limits,
-    ) -> None:
-        super()._meet(finest, ordered, least, keep, share, limits)
-        gone = sum(b.cost for name, many in ordered.items() for b in many[keep[name] :])
-        # a share is no exact number
-        if keep[finest] > least[finest] and gone < self.sparsity * share - 1e-9 * ordered[finest][0].cost:
-            keep[finest] -= 1
 
 
 @dataclass(frozen=True)

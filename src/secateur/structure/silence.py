@@ -5,9 +5,9 @@ and the masked network computes what the cut one does. But a function needn't be
 constant): such channels are *loud*. As long as the next matrix has zeros for them nothing follows from that; where
 something sums over them without such zeros, the masked network keeps what the cut one hasn't.
 
-The calls are followed in their order, with the set of the loud units of every tensor. What is known of a call is its
-kind: a point-wise one says itself, run on numbers, whether zeros give 0, one that moves or pools entries gives 0 for
-zeros, and so on. Of a call of no known kind everything is loud. So a unit may be loud here that isn't, never the other
+The calls are followed in their order, with the set of the loud units of every tensor. The rule of a call says what it
+makes of zeros (``traced.Zeros``): a point-wise one is run on numbers, one that moves or pools entries gives 0 for
+zeros, and so on. Where a rule doesn't say everything is loud. So a unit may be loud here that isn't, never the other
 way round.
 """
 
@@ -17,40 +17,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from secateur.structure.traced import Call, Traced, Value
+from secateur.structure.traced import Call, Traced, Value, Zeros
 from secateur.structure.units import Labels
 
 Loud = frozenset[int]
 _NONE: Loud = frozenset()
-
-_KEEPING = (
-    "view reshape unsafeview flatten unflatten reshapealias reshapecopy viewcopy viewas reshapeas permute"
-    " transpose t swapaxes swapdims numpyt mt unsqueeze squeeze slice narrow slicescatter selectscatter select"
-    " unbind split splitwithsizes chunk tensorsplit unsafesplit unsafechunk splitcopy splitwithsizescopy cat"
-    " concat stack flip roll repeatinterleave tril triu diagonal unfold indexselect index unsafeindex gather"
-    " gatherelements gathernd embedding pixelshuffle pixelunshuffle channelshuffle nativechannelshuffle im2col"
-    " col2im depthtospace spacetodepth maxpool1d maxpool2d maxpool3d maxpool2dwithindices avgpool1d avgpool2d"
-    " avgpool3d adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d adaptivemaxpool2d adaptivemaxpool3d"
-    " upsamplenearest1d upsamplenearest2d upsamplenearest3d upsamplenearestexact2d upsamplelinear1d"
-    " upsamplebilinear2d upsamplebicubic2d upsampletrilinear3d upsamplebilinear2daa upsamplebicubic2daa"
-    " gridsampler gridsampler2d reflectionpad1d reflectionpad2d replicationpad1d replicationpad2d lppool2d"
-    " maxpool averagepool globalaveragepool globallppool globalmaxpool gridsample lppool resize upsample sum"
-    " linalgvectornorm norm any frobeniusnorm countnonzero mean var std varmean stdmean amax amin prod cumsum"
-    " max min reducesum reducesumsquare reducel1 reducel2 reducemean reducemax reducemin reduceprod"
-    " lpnormalization glu lstm gru rnntanh rnnrelu rnn"
-)
-"""Calls that give zeros for zeros: they move, pool or sum, or are recurrent layers whose weights are 0."""
-_KEEPS = frozenset(_KEEPING.split())
-_RANKS = ("max", "min", "adaptivemax")
-"""How names of those begin of which only the first output holds entries, and others hold their places."""
-_BROADCASTS = ("expand", "expandas", "broadcastto", "repeat", "tile")
-_ZEROS = ("zeros", "newzeros")
-_PRODUCTS = ("linear", "gemm", "matmul", "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv")
-_CONVOLUTIONS = frozenset(
-    f"conv{kind}{dims}" for kind in ("", "transpose") for dims in ("", "1d", "2d", "3d", "olution")
-)
-_GELUS = frozenset(f"com.microsoft::{name}" for name in ("Gelu", "QuickGelu"))
-"""Without an implementation in ONNX's own evaluator."""
 
 ADDED = "a sum over it counts values that aren't 0 where its parameters are"
 
@@ -74,8 +45,7 @@ class _Pass:
         for call, outputs in self.trace.calls_made:
             self._listen(call)
             for number, output in enumerate(outputs):
-                ranks = number and _short(call).startswith(_RANKS)
-                self._loud[id(output)] = self._all(output) if ranks else self._call(call, output)
+                self._loud[id(output)] = self._call(call, number, output)
         return self.heard
 
     # -- sets of units -------------------------------------------------------------------------------------------
@@ -104,9 +74,9 @@ class _Pass:
 
     def _listen(self, call: Call) -> None:
         """Note the units over which a call sums that are loud in all that it multiplies."""
-        for labels in self.trace.summed.get(call.node, ()):
-            units = self.units(labels)
-            for factor in _factors(call) if units else ():
+        for over in self.trace.summed.get(call.node, ()):
+            units = self.units(over.labels)
+            for factor in call.values()[over.factors] if units else ():
                 if units & self._all(factor):
                     units &= self.loud(factor)
             for unit in units:
@@ -114,30 +84,36 @@ class _Pass:
 
     # -- what is loud in the output ------------------------------------------------------------------------------
 
-    def _call(self, call: Call, output: Value) -> Loud:
-        if not self._all(output):
+    def _call(self, call: Call, number: int, output: Value) -> Loud:
+        everything = self._all(output)
+        if not everything:
             return _NONE
-        name = _short(call)
-        if call.name in _GELUS:
-            return self.loud(call.values()[0])
-        if self.trace.pointwise(call):
-            return self._pointwise(call, output)
-        if name in _KEEPS or (name in ("pad", "constantpadnd") and self.trace.pads_with_zeros(call)):
-            return self._within(output, _NONE.union(*map(self.loud, call.values())))
-        if name in _BROADCASTS:
-            return self._broadcast(call.values()[0], output)
-        if name in _ZEROS:
-            return _NONE
-        if name in _CONVOLUTIONS or name in _PRODUCTS:
-            return self._product(call, name, output)
-        if name == "einsum":
-            return self._einsum(call, output)
-        if name in ("scaleddotproductattention", "attention"):
-            value = call.values()[2]
-            return self._all(output) - self._all(value) | self._within(output, self.loud(value))
-        if "norm" in name:
-            return self._norm(call, name, output)
-        return self._all(output)
+        match self.trace.zeros(call):
+            case Zeros.POINTWISE:
+                return self._pointwise(call, output)
+            case Zeros.KEPT:
+                return self._kept(call, output)
+            case Zeros.FIRST if not number:
+                return self._kept(call, output)
+            case Zeros.PADDED if self.trace.pads_with_zeros(call):
+                return self._kept(call, output)
+            case Zeros.REPEATED:
+                return self._broadcast(call.values()[0], output)
+            case Zeros.MADE:
+                return _NONE
+            case Zeros.WEIGHED | Zeros.MULTIPLIED as kind:
+                return self._product(call, output, weighed=kind is Zeros.WEIGHED)
+            case Zeros.CONTRACTED:
+                return self._einsum(call, output)
+            case Zeros.ATTENDED:
+                value = call.values()[2]
+                return everything - self._all(value) | self._within(output, self.loud(value))
+            case Zeros.NORMED | Zeros.CENTRED as kind:
+                return self._norm(call, output, centred=kind is Zeros.CENTRED)
+        return everything
+
+    def _kept(self, call: Call, output: Value) -> Loud:
+        return self._within(output, _NONE.union(*map(self.loud, call.values())))
 
     def _pointwise(self, call: Call, output: Value) -> Loud:
         values, found = call.values(), set()
@@ -176,20 +152,18 @@ class _Pass:
             found |= _NONE if _holds(value, back, len(labels)) else self.units(labels)
         return frozenset(found)
 
-    def _product(self, call: Call, name: str, output: Value) -> Loud:
+    def _product(self, call: Call, output: Value, weighed: bool) -> Loud:
         """Rows are those of the first factor, columns those of the second, and all else is loud if both are."""
-        first, second = _factors(call)
-        convolves = name in _CONVOLUTIONS
-        column = len(second.dims) - 1 if convolves else 1 if len(second.dims) > 1 else 0
-        row = (2 if column else 1) if len(first.dims) > 1 and not convolves else 0
-        only_first = convolves or name == "linear"
+        first, second = call.values()[self.trace.summed[call.node][0].factors]
+        column = len(second.dims) - 1 if weighed else 1 if len(second.dims) > 1 else 0
+        row = (2 if column else 1) if len(first.dims) > 1 else 0
         more = [v for v in call.values() if v is not first and v is not second]
         found: set[int] = set()
         for back, labels in enumerate(reversed(output.dims), start=1):
             units = self.units(labels)
             if back == column:
                 found |= units & self.loud(second)
-            elif back == row or only_first:
+            elif back == row or weighed:
                 found |= units & self.loud(first)
             else:
                 held = [self.loud(v) for v in (first, second) if _holds(v, back, len(labels))]
@@ -208,32 +182,16 @@ class _Pass:
             found |= self.units(labels).intersection(*[self.loud(v) for letters, v in holding if letter in letters])
         return frozenset(found)
 
-    def _norm(self, call: Call, name: str, output: Value) -> Loud:
+    def _norm(self, call: Call, output: Value, centred: bool) -> Loud:
         x, *others = call.values()
         # scales that are 0 silence whatever they scale; without any a mean is taken off the zeros of a layer
         scaled = call.get("weight") is not None or (bool(others) and "inputs" in call.arguments)
-        if not scaled and any(kind in name for kind in ("layer", "group", "mean")):
+        if centred and not scaled:
             return self._all(output)
         found = set() if scaled else set(self.loud(x))
         for other in others:
             found |= self.loud(other) | (self._all(output) - self._all(other))
         return self._within(output, found)
-
-
-def _short(call: Call) -> str:
-    """``leakyrelu`` for ``aten::leaky_relu`` and for ONNX's ``LeakyRelu``."""
-    return call.name.rpartition("::")[2].partition(".")[0].replace("_", "").lower()
-
-
-def _factors(call: Call) -> list[Value]:
-    """The operands that are multiplied, and summed over."""
-    name, values = _short(call), call.values()
-    if name == "einsum":
-        return values
-    if name == "bilinear":
-        return values[:3]
-    # addmm and its like: what is added comes first
-    return values[1:3] if name.startswith(("addmm", "baddbmm", "addbmm", "addmv")) else values[:2]
 
 
 def _holds(value: Value, back: int, size: int) -> bool:

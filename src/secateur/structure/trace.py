@@ -22,11 +22,9 @@ from torch import Tensor, fx, nn
 
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.structure.exporting import Exported, export
-from secateur.structure.traced import SAMPLES, Call, NoRule, Step, Traced, Value
+from secateur.structure.traced import SAMPLES, Call, NoRule, Rule, Step, Traced, Value, Zeros
 
-__all__ = ["RULES", "Call", "NoRule", "Trace", "Value", "rule", "trace"]
-
-Rule = Callable[["Trace", "Call"], "Value | Sequence[Value]"]
+__all__ = ["RULES", "Call", "NoRule", "Trace", "Value", "Zeros", "rule", "trace"]
 
 R = TypeVar("R", bound="Callable[[Trace, Call], Value | Sequence[Value]]")
 
@@ -34,21 +32,31 @@ RULES: dict[str, Rule] = {}
 """Operator (``aten::view`` or, for one overload, ``aten::slice.Tensor``) → its rule."""
 
 
-def rule(*operators: str) -> Callable[[R], R]:
-    """Register the rule of an operator, as in ``@sc.rule("my::op")``.
+def rule(*operators: str, zeros: Zeros | str = Zeros.LOST) -> Callable[[R], R]:
+    """Register the rule of an operator, as in ``@sc.rule("my::op", zeros="pointwise")``.
 
     A rule gets the trace and the call, says on ``trace.units`` what leaves together, and returns the value of the
-    output, one per output. Raises UsageError for an operator that has a rule already.
+    output, one per output. ``zeros`` is what the operator makes of zeros, one of ``Zeros`` or its value; while nothing
+    is known of that, groups that reach a sum through it are marked ``inexact``. Raises UsageError for an operator that
+    has a rule already and for other values of ``zeros``.
     """
+    made_of = _zeros(zeros)
 
     def register(function: R) -> R:
         for name in operators:
             if name in RULES:
                 raise UsageError(f"operator {name} has a rule already")
-            RULES[name] = function
+            RULES[name] = Rule(function, made_of)
         return function
 
     return register
+
+
+def _zeros(said: Zeros | str) -> Zeros:
+    try:
+        return Zeros(said)
+    except ValueError:
+        raise UsageError(f"zeros is {said!r}, not one of {', '.join(z.value for z in Zeros)}") from None
 
 
 @dataclass
@@ -133,8 +141,8 @@ class Trace(Traced):
         tensors |= {name for name, _ in self.module.named_buffers(remove_duplicate=False)}
         return self.parameters.keys() - tensors
 
-    def pointwise(self, call: Call) -> bool:
-        return _look_up(call.node) is RULES["pointwise"]
+    def zeros(self, call: Call) -> Zeros:
+        return _look_up(call.node).zeros
 
     def sampled(self, call: Call, zero: Collection[int]) -> NDArray[Any] | None:
         found = []
@@ -299,7 +307,7 @@ def has_rule(node: fx.Node) -> bool:
     """Whether it is known what a call couples."""
     if node.target is operator.getitem or not _holds_tensors(node.meta.get("val")):
         return True
-    return _look_up(node) is not _unknown
+    return _look_up(node) is not _UNKNOWN
 
 
 def attribute(module: nn.Module, name: str) -> Any:
@@ -316,23 +324,26 @@ def _apply_rule(trace: Trace, node: fx.Node) -> Value | list[Value]:
     if not _holds_tensors(outputs):
         return []
     call = _bind(trace, node)
-    values = trace.ruled(call, _look_up(node))
+    values = trace.ruled(call, _look_up(node).says)
     return values if isinstance(outputs, list | tuple) else values[0]
 
 
 def _look_up(node: fx.Node) -> Rule:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return _unknown
+        return _UNKNOWN
     full = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
     for name in (full, schema.name):
         if name in RULES:
             return RULES[name]
-    return RULES["pointwise"] if torch.Tag.pointwise in node.target.tags else _unknown  # type: ignore[union-attr]
+    return RULES["pointwise"] if torch.Tag.pointwise in node.target.tags else _UNKNOWN  # type: ignore[union-attr]
 
 
 def _unknown(trace: Trace, call: Call) -> Value:
     raise NoRule("it has no rule")
+
+
+_UNKNOWN = Rule(_unknown)
 
 
 def _bind(trace: Trace, node: fx.Node) -> Call:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,6 +16,41 @@ from secateur.structure.units import Labels, Units
 
 SAMPLES = ((0.7, 1.9, 2.3, 1.3), (-0.6, 1.1, -2.9, 0.4), (2.1, -1.7, -0.3, -0.9), (-1.2, -0.8, 1.6, 0.5))
 """Numbers to try a point-wise call on, for every operand another one."""
+
+
+EVERY, BOTH = slice(None), slice(2)
+"""Operands that are multiplied: all of them, or the first two."""
+
+
+class Zeros(Enum):
+    """What a call makes of operands that are 0 for some of its units."""
+
+    LOST = "lost"
+    """Nothing is known."""
+    POINTWISE = "pointwise"
+    """An entry of the output follows from the entries at the same place, so that the call can be tried on numbers."""
+    KEPT = "kept"
+    """Zeros give zeros: entries are moved, pooled or summed."""
+    FIRST = "first"
+    """The same for the first output; others hold places of entries."""
+    REPEATED = "repeated"
+    """Zeros give zeros, but for units along dimensions that the output has and the operand hasn't."""
+    PADDED = "padded"
+    """Zeros give zeros where what is added is 0 or was there."""
+    MADE = "made"
+    """The output is 0."""
+    WEIGHED = "weighed"
+    """The first operand is multiplied by a weight, of which every row (of a convolution: channel) is an output."""
+    MULTIPLIED = "multiplied"
+    """A product of matrices."""
+    CONTRACTED = "contracted"
+    """A product with an ``equation``."""
+    ATTENDED = "attended"
+    """The third operand is averaged."""
+    NORMED = "normed"
+    """Zeros give zeros where they are scaled or nothing is added."""
+    CENTRED = "centred"
+    """The same, but a mean over what may leave is subtracted, so that without a scale nothing is known."""
 
 
 class NoRule(Exception):
@@ -78,6 +114,22 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """What is known of an operator: what leaves together in a call of it, and what it makes of zeros."""
+
+    says: Callable[[Any, Call], Value | Sequence[Value]]
+    zeros: Zeros = Zeros.LOST
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The positions over which a call sums, and the places of the operands that it multiplies before."""
+
+    labels: Labels
+    factors: slice
+
+
+@dataclass(frozen=True)
 class Work:
     """Multiply-accumulates of one call: the product of the sizes of ``factors`` times ``times``."""
 
@@ -110,8 +162,8 @@ class Traced:
     """Labels of dimensions inside attention heads."""
     inexact: list[tuple[Labels, str]] = field(default_factory=list, kw_only=True)
     """Labels over which an average runs: zeroing them is not removing them."""
-    summed: dict[Any, list[Labels]] = field(default_factory=dict, kw_only=True)
-    """Node → labels of dimensions over which it sums."""
+    summed: dict[Any, list[Sum]] = field(default_factory=dict, kw_only=True)
+    """Node → over what it sums."""
     calls_made: list[tuple[Call, list[Value]]] = field(default_factory=list, kw_only=True)
     """All calls with their outputs, in order."""
     averaging: set[Any] = field(default_factory=set, kw_only=True)
@@ -145,9 +197,10 @@ class Traced:
         self.inexact.append((labels, what))
         self.averaging.add(call.node)
 
-    def sums(self, call: Call, labels: Labels) -> None:
-        """Note that a call sums over these positions, where zeros add nothing."""
-        self.summed.setdefault(call.node, []).append(labels)
+    def sums(self, call: Call, labels: Labels, factors: slice = EVERY) -> None:
+        """Note that a call sums over these positions, where zeros add nothing. ``factors`` are the places of the
+        operands that are multiplied before."""
+        self.summed.setdefault(call.node, []).append(Sum(labels, factors))
 
     # -- words for front ends ------------------------------------------------------------------------------------
 
@@ -203,8 +256,8 @@ class Traced:
         """Parameters, buffers and constants that a mask leaves as they are."""
         raise NotImplementedError
 
-    def pointwise(self, call: Call) -> bool:
-        """Whether an entry of the output follows from the entries at the same place."""
+    def zeros(self, call: Call) -> Zeros:
+        """What the rule of a call says that it makes of zeros."""
         raise NotImplementedError
 
     def sampled(self, call: Call, zero: Collection[int]) -> NDArray[Any] | None:

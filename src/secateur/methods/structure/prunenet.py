@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.allocate import Allocator, AtLeastAllocator
+from secateur.allocate import Allocator, UniformAllocator
 from secateur.criteria import random_scores
 from secateur.methods import Descriptor, PolicyMethod, Seen, Target, option, register
 from secateur.search import Episodes, draw_order
@@ -75,7 +75,7 @@ class PruneNet(PolicyMethod):
         return draw_order(keep_U, random_scores(f"{target.name}/order", self.seed, (target.units,))).log()
 
     def allocator(self) -> Allocator:
-        return AtLeastAllocator(self.sparsity)
+        return UniformAllocator(self.sparsity, at_least=True)
 
     def solve_flops(self, outputs: int, inputs: int) -> int:
         # singular values, of every block once and in every episode, take 4 I d^2 operations, and 2.5 times as long as

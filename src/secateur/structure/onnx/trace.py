@@ -27,26 +27,34 @@ from secateur.structure.onnx.network import (
     subgraphs,
 )
 from secateur.structure.onnx.shapes import RANDOM, Shapes, doubled, example_inputs
-from secateur.structure.traced import SAMPLES, Call, NoRule, Step, Traced, Value
+from secateur.structure.traced import SAMPLES, Call, NoRule, Rule, Step, Traced, Value, Zeros
 from secateur.structure.units import Labels
 
-Rule = Callable[["OnnxTrace", Call], "Value | Sequence[Value]"]
-
-RULES: dict[str, tuple[Rule, tuple[int, ...]]] = {}
-"""Operator → its rule, and which inputs hold settings (sizes, axes, bounds) instead of data."""
+Function = Callable[["OnnxTrace", Call], "Value | Sequence[Value]"]
 
 
-def rule(*operators: str, settings: Sequence[int] = ()) -> Callable[[Rule], Rule]:
+@dataclass(frozen=True)
+class OnnxRule(Rule):
+    """``settings`` are the numbers of the inputs that hold sizes, axes or bounds instead of data."""
+
+    settings: tuple[int, ...] = ()
+
+
+RULES: dict[str, OnnxRule] = {}
+"""Operator → its rule."""
+
+
+def rule(*operators: str, settings: Sequence[int] = (), zeros: Zeros = Zeros.LOST) -> Callable[[Function], Function]:
     """Register the rule of an ONNX operator.
 
     ``call["inputs"]`` are its values, None for one that isn't given; ``call.node`` is the node's number.
     """
 
-    def register(function: Rule) -> Rule:
+    def register(function: Function) -> Function:
         for name in operators:
             if name in RULES:
                 raise UsageError(f"operator {name} has a rule already")
-            RULES[name] = (function, tuple(settings))
+            RULES[name] = OnnxRule(function, zeros, tuple(settings))
         return function
 
     return register
@@ -118,10 +126,8 @@ class OnnxTrace(Traced):
         """Numbers that aren't of floating point, and what an earlier cut wrote in."""
         return self.parameters.keys() - self.element_sizes().keys()
 
-    def pointwise(self, call: Call) -> bool:
-        from secateur.structure.onnx.rules.plain import POINTWISE
-
-        return call.name in POINTWISE
+    def zeros(self, call: Call) -> Zeros:
+        return RULES[call.name].zeros
 
     def sampled(self, call: Call, zero: Collection[int]) -> Array | None:
         from onnx import helper
@@ -200,9 +206,11 @@ def _visit(trace: OnnxTrace, number: int, node: Node) -> None:
     if unknown or missing:
         values = trace.freeze(call, f"the shape of {unknown or missing} isn't known")
     else:
-        function, settings = RULES.get(call.name, (partial(_none, closed=bool(subgraphs(node))), ()))
-        trace.pin([v for at in settings if (v := _at(given, at)) is not None], f"{call.where} reads sizes from it")
-        values = _quietly(trace, call, function) if _computed(trace, outputs) else trace.ruled(call, function)
+        known = RULES.get(call.name) or OnnxRule(partial(_none, closed=bool(subgraphs(node))))
+        trace.pin(
+            [v for at in known.settings if (v := _at(given, at)) is not None], f"{call.where} reads sizes from it"
+        )
+        values = _quietly(trace, call, known) if _computed(trace, outputs) else trace.ruled(call, known.says)
     trace.values |= dict(zip([n for n, s in zip(outputs, shapes, strict=True) if s is not None], values, strict=True))
 
 
@@ -232,10 +240,10 @@ def _computed(trace: OnnxTrace, outputs: Sequence[str]) -> bool:
     return bool(outputs) and all(name in trace.shapes.known for name in outputs)
 
 
-def _quietly(trace: OnnxTrace, call: Call, function: Rule) -> list[Value]:
+def _quietly(trace: OnnxTrace, call: Call, known: Rule) -> list[Value]:
     """An operator between sizes isn't worth listing, with or without a rule."""
     listed = {name: list(places) for name, places in trace.unknown.items()}
-    values = trace.ruled(call, function)
+    values = trace.ruled(call, known.says)
     trace.unknown = listed
     return values
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from secateur.structure.rules.elementwise import aligned
-from secateur.structure.trace import Call, Trace, Value, rule
+from secateur.structure.trace import Call, Trace, Value, Zeros, rule
+from secateur.structure.traced import BOTH
 
 
-@rule("aten::scaled_dot_product_attention")
+@rule("aten::scaled_dot_product_attention", zeros=Zeros.ATTENDED)
 def attention(trace: Trace, call: Call) -> Value:
     q, k, v, mask = call["query"], call["key"], call["value"], call["attn_mask"]
     units = trace.units
     units.join(q.dims[-1], k.dims[-1])
-    trace.sums(call, q.dims[-1])
+    trace.sums(call, q.dims[-1], BOTH)
     for labels in (q.dims[-2], k.dims[-2], v.dims[-2]):
         units.pin(labels, "a position of the sequence")
     batch_q, batch_k, batch_v = q.dims[:-2], k.dims[:-2], v.dims[:-2]

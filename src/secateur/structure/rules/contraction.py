@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 from secateur.structure.rules.elementwise import aligned
-from secateur.structure.trace import Call, NoRule, Trace, Value, rule
+from secateur.structure.trace import Call, NoRule, Trace, Value, Zeros, rule
+from secateur.structure.traced import BOTH
 from secateur.structure.units import Labels
 
 
-@rule("aten::linear")
+@rule("aten::linear", zeros=Zeros.WEIGHED)
 def linear(trace: Trace, call: Call) -> Value:
     x, weight, bias = call["input"], call["weight"], call["bias"]
     if len(weight.dims) != 2:
         raise NoRule("its weight is a vector")
     outputs, inputs = weight.dims
     trace.units.join(x.dims[-1], inputs)
-    trace.sums(call, inputs)
+    trace.sums(call, inputs, BOTH)
     if bias is not None:
         trace.units.join(outputs, bias.dims[0])
     trace.count(call, *x.dims[:-1], outputs, inputs)
     return Value((*x.dims[:-1], outputs))
 
 
-@rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot")
+@rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot", zeros=Zeros.MULTIPLIED)
 def matmul(trace: Trace, call: Call) -> Value:
     a = call["self"]
     b = next(call[n] for n in ("other", "mat2", "vec", "tensor") if n in call.arguments)
-    return _product(trace, call, a, b)
+    return _product(trace, call, a, b, BOTH)
 
 
-@rule("aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::addmv")
+@rule("aten::addmm", "aten::baddbmm", "aten::addmv", zeros=Zeros.MULTIPLIED)
+@rule("aten::addbmm")
 def add_product(trace: Trace, call: Call) -> Value:
     operands = call.values()
     if call.name == "aten::addbmm":
         raise NoRule("it sums over the batch")
-    product = _product(trace, call, operands[1], operands[2])
+    product = _product(trace, call, operands[1], operands[2], slice(1, 3))
     return aligned(trace, [product, operands[0]], call.shape)
 
 
-def _product(trace: Trace, call: Call, a: Value, b: Value) -> Value:
+def _product(trace: Trace, call: Call, a: Value, b: Value, factors: slice) -> Value:
     rows, columns = a.dims[-2:-1], b.dims[-1:] if len(b.dims) > 1 else ()
     summed_a, summed_b = a.dims[-1], b.dims[max(0, len(b.dims) - 2)]
     trace.units.join(summed_a, summed_b)
-    trace.sums(call, summed_a)
+    trace.sums(call, summed_a, factors)
     shape = call.shape[: len(call.shape) - len(rows) - len(columns)]
     batch = aligned(trace, [Value(a.dims[:-2]), Value(b.dims[:-2])], shape)
     trace.count(call, *batch.dims, *rows, summed_a, *columns)
@@ -51,7 +53,7 @@ def _product(trace: Trace, call: Call, a: Value, b: Value) -> Value:
     return Value((*batch.dims, *rows, *columns))
 
 
-@rule("aten::einsum")
+@rule("aten::einsum", zeros=Zeros.CONTRACTED)
 def einsum(trace: Trace, call: Call) -> Value:
     equation, operands = call["equation"].replace(" ", ""), call["tensors"]
     inputs, arrow, output = equation.partition("->")
@@ -78,14 +80,14 @@ def bilinear(trace: Trace, call: Call) -> Value:
     trace.units.join(x.dims[-1], weight.dims[1])
     trace.units.join(y.dims[-1], weight.dims[2])
     for labels in weight.dims[1:]:
-        trace.sums(call, labels)
+        trace.sums(call, labels, slice(3))
     if bias is not None:
         trace.units.join(weight.dims[0], bias.dims[0])
     trace.count(call, *x.dims[:-1], *weight.dims)
     return Value((*x.dims[:-1], weight.dims[0]))
 
 
-@rule("aten::embedding")
+@rule("aten::embedding", zeros=Zeros.KEPT)
 def embedding(trace: Trace, call: Call) -> Value:
     weight, indices = call["weight"], call["indices"]
     trace.units.pin(weight.dims[0], f"{call.where} looks its rows up")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from secateur.structure.trace import Call, NoRule, Trace, Value, rule
+from secateur.structure.trace import Call, NoRule, Trace, Value, Zeros, rule
+from secateur.structure.traced import BOTH
 from secateur.structure.units import Labels
 
 SPATIAL = "a spatial dimension"
 
 
-@rule("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution")
+@rule("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution", zeros=Zeros.WEIGHED)
 def convolution(trace: Trace, call: Call) -> Value:
     if call.get("transposed"):
         return transposed_convolution(trace, call)
     x, weight, bias, groups = call["input"], call["weight"], call["bias"], call["groups"]
     channels, spatial = _channels(trace, call, x, len(weight.dims) - 2)
     outputs, inputs = weight.dims[:2]
-    trace.sums(call, inputs)
+    trace.sums(call, inputs, BOTH)
     if groups == 1:
         trace.units.join(channels, inputs)
     else:
@@ -28,13 +29,13 @@ def convolution(trace: Trace, call: Call) -> Value:
     return _output(trace, call, x, spatial, weight, bias, outputs, (outputs, inputs))
 
 
-@rule("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d")
+@rule("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d", zeros=Zeros.WEIGHED)
 def transposed_convolution(trace: Trace, call: Call) -> Value:
     x, weight, bias, groups = call["input"], call["weight"], call["bias"], call["groups"]
     channels, spatial = _channels(trace, call, x, len(weight.dims) - 2)
     inputs, outputs = weight.dims[:2]
     trace.units.join(channels, inputs)
-    trace.sums(call, inputs)
+    trace.sums(call, inputs, BOTH)
     made = outputs
     if groups > 1:
         group, _ = trace.units.split(inputs, (groups, len(inputs) // groups))
@@ -75,6 +76,11 @@ def _output(
     "aten::max_pool3d",
     "aten::max_pool2d_with_indices",
     "aten::max_pool3d_with_indices",
+    "aten::adaptive_max_pool2d",
+    "aten::adaptive_max_pool3d",
+    zeros=Zeros.FIRST,
+)
+@rule(
     "aten::avg_pool1d",
     "aten::avg_pool2d",
     "aten::avg_pool3d",
@@ -83,8 +89,6 @@ def _output(
     "aten::adaptive_avg_pool3d",
     "aten::_adaptive_avg_pool2d",
     "aten::_adaptive_avg_pool3d",
-    "aten::adaptive_max_pool2d",
-    "aten::adaptive_max_pool3d",
     "aten::upsample_nearest1d",
     "aten::upsample_nearest2d",
     "aten::upsample_nearest3d",
@@ -102,6 +106,7 @@ def _output(
     "aten::replication_pad1d",
     "aten::replication_pad2d",
     "aten::lp_pool2d",
+    zeros=Zeros.KEPT,
 )
 def spatial(trace: Trace, call: Call) -> list[Value]:
     """Channels go through; the dimensions behind them are worked on and stay."""
@@ -121,7 +126,7 @@ def _spatial_dims(name: str) -> int:
     return int(digits[0]) if digits else 2
 
 
-@rule("aten::constant_pad_nd", "aten::pad")
+@rule("aten::constant_pad_nd", "aten::pad", zeros=Zeros.PADDED)
 def pad(trace: Trace, call: Call) -> Value:
     """Where nothing is added a dimension goes through. Added entries belong to nobody and stay."""
     x, amounts = call["self"], list(call["pad"])
@@ -141,7 +146,7 @@ def pad(trace: Trace, call: Call) -> Value:
     return Value(tuple(dims))
 
 
-@rule("aten::pixel_shuffle", "aten::pixel_unshuffle")
+@rule("aten::pixel_shuffle", "aten::pixel_unshuffle", zeros=Zeros.KEPT)
 def pixel_shuffle(trace: Trace, call: Call) -> Value:
     x = call["self"]
     factor = call.get("upscale_factor") or call["downscale_factor"]
@@ -158,7 +163,7 @@ def pixel_shuffle(trace: Trace, call: Call) -> Value:
     return Value((*x.dims[:-3], few if shuffle else many, *spatial))
 
 
-@rule("aten::channel_shuffle", "aten::native_channel_shuffle")
+@rule("aten::channel_shuffle", "aten::native_channel_shuffle", zeros=Zeros.KEPT)
 def channel_shuffle(trace: Trace, call: Call) -> Value:
     x, groups = call["self"], call["groups"]
     count = len(x.dims[1])
@@ -169,7 +174,7 @@ def channel_shuffle(trace: Trace, call: Call) -> Value:
     return x.with_dim(1, trace.units.grid([inner, group]))
 
 
-@rule("aten::im2col", "aten::col2im")
+@rule("aten::im2col", "aten::col2im", zeros=Zeros.KEPT)
 def patches(trace: Trace, call: Call) -> Value:
     """Channel c of an image is rows c·k² … of its patches."""
     x = call["self"]

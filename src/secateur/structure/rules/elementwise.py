@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.structure.trace import Call, Trace, Value, rule
+from secateur.structure.trace import Call, Trace, Value, Zeros, rule
 from secateur.structure.traced import Traced
 from secateur.structure.units import Labels
 
@@ -72,6 +72,7 @@ def aligned(trace: Traced, values: list[Value], shape: tuple[int, ...]) -> Value
     "aten::__and__",
     "aten::__or__",
     "aten::__xor__",
+    zeros=Zeros.POINTWISE,
 )
 def elementwise(trace: Trace, call: Call) -> Value | list[Value]:
     found = []
@@ -91,7 +92,7 @@ def _channelwise(weight: Value, dims: int) -> Value:
     return Value(tuple([one, weight.dims[0], *[one] * (dims - 2)]))
 
 
-@rule("aten::glu")
+@rule("aten::glu", zeros=Zeros.KEPT)
 def glu(trace: Trace, call: Call) -> Value:
     value, dim = call["self"], call["dim"]
     half = len(value.dims[dim]) // 2
@@ -99,12 +100,11 @@ def glu(trace: Trace, call: Call) -> Value:
     return value.with_dim(dim, value.dims[dim][:half])
 
 
+@rule("aten::new_zeros", "aten::zeros", zeros=Zeros.MADE)
 @rule(
-    "aten::new_zeros",
     "aten::new_ones",
     "aten::new_full",
     "aten::new_empty",
-    "aten::zeros",
     "aten::ones",
     "aten::full",
     "aten::empty",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from secateur.structure.rules.elementwise import aligned
-from secateur.structure.trace import Call, NoRule, Trace, Value, rule
+from secateur.structure.trace import Call, NoRule, Trace, Value, Zeros, rule
 from secateur.structure.units import Labels
 
 
-@rule("aten::index_select")
+@rule("aten::index_select", zeros=Zeros.KEPT)
 def index_select(trace: Trace, call: Call) -> Value:
     x, dim = call["self"], call["dim"]
     constant = trace.constant(call.node.args[2])
@@ -25,7 +25,7 @@ def _looked_up(trace: Trace, call: Call, labels: Labels, index: torch.Tensor | N
     return labels[index.long().cpu().numpy()]
 
 
-@rule("aten::index", "aten::_unsafe_index")
+@rule("aten::index", "aten::_unsafe_index", zeros=Zeros.KEPT)
 def index(trace: Trace, call: Call) -> Value:
     x = call["self"]
     indices = list(call["indices"]) + [None] * (len(x.dims) - len(call["indices"]))
@@ -57,7 +57,7 @@ def one_hot(trace: Trace, call: Call) -> Value:
     return Value((*call["self"].dims, trace.units.fixed(call.shape[-1], f"{call.where} numbers its positions")))
 
 
-@rule("aten::gather")
+@rule("aten::gather", zeros=Zeros.KEPT)
 def gather(trace: Trace, call: Call) -> Value:
     x, index, dim = call["self"], call["index"], call["dim"] % len(call["self"].dims)
     why = f"{call.where} looks positions up in it"

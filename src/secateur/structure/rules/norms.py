@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.structure.trace import Call, NoRule, Trace, Value, rule
+from secateur.structure.trace import Call, NoRule, Trace, Value, Zeros, rule
 
 
 @rule(
@@ -11,6 +11,7 @@ from secateur.structure.trace import Call, NoRule, Trace, Value, rule
     "aten::_native_batch_norm_legit",
     "aten::native_batch_norm",
     "aten::cudnn_batch_norm",
+    zeros=Zeros.NORMED,
 )
 def batch_norm(trace: Trace, call: Call) -> list[Value]:
     x, *others = call.values()
@@ -29,7 +30,7 @@ def _over_all_but_channels(trace: Trace, call: Call, x: Value) -> None:
             trace.averages(call, labels, "a standardisation")
 
 
-@rule("aten::instance_norm")
+@rule("aten::instance_norm", zeros=Zeros.NORMED)
 def instance_norm(trace: Trace, call: Call) -> Value:
     x, *others = call.values()
     for other in others:
@@ -38,7 +39,8 @@ def instance_norm(trace: Trace, call: Call) -> Value:
     return x
 
 
-@rule("aten::layer_norm", "aten::native_layer_norm", "aten::rms_norm", "aten::_fused_rms_norm")
+@rule("aten::layer_norm", "aten::native_layer_norm", zeros=Zeros.CENTRED)
+@rule("aten::rms_norm", "aten::_fused_rms_norm", zeros=Zeros.NORMED)
 def layer_norm(trace: Trace, call: Call) -> list[Value]:
     x = call["input"]
     count = len(call["normalized_shape"])
@@ -52,7 +54,7 @@ def layer_norm(trace: Trace, call: Call) -> list[Value]:
     return [x, *(Value((*x.dims[:-count], *ones)) for _ in call.shapes[1:])]
 
 
-@rule("aten::group_norm", "aten::native_group_norm")
+@rule("aten::group_norm", "aten::native_group_norm", zeros=Zeros.CENTRED)
 def group_norm(trace: Trace, call: Call) -> list[Value]:
     x = call["input"]
     groups = call.get("num_groups") or call["group"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from secateur.structure.trace import Call, NoRule, Trace, Value, rule
+from secateur.structure.trace import Call, NoRule, Trace, Value, Zeros, rule
 from secateur.structure.units import Labels
 
 GATES = {"aten::lstm": 4, "aten::gru": 3, "aten::rnn_tanh": 1, "aten::rnn_relu": 1}
 
 
-@rule("aten::lstm.input", "aten::gru.input", "aten::rnn_tanh.input", "aten::rnn_relu.input")
+@rule("aten::lstm.input", "aten::gru.input", "aten::rnn_tanh.input", "aten::rnn_relu.input", zeros=Zeros.KEPT)
 def recurrent(trace: Trace, call: Call) -> list[Value]:
     x, states, parameters = call["input"], call["hx"], call["params"]
     gates = GATES[call.name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secateur.structure.trace import Call, Trace, Value, rule
+from secateur.structure.trace import Call, Trace, Value, Zeros, rule
 
 ONE = "a dimension of size 1"
 
@@ -23,7 +23,8 @@ def reduced(trace: Trace, call: Call, x: Value, over: list[int]) -> list[Value]:
     return [Value(dims) for _ in call.shapes]
 
 
-@rule("aten::sum", "aten::linalg_vector_norm", "aten::norm", "aten::any", "aten::frobenius_norm", "aten::count_nonzero")
+@rule("aten::sum", "aten::any", "aten::count_nonzero", zeros=Zeros.KEPT)
+@rule("aten::linalg_vector_norm", "aten::norm", "aten::frobenius_norm", zeros=Zeros.KEPT)
 def total(trace: Trace, call: Call) -> list[Value]:
     """Zeros add nothing: what leaves along a summed dimension leaves no trace in the output."""
     x = call.values()[0]
@@ -33,7 +34,8 @@ def total(trace: Trace, call: Call) -> list[Value]:
     return reduced(trace, call, x, over)
 
 
-@rule("aten::mean", "aten::var", "aten::std", "aten::var_mean", "aten::std_mean", "aten::amax", "aten::amin")
+@rule("aten::mean", "aten::var", "aten::std", "aten::var_mean", "aten::std_mean", zeros=Zeros.KEPT)
+@rule("aten::amax", "aten::amin", zeros=Zeros.KEPT)
 def average(trace: Trace, call: Call) -> list[Value]:
     x = call.values()[0]
     over = _dims(call, len(x.dims))
@@ -42,10 +44,12 @@ def average(trace: Trace, call: Call) -> list[Value]:
     return reduced(trace, call, x, over)
 
 
+@rule("aten::cumsum", "aten::prod", zeros=Zeros.KEPT)
+@rule("aten::max.default", "aten::min.default", "aten::max", "aten::min", zeros=Zeros.FIRST)
+@rule("aten::max.dim", "aten::min.dim", zeros=Zeros.FIRST)
 @rule("aten::softmax", "aten::_softmax", "aten::log_softmax", "aten::_log_softmax", "aten::_safe_softmax")
-@rule("aten::cumsum", "aten::cumprod", "aten::logcumsumexp", "aten::logsumexp", "aten::prod", "aten::argmax")
-@rule("aten::argmin", "aten::max.dim", "aten::min.dim", "aten::median.dim", "aten::all", "aten::argsort", "aten::sort")
-@rule("aten::topk", "aten::max.default", "aten::min.default", "aten::max", "aten::min", "aten::kthvalue", "aten::diff")
+@rule("aten::cumprod", "aten::logcumsumexp", "aten::logsumexp", "aten::argmax", "aten::argmin", "aten::median.dim")
+@rule("aten::all", "aten::argsort", "aten::sort", "aten::topk", "aten::kthvalue", "aten::diff")
 def every_entry_counts(trace: Trace, call: Call) -> list[Value]:
     """The dimension it runs over stays: without one of its entries the others' results would change."""
     x = call.values()[0]

@@ -7,13 +7,14 @@ import math
 import numpy as np
 
 from secateur.structure.rules.elementwise import ONE, aligned
-from secateur.structure.trace import Call, NoRule, Trace, Value, rule
+from secateur.structure.trace import Call, NoRule, Trace, Value, Zeros, rule
 from secateur.structure.traced import Traced
 from secateur.structure.units import Labels
 
 
-@rule("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten", "aten::_reshape_alias")
-@rule("aten::view_as", "aten::reshape_as", "aten::_reshape_copy", "aten::view_copy")
+@rule("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::_reshape_alias", zeros=Zeros.KEPT)
+@rule("aten::flatten", "aten::unflatten", zeros=Zeros.KEPT)
+@rule("aten::view_as", "aten::reshape_as", "aten::_reshape_copy", "aten::view_copy", zeros=Zeros.KEPT)
 def view(trace: Trace, call: Call) -> Value:
     x = call["self"]
     if len(call.shapes) != 1 or math.prod(call.shape) != math.prod(x.shape):
@@ -58,12 +59,12 @@ def _block(trace: Traced, dims: list[Labels], shape: tuple[int, ...]) -> list[La
     return [one if n == 1 else next(made) for n in shape]
 
 
-@rule("aten::permute")
+@rule("aten::permute", zeros=Zeros.KEPT)
 def permute(trace: Trace, call: Call) -> Value:
     return Value(tuple(call["self"].dims[d] for d in call["dims"]))
 
 
-@rule("aten::transpose", "aten::t", "aten::swapaxes", "aten::swapdims", "aten::numpy_T", "aten::mT")
+@rule("aten::transpose", "aten::t", "aten::swapaxes", "aten::swapdims", "aten::numpy_T", "aten::mT", zeros=Zeros.KEPT)
 def transpose(trace: Trace, call: Call) -> Value:
     dims = list(call["self"].dims)
     if len(dims) < 2:
@@ -73,7 +74,7 @@ def transpose(trace: Trace, call: Call) -> Value:
     return Value(tuple(dims))
 
 
-@rule("aten::expand", "aten::expand_as", "aten::broadcast_to")
+@rule("aten::expand", "aten::expand_as", "aten::broadcast_to", zeros=Zeros.REPEATED)
 def expand(trace: Trace, call: Call) -> Value:
     """New positions are free: they can be left out by expanding less far."""
     x, shape = call["self"], call.shape
@@ -87,14 +88,14 @@ def expand(trace: Trace, call: Call) -> Value:
     return Value(tuple(reversed(dims)))
 
 
-@rule("aten::unsqueeze")
+@rule("aten::unsqueeze", zeros=Zeros.KEPT)
 def unsqueeze(trace: Trace, call: Call) -> Value:
     dims = list(call["self"].dims)
     dims.insert(call["dim"] % (len(dims) + 1), trace.units.fixed(1, ONE))
     return Value(tuple(dims))
 
 
-@rule("aten::squeeze")
+@rule("aten::squeeze", zeros=Zeros.KEPT)
 def squeeze(trace: Trace, call: Call) -> Value:
     dims = call["self"].dims
     dim = call.get("dim")
@@ -102,7 +103,7 @@ def squeeze(trace: Trace, call: Call) -> Value:
     return Value(tuple(labels for d, labels in enumerate(dims) if d not in chosen or len(labels) != 1))
 
 
-@rule("aten::slice")
+@rule("aten::slice", zeros=Zeros.KEPT)
 def slice_(trace: Trace, call: Call) -> Value:
     x, dim = call["self"], call["dim"]
     chosen = slice(call["start"], None if _whole(call["end"]) else call["end"], call["step"])
@@ -113,13 +114,13 @@ def _whole(end: int | None) -> bool:
     return end is None or end >= 1 << 62
 
 
-@rule("aten::narrow")
+@rule("aten::narrow", zeros=Zeros.KEPT)
 def narrow(trace: Trace, call: Call) -> Value:
     x, dim, start = call["self"], call["dim"], call["start"]
     return x.with_dim(dim, x.dims[dim][start : start + call["length"]])
 
 
-@rule("aten::slice_scatter", "aten::select_scatter")
+@rule("aten::slice_scatter", "aten::select_scatter", zeros=Zeros.KEPT)
 def scatter(trace: Trace, call: Call) -> Value:
     """``src`` is written into a copy of ``self``."""
     x, src, dim = call["self"], call["src"], call["dim"]
@@ -136,7 +137,7 @@ def scatter(trace: Trace, call: Call) -> Value:
     return x
 
 
-@rule("aten::select")
+@rule("aten::select", zeros=Zeros.KEPT)
 def select(trace: Trace, call: Call) -> Value:
     """One position is taken by its number: the dimension stays as it is."""
     x, dim = call["self"], call["dim"] % len(call["self"].dims)
@@ -144,21 +145,22 @@ def select(trace: Trace, call: Call) -> Value:
     return Value(x.dims[:dim] + x.dims[dim + 1 :])
 
 
-@rule("aten::unbind")
+@rule("aten::unbind", zeros=Zeros.KEPT)
 def unbind(trace: Trace, call: Call) -> list[Value]:
     one = select(trace, call)
     return [one] * len(call.shapes)
 
 
-@rule("aten::split", "aten::split_with_sizes", "aten::chunk", "aten::tensor_split", "aten::unsafe_split")
-@rule("aten::unsafe_chunk", "aten::split_copy", "aten::split_with_sizes_copy")
+@rule("aten::split", "aten::split_with_sizes", "aten::chunk", "aten::tensor_split", zeros=Zeros.KEPT)
+@rule("aten::split_copy", "aten::split_with_sizes_copy", zeros=Zeros.KEPT)
+@rule("aten::unsafe_split", "aten::unsafe_chunk", zeros=Zeros.KEPT)
 def split(trace: Trace, call: Call) -> list[Value]:
     x, dim = call.values()[0], call["dim"]
     ends = np.cumsum([shape[dim] for shape in call.shapes])
     return [x.with_dim(dim, part) for part in np.split(x.dims[dim], ends[:-1])]
 
 
-@rule("aten::cat", "aten::concat")
+@rule("aten::cat", "aten::concat", zeros=Zeros.KEPT)
 def cat(trace: Trace, call: Call) -> Value:
     values = [v for v in call["tensors"] if v.shape != (0,)]
     dim = call["dim"] % len(call.shape)
@@ -168,14 +170,14 @@ def cat(trace: Trace, call: Call) -> Value:
     return Value((*along[:dim], joined, *along[dim:]))
 
 
-@rule("aten::stack")
+@rule("aten::stack", zeros=Zeros.KEPT)
 def stack(trace: Trace, call: Call) -> Value:
     dim = call["dim"] % len(call.shape)
     along = aligned(trace, call["tensors"], call.shape[:dim] + call.shape[dim + 1 :]).dims
     return Value((*along[:dim], trace.units.fixed(call.shape[dim], "it is stacked"), *along[dim:]))
 
 
-@rule("aten::flip")
+@rule("aten::flip", zeros=Zeros.KEPT)
 def flip(trace: Trace, call: Call) -> Value:
     x = call["self"]
     for dim in call["dims"]:
@@ -183,7 +185,7 @@ def flip(trace: Trace, call: Call) -> Value:
     return x
 
 
-@rule("aten::roll")
+@rule("aten::roll", zeros=Zeros.KEPT)
 def roll(trace: Trace, call: Call) -> Value:
     """A rotated dimension must keep its length."""
     x = call["self"]
@@ -192,7 +194,7 @@ def roll(trace: Trace, call: Call) -> Value:
     return x
 
 
-@rule("aten::repeat", "aten::tile")
+@rule("aten::repeat", "aten::tile", zeros=Zeros.REPEATED)
 def repeat(trace: Trace, call: Call) -> Value:
     x, times = call["self"], list(call.get("repeats") or call["dims"])
     times = [1] * (len(x.dims) - len(times)) + times
@@ -208,7 +210,7 @@ def repeat(trace: Trace, call: Call) -> Value:
     return Value(tuple(found))
 
 
-@rule("aten::repeat_interleave")
+@rule("aten::repeat_interleave", zeros=Zeros.KEPT)
 def repeat_interleave(trace: Trace, call: Call) -> Value:
     dim, times = call.get("dim"), call.get("repeats")
     if dim is None or not isinstance(times, int):
@@ -217,7 +219,7 @@ def repeat_interleave(trace: Trace, call: Call) -> Value:
     return x.with_dim(dim, np.repeat(x.dims[dim], times))
 
 
-@rule("aten::tril", "aten::triu", "aten::diagonal")
+@rule("aten::tril", "aten::triu", "aten::diagonal", zeros=Zeros.KEPT)
 def triangle(trace: Trace, call: Call) -> Value:
     x = call["self"]
     first, second = (call["dim1"], call["dim2"]) if call.name == "aten::diagonal" else (-2, -1)
@@ -230,7 +232,7 @@ def triangle(trace: Trace, call: Call) -> Value:
     return Value((*kept, trace.units.fixed(call.shape[-1], why)))
 
 
-@rule("aten::unfold")
+@rule("aten::unfold", zeros=Zeros.KEPT)
 def unfold(trace: Trace, call: Call) -> Value:
     x, dim = call["self"], call["dimension"] % max(1, len(call["self"].dims))
     why = f"{call.where} takes windows of it"

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from secateur.structure.onnx.trace import OnnxTrace, operands, rule, shared
 from secateur.structure.rules import attention
-from secateur.structure.traced import Call, NoRule, Value
+from secateur.structure.traced import Call, NoRule, Value, Zeros
 
 
-@rule("Attention")
+@rule("Attention", zeros=Zeros.ATTENDED)
 def attend(trace: OnnxTrace, call: Call) -> Value:
     q, k, v, mask, *rest = operands(call, 7)
     if any(r is not None for r in rest) or len(call.shapes) > 1:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from secateur.structure.onnx.trace import OnnxTrace, operands, rule, shared
 from secateur.structure.rules import contraction, convolution, norms
 from secateur.structure.rules.elementwise import aligned
-from secateur.structure.traced import Call, NoRule, Value
+from secateur.structure.traced import Call, NoRule, Value, Zeros
 
 SPATIAL = "a spatial dimension"
 
 
-@rule("Conv", "ConvTranspose")
+@rule("Conv", "ConvTranspose", zeros=Zeros.WEIGHED)
 def convolve(trace: OnnxTrace, call: Call) -> Value:
     x, weight, bias = operands(call, 3)
     transposed = call.name == "ConvTranspose"
@@ -20,7 +20,8 @@ def convolve(trace: OnnxTrace, call: Call) -> Value:
     return shared(function, trace, call, name, input=x, weight=weight, bias=bias, groups=call.get("group", 1))
 
 
-@rule("MatMul", "com.microsoft::FusedMatMul")
+@rule("MatMul", zeros=Zeros.MULTIPLIED)
+@rule("com.microsoft::FusedMatMul")
 def matmul(trace: OnnxTrace, call: Call) -> Value:
     if call.name != "MatMul":
         raise NoRule("it transposes on the way")
@@ -34,7 +35,7 @@ def _product(trace: OnnxTrace, call: Call, a: Value, b: Value) -> Value:
     return shared(contraction.matmul, trace, call, "aten::matmul", self=a, other=b)
 
 
-@rule("Gemm")
+@rule("Gemm", zeros=Zeros.MULTIPLIED)
 def gemm(trace: OnnxTrace, call: Call) -> Value:
     a, b, c = operands(call, 3)
     trace.makes(b.dims[0 if call.get("transB") else 1])
@@ -43,25 +44,26 @@ def gemm(trace: OnnxTrace, call: Call) -> Value:
     return aligned(trace, [product, *([c] if c is not None else [])], call.shape)
 
 
-@rule("Einsum")
+@rule("Einsum", zeros=Zeros.CONTRACTED)
 def einsum(trace: OnnxTrace, call: Call) -> Value:
     return shared(contraction.einsum, trace, call, "aten::einsum", equation=call["equation"], tensors=call["inputs"])
 
 
-@rule("BatchNormalization")
+@rule("BatchNormalization", zeros=Zeros.NORMED)
 def batch_norm(trace: OnnxTrace, call: Call) -> list[Value]:
     x, weight, bias, mean, var = call["inputs"]
     given = {"input": x, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
     return shared(norms.batch_norm, trace, call, "aten::batch_norm", **given, training=call.get("training_mode", 0))
 
 
-@rule("InstanceNormalization")
+@rule("InstanceNormalization", zeros=Zeros.NORMED)
 def instance_norm(trace: OnnxTrace, call: Call) -> Value:
     x, weight, bias = call["inputs"]
     return shared(norms.instance_norm, trace, call, "aten::instance_norm", input=x, weight=weight, bias=bias)
 
 
-@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+@rule("LayerNormalization", zeros=Zeros.CENTRED)
+@rule("RMSNormalization", "SimplifiedLayerNormalization", zeros=Zeros.NORMED)
 def layer_norm(trace: OnnxTrace, call: Call) -> list[Value]:
     x, *others = call["inputs"]
     over = x.shape[call.get("axis", -1) :]
@@ -71,7 +73,7 @@ def layer_norm(trace: OnnxTrace, call: Call) -> list[Value]:
     return shared(norms.layer_norm, trace, call, "aten::layer_norm", input=x, normalized_shape=over, **given)
 
 
-@rule("GroupNormalization")
+@rule("GroupNormalization", zeros=Zeros.CENTRED)
 def group_norm(trace: OnnxTrace, call: Call) -> list[Value]:
     x, *others = call["inputs"]
     groups = call["num_groups"]
@@ -84,7 +86,7 @@ def group_norm(trace: OnnxTrace, call: Call) -> list[Value]:
     return found
 
 
-@rule("MeanVarianceNormalization")
+@rule("MeanVarianceNormalization", zeros=Zeros.CENTRED)
 def standardized(trace: OnnxTrace, call: Call) -> Value:
     x = call["inputs"][0]
     for axis in call.get("axes", [0, 2, 3]):
@@ -97,7 +99,8 @@ def local_response(trace: OnnxTrace, call: Call) -> Value:
     raise NoRule("it averages over neighbouring channels")
 
 
-@rule("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "GridSample", "LpPool", "MaxPool")
+@rule("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "GridSample", "LpPool", zeros=Zeros.KEPT)
+@rule("MaxPool", zeros=Zeros.FIRST)
 def pooled(trace: OnnxTrace, call: Call) -> list[Value]:
     x, *others = call["inputs"]
     trace.pin(Value(x.dims[2:]), SPATIAL)
@@ -105,7 +108,7 @@ def pooled(trace: OnnxTrace, call: Call) -> list[Value]:
     return [Value((*x.dims[:2], *(trace.units.fixed(n, SPATIAL) for n in shape[2:]))) for shape in call.shapes]
 
 
-@rule("Resize", "Upsample", settings=(1, 2, 3))
+@rule("Resize", "Upsample", settings=(1, 2, 3), zeros=Zeros.KEPT)
 def resized(trace: OnnxTrace, call: Call) -> Value:
     """Where the size stays the dimension goes through, be it in front or behind."""
     x = call["inputs"][0]
@@ -117,7 +120,7 @@ def resized(trace: OnnxTrace, call: Call) -> Value:
     return Value(tuple(dims))
 
 
-@rule("DepthToSpace", "SpaceToDepth")
+@rule("DepthToSpace", "SpaceToDepth", zeros=Zeros.KEPT)
 def blocks(trace: OnnxTrace, call: Call) -> Value:
     x, size = call["inputs"][0], call["blocksize"]
     if call.name == "DepthToSpace" and call.get("mode", "DCR") == "CRD":

@@ -9,21 +9,21 @@ import numpy as np
 from secateur.structure.onnx.network import Array
 from secateur.structure.onnx.trace import OnnxTrace, rule, shared
 from secateur.structure.rules import convolution, indexing, shape
-from secateur.structure.traced import Call, NoRule, Value
+from secateur.structure.traced import Call, NoRule, Value, Zeros
 
 
-@rule("Reshape", "Flatten", settings=(1,))
+@rule("Reshape", "Flatten", settings=(1,), zeros=Zeros.KEPT)
 def reshape(trace: OnnxTrace, call: Call) -> Value:
     return Value(tuple(shape.reshaped(trace, list(call["inputs"][0].dims), call.shape)))
 
 
-@rule("Transpose")
+@rule("Transpose", zeros=Zeros.KEPT)
 def transpose(trace: OnnxTrace, call: Call) -> Value:
     dims = call["inputs"][0].dims
     return Value(tuple(dims[d] for d in call.get("perm", range(len(dims))[::-1])))
 
 
-@rule("Squeeze", settings=(1,))
+@rule("Squeeze", settings=(1,), zeros=Zeros.KEPT)
 def squeeze(trace: OnnxTrace, call: Call) -> Value:
     dims = call["inputs"][0].dims
     axes = listed(trace, call, "axes", 1)
@@ -31,7 +31,7 @@ def squeeze(trace: OnnxTrace, call: Call) -> Value:
     return Value(tuple(labels for d, labels in enumerate(dims) if d not in given))
 
 
-@rule("Unsqueeze", settings=(1,))
+@rule("Unsqueeze", settings=(1,), zeros=Zeros.KEPT)
 def unsqueeze(trace: OnnxTrace, call: Call) -> Value:
     rank = len(call.shape)
     axes = {a % rank for a in listed(trace, call, "axes", 1) or ()}
@@ -53,24 +53,24 @@ def listed(trace: OnnxTrace, call: Call, name: str, at: int) -> list[int] | None
     return [int(n) for n in known.reshape(-1)]
 
 
-@rule("Expand", settings=(1,))
+@rule("Expand", settings=(1,), zeros=Zeros.REPEATED)
 def expand(trace: OnnxTrace, call: Call) -> Value:
     return shared(shape.expand, trace, call, "aten::expand", self=call["inputs"][0])
 
 
-@rule("Tile", settings=(1,))
+@rule("Tile", settings=(1,), zeros=Zeros.REPEATED)
 def tile(trace: OnnxTrace, call: Call) -> Value:
     x = call["inputs"][0]
     times = [n // max(1, m) for n, m in zip(call.shape, x.shape, strict=True)]
     return shared(shape.repeat, trace, call, "aten::repeat", self=x, repeats=times)
 
 
-@rule("Concat")
+@rule("Concat", zeros=Zeros.KEPT)
 def concat(trace: OnnxTrace, call: Call) -> Value:
     return shared(shape.cat, trace, call, "aten::cat", tensors=call["inputs"], dim=call["axis"])
 
 
-@rule("Split", settings=(1,))
+@rule("Split", settings=(1,), zeros=Zeros.KEPT)
 def split(trace: OnnxTrace, call: Call) -> list[Value]:
     return shared(shape.split, trace, call, "aten::split", self=call["inputs"][0], dim=call.get("axis", 0))
 
@@ -102,7 +102,7 @@ def _entries(trace: OnnxTrace, call: Call, name: str, at: int) -> list[int | Non
     return [int(n) if s else None for n, s in zip(known.reshape(-1), static.reshape(-1), strict=True)]
 
 
-@rule("Slice", settings=(1, 2, 3, 4))
+@rule("Slice", settings=(1, 2, 3, 4), zeros=Zeros.KEPT)
 def slice_(trace: OnnxTrace, call: Call) -> Value:
     x = call["inputs"][0]
     for axis, chosen in bounds(trace, call):
@@ -115,7 +115,7 @@ def slice_(trace: OnnxTrace, call: Call) -> Value:
     return x
 
 
-@rule("Gather", settings=(1,))
+@rule("Gather", settings=(1,), zeros=Zeros.KEPT)
 def gather(trace: OnnxTrace, call: Call) -> Value:
     x, index = call["inputs"]
     axis = call.get("axis", 0) % len(x.dims)
@@ -130,13 +130,13 @@ def gather(trace: OnnxTrace, call: Call) -> Value:
     return Value((*before, *trace.fixed(index.shape, why).dims, *after))
 
 
-@rule("GatherElements")
+@rule("GatherElements", zeros=Zeros.KEPT)
 def gather_elements(trace: OnnxTrace, call: Call) -> Value:
     x, index = call["inputs"]
     return shared(indexing.gather, trace, call, "aten::gather", self=x, index=index, dim=call.get("axis", 0))
 
 
-@rule("GatherND", settings=(1,))
+@rule("GatherND", settings=(1,), zeros=Zeros.KEPT)
 def gather_slices(trace: OnnxTrace, call: Call) -> Value:
     """Positions along the first dimensions are looked up; those behind go through."""
     x, index = call["inputs"]
@@ -159,7 +159,7 @@ def scatter_slices(trace: OnnxTrace, call: Call) -> Value:
     return x
 
 
-@rule("Pad", settings=(1, 2, 3))
+@rule("Pad", settings=(1, 2, 3), zeros=Zeros.PADDED)
 def pad(trace: OnnxTrace, call: Call) -> Value:
     x = call["inputs"][0]
     amounts: list[int] = []
@@ -179,6 +179,6 @@ def padding(trace: OnnxTrace, call: Call) -> Array:
     return found
 
 
-@rule("Trilu", settings=(1,))
+@rule("Trilu", settings=(1,), zeros=Zeros.KEPT)
 def trilu(trace: OnnxTrace, call: Call) -> Value:
     return shared(shape.triangle, trace, call, "aten::tril", self=call["inputs"][0])

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 from secateur.structure.onnx.trace import OnnxTrace, rule
 from secateur.structure.rules.elementwise import aligned
-from secateur.structure.traced import Call, Value
+from secateur.structure.traced import Call, Value, Zeros
 
 UNARY = (
     "Abs Acos Acosh Asin Asinh Atan Atanh Bernoulli BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu"
     " HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid"
     " Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu RandomNormalLike RandomUniformLike"
-    " com.microsoft::Gelu com.microsoft::QuickGelu"
 )
 BROADCASTING = (
     "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min"
     " Mod Mul Or PRelu Pow Sub Sum Where Xor com.microsoft::FastGelu com.microsoft::BiasGelu"
 )
 
-POINTWISE = frozenset((*UNARY.split(), *BROADCASTING.split(), "Clip", "Dropout", "CastLike"))
 
-
-@rule(*UNARY.split())
+@rule(*UNARY.split(), zeros=Zeros.POINTWISE)
+# onnx's own evaluator can't try these
+@rule("com.microsoft::Gelu", "com.microsoft::QuickGelu", zeros=Zeros.KEPT)
 def unary(trace: OnnxTrace, call: Call) -> Value:
     return call["inputs"][0]
 
 
-@rule(*BROADCASTING.split())
+@rule(*BROADCASTING.split(), zeros=Zeros.POINTWISE)
 def broadcasting(trace: OnnxTrace, call: Call) -> Value:
     return aligned(trace, call.values(), call.shape)
 
 
-@rule("Clip", "Dropout", settings=(1, 2))
-@rule("CastLike")
+@rule("Clip", "Dropout", settings=(1, 2), zeros=Zeros.POINTWISE)
+@rule("CastLike", zeros=Zeros.POINTWISE)
 def with_settings(trace: OnnxTrace, call: Call) -> list[Value]:
     return [call["inputs"][0]] * len(call.shapes)
 

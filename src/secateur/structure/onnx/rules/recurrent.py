@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from secateur.structure.onnx.trace import OnnxTrace, operands, rule
-from secateur.structure.traced import Call, NoRule, Value
+from secateur.structure.traced import Call, NoRule, Value, Zeros
 from secateur.structure.units import Labels
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
-@rule("LSTM", "GRU", "RNN", settings=(4,))
+@rule("LSTM", "GRU", "RNN", settings=(4,), zeros=Zeros.KEPT)
 def recurrent(trace: OnnxTrace, call: Call) -> list[Value]:
     x, w, r, bias, _, *states = operands(call, 8)
     gates = GATES[call.name]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from secateur.structure.onnx.rules.moving import listed
 from secateur.structure.onnx.trace import OnnxTrace, rule, shared
 from secateur.structure.rules import reduction
-from secateur.structure.traced import Call, NoRule, Value
+from secateur.structure.traced import Call, NoRule, Value, Zeros
 
 AVERAGES = {"ReduceMean": "aten::mean", "ReduceMax": "aten::amax", "ReduceMin": "aten::amin"}
 
 
-@rule("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", *AVERAGES, settings=(1,))
+@rule("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", *AVERAGES, settings=(1,), zeros=Zeros.KEPT)
+@rule("ReduceLogSum", settings=(1,))
 def reduced(trace: OnnxTrace, call: Call) -> list[Value] | Value:
     axes = listed(trace, call, "axes", 1)
     if not axes and call.get("noop_with_empty_axes"):
@@ -20,7 +21,8 @@ def reduced(trace: OnnxTrace, call: Call) -> list[Value] | Value:
     return shared(function, trace, call, name, self=call["inputs"][0], dim=axes, keepdim=call.get("keepdims", 1))
 
 
-@rule("ReduceProd", "ReduceLogSumExp", settings=(1,))
+@rule("ReduceProd", settings=(1,), zeros=Zeros.KEPT)
+@rule("ReduceLogSumExp", settings=(1,))
 def multiplied(trace: OnnxTrace, call: Call) -> list[Value]:
     return _every_entry(trace, call, listed(trace, call, "axes", 1))
 
@@ -31,7 +33,7 @@ def ranked(trace: OnnxTrace, call: Call) -> list[Value]:
     return _every_entry(trace, call, [call.get("axis", -1 if call.name == "TopK" else 0)])
 
 
-@rule("CumSum", settings=(1,))
+@rule("CumSum", settings=(1,), zeros=Zeros.KEPT)
 def cumulative(trace: OnnxTrace, call: Call) -> list[Value]:
     axes = listed(trace, call, "axis", 1)
     if axes is None:
@@ -48,7 +50,7 @@ def softmax(trace: OnnxTrace, call: Call) -> list[Value]:
     return _every_entry(trace, call, list(range(call.get("axis", 1) % max(1, rank), rank)))
 
 
-@rule("LpNormalization")
+@rule("LpNormalization", zeros=Zeros.KEPT)
 def scaled(trace: OnnxTrace, call: Call) -> Value:
     """Zeros don't count in the norm."""
     x = call["inputs"][0]
