@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.allocate import fit_sparsities, mixed_patterns, removed_counts
+from secateur.allocate import fit_sparsities, mixed_patterns, part_of, removed_counts
 from secateur.errors import BudgetError
 
 shares = st.floats(0, 0.95)
@@ -77,3 +77,11 @@ def test_parts_of_other_sizes_come_as_near_as_whole_numbers_do(sizes, n):
     found = mixed_patterns([n / 4] * len(sizes), sizes, n, 4)
     # what meets the pattern already is left alone
     assert found == [n] * len(sizes)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "part"),
+    [(40, 0.575, 23), (100, 0.29, 29), (3, 0.2, 0), (7, 0.999999, 6), (5120, 1 - 0.8, 1024)],
+)
+def test_a_part_is_rounded_down_but_not_by_what_floats_lack(count, fraction, part):
+    assert part_of(count, fraction) == part

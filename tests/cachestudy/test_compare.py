@@ -184,6 +184,7 @@ def test_standard_errors_are_those_of_differences():
         ({"ratios": []}, "nothing is left to compare: no ratio was given"),
         ({"needles": "kv:length=64"}, "needles takes a list"),
         ({"question": "never"}, "question must be one of later, end"),
+        ({"windows": 2.5}, "windows must be a whole number, got 2.5"),
         ({"windows": 0}, "nothing is measured"),
         ({"needles": ["nah"]}, "unknown retrieval task 'nah'"),
         ({"windows": 0, "speed": [0]}, "speed takes lengths of prompts, got 0"),

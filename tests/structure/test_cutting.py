@@ -343,6 +343,31 @@ def test_initial_states_keep_their_layers_and_batch(kind):
     assert own(found).start.shape == (2, 1, 3)
 
 
+class Steps(nn.Module):
+    """A cell that is called step by step."""
+
+    def __init__(self, kind: type[nn.RNNCellBase]) -> None:
+        super().__init__()
+        self.a, self.cell, self.c = nn.Linear(4, 6), kind(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), self.cell.hidden_size)
+        memory = (state, state) if isinstance(self.cell, nn.LSTMCell) else state
+        for step in self.a(x).unbind(dim=1):
+            memory = self.cell(step, memory)
+        return self.c(memory[0] if isinstance(memory, tuple) else memory)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_that_are_called_step_by_step_follow(kind):
+    found = pruned(randomised(Steps(kind)), images(3, 4, 4), {"a": [0], "cell.weight_ih": [1, 2]})
+    assert {g.name: g.units for g in found.anatomy.groups} == {"a": 6, "cell.weight_ih": 5}
+    assert all(g.inexact is None for g in found.anatomy.groups)
+    check(found)
+    cut = own(found)
+    assert (cut.cell.input_size, cut.cell.hidden_size) == (5, 3)
+
+
 class BatchOfChannels(nn.Module):
     """Every channel is a sequence of its own."""
 

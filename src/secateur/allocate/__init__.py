@@ -9,7 +9,7 @@ from secateur.allocate.masks import MaskRule, NofM, PerMatrix, PerRow, lowest_of
 from secateur.allocate.programme import Budget, ProgrammeAllocator, choose, measured_losses, score_losses
 from secateur.allocate.schedules import NEVER, RAMPS, Constant, Cosine, Exponential, Polynomial, Schedule, Updates
 from secateur.allocate.selection import SCOPES, fewest_kept, highest_live, keep_highest, kept_counts
-from secateur.allocate.shares import MOST, fit_sparsities, mixed_patterns, normalised, removed_counts, within
+from secateur.allocate.shares import MOST, fit_sparsities, mixed_patterns, normalised, part_of, removed_counts, within
 from secateur.allocate.units import (
     Allocator,
     GlobalAllocator,
@@ -72,6 +72,7 @@ __all__ = [
     "normalised",
     "of_masks",
     "parse_pattern",
+    "part_of",
     "removed_counts",
     "score_losses",
     "synexp",

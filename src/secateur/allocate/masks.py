@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.allocate.shares import part_of
 from secateur.errors import OptionError, UsageError
 
 
@@ -31,7 +32,7 @@ class PerRow:
     sparsity: float
 
     def keep(self, scores_OI: Tensor) -> Tensor:
-        return ~_lowest(scores_OI, int(scores_OI.shape[1] * self.sparsity))
+        return ~_lowest(scores_OI, part_of(scores_OI.shape[1], self.sparsity))
 
     def step(self, shape: tuple[int, int]) -> int:
         """See ``WeightMethod.step``: every row loses one more."""
@@ -50,7 +51,7 @@ class PerMatrix:
     inclusive: bool = False
 
     def keep(self, scores_OI: Tensor) -> Tensor:
-        count = int(scores_OI.numel() * self.sparsity)
+        count = part_of(scores_OI.numel(), self.sparsity)
         flat = scores_OI.reshape(1, -1)
         if self.inclusive:
             return (flat > kth_smallest(flat.flatten(), count)).reshape(scores_OI.shape)

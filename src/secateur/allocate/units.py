@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from secateur.allocate.shares import part_of
 from secateur.errors import BudgetError
 from secateur.structure import Cost, Group
 
@@ -205,7 +206,7 @@ class UniformAllocator:
 
     def _counts(self, ordered: Mapping[str, list[Bundle]], least: Mapping[str, int], finest: str) -> dict[str, int]:
         """How many bundles every group keeps."""
-        return {n: max(least[n], len(b) - int(len(b) * self.sparsity)) for n, b in ordered.items()}
+        return {n: max(least[n], len(b) - part_of(len(b), self.sparsity)) for n, b in ordered.items()}
 
     def _meet(
         self,

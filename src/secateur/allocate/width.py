@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from secateur.allocate.shares import part_of
 from secateur.allocate.units import Kept, Limits
 from secateur.errors import BudgetError
 from secateur.structure import Group
@@ -15,7 +16,7 @@ from secateur.structure import Group
 
 def kept_channels(group: Group, sparsity: float, round_to: int) -> int:
     """The nearest multiple of ``round_to``, or of the group's own where that is 0. Raises BudgetError."""
-    wanted = group.units - int(sparsity * group.units)
+    wanted = group.units - part_of(group.units, sparsity)
     step = round_to or group.multiple
     kept = min(max(math.floor(wanted / step + 0.5), 1) * step, group.units)
     if wanted < group.units and kept == group.units:

@@ -106,8 +106,11 @@ class Protocol:
         if self.question not in QUESTIONS:
             raise UsageError(f"question must be one of {', '.join(QUESTIONS)}, got '{self.question}'")
         for name, least in (("prefix", 2), ("after", 2), ("windows", 0), ("repeats", 1), ("new", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise UsageError(f"{name} must be a whole number, got {value!r}")
+            if value < least:
+                raise UsageError(f"{name} must be at least {least}, got {value}")
         if any(length < 1 for length in self.speed):
             raise UsageError(f"speed takes lengths of prompts, got {', '.join(map(str, self.speed))}")
         if not (self.windows or self.needles or self.tasks or self.speed):

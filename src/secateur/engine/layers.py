@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from secateur.allocate import part_of
 from secateur.engine.keeping import Decision
 from secateur.engine.run import Run
 from secateur.errors import BudgetError, UnsupportedModelError
@@ -45,7 +46,7 @@ def decide_layers(method: LayerMethod, run: Run) -> None:
 
 
 def _count(method: LayerMethod, group: Group) -> int:
-    return method.layers or int(group.units * method.sparsity)
+    return method.layers or part_of(group.units, method.sparsity)
 
 
 def _drop_lowest(run: Run, method: LayerMethod, group: Group, count: int) -> Iterator[Decision]:

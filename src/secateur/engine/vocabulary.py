@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from secateur.allocate import part_of
 from secateur.engine.keeping import Decision
 from secateur.engine.run import Run
 from secateur.errors import BudgetError, UnsupportedModelError
@@ -57,7 +58,7 @@ def _lexicon(method: VocabularyMethod, run: Run, group: Group) -> Lexicon:
 
 def _leaving(method: VocabularyMethod, order: Iterator[tuple[int, int]], group: Group, lexicon: Lexicon) -> list[int]:
     gone: list[int] = []
-    count = group.units if method.min_count else int(group.units * method.sparsity)
+    count = group.units if method.min_count else part_of(group.units, method.sparsity)
     for token, read in order:
         if len(gone) == count or (method.min_count and read >= method.min_count):
             break

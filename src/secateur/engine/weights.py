@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from secateur.allocate import lowest_of_all, parse_pattern
+from secateur.allocate import lowest_of_all, parse_pattern, part_of
 from secateur.engine.allocation import allocated
 from secateur.engine.keeping import Decision
 from secateur.engine.refits import few_tokens_noted, target_noted
@@ -108,7 +108,7 @@ def _decide_globally(run: Run, method: WeightMethod, targets: list[Matrix]) -> N
             ranked[matrix.module] = method.score(target, seen.get(matrix.module, {})).float().cpu()
         part = Decision(notes=[*target_noted(layer, run)])
         run.keeper.keep(layer, part, final=False, walk=run.walk, ranked=ranked)
-    count = int(sum(m.shape[0] * m.shape[1] for m in targets) * method.sparsity)
+    count = part_of(sum(m.shape[0] * m.shape[1] for m in targets), method.sparsity)
     gone = lowest_of_all(lambda: (run.keeper.ranked(m.module) for m in targets), count)
 
     def parts() -> Iterator[Decision]:

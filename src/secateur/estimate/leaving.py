@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from secateur.allocate import part_of
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import Sizes
 from secateur.methods import (
@@ -60,7 +61,7 @@ def removed_share(sizes: Sizes, job: Job) -> float:
 
 def removed_layers(sizes: Sizes, method: LayerMethod) -> int:
     """How many blocks leave."""
-    return min(method.layers or int(len(sizes.blocks) * method.sparsity), len(sizes.blocks) - 1)
+    return min(method.layers or part_of(len(sizes.blocks), method.sparsity), len(sizes.blocks) - 1)
 
 
 def _by_rotation(sizes: Sizes, method: RotationMethod) -> Leaving:

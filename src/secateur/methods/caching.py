@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from secateur.allocate import part_of
 from secateur.errors import OptionError
 from secateur.methods.base import Method
 from secateur.methods.elements import Largest
@@ -299,7 +300,7 @@ class CacheChannelMethod(CacheMethod):
         """Indices of the channels that stay, ascending, [B, K, kept] int64; of equals the first ones leave."""
         score_BKE = self.channel_score(prompt)
         width = score_BKE.shape[-1]
-        order = score_BKE.argsort(dim=-1, stable=True)[..., int(width * self.sparsity) :]
+        order = score_BKE.argsort(dim=-1, stable=True)[..., part_of(width, self.sparsity) :]
         return order.sort(dim=-1).values
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from secateur.allocate import part_of
 from secateur.errors import OptionError
 from secateur.methods.base import Method
 from secateur.methods.views import Seen, Target
@@ -33,8 +34,7 @@ class RotationMethod(Method):
     def width(self, size: int, left: Callable[[int], float]) -> int:
         """How many of ``size`` directions stay; ``left`` gives the fraction of the blocks' parameters at a width."""
         if self.budget == "hidden":
-            # rounding of a product such as (1 - 0.8) * 5120 is no direction less
-            return int(round((1 - self.sparsity) * size, 6)) // self.round_to * self.round_to
+            return part_of(size, 1 - self.sparsity) // self.round_to * self.round_to
         widths = range(0, size + 1, self.round_to)
         # a width of nothing is no width; more of it is more that is left
         return widths[bisect_right(widths, 1 - self.sparsity, lo=1, key=left) - 1]

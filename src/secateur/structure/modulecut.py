@@ -127,6 +127,8 @@ def state_sizes(module: nn.Module) -> None:
             if not part.proj_size:
                 part.hidden_size = part.weight_hh_l0.shape[1]  # type: ignore[union-attr]
             part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
+        elif isinstance(part, nn.RNNCellBase):
+            part.input_size, part.hidden_size = part.weight_ih.shape[1], part.weight_hh.shape[1]
         elif isinstance(part, nn.MultiheadAttention):
             _state_attention(part)
 

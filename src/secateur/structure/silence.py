@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from secateur.structure.equations import spelled
 from secateur.structure.traced import Call, Traced, Value, Zeros
 from secateur.structure.units import Labels
 
@@ -175,10 +176,10 @@ class _Pass:
         return frozenset(found)
 
     def _einsum(self, call: Call, output: Value) -> Loud:
-        inputs, _, made = call["equation"].replace(" ", "").partition("->")
+        inputs, made = spelled(call["equation"], [len(v.dims) for v in call.values()])
         found: set[int] = set()
         for letter, labels in zip(made, output.dims, strict=True):
-            holding = zip(inputs.split(","), call.values(), strict=True)
+            holding = zip(inputs, call.values(), strict=True)
             found |= self.units(labels).intersection(*[self.loud(v) for letters, v in holding if letter in letters])
         return frozenset(found)
 

@@ -27,6 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from secateur.allocate import part_of
 from secateur.methods import Descriptor, Prompt, RereadMethod, option, register
 from secateur.methods.caching import kept_tokens, top
 from secateur.methods.rereading import Passage, Reader, passages, reconstruction_scores
@@ -66,7 +67,7 @@ class KVzip(RereadMethod):
 
     def _heads(self, score_LKS: Tensor) -> Tensor:
         best_LK = score_LKS[..., self.sinks :].amax(dim=-1)
-        whole = top(best_LK.view(1, 1, -1), int(best_LK.numel() * (1 - self.sparsity) + 1e-9))
+        whole = top(best_LK.view(1, 1, -1), part_of(best_LK.numel(), 1 - self.sparsity))
         return whole.view(*best_LK.shape, 1).repeat(1, 1, score_LKS.shape[-1])
 
     def _pairs(self, score_LKS: Tensor) -> Tensor:

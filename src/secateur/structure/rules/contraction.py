@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from secateur.structure.equations import spelled
 from secateur.structure.rules.elementwise import aligned
 from secateur.structure.trace import Call, NoRule, Trace, Value, Zeros, rule
 from secateur.structure.traced import BOTH
@@ -55,12 +56,12 @@ def _product(trace: Trace, call: Call, a: Value, b: Value, factors: slice) -> Va
 
 @rule("aten::einsum", zeros=Zeros.CONTRACTED)
 def einsum(trace: Trace, call: Call) -> Value:
-    equation, operands = call["equation"].replace(" ", ""), call["tensors"]
-    inputs, arrow, output = equation.partition("->")
-    if "..." in equation or not arrow:
-        raise NoRule(f"its equation {equation!r} leaves dimensions unnamed")
+    try:
+        inputs, output = spelled(call["equation"], [len(v.dims) for v in call["tensors"]])
+    except ValueError as error:
+        raise NoRule(str(error)) from None
     by_letter: dict[str, Labels] = {}
-    for letters, value in zip(inputs.split(","), operands, strict=True):
+    for letters, value in zip(inputs, call["tensors"], strict=True):
         for letter, labels in zip(letters, value.dims, strict=True):
             known = by_letter.setdefault(letter, labels)
             if len(known) != len(labels):
@@ -69,8 +70,8 @@ def einsum(trace: Trace, call: Call) -> Value:
     trace.count(call, *by_letter.values())
     for letter in by_letter.keys() - set(output):
         trace.sums(call, by_letter[letter])
-    if len(operands) == 2 and len(set(inputs) & set(output)) > 3:
-        trace.lanes += [by_letter[c] for c in by_letter if not all(c in part for part in inputs.split(","))]
+    if len(inputs) == 2 and len({*inputs[0], *inputs[1]} & set(output)) > 3:
+        trace.lanes += [by_letter[c] for c in by_letter if not all(c in part for part in inputs)]
     return Value(tuple(by_letter[letter] for letter in output))
 
 

@@ -101,6 +101,7 @@ def _output(
     "aten::_upsample_bicubic2d_aa",
     "aten::grid_sampler",
     "aten::grid_sampler_2d",
+    "aten::grid_sampler_3d",
     "aten::reflection_pad1d",
     "aten::reflection_pad2d",
     "aten::replication_pad1d",
@@ -111,7 +112,7 @@ def _output(
 def spatial(trace: Trace, call: Call) -> list[Value]:
     """Channels go through; the dimensions behind them are worked on and stay."""
     x = call.values()[0]
-    behind = _spatial_dims(call.name)
+    behind = len(x.dims) - 2 if call.name == "aten::grid_sampler" else _spatial_dims(call.name)
     for labels in x.dims[-behind:]:
         trace.units.pin(labels, SPATIAL)
     for other in call.values()[1:]:

@@ -7,13 +7,13 @@ import numpy as np
 from secateur.structure.trace import Call, NoRule, Trace, Value, Zeros, rule
 from secateur.structure.units import Labels
 
-GATES = {"aten::lstm": 4, "aten::gru": 3, "aten::rnn_tanh": 1, "aten::rnn_relu": 1}
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 @rule("aten::lstm.input", "aten::gru.input", "aten::rnn_tanh.input", "aten::rnn_relu.input", zeros=Zeros.KEPT)
 def recurrent(trace: Trace, call: Call) -> list[Value]:
     x, states, parameters = call["input"], call["hx"], call["params"]
-    gates = GATES[call.name]
+    gates = GATES[call.name.removeprefix("aten::")]
     directions = 2 if call["bidirectional"] else 1
     states = states if isinstance(states, list) else [states]
     layers = call["num_layers"]
@@ -42,6 +42,20 @@ def recurrent(trace: Trace, call: Call) -> list[Value]:
     batch = x.dims[:-1]
     output = Value((*batch, np.concatenate(everything) if directions == 2 else cell))
     return [output, *(Value((*states[0].dims[:-1], cell)) for _ in call.shapes[1:])]
+
+
+@rule("aten::lstm_cell", "aten::gru_cell", "aten::rnn_tanh_cell", "aten::rnn_relu_cell", zeros=Zeros.KEPT)
+def cell(trace: Trace, call: Call) -> list[Value]:
+    """One step of one layer."""
+    x, states = call["input"], call["hx"]
+    parameters = [call[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if call[name] is not None]
+    gates = GATES[call.name.removeprefix("aten::").removesuffix("_cell")]
+    hidden = _cell(trace, call, parameters, x.dims[-1], gates, len(parameters) > 2, x)
+    for state in states if isinstance(states, list) else [states]:
+        for batch, other in zip(state.dims[:-1], x.dims[:-1], strict=True):
+            trace.units.join(batch, other)
+        trace.units.join(state.dims[-1], hidden)
+    return [Value((*x.dims[:-1], hidden)) for _ in call.shapes]
 
 
 def _cell(
