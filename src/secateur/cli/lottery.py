@@ -8,18 +8,22 @@ from typing import Annotated
 import typer
 
 from secateur.cli.options import (
+    DEFAULT_WORKERS,
+    Address,
     ComputeDevice,
     Json,
     Overwrite,
     Plugins,
     Quiet,
+    Resume,
     TrustRemoteCode,
+    Workers,
+    absolute,
     check_resume,
     load_plugins,
 )
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.prune import given
-from secateur.cli.sweep import DEFAULT_WORKERS, absolute
 from secateur.errors import UsageError
 
 
@@ -29,19 +33,9 @@ def lottery(
         Path | None, typer.Option("--out", metavar="DIR", help="Folder for levels and results (default: the recipe's).")
     ] = None,
     device: ComputeDevice = None,
-    address: Annotated[
-        str | None, typer.Option(metavar="ADDR", help="Ray cluster to use (default: a Ray on this machine).")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help=f"Processes that train at the same time (default {DEFAULT_WORKERS}, or one per GPU); 1 without "
-            "--address trains in sequence and without Ray.",
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the lottery in the folder.")] = False,
+    address: Address = None,
+    workers: Workers = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     plugin: Plugins = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -26,6 +26,20 @@ MaxShardSize = Annotated[
     typer.Option("--max-shard-size", metavar="SIZE", help="Weight files are at most this large (default 5GB)."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")]
+DEFAULT_WORKERS = 2
+Address = Annotated[
+    str | None, typer.Option("--address", metavar="ADDR", help="Ray cluster to use (default: a Ray on this machine).")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        metavar="N",
+        help="Processes that work at the same time, each with its own copy of the model (default "
+        f"{DEFAULT_WORKERS}, or one per GPU); 1 without --address works in sequence and without Ray.",
+    ),
+]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pickled weights (.bin, .pt): tensors, and nothing else in them.")
 ]
@@ -180,3 +194,8 @@ def load_plugins(plugins: Sequence[str] | None) -> None:
 
         for plugin in plugins:
             load_plugin(plugin)
+
+
+def absolute(plugins: Sequence[str]) -> tuple[str, ...]:
+    """Plugins as workers find them, who may stand in another folder than we do."""
+    return tuple(str(Path(plugin).absolute()) if Path(plugin).is_file() else plugin for plugin in plugins)

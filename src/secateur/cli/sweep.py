@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secateur.cli.options import Json, Overwrite, Plugins, Quiet, TrustRemoteCode, check_resume, load_plugins
+from secateur.cli.options import (
+    DEFAULT_WORKERS,
+    Address,
+    Json,
+    Overwrite,
+    Plugins,
+    Quiet,
+    Resume,
+    TrustRemoteCode,
+    Workers,
+    absolute,
+    check_resume,
+    load_plugins,
+)
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.errors import SweepError, UsageError, require_extra
 
@@ -16,25 +28,13 @@ if TYPE_CHECKING:
     from secateur.sweep.runner import Results
     from secateur.sweep.spec import Sweep
 
-DEFAULT_WORKERS = 2
-
 
 def sweep(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe with the key 'sweep'.")],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for results and plans.")] = None,
-    address: Annotated[
-        str | None, typer.Option(metavar="ADDR", help="Ray cluster to use (default: a Ray on this machine).")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help=f"Processes, each with its own copy of the model (default {DEFAULT_WORKERS}, or one per GPU); 1 "
-            "without --address runs in sequence and without Ray.",
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in the folder.")] = False,
+    address: Address = None,
+    workers: Workers = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     plugin: Plugins = None,
@@ -77,11 +77,6 @@ def _check(asked: Sweep) -> None:
         make_task(task)
     if asked.search is not None:
         require_extra("optuna", "sweep", "a search")
-
-
-def absolute(plugins: Sequence[str]) -> tuple[str, ...]:
-    """Plugins as workers find them, who may stand in another folder than we do."""
-    return tuple(str(Path(plugin).absolute()) if Path(plugin).is_file() else plugin for plugin in plugins)
 
 
 def _show(results: Results, folder: Path, json: bool) -> None:
