@@ -324,6 +324,12 @@ def test_on_another_device_memory_is_split(sizes):
         ("llm_pruner", {"ratio": 0.25, "granularity": "channel"}, "dense", 3 * (OUTSIDE + 2 * BLOCK) // 4),
         # the second layer alone loses half
         ("llm_pruner", {"ratio": 0.5, "first": 1, "last": 0}, "dense", OUTSIDE + 2 * BLOCK - 4 * LINEAR // 2),
+        (
+            "loraprune",
+            {"ratio": 0.5, "first": 0.5, "last": 0, "steps": 2, "batch": 2, "warmup": 0, "cooldown": 0},
+            "dense",
+            OUTSIDE + 2 * BLOCK - 4 * LINEAR // 2,
+        ),
         ("prunenet", {"sparsity": 0.25, "budget": "neurons", "episodes": 1}, "dense", OUTSIDE + 2 * BLOCK - 6 * 2048),
         ("vocab", {"sparsity": 0.25}, "dense", OUTSIDE + 2 * BLOCK - 4 * 2 * 128 * 32),
         ("slicegpt", {"sparsity": 0.25}, "dense", OUTSIDE + 2 * BLOCK - 4 * SLICED),

@@ -67,6 +67,10 @@ class WindowAllocator:
         windows = {g.name: self.neurons if g.kind == "neuron" else self.heads for g in groups}
         return [g for g in groups if windows[g.name].holds(g.layer, layers)]
 
+    def weights(self, groups: Sequence[Group]) -> float:
+        """How many weights ``ratio`` takes from these groups."""
+        return self.ratio * sum(group.units * group.cost.params for group in self.inside(groups))
+
 
 def leaving(channels: int, ratio: float) -> int:
     """How many channels leave when int(channels (1 - ratio)) stay, as LLM-Pruner counts."""

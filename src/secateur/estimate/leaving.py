@@ -11,8 +11,8 @@ from secateur.methods import (
     LayerMethod,
     RotationMethod,
     SearchMethod,
+    StructuredMethod,
     SublayerMethod,
-    UnitMethod,
     VocabularyMethod,
     WeightMethod,
 )
@@ -52,7 +52,7 @@ def leaving(sizes: Sizes, job: Job) -> Leaving:
 def removed_share(sizes: Sizes, job: Job) -> float:
     """The fraction of the linear weights of the blocks that leaves or is zero, as far as it is known."""
     method = job.method
-    if isinstance(method, UnitMethod):
+    if isinstance(method, StructuredMethod):
         return method.share(sizes.anatomy)
     if isinstance(method, SublayerMethod):
         return method.share(2 * len(sizes.blocks))

@@ -73,6 +73,10 @@ class StructuredMethod(Method):
         """Whether nothing is asked to leave."""
         return self.sparsity == 0
 
+    def share(self, anatomy: Anatomy) -> float:
+        """The fraction of the linear weights of the blocks that leaves, as far as it is known; for estimates."""
+        return self.sparsity
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnitMethod(StructuredMethod, Refittable):
@@ -154,7 +158,6 @@ class UnitMethod(StructuredMethod, Refittable):
         return int(getattr(anatomy.blocks, self.budget, 1))
 
     def share(self, anatomy: Anatomy) -> float:
-        """The fraction of the linear weights of the blocks that leaves, as far as it is known; for estimates."""
         if "neurons" in self.asked:
             weights = sum(group.units * group.cost.params for group in anatomy.of_kind(*self.kinds))
             return (1 - self.asked["neurons"]) * weights / anatomy.blocks.params

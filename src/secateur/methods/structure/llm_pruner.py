@@ -172,8 +172,7 @@ class LLMPruner(CoupledMethod):
         allocator = self.allocator()
         if not self.ratio or not isinstance(allocator, WindowAllocator):
             return self.ratio or super().share(anatomy)
-        inside = allocator.inside(anatomy.of_kind(*self.kinds))
-        return self.ratio * sum(group.units * group.cost.params for group in inside) / anatomy.blocks.params
+        return allocator.weights(anatomy.of_kind(*self.kinds)) / anatomy.blocks.params
 
     def score_coupled(self, group: Coupled) -> Tensor:
         if self.granularity == "layer":

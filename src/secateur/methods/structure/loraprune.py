@@ -31,6 +31,7 @@ from secateur.allocate import Allocator, UniformAllocator, Window, WindowAllocat
 from secateur.criteria import random_scores
 from secateur.errors import OptionError
 from secateur.methods import Adapted, Descriptor, TrainedMethod, option, register
+from secateur.structure import Anatomy
 
 
 @register("loraprune")
@@ -91,7 +92,12 @@ class LoRAPrune(TrainedMethod):
             return 1.0
         return rate if step % self.every == 0 and self.initial < rate < 1 else None
 
-    def allocator(self, fraction: float) -> Allocator:
+    def share(self, anatomy: Anatomy) -> float:
+        if not self.ratio:
+            return super().share(anatomy)
+        return self.allocator(1.0).weights(anatomy.of_kind(*self.kinds)) / anatomy.blocks.params
+
+    def allocator(self, fraction: float) -> WindowAllocator:
         window = Window(lambda layers: int(self.first * layers), lambda layers: self.last)
         final = self.exact and fraction == 1
 
