@@ -27,6 +27,7 @@ from secateur.plans import Plan
 from secateur.runs import states
 from secateur.train.asked import training_methods
 from secateur.trainer import make_train_recipe, networks, run_training, tracking
+from secateur.trainer.curve import TrainingCurve
 from secateur.trainer.examples import Pictures, load_examples
 from secateur.trainer.networks import open_network
 from secateur.trainer.training import train
@@ -444,3 +445,8 @@ def test_trackers_are_told_of_every_step(tmp_path, monkeypatch):
     assert [told[step]["loss"] for step in range(1, 10)] == done.trained.curve.losses
     assert [told[step]["sparsity"] for step in range(1, 10)] == done.trained.curve.sparsities
     assert {step for step in told if "test accuracy" in told[step]} == {0, 3, 6, 9} and -1 in told
+    # gone on with behind step 3, which was told already
+    told.clear()
+    with tracking.tracking(["tensorboard"], "out", tmp_path / "out.logs", {}, lambda step: 0.1) as watch:
+        watch(TrainingCurve(losses=[1.0] * 4, measured=[(0, {"accuracy": 0.1}), (3, {"accuracy": 0.2})]))
+    assert told == {4: {"loss": 1.0, "learning rate": 0.1}, -1: {}}

@@ -50,8 +50,8 @@ def tracking(
         if curve.sparsities:
             values["sparsity"] = curve.sparsities[-1]
         for step, numbers in curve.measured[told:]:
-            # W&B takes steps in their order only
-            for tracker in trackers if step == curve.steps or step == 0 else ():
+            # W&B takes steps in their order only, and a training that was resumed has told what was before
+            for tracker in trackers if step == curve.steps or step == curve.steps - 1 == 0 else ():
                 tracker.log({f"test {name}": value for name, value in numbers.items()}, step=step)
         told = len(curve.measured)
         for tracker in trackers:
