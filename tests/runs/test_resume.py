@@ -253,6 +253,17 @@ def test_another_request_does_not_resume(stopped, tmp_path, change, said):
     assert run_path(tmp_path / "out").is_dir()
 
 
+def test_the_same_weights_under_another_config_do_not_resume(stopped, tmp_path):
+    config = Path(stopped["model"]) / "config.json"
+    before = config.read_text()
+    try:
+        config.write_text(json.dumps(json.loads(before) | {"rms_norm_eps": 0.1}))
+        with pytest.raises(OutputError, match=r"its config differs in rms_norm_eps \(.* then, 0.1 now\)"):
+            sc.run(stopped, resume=True)
+    finally:
+        config.write_text(before)
+
+
 def test_other_weights_do_not_resume(stopped, make_llama, tiny_tokenizer, tmp_path):
     make_llama(num_hidden_layers=4, seed=1).save_pretrained(tmp_path / "other")
     tiny_tokenizer.save_pretrained(tmp_path / "other")

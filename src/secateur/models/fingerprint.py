@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -74,10 +74,15 @@ def _samples(part: Part, name: str, count: int) -> Iterator[torch.Tensor]:
         yield part(name, (count - _RUN_LENGTH) * run // (_RUNS - 1), _RUN_LENGTH)
 
 
-def config_hash(model: PreTrainedModel) -> str:
-    """Hash of how the model computes: under another config the same weights give other activations."""
+def config_document(model: PreTrainedModel) -> dict[str, Any]:
+    """How the model computes, as JSON: under another config the same weights give other activations."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in _ABOUT}
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return json.loads(json.dumps(config, default=str))
+
+
+def config_hash(model: PreTrainedModel) -> str:
+    """Hash of the same."""
+    return hashlib.sha256(json.dumps(config_document(model), sort_keys=True).encode()).hexdigest()
 
 
 def display_name(model: PreTrainedModel) -> str:

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from secateur.files import check_output, finish_folder
-from secateur.models.fingerprint import fingerprint
+from secateur.models.fingerprint import config_document, fingerprint
 from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
 from secateur.models.shards import parse_size
@@ -48,6 +48,7 @@ def apply_plans(
     document = {
         "plans": [[p.model_dump(mode="json") for p in plan.provenance] for plan in plans],
         "model": fingerprint(source).model_dump(),
+        "config": config_document(source.model),
         "format": format,
         "max_shard_size": max_shard_size,
     }

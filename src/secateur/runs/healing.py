@@ -14,7 +14,7 @@ from secateur.engine.recovering import Recovered, Teacher, recover_decoder
 from secateur.errors import ModelLoadError, SecateurError, UsageError
 from secateur.files import check_output
 from secateur.healing.recovery import Curve, RecoveryOptions, make_recovery
-from secateur.models.fingerprint import display_name, fingerprint
+from secateur.models.fingerprint import config_document, display_name, fingerprint
 from secateur.models.hub import plain_name
 from secateur.models.loading import load_model
 from secateur.models.saving import save_model, write_model
@@ -162,6 +162,7 @@ def _of_folder(
             "recovery": asdict(job.options) | {"teacher": named, "text_field": job.text_field},
             "model": str(source),
             "weights": fingerprint(Source(model)).weights,
+            "config": config_document(model),
             "versions": library_versions(),
             "number of ranks": ranks.size,
         }

@@ -17,7 +17,7 @@ from secateur.files import check_output, finish_folder
 from secateur.healing.recovery import RecoveryOptions, split_heal
 from secateur.methods import Method
 from secateur.models.decoders import decoder_anatomy
-from secateur.models.fingerprint import fingerprint
+from secateur.models.fingerprint import config_document, fingerprint
 from secateur.models.loading import computing_device, load_model, locate
 from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
@@ -136,6 +136,7 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
         document = {
             "recipe": recipe.model_dump(mode="json", exclude={"out", "evaluate", "windows"}),
             "model": fingerprint(source).model_dump(),
+            "config": config_document(source.model),
             "dtype": dtype,
             "versions": library_versions(),
             "number of ranks": ranks.size,
