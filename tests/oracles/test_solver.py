@@ -174,7 +174,7 @@ def test_admm_starts_from_the_mask_of_wanda_and_keeps_a_weight_of_which_nothing_
     seen = []
 
     def choose(scores, step):
-        seen.append(scores)
+        seen.append(scores.clone())
         return torch.ones_like(scores, dtype=torch.bool)
 
     found, _ = admm(Curvature.of(x.T @ x, 0.1, "unit").problem(w), choose)

@@ -109,14 +109,13 @@ def _lowest(scores_RC: Tensor, count: int) -> Tensor:
     if scores_RC.shape[1] <= 16:
         return _lowest_of_few(scores_RC, count)
     threshold = _row_threshold(scores_RC, count)
-    below = scores_RC < threshold
     lowest = scores_RC <= threshold
-    counts = lowest.sum(dim=1)
-    tied = (counts > count).nonzero().flatten()
-    if len(tied):
-        equal = scores_RC[tied] == threshold[tied]
-        wanted = count - below[tied].sum(dim=1, keepdim=True)
-        lowest[tied] = below[tied] | (equal & (equal.cumsum(dim=1) <= wanted))
+    # at least `count` in every row, and more where there are ties
+    if int(lowest.count_nonzero()) > count * len(lowest):
+        tied = (lowest.count_nonzero(dim=1) > count).nonzero().flatten()
+        below, equal = scores_RC[tied] < threshold[tied], scores_RC[tied] == threshold[tied]
+        wanted = count - below.sum(dim=1, keepdim=True)
+        lowest[tied] = below | (equal & (equal.cumsum(dim=1) <= wanted))
     return lowest
 
 

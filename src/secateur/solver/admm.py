@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from secateur.solver.problem import Problem
+from secateur.solver.splitting import Splitting
 
 Choose = Callable[[Tensor, int], Tensor]
 """(scores [outputs, inputs], number of the step from 0) → keep, bool of the same shape."""
@@ -28,17 +28,12 @@ def admm(
 
     It ranks |W' + U| in scaled inputs, which is |W_ij| times the norm of input j in the first step.
     """
-    inverse_II = problem.curvature.inverse(rho)
-    w_OI, u_OI = problem.start_OI.clone(), torch.zeros_like(problem.start_OI)
-    keep_OI = torch.ones_like(w_OI, dtype=torch.bool)
+    splitting = Splitting(problem)
     for step in range(steps):
-        sum_OI = w_OI + u_OI
         if step < mask_steps:
-            keep_OI = choose(sum_OI.abs(), step)
-        z_OI = sum_OI * keep_OI
-        u_OI = sum_OI - z_OI
-        w_OI = (problem.g_OI + rho * (z_OI - u_OI)) @ inverse_II
-    return problem.unscaled((w_OI + u_OI) * keep_OI), keep_OI
+            splitting.project(lambda scores, step=step: choose(scores, step))
+        splitting.solve(rho)
+    return problem.unscaled(splitting.sum_OI * splitting.keep_OI), splitting.keep_OI
 
 
 def admm_flops(outputs: int, inputs: int, steps: int) -> int:

@@ -13,13 +13,12 @@ NeurIPS 2024, arXiv:2406.07831; official code mazumder-lab/ALPS.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from secateur.solver.problem import Problem
+from secateur.solver.splitting import Choose, Splitting
 
 CHECK_EVERY = 3
 _RAISES = ((0.1, 1.3), (0.005, 1.2))
@@ -49,35 +48,29 @@ class Penalty:
         return replace(self, rho=min(self.rho * _LAST_RAISE, _MOST)), "go on"
 
 
-def alps(
-    problem: Problem, choose: Callable[[Tensor], Tensor], *, rho: float = 0.1, steps: int = 300
-) -> tuple[Tensor, Tensor, int]:
+def alps(problem: Problem, choose: Choose, *, rho: float = 0.1, steps: int = 300) -> tuple[Tensor, Tensor, int]:
     """(weight [outputs, inputs], keep mask, steps taken); the weight is B on its support and wants a refit.
 
     ``choose`` ranks absolute values in scaled inputs, [outputs, inputs] → keep.
     """
-    penalty, start_OI = Penalty(rho), problem.start_OI
-    keep_OI = choose(start_OI.abs())
-    kept = max(int(keep_OI.count_nonzero()), 1)
-    b_OI, d_OI, v_OI = start_OI, start_OI * keep_OI, torch.zeros_like(start_OI)
-    checked_OI, step = keep_OI, 0
+    penalty, splitting = Penalty(rho), Splitting(problem)
+    splitting.begin(choose)
+    kept = max(int(splitting.keep_OI.count_nonzero()), 1)
+    checked_OI, step = splitting.keep_OI, 0
     for step in range(1, steps + 1):
-        rho = penalty.rho
-        b_OI = (problem.g_OI - v_OI + rho * d_OI) @ problem.curvature.inverse(rho)
-        wanted_OI = b_OI + v_OI / rho
-        keep_OI = choose(wanted_OI.abs())
-        d_OI = wanted_OI * keep_OI
-        v_OI = v_OI + rho * (b_OI - d_OI)
+        splitting.solve(penalty.rho)
+        splitting.project(choose)
         if step % CHECK_EVERY:
             continue
-        changed = int((keep_OI != checked_OI).count_nonzero())
-        checked_OI = keep_OI
-        penalty, what = penalty.after(changed, kept, step)
+        changed = int((splitting.keep_OI != checked_OI).count_nonzero())
+        before, (penalty, what) = penalty.rho, penalty.after(changed, kept, step)
         if what == "stop":
             break
+        splitting.rescale(before, penalty.rho)
         if what == "begin again":
-            keep_OI = checked_OI = choose(start_OI.abs())
-            b_OI, d_OI, v_OI = start_OI, start_OI * keep_OI, torch.zeros_like(start_OI)
+            splitting.begin(choose)
+        checked_OI = splitting.keep_OI
+    b_OI = splitting.solution()
     keep_OI = choose(b_OI.abs())
     return problem.unscaled(b_OI * keep_OI), keep_OI, step
 
