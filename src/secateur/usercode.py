@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from secateur.errors import SecateurError, UsageError, nearest
 
 _OURS = Path(__file__).parent
+_END = object()
 _OBJECT = re.compile(r"(?P<source>[^:]+):(?P<name>[A-Za-z_][\w.]*)")
 
 
@@ -55,6 +57,26 @@ def call_object(reference: str, made: Callable[..., Any], *arguments: Any) -> An
         raise
     except Exception as error:
         raise UsageError(f"{reference} failed: {_what_and_where(error)}") from error
+
+
+def load_function(reference: str, of: str = "") -> Callable[..., Any]:
+    """The function that ``package.module:name`` names, ``of`` some arguments; when it fails, see ``call_object``."""
+    function = load_object(reference)
+    if not callable(function):
+        raise UsageError(f"{reference} must be a function{of and f' of {of}'}, got {type(function).__name__}")
+    return partial(call_object, reference, function)
+
+
+class Batches(Iterable[Any]):
+    """What a loader or a generator of the user's gives; when that fails, see ``call_object``."""
+
+    def __init__(self, reference: str, given: Iterable[Any]) -> None:
+        self._reference, self._given = reference, given
+
+    def __iter__(self) -> Iterator[Any]:
+        given = call_object(self._reference, iter, self._given)
+        while (batch := call_object(self._reference, next, given, _END)) is not _END:
+            yield batch
 
 
 def import_module(module: str, what: str) -> ModuleType:

@@ -26,6 +26,13 @@ def batches():
 def loss(module, batch):
     return module(batch[0]).square().mean()
 
+def drying():
+    yield from batches()
+    raise OSError("the disk is full of sand")
+
+def failing(module, batch):
+    return batch[7]
+
 def broken():
     raise ValueError("no weights here")
 
@@ -71,6 +78,7 @@ def pruned_here(**options):
 
 
 PRUNE = ("--input", SIZE, "--method", "spa_l1", "--sparsity", 0.4, "--budget", "macs")
+TAYLOR = ("--input", SIZE, "--method", "taylor")
 
 
 def test_a_folder_says_how_to_load_it(net, cli, tmp_path, monkeypatch):
@@ -265,6 +273,14 @@ def test_a_free_size_stays_free_in_the_file(net, cli, size):
         (["net.py:batches", *PRUNE, "--dry-run"], "must make a torch.nn.Module, it made list"),
         (["net.py:make", *PRUNE, "--data", "net.py:number", "--dry-run"], "must be batches"),
         (["net.py:make", *PRUNE, "--loss", "net.py:number", "--dry-run"], "must be a function"),
+        (
+            ["net.py:make", "--input", SIZE, "--method", "activation_norm", "--data", "net.py:drying", "--dry-run"],
+            "net.py:drying failed: OSError: the disk is full of sand (",
+        ),
+        (
+            ["net.py:make", *TAYLOR, "--data", "net.py:batches", "--loss", "net.py:failing", "--dry-run"],
+            "net.py:failing failed: IndexError: ",
+        ),
         (["net.py:make", *PRUNE, "--ignore", "nothing", "--dry-run"], "matches no parameter"),
         (["net.py:make", *PRUNE, "--latency-table", "times.json", "--dry-run"], "is for budget='latency'"),
         (["net.py:make", *PRUNE[:4], "--budget", "latency=0.7,macs=0.5", "--dry-run"], "channels leave for one budget"),

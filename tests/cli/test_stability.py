@@ -75,7 +75,7 @@ def test_table_document_and_page(command, tmp_path):
     [
         (("--at", "soon"), "train", "--at must be a step (500) or a part of the training (3%), got 'soon'"),
         ((), "trian", "did you mean 'train'"),
-        ((), "x", "is no function"),
+        ((), "x", "must be a function, got"),
         ((), "fails", "net.py:fails failed: ZeroDivisionError"),
         (("--at", "5%"), "train", "give its length with --length"),
         (("--at", "99"), "train", "step 99 is gone back to, but the training has 12 steps"),

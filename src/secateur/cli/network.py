@@ -44,8 +44,9 @@ def prune_network(job: NetworkJob, *, html: bool, dry_run: bool, overwrite: bool
     if job.out is None and not dry_run:
         raise UsageError("give a folder or a .onnx or .pt2 file with --out, or --dry-run to see what would go")
     from secateur import api
-    from secateur.networks.naming import load_batches, load_loss, open_named
+    from secateur.networks.naming import load_batches, open_named
     from secateur.networks.saving import check_place, save_network
+    from secateur.usercode import load_function
 
     if job.out is not None and not dry_run:
         check_place(job.out, onnx_model=is_onnx(job.model), overwrite=overwrite)
@@ -62,7 +63,7 @@ def prune_network(job: NetworkJob, *, html: bool, dry_run: bool, overwrite: bool
             "seed": job.seed,
             "ignore": tuple(job.ignore),
             "data": load_batches(job.data) if job.data else None,
-            "loss": load_loss(job.loss) if job.loss else None,
+            "loss": load_function(job.loss, "module and batch") if job.loss else None,
             "latency_table": job.latency_table,
             "progress": progress,
             **named.arguments(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,10 +137,11 @@ def _of_functions(
     **how: Any,
 ) -> Stability:
     steps = parse_steps(at or "0", length)
+    from secateur.networks.naming import load_batches
     from secateur.rounds import instability
-    from secateur.usercode import call_object, load_object
+    from secateur.usercode import load_function
 
-    made, trained, evaluated = (_function(name) for name in (network, train, evaluate))
+    made, trained, evaluated = (load_function(name) for name in (network, train, evaluate))
     with working(quiet) as progress:
         return instability(
             made,
@@ -150,7 +150,7 @@ def _of_functions(
             at=steps,
             length=length,
             masks=masks,
-            data=call_object(data, load_object(data)) if data is not None else None,
+            data=load_batches(data) if data is not None else None,
             seed=seed,
             folder=out,
             progress=progress,
@@ -168,16 +168,6 @@ def parse_steps(text: str, length: int = 0) -> list[int]:
 def _refuse(options: dict[str, Any], why: str) -> None:
     for name in given(options):
         raise UsageError(f"--{name} {why}")
-
-
-def _function(reference: str) -> Callable[..., Any]:
-    """The user's function, whose failures are one sentence with the place. Raises UsageError."""
-    from secateur.usercode import call_object, load_object
-
-    function = load_object(reference)
-    if not callable(function):
-        raise UsageError(f"{reference} is no function")
-    return lambda *arguments: call_object(reference, function, *arguments)
 
 
 def _limit(found: Stability, wanted: str | None, within: float | None) -> Limit:

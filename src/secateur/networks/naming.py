@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur.errors import UsageError, nearest
 from secateur.networks.kinds import is_onnx
-from secateur.usercode import call_object, load_object
+from secateur.usercode import Batches, call_object, load_object
 
 _SIZE = r"[a-wyz]*\d+"
 _INPUT = re.compile(rf"(?:(?P<name>[^=:]+)=)?(?P<sizes>{_SIZE}(?:x{_SIZE})*)(?::(?P<dtype>\w+))?")
@@ -122,12 +122,5 @@ def load_batches(reference: str) -> Iterable[Any]:
         found = call_object(reference, found)
     if not isinstance(found, Iterable):
         raise UsageError(f"{reference} must be batches or a function that returns them, got {type(found).__name__}")
-    return found
-
-
-def load_loss(reference: str) -> Any:
-    """The function ``loss(module, batch)`` that ``package.module:name`` names. Raises UsageError."""
-    found = load_object(reference)
-    if not callable(found):
-        raise UsageError(f"{reference} must be a function of module and batch, got {type(found).__name__}")
-    return found
+    # a tuple of tensors is one batch
+    return found if isinstance(found, Tensor | Sequence) else Batches(reference, found)
