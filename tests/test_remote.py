@@ -317,3 +317,13 @@ def test_a_full_disk_of_this_machine(store, tiny_llama, monkeypatch: pytest.Monk
     with pytest.raises(OutputError, match=r"can't write store://b/x: No space left on device; nothing was left behind"):
         sc.save(tiny_llama, None, "store://b/x")
     assert store.written == []
+
+
+def test_outputs_find_home_and_nobody_else_s(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert place("~/out") == tmp_path / "out" and place(Path("~/out")) == tmp_path / "out"
+    with output_folder("~/out") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "out/x").read_text() == "x"
+    with pytest.raises(UsageError, match="~nobody_here/out: this machine knows nobody of the name nobody_here"):
+        check_output("~nobody_here/out")

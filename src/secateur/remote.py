@@ -39,16 +39,23 @@ def is_url(folder: str | Path) -> bool:
     return found is not None and found[1] not in _LOCAL
 
 
+def expanded(path: str | Path) -> Path:
+    """A local path with the home folder in place of ``~``; that of somebody unknown stays as it is written."""
+    return Path(os.path.expanduser(path))
+
+
 def place(folder: str | Path) -> Path | str:
     """A local folder as Path, ``file://`` included, and what a link leads to; any other URL as it is.
 
-    Raises UsageError for a URL in a Path, which has lost one of its slashes.
+    Raises UsageError for a URL in a Path, which has lost one of its slashes, and for the home folder of nobody.
     """
     if is_url(folder):
         return str(folder).rstrip("/")
     if isinstance(folder, Path) and (found := re.match(r"([a-z][\w+.-]+):/", folder.as_posix())):
         raise UsageError(f"{folder}: give a URL as text, '{found[1]}://…', not as a Path")
-    path = Path(re.sub(rf"^({'|'.join(_LOCAL)})://", "", folder) if isinstance(folder, str) else folder)
+    path = expanded(re.sub(rf"^({'|'.join(_LOCAL)})://", "", folder) if isinstance(folder, str) else folder)
+    if str(path).startswith("~"):
+        raise UsageError(f"{folder}: this machine knows nobody of the name {path.parts[0][1:]}")
     # a link would be renamed and replaced instead of the folder that it stands for, and "." has no name
     return path.resolve() if os.path.islink(path) or path.name in ("", "..") else path
 

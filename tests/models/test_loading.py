@@ -82,6 +82,7 @@ def test_arguments(original: Path) -> None:
 def test_not_a_model(tmp_path: Path) -> None:
     assert "no such file or folder" in refusal(ModelLoadError, tmp_path / "nothing")
     assert "no such file or folder" in refusal(ModelLoadError, "./nothing")
+    assert "there is no model at ~nobody_here/m" in refusal(ModelLoadError, "~nobody_here/m")
     assert "there is no config.json" in refusal(ModelLoadError, tmp_path)
     (tmp_path / "model.bin").write_bytes(b"x")
     assert "give a model folder or a .gguf file" in refusal(ModelLoadError, tmp_path / "model.bin")

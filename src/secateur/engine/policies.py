@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from secateur.engine.units import decide_units, score_units
 from secateur.errors import BudgetError, UsageError
 from secateur.methods import PolicyMethod
 from secateur.models.fingerprint import display_name
+from secateur.remote import expanded
 from secateur.search import Policy, PolicySearch
 from secateur.search.policyfiles import read_policy, write_policy
 from secateur.structure import Group, Slices
@@ -75,7 +75,7 @@ def _removed(method: PolicyMethod, run: Run, groups: list[Group]) -> float:
 
 def _policy(method: PolicyMethod, run: Run, groups: list[Group], rows: int, inputs: int, removed: float) -> Policy:
     """The policy of the folder where there is one, or one that learns now; what was done is noted."""
-    folder = Path(method.policy).expanduser() if method.policy else None
+    folder = expanded(method.policy) if method.policy else None
     noted = run.keeper.noted(_NOTE).get(0)
     if noted is None and folder is not None and folder.exists():
         policy, about = read_policy(folder, rows, inputs)

@@ -21,7 +21,7 @@ from secateur.models.saving import FORMATS, copy_modelling_file, save_model, sav
 from secateur.models.shards import parse_size, write_shards
 from secateur.models.skeleton import Checkpoint
 from secateur.models.weightfiles import has_safetensors
-from secateur.remote import place
+from secateur.remote import expanded, place
 from secateur.tensorfiles import Made, Source
 
 # what belongs to a checkpoint beside its weights and config
@@ -55,7 +55,7 @@ def convert_model(
         raise UsageError(f"format must be one of {', '.join(FORMATS)}, got {format!r}{nearest(format, FORMATS)}")
     shard_bytes = parse_size(max_shard_size)
     check_output(folder, overwrite)
-    source = Path(name).expanduser()
+    source = expanded(name)
     if source.is_dir() and (source / "config.json").is_file() and has_safetensors(source):
         checkpoint = open_folder(source, trust_remote_code)
         if _streamable(checkpoint):

@@ -32,6 +32,7 @@ from secateur.models.pickles import pickled_files, read_pickles
 from secateur.models.skeleton import Checkpoint, Shape, check_detours, check_tensors, examine, skeleton
 from secateur.models.weightfiles import has_safetensors
 from secateur.reading import read_json
+from secateur.remote import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,9 +134,7 @@ def computing_device(device: str) -> torch.device:
 def named_on_hub(name: str | Path) -> bool:
     """True for a name that only the hub can resolve: ``hf://…``, or the form of an id and no folder here."""
     text = str(name)
-    return hub.is_hub_url(text) or (
-        text not in BUILTINS and not os.path.exists(Path(text).expanduser()) and _is_id(name)
-    )
+    return hub.is_hub_url(text) or (text not in BUILTINS and not os.path.exists(expanded(text)) and _is_id(name))
 
 
 def locate(
@@ -168,7 +167,7 @@ def _local(name: str | Path) -> str:
     # a Path is a folder, whatever it is called: ``Path("./smollm2-135m")`` has lost its dot
     if text in BUILTINS and not isinstance(name, Path):
         return str(_builtin(text))
-    path = Path(text).expanduser()
+    path = expanded(text)
     # a name can be too long for any file, of which os.path says that it isn't there
     if os.path.isdir(path):
         return str(path)

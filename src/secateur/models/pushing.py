@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import ModelLoadError, OutputError, SecateurError, UsageError, first_line
+from secateur.remote import expanded
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -28,7 +29,7 @@ def push_checkpoint(folder: str | Path, repo_id: str, *, private: bool = False, 
     """
     from huggingface_hub import CommitOperationDelete
 
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     additions = _additions(folder, repo_id)
     old, commit = check_push(repo_id, private=private, overwrite=overwrite)
     api = _api()

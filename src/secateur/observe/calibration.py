@@ -24,6 +24,7 @@ from secateur.errors import DataError, NonFiniteError, UsageError, nearest, requ
 from secateur.finite import all_finite
 from secateur.observe.textfiles import read_text_file
 from secateur.provenance import CalibrationInfo
+from secateur.remote import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -338,18 +339,11 @@ def _read(
     if text == "builtin":
         return _Text(builtin_text(split), "topics joined by two newlines")
     hub = SHORT_NAMES.get(text, {}).get(split)
-    path = _expanded(text, f"{split} file {text}")
+    path = expanded(text)
     if hub is None and (isinstance(source, Path) or _looks_like_path(text) or os.path.isfile(path)):
         eos: Any = tokenizer.eos_token
         return _Text(*read_text_file(path, what=f"{split} file", text_field=text_field, eos=eos))
     return _read_dataset(text, hub or _parse_dataset(text, split), split, text_field, characters)
-
-
-def _expanded(text: str, where: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise DataError(f"{where} lies in the home folder of somebody whom this machine doesn't know") from None
 
 
 def _parse_dataset(text: str, split: str) -> HubSource:

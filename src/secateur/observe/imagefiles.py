@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from secateur.errors import DataError, UsageError, first_line, nearest, require_extra
+from secateur.remote import expanded
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -58,7 +59,7 @@ def open_rows(source: str, where: Where) -> Rows:
 
     Raises UsageError, DataError or MissingExtraError.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source.startswith("torchvision:"):
         return _torchvision(source.removeprefix("torchvision:"), where)
     if source.startswith("sklearn:"):

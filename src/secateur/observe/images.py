@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from secateur.errors import DataError, UsageError, nearest
 from secateur.observe.imagefiles import Rows, Where, decoded, open_rows
+from secateur.remote import expanded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -187,7 +188,7 @@ class ImageSource:
     @property
     def name(self) -> str:
         """The source without the folders of this machine."""
-        return Path(self.source).name if Path(self.source).expanduser().exists() else self.source
+        return Path(self.source).name if expanded(self.source).exists() else self.source
 
     def open(self, example: tuple[int, ...] | None = None, seed: int = 0) -> Images:
         """The images, for inputs like ``example`` [images, channels, height, width]. Raises DataError."""

@@ -23,6 +23,7 @@ from secateur.models.vocabulary import fitted
 from secateur.plans import Plan, find_plans
 from secateur.ranks import ALONE, Ranks, join
 from secateur.reading import read_json
+from secateur.remote import expanded
 from secateur.report import Metric, Report
 from secateur.runs.folder import RunFolder
 from secateur.runs.kept import hint, kept
@@ -261,7 +262,7 @@ def heal_step(
 
 
 def _plans_in(source: str | Path) -> list[Plan]:
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not ((folder / "plan").is_dir() or (folder / "plan.json").is_file()):
         return []
     return [Plan.load(path) for path in find_plans(folder)]
@@ -270,13 +271,13 @@ def _plans_in(source: str | Path) -> list[Plan]:
 def _report_in(source: str | Path) -> Report | None:
     """The report of a checkpoint; None where there is none that can be read."""
     try:
-        return Report.from_dict(read_json(Path(source).expanduser() / "report.json", ModelLoadError))
+        return Report.from_dict(read_json(expanded(source) / "report.json", ModelLoadError))
     except (SecateurError, OSError, TypeError, KeyError, ValueError, AttributeError):
         return None
 
 
 def _format_of(source: str | Path) -> str:
-    config = Path(source).expanduser() / "config.json"
+    config = expanded(source) / "config.json"
     stored: Any = read_json(config, ModelLoadError) if config.is_file() else {}
     return "packed" if stored.get("secateur", {}).get("packed") else "dense"
 

@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from secateur.errors import ModelLoadError, UsageError, first_line, nearest, require_extra
 from secateur.models.hub import plain_name
 from secateur.models.loading import load_model, load_tokenizer
+from secateur.remote import expanded
 from secateur.trainer.recipe import TrainRecipe
 from secateur.usercode import call_object, is_reference, load_object
 
@@ -120,7 +120,7 @@ def _classifier(recipe: TrainRecipe, trust_remote_code: bool, progress: Progress
         return Network(_of_timm(spec.name.removeprefix("timm:"), recipe), spec.name)
     if is_reference(spec.name):
         return Network(_of_factory(recipe), spec.name.rpartition(":")[2], factory=spec.name)
-    if not ("/" in spec.name or Path(spec.name).expanduser().exists()):
+    if not ("/" in spec.name or expanded(spec.name).exists()):
         raise UsageError(
             f"there is no network '{spec.name}'{nearest(spec.name, OWN)} (it is one of {', '.join(OWN)}, timm:NAME,"
             " package.module:factory, a folder or a hub id)"

@@ -9,6 +9,7 @@ from secateur.errors import ModelLoadError, PlanError, SecateurError
 from secateur.models.loading import quiet
 from secateur.models.sources import Source
 from secateur.plans import find_plans
+from secateur.remote import expanded
 from secateur.verification.cuts import check_base, check_masks, check_units, open_base
 from secateur.verification.findings import Finding
 from secateur.verification.networks import check_network, is_network
@@ -27,7 +28,7 @@ def verify_folder(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Finding]:
     """See ``secateur.verify``."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if not folder.is_dir():
         raise ModelLoadError(f"there is no checkpoint folder at {folder}")
     with quiet():
