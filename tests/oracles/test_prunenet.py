@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp
 import secateur as sc
 from families import make_tiny, tiny_ids
 from runs import plan_for
-from secateur.errors import BudgetError, CorruptFileError, OptionError, UsageError
+from secateur.errors import BudgetError, CorruptFileError, OptionError, OutputError, UsageError
 from secateur.methods import Target, make_method
 from secateur.models.decoders import decoder_blocks
 from secateur.search import Episodes, Policy, PolicySearch, draw_order
@@ -387,6 +387,13 @@ def test_a_policy_of_another_model_or_none_at_all(tmp_path):
     (folder / "policy.json").unlink()
     with pytest.raises(CorruptFileError, match="holds no policy: there must be"):
         plan_for("prunenet", make_tiny("llama"), IDS, sparsity=0.3, policy=str(folder))
+
+
+def test_a_place_that_no_policy_can_be_written_to_is_refused_before_one_is_learnt(tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.engine.policies.PolicySearch.step", lambda self: pytest.fail("it learns already"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="file is a file"):
+        plan_for("prunenet", make_tiny("llama"), IDS, sparsity=0.3, policy=str(tmp_path / "file/policy"))
 
 
 def test_blocks_of_different_widths():

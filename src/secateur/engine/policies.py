@@ -15,6 +15,7 @@ from secateur.engine.run import Run
 from secateur.engine.search import SECONDS_BETWEEN_STATES
 from secateur.engine.units import decide_units, score_units
 from secateur.errors import BudgetError, UsageError
+from secateur.files import check_output
 from secateur.methods import PolicyMethod
 from secateur.models.fingerprint import display_name
 from secateur.remote import expanded
@@ -87,6 +88,8 @@ def _policy(method: PolicyMethod, run: Run, groups: list[Group], rows: int, inpu
         assert kept is not None
         policy, about = Policy.of({n.removeprefix("best."): t for n, t in kept.items() if n.startswith("best.")}), noted
     else:
+        if folder is not None:
+            check_output(folder)
         policy, about = _learnt(method, run, groups, rows, inputs, removed)
     if folder is not None and not folder.exists():
         write_policy(folder, policy, about["learnt"])
