@@ -369,18 +369,21 @@ def test_cells_that_are_called_step_by_step_follow(kind):
 
 
 class BatchOfChannels(nn.Module):
-    """Every channel is a sequence of its own."""
+    """Every channel is a sequence of its own; ``step``: of one step."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: bool) -> None:
         super().__init__()
-        self.a, self.gru = nn.Conv1d(3, 6, 1), nn.GRU(1, 4, batch_first=True)
+        self.step = step
+        self.a, self.gru, self.cell = nn.Conv1d(3, 6, 1), nn.GRU(1, 4, batch_first=True), nn.GRUCell(5, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gru(self.a(x).flatten(0, 1).unsqueeze(-1))[0].sum(0)
+        x = self.a(x).flatten(0, 1)
+        return self.cell(x).sum(0) if self.step else self.gru(x.unsqueeze(-1))[0].sum(0)
 
 
-def test_channels_that_are_a_batch_of_sequences_stay():
-    found = pruned(randomised(BatchOfChannels()), images(1, 3, 5))
+@pytest.mark.parametrize("step", [False, True])
+def test_channels_that_are_a_batch_of_sequences_stay(step):
+    found = pruned(randomised(BatchOfChannels(step)), images(1, 3, 5))
     assert {g.name for g in found.anatomy.groups} == set()
 
 

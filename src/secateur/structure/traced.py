@@ -23,7 +23,8 @@ EVERY, BOTH = slice(None), slice(2)
 
 
 class Zeros(Enum):
-    """What a call makes of operands that are 0 for some of its units."""
+    """What a call makes of operands that are 0 for some of its units. Those from ``WEIGHED`` on have operands like
+    ATen's operators of that kind."""
 
     LOST = "lost"
     """Nothing is known."""

@@ -51,9 +51,10 @@ def cell(trace: Trace, call: Call) -> list[Value]:
     parameters = [call[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if call[name] is not None]
     gates = GATES[call.name.removeprefix("aten::").removesuffix("_cell")]
     hidden = _cell(trace, call, parameters, x.dims[-1], gates, len(parameters) > 2, x)
+    # an input of zeros still changes the state
+    trace.pin(Value(x.dims[:-1]), "a batch")
     for state in states if isinstance(states, list) else [states]:
-        for batch, other in zip(state.dims[:-1], x.dims[:-1], strict=True):
-            trace.units.join(batch, other)
+        trace.pin(Value(state.dims[:-1]), "a batch")
         trace.units.join(state.dims[-1], hidden)
     return [Value((*x.dims[:-1], hidden)) for _ in call.shapes]
 
