@@ -34,7 +34,8 @@ TEXT = """
 long as SparseGPT's sweep that is (median of the ratios within a repeat). Every step of `admm` and `alps` is a product
 as large as the whole sweep. Forwards and statistics, which all of them need, come on top in a run: in whole plans with
 64 windows, on SmolLM2-135M and Gemma 3 270M and at 50, 60, 70 % and 2:4, ADMM takes 1.1 to 1.3 times as much processor
-time as SparseGPT, and ALPS 1.7 to 3.0 times ([one](second-order-smollm2-135m.md), [the other](second-order-gemma3-270m.md)).
+time as SparseGPT, and ALPS 1.7 to 3.0 times ([one](second-order-smollm2-135m.md),
+[the other](second-order-gemma3-270m.md)).
 `gram`: speed of adding X^T X of 2,048 tokens to a Gram matrix, in GFLOP/s of the whole product, and the `ratio` to the
 speed of the product of two float32 squares of 2,048. By symmetry only blocks on and above the diagonal are computed,
 so that more than 1 is possible. bfloat16 inputs are multiplied as bfloat16, which is exact, with float32 sums, where
