@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from secateur.allocate.shares import part_of
 from secateur.allocate.units import Bundle
 from secateur.structure import Group
 
@@ -33,7 +34,7 @@ def due(
     channels = group.columns.shape[1] // group.parts
     whole, left = group.units * channels, (group.units - gone) * channels
     # what sums of fractions lose is no channel
-    number = left - int(whole * (1 - after) + 1e-9)
+    number = left - part_of(whole, 1 - after)
     found: list[Due] = []
     count = 0
     for bundle in worst_first:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.allocate import part_of
 from secateur.allocate.asked import OF_WEIGHTS
 from secateur.engine.run import Run
 from secateur.engine.search import SECONDS_BETWEEN_STATES
@@ -103,7 +104,7 @@ def _learnt(
         name = _written_by(method, run, group)[0].tensor
         run.source.check(name, run.source.tensor(name), group.layer)
     # as many as are kept in the end, where every block loses the same
-    kept = int((1 - removed) * rows + 1e-9)
+    kept = part_of(rows, 1 - removed)
     if kept < rows:
         least = -(-method.min_keep // method.round_to)
         kept = max(kept // method.round_to, least) * method.round_to

@@ -7,7 +7,6 @@ again while the model decodes: the method then sees what is left of the text in 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
@@ -52,8 +51,8 @@ class CacheMethod(Method):
 
 
 def kept_tokens(tokens: int, sparsity: float) -> int:
-    """floor(S (1 - r)), at least 1; 10 tokens with sparsity 0.9 keep 1, which float arithmetic alone would miss."""
-    return max(1, math.floor(tokens * (1 - sparsity) + 1e-9))
+    """floor(S (1 - r)), at least 1."""
+    return max(1, part_of(tokens, 1 - sparsity))
 
 
 def top(score_BKS: Tensor, count: int) -> Tensor:
