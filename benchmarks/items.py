@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 LIMIT = 100
+_BATCH = 10
 
 _COMMON = """
 dataset_path: json
@@ -69,7 +70,7 @@ def tasks(files: Sequence[str], work: Path) -> list[str]:
         path = work / f"{name}.yaml"
         text = (_TASKS[name] + _COMMON).format(name=name, data=data, cache=work / "data")
         path.write_text(text, encoding="utf8")
-        found.append(f"lm_eval:{path}?limit={LIMIT}")
+        found.append(f"lm_eval:{path}?limit={LIMIT}&batch={_BATCH}")
     return found
 
 
