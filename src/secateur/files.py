@@ -22,7 +22,10 @@ def cache_folder() -> Path:
 
 
 def check_output(folder: str | Path, overwrite: bool = False) -> None:
-    """Refuse an output that exists, before any work starts. Raises OutputError, and for a URL what fsspec lacks."""
+    """Refuse an output that exists, before any work starts. Raises OutputError, and for a URL what fsspec lacks.
+
+    What a kill in the middle of a replacement left aside is put back first.
+    """
     if is_url(folder):
         check_remote(str(folder), overwrite)
         return
@@ -31,6 +34,7 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
     except RuntimeError as error:  # links that lead to each other
         raise OutputError(f"can't write to {folder}: {error}") from None
     _check_place(folder)
+    _put_back(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; give a folder that doesn't exist yet")
     if folder.is_dir() and Path.cwd().is_relative_to(folder.resolve()):
@@ -192,7 +196,7 @@ def _replace(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(temporary, folder)
         return
-    old = folder.with_name(f".{folder.name}.old")
+    old = _aside(folder)
     shutil.rmtree(old, ignore_errors=True)
     os.replace(folder, old)
     try:
@@ -201,6 +205,18 @@ def _replace(temporary: Path, folder: Path) -> None:
         os.replace(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where the folder that is replaced lies until the new one has its name."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _put_back(folder: Path) -> None:
+    """After a kill between the two renames of a replacement the old folder is what there is."""
+    if folder.name and _aside(folder).is_dir() and not folder.exists():
+        with suppress(OSError):
+            os.replace(_aside(folder), folder)
 
 
 def _open_to_others(folder: Path) -> None:

@@ -134,6 +134,17 @@ def test_existing_folder_needs_overwrite(tmp_path: Path) -> None:
     load_model(tmp_path / "out")
 
 
+def test_a_kill_in_the_middle_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
+    save_model(tiny("llama"), None, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    # killed between the two renames: the old folder is aside, and the new one hasn't its name yet
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        save_model(tiny("llama", seed=1), None, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_full_disk_leaves_nothing(overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
