@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from secateur.engine.recovering import Teacher
     from secateur.evaluation import Table
     from secateur.healing.recovery import RecoveryOptions
     from secateur.methods import Method
@@ -369,6 +370,7 @@ def prune(
         return _prune_network(model, chosen, inplace=inplace, **arguments)
     import time
 
+    from secateur.engine.recovering import Teacher
     from secateur.healing.recovery import split_heal
     from secateur.models.vocabulary import fitted
     from secateur.report.build import build_report
@@ -385,14 +387,15 @@ def prune(
     if training is None:
         return result
     # cut in place there is no dense model any more
-    return train_cut(result, training, teacher=None if inplace else model, **arguments)  # type: ignore[arg-type]
+    teacher = None if inplace else Teacher(model)  # type: ignore[arg-type]
+    return train_cut(result, training, teacher=teacher, **arguments)
 
 
 def train_cut(
     result: Result,
     training: RecoveryOptions,
     *,
-    teacher: PreTrainedModel | None,
+    teacher: Teacher | None,
     calibration: str | Path = "builtin",
     text_field: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -403,14 +406,14 @@ def train_cut(
 
     ``earlier`` are the plans that had cut the model before, whose zeros stay, too.
     """
-    from secateur.engine.recovering import Teacher, recover_decoder
+    from secateur.engine.recovering import recover_decoder
 
     recovered = recover_decoder(
         result.model,  # type: ignore[arg-type]
         result.tokenizer,
         training,
         plans=[*earlier, result.plan],
-        teacher=None if teacher is None else Teacher(teacher),
+        teacher=teacher,
         source=str(calibration),
         text_field=text_field,
         progress=progress or _no_progress,

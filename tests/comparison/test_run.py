@@ -13,6 +13,7 @@ from secateur.comparison import compare
 from secateur.comparison.table import columns, mark
 from secateur.comparison.verdict import probability_better
 from secateur.errors import OutputError, UnsupportedModelError, UsageError
+from secateur.healing.recovery import states
 from secateur.plans import Plan
 from secateur.report.numbers import format_value
 from secateur.sweep import worker
@@ -237,10 +238,14 @@ def test_a_folder_with_something_else_is_left_alone(tiny_checkpoint, tmp_path, m
             compare(str(tiny_checkpoint), methods="flap,magnitude_sp", sparsity=0.5, out=folder, **QUICK)
 
 
-def test_what_was_there_before_the_training_stands_beside_it(compared, tiny_checkpoint, tmp_path):
+def test_what_was_there_before_the_training_stands_beside_it(compared, tiny_checkpoint, tmp_path, monkeypatch):
     heal = "lora:steps=2,batch=1,length=32,lr=0.01"
     methods = ["magnitude_sp", "wanda_sp:heal=refit"]
+    remembered, answering = [], states._answering
+    monkeypatch.setattr(states, "_answering", lambda *given: remembered.append(1) or answering(*given))
     found = compare(str(tiny_checkpoint), methods=methods, sparsity=0.5, heal=heal, out=tmp_path / "out", **QUICK)
+    # both methods see the same batches, of which the teacher answers once
+    assert len(remembered) == 2
     header, rows = columns(found)
     assert header[3:6] == ["perplexity", "untrained", "removed"] and rows[0][4] == "–"
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf8")

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import secateur as sc
-from families import make_tiny, tiny_ids
+from families import LAYOUTS, make_tiny, tiny_ids
 from runs import plan_for
 from secateur.engine.recovering import Teacher, layers_left, narrowed
 from secateur.errors import DataError, MissingExtraError, NonFiniteError, OptionError, PlanMismatchError, UsageError
 from secateur.healing.recovery import Curve, RecoveryOptions, parse_recovery, split_heal
 from secateur.healing.recovery.losses import Objective, cross_entropy, divergence, hidden_distance
+from secateur.healing.recovery.states import FinalStates
 from secateur.healing.recovery.trained import STRATEGIES
 from secateur.healing.recovery.trainer import Windows, learning_rate, recover
 from secateur.loop import Callback, Keeper, examples_of
@@ -133,6 +134,63 @@ def test_a_student_of_the_first_blocks_has_their_hidden_states(family):
     student = sc.apply(dataclasses.replace(plan, keep={"layers": torch.tensor([0, 1])}), dense)
     with torch.no_grad():
         assert float(Objective({"hidden": 1.0}, 1.0, dense, [0, 1], blocks_of)(student, ids)) < 1e-9
+
+
+@pytest.mark.parametrize("family", [*LAYOUTS, "gemma2", "granite"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_teacher_says_the_same_from_memory(family, precision):
+    dense, ids = make_tiny(family), tiny_ids(2)
+    states = FinalStates()
+    forwards = []
+    blocks_of(dense)[0].register_forward_hook(lambda *_: forwards.append(1))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != torch.float32):
+        plain = dense(input_ids=ids, use_cache=False).logits
+        first, again, other = (states.logits(dense, one) for one in (ids, ids.clone(), ids + 1))
+        # OPT asks the decoder within its base model, of which nothing is kept
+        computed = 4 if family == "opt" else 3
+        assert len(forwards) == computed
+        torch.testing.assert_close(first, plain, rtol=0, atol=0)
+        torch.testing.assert_close(again, plain, rtol=0, atol=0)
+        assert not torch.equal(other, plain)
+    # another precision is another answer
+    with torch.no_grad():
+        states.logits(dense, ids)
+    assert len(forwards) == computed + (family == "opt" or precision != torch.float32)
+
+
+def test_the_memory_of_a_teacher_has_a_bound_and_leaves_it_as_it_was():
+    dense, ids = make_tiny("llama"), tiny_ids(2)
+    width = dense.config.hidden_size
+    states, forwards = FinalStates(most_bytes=ids.numel() * width * 4), []
+    wrapped = dense.model.forward
+    dense.model.forward = lambda *args, **more: forwards.append(1) or wrapped(*args, **more)
+    before = dense.model.forward
+    with torch.no_grad():
+        for one in (ids, ids + 1, ids, ids + 1):
+            torch.testing.assert_close(states.logits(dense, one), dense(input_ids=one).logits, rtol=0, atol=0)
+    # the second batch had no room; every other forward is that of the comparison
+    assert len(forwards) - 4 == 3
+    assert dense.model.forward is before
+
+
+def test_students_of_one_teacher_learn_the_same_from_its_memory():
+    dense = make_tiny("llama")
+    curves = []
+    for states in (None, remembered := FinalStates(), remembered):
+        torch.manual_seed(1)
+        model, _ = masked()
+        curves.append(
+            recover(
+                model,
+                Windows(tiny_ids(8), tiny_ids(2, seed=1)),
+                RecoveryOptions(**FAST, loss="kl"),
+                teacher=dense,
+                states=states,
+                layers=range(3),
+                modules=matrices(model),
+            ).losses
+        )
+    assert curves[0] == curves[1] == curves[2]
 
 
 def test_layers_without_a_plan_are_spread_evenly():

@@ -14,6 +14,7 @@ from secateur.errors import DataError, NonFiniteError, UsageError
 from secateur.evaluation.perplexity import window_losses
 from secateur.healing.recovery import Curve, RecoveryOptions
 from secateur.healing.recovery.capacity import ranks_by_module
+from secateur.healing.recovery.states import FinalStates
 from secateur.healing.recovery.trainer import Windows, recover
 from secateur.loop import Keeper
 from secateur.models.decoders import decoder_blocks, is_linear
@@ -39,10 +40,14 @@ _MANY_ZEROS = 0.2
 
 @dataclass(frozen=True)
 class Teacher:
-    """The dense model that a student is compared with, and its tokenizer where it has one."""
+    """The dense model that a student is compared with, and its tokenizer where it has one.
+
+    ``states`` remember what it made of batches of ids, for further students.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None = None
+    states: FinalStates | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def recover_decoder(
         windows,
         options,
         teacher=teacher.model if teacher is not None and compared else None,
+        states=teacher.states if teacher is not None else None,
         layers=layers_left(plans, teacher.model if teacher is not None else model, len(blocks)),
         modules=modules,
         masks=masks,

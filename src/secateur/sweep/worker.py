@@ -18,7 +18,9 @@ from secateur.sweep.sources import statistics_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from secateur.engine.recovering import Teacher
     from secateur.evaluation import Table
+    from secateur.healing.recovery.states import FinalStates
     from secateur.plans import Plan
     from secateur.report import LayerCut, Metric
     from secateur.structure import Anatomy
@@ -62,6 +64,7 @@ class Worker:
         self._job = job
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None = None
         self._anatomies: dict[str, Anatomy] = {}
+        self._states: FinalStates | None = None
 
     def check(self, points: Iterable[Point]) -> None:
         """Refuse points whose first step the model can't have, before anything is measured.
@@ -139,7 +142,7 @@ class Worker:
                         self._table({point.name: result.model}, self._job.untrained, {point.name: result.tokenizer})
                     )
                 with PeakMemory(self._job.device) as memory:
-                    result = api.train_cut(result, training, teacher=dense, earlier=plans, **arguments)
+                    result = api.train_cut(result, training, teacher=self._teacher(), earlier=plans, **arguments)
                 peaks.append(memory.bytes)
             current, own = result.model, result.tokenizer
             plans.append(result.plan)
@@ -164,6 +167,14 @@ class Worker:
             "peak_bytes": max(peaks),
             "kept": kept_fractions(report.layers),
         }
+
+    def _teacher(self) -> Teacher:
+        """The dense model, which remembers what it said to the points before."""
+        from secateur.engine.recovering import Teacher
+        from secateur.healing.recovery.states import FinalStates
+
+        self._states = self._states or FinalStates()
+        return Teacher(self._dense()[0], states=self._states)
 
     def _dense(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
         if self._loaded is None:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.healing.recovery.states import FinalStates
+
 
 def cross_entropy(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     """Mean over predictions in nats; every token but the first of a window is predicted."""
@@ -65,7 +67,8 @@ def given(blocks: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 class Objective:
     """The weighted sum of ``terms``. ``layers`` are the blocks of the teacher that those of the student came from.
 
-    ``blocks`` gives the blocks of a model in their order, for ``hidden``.
+    ``blocks`` gives the blocks of a model in their order, for ``hidden``; ``states`` are those that are known of the
+    teacher, where more than one student learns from it.
     """
 
     terms: Mapping[str, float]
@@ -73,19 +76,22 @@ class Objective:
     teacher: nn.Module | None = None
     layers: Sequence[int] = ()
     blocks: Callable[[Any], Iterable[nn.Module]] = lambda model: ()
+    states: FinalStates | None = None
 
     def __call__(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
         """The loss of a batch of windows, a scalar."""
         blocks = self.blocks if "hidden" in self.terms else lambda model: ()
         with given(blocks(model)) as states:
             mine = model(input_ids=ids_BT, use_cache=False)
-        theirs: Any = None
+        predicted: Any = None
         if self.teacher is not None and {"kl", "hidden"} & set(self.terms):
+            # hidden states of all blocks aren't kept
+            known = None if "hidden" in self.terms else self.states
             with torch.no_grad(), given(blocks(self.teacher)) as wanted:
-                theirs = self.teacher(input_ids=ids_BT, use_cache=False)
+                predicted = (known or FinalStates(0)).logits(self.teacher, ids_BT)
         found = {
             "ce": lambda: cross_entropy(mine.logits, ids_BT),
-            "kl": lambda: divergence(mine.logits, theirs.logits, self.temperature),
+            "kl": lambda: divergence(mine.logits, predicted, self.temperature),
             "hidden": lambda: hidden_distance(states, [wanted[layer] for layer in self.layers]),
         }
         return torch.stack([weight * found[name]() for name, weight in self.terms.items()]).sum()

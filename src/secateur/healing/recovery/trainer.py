@@ -14,6 +14,7 @@ from secateur.errors import DataError, UsageError
 from secateur.healing.recovery.curve import Curve
 from secateur.healing.recovery.losses import Objective
 from secateur.healing.recovery.options import RecoveryOptions
+from secateur.healing.recovery.states import FinalStates
 from secateur.healing.recovery.trained import STRATEGIES, Trained
 from secateur.loop import Callback, Keeper, Loop, Pace, Progress, Rate
 from secateur.ranks import ALONE, Ranks
@@ -46,6 +47,7 @@ def recover(
     options: RecoveryOptions,
     *,
     teacher: nn.Module | None = None,
+    states: FinalStates | None = None,
     layers: Sequence[int] = (),
     modules: Sequence[str] = (),
     masks: Mapping[str, Tensor] | None = None,
@@ -60,13 +62,13 @@ def recover(
     """Train ``model`` in place, on its device; returns the curve. Afterwards it is an ordinary model in eval mode.
 
     ``modules`` are the names of those that can have adapters, ``masks`` (boolean, True = kept) what must stay zero,
-    ``layers`` the blocks of ``teacher`` that the blocks of the model came from, ``lora_ranks`` ranks by module where
-    they differ; ``callback`` takes part in every step. ``measure`` gives the held-out perplexity of a model. All
-    ``ranks`` call this together and share the windows of every step; with ``fsdp`` they share the weights, too, and
-    gather one of the ``pieces`` of a model, its blocks, at a time. After an error adapters are gone; with ``full`` and
-    ``norms`` the model stays where it was, and one that was sharded has no weights, nor has its teacher. Raises
-    UsageError, DataError, NonFiniteError when a loss is NaN, MissingExtraError, and what ``callback`` and ``keeper``
-    raise.
+    ``layers`` the blocks of ``teacher`` that the blocks of the model came from, ``states`` what is known of it already,
+    ``lora_ranks`` ranks by module where they differ; ``callback`` takes part in every step. ``measure`` gives the
+    held-out perplexity of a model. All ``ranks`` call this together and share the windows of every step; with ``fsdp``
+    they share the weights, too, and gather one of the ``pieces`` of a model, its blocks, at a time. After an error
+    adapters are gone; with ``full`` and ``norms`` the model stays where it was, and one that was sharded has no
+    weights, nor has its teacher. Raises UsageError, DataError, NonFiniteError when a loss is NaN, MissingExtraError,
+    and what ``callback`` and ``keeper`` raise.
     """
     if len(windows.trained_on) == 0:
         raise DataError("there is nothing to train on: the text has no window beside those that are held out")
@@ -80,7 +82,11 @@ def recover(
     try:
         with sharded(models, pieces, ranks) if spread else nullcontext(models) as (stepped, *dense):
             trained.follow(stepped)
-            objective = Objective(terms, options.temperature, *(dense or [None]), layers=layers, blocks=pieces)
+            # of a teacher that is spread over ranks all of them must compute the same pieces
+            known = None if spread else states
+            objective = Objective(
+                terms, options.temperature, *(dense or [None]), layers=layers, blocks=pieces, states=known
+            )
             loop = _loop(stepped, trained, objective, windows.trained_on, options, ranks, taking_part)
             taking_part.begin(stepped)
             curve = Curve(options.batch * windows.trained_on.shape[1])
