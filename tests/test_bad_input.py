@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -913,6 +914,27 @@ def test_adapters_that_are_not_merged_are_refused(room: Room, tiny_llama) -> Non
     assert not (room.path / "out").exists()
     sc.save(sc.apply(plan, wrapped.merge_and_unload()), None, room.path / "out")
     assert sc.load(room.path / "out")[0].num_parameters() < tiny_llama.num_parameters()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's import
+def test_models_that_were_compiled_under_other_names_are_refused(room: Room, tiny_llama) -> None:
+    plan = sc.plan(tiny_llama, method="magnitude_sp", sparsity=0.5)
+    compiled: Any = torch.compile(tiny_llama)
+    in_parts = copy.deepcopy(tiny_llama)
+    in_parts.model.layers[1] = torch.compile(in_parts.model.layers[1])
+    for model in (compiled, in_parts):
+        for asked in (
+            lambda model=model: sc.anatomy(model),
+            lambda model=model: sc.plan(model, method="magnitude", sparsity=0.5),
+            lambda model=model: sc.apply(plan, model),
+            lambda model=model: sc.save(model, None, room.path / "out"),
+        ):
+            with pytest.raises(errors.UnsupportedModelError, match=r"torch\.compile has wrapped.*give it as it was"):
+                asked()
+    assert not (room.path / "out").exists()
+    # compiled in place it has the names of its checkpoint
+    tiny_llama.model.layers[1].compile()
+    assert sc.apply(plan, tiny_llama).num_parameters() < tiny_llama.num_parameters()
 
 
 def test_what_is_no_language_model_is_refused(room: Room) -> None:

@@ -108,7 +108,10 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def check_decoder(model: Any) -> None:
-    """Refuse what is no language model, and adapters that aren't merged. Raises UsageError, UnsupportedModelError."""
+    """Refuse what is no language model, adapters that aren't merged, and names that ``torch.compile`` has changed.
+
+    Raises UsageError, UnsupportedModelError.
+    """
     if not isinstance(model, nn.Module):
         raise UsageError(f"give a model as secateur.load returns it, not {model!r:.100}")
     # peft puts a layer of its own in the place of each that it adapts
@@ -116,6 +119,11 @@ def check_decoder(model: Any) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} carries adapters, which no checkpoint of its architecture holds: merge them first,"
             " as merge_and_unload() of peft does"
+        )
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds parts that torch.compile has wrapped, whose parameters have other names than"
+            " those of its checkpoint: give it as it was before, or compile with .compile(), which keeps the names"
         )
     if not hasattr(model, "base_model_prefix"):
         raise UsageError(
