@@ -35,8 +35,8 @@ blocks whose distance is below the mean of the random draws at that sparsity.
 - What the policy draws has the reward of a random draw. Its perplexities are no worse than those of chance, by their
   geometric means a little better at both sparsities; that it beats chance, as published, can't be told from so few
   draws of such a spread.
-- A policy can be used again: learnt at 40 %, it draws at 20 % what one learnt at 20 % draws from the same seed, within a
-  few percent of perplexity, as published.
+- A policy can be used again: learnt at 40 %, it draws at 20 % what one learnt at 20 % draws from the same seed, within
+  a few percent of perplexity, as published.
 - It has learnt something: the neurons of largest alpha have the reward of the best among many random subsets.
 - The reward doesn't tell what a model loses. The longest rows of `gate_proj` have by far the highest, and the worst
   perplexity.

@@ -17,7 +17,7 @@ from families import LAYOUTS, make_tiny, tiny_ids
 from runs import plan_for
 from secateur.engine.recovering import Teacher, layers_left, narrowed
 from secateur.errors import DataError, MissingExtraError, NonFiniteError, OptionError, PlanMismatchError, UsageError
-from secateur.healing.recovery import Curve, RecoveryOptions, parse_recovery, split_heal
+from secateur.healing.recovery import Curve, RecoveryOptions, losses, parse_recovery, split_heal
 from secateur.healing.recovery.losses import Objective, cross_entropy, divergence, hidden_distance
 from secateur.healing.recovery.states import FinalStates
 from secateur.healing.recovery.trained import STRATEGIES
@@ -87,6 +87,22 @@ def test_divergence_by_the_definition():
             total += sum(float(p[v]) * (math.log(p[v]) - math.log(q[v])) for v in range(5))
     assert float(divergence(mine, theirs, 2.0)) == pytest.approx(4.0 * total / 6, rel=1e-6)
     assert float(divergence(mine, mine + 7.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entries", [1, 10, 1000])
+def test_divergence_has_the_gradient_of_the_library(dtype, entries, monkeypatch):
+    monkeypatch.setitem(losses._ENTRIES, "cpu", entries)
+    values = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours, theirs = (values[0].clone().requires_grad_() for _ in range(2))
+    found = divergence(ours, values[1], 2.0)
+    logs = ((logits.flatten(0, 1).float() / 2.0).log_softmax(dim=-1) for logits in (theirs, values[1]))
+    expected = F.kl_div(*logs, log_target=True, reduction="batchmean") * 4.0
+    torch.testing.assert_close(found, expected)
+    (3.0 * found).backward()
+    (3.0 * expected).backward()
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    torch.testing.assert_close(ours.grad, theirs.grad, **tolerance)
 
 
 def test_hidden_states_are_compared_relative_to_the_teacher():

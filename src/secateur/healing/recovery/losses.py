@@ -19,8 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from secateur.healing.recovery.states import FinalStates
+
+_ENTRIES = {"cpu": 1 << 20}
+_ENTRIES_ELSEWHERE = 1 << 27
+"""Of logits that are compared at once: what a cache holds, or enough for a device to be busy."""
 
 
 def cross_entropy(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
@@ -30,10 +35,38 @@ def cross_entropy(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
 
 def divergence(logits_BTV: Tensor, teacher_BTV: Tensor, temperature: float = 1.0) -> Tensor:
     """t^2 KL(teacher || student) in nats, mean over positions; its gradient reaches the student alone."""
-    mine, theirs = (
-        (logits.flatten(0, 1).float() / temperature).log_softmax(dim=-1) for logits in (logits_BTV, teacher_BTV)
-    )
-    return F.kl_div(mine, theirs, log_target=True, reduction="batchmean") * temperature**2
+    found: Any = _Divergence.apply(logits_BTV.flatten(0, 1), teacher_BTV.flatten(0, 1), temperature)
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    """Loss and gradient, t (q - p) / N for predictions q of the student and p of the teacher, in one pass over [N, V].
+
+    Logits of large vocabularies are the largest tensors of a training. A few positions at a time stay in the cache of a
+    processor, and what is kept for the gradient is one tensor instead of four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
+        count, vocabulary = logits_NV.shape
+        rows = max(1, _ENTRIES.get(logits_NV.device.type, _ENTRIES_ELSEWHERE) // vocabulary)
+        gradient_NV = torch.empty_like(logits_NV)
+        total = torch.zeros((), device=logits_NV.device)
+        parts = (tensor.split(rows) for tensor in (logits_NV, teacher_NV, gradient_NV))
+        for student, teacher, gradient in zip(*parts, strict=True):
+            mine, theirs = ((logits.float() / temperature).log_softmax(dim=-1) for logits in (student, teacher))
+            p = theirs.exp()
+            total += theirs.sub_(mine).mul_(p).sum()
+            gradient.copy_(mine.exp_().sub_(p))
+        ctx.save_for_backward(gradient_NV)
+        ctx.factor = temperature / count
+        return total * temperature**2 / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        return gradient_NV * (upstream[0] * ctx.factor), None, None
 
 
 def hidden_distance(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
