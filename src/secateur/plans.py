@@ -215,6 +215,16 @@ class Plan:
                 self._kept[tensor] = int(self.masks[tensor].sum())
         return self._kept[tensor]
 
+    def refits(self, tensor: str) -> bool:
+        """Whether a mask, [outputs, inputs] or transposed, stands there for new values of a weight whose units leave.
+
+        It then keeps the same inputs for every output, and zeroes nothing of what is left.
+        """
+        if not self.keep or tensor not in self.values:
+            return False
+        mask = self.masks[tensor]
+        return bool((mask == mask[:1]).all() or (mask == mask[:, :1]).all())
+
     def save(self, folder: str | Path, overwrite: bool = False) -> Path | str:
         """Write the plan to a folder or a URL of fsspec, which is returned; the same plan gives the same bytes.
 

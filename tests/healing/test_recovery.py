@@ -528,6 +528,24 @@ def test_masks_that_were_cut_afterwards_are_what_is_zero():
         masks_left([sparse], model)
 
 
+def test_what_was_refitted_beside_units_that_left_is_no_mask():
+    dense = make_tiny("llama")
+    with torch.no_grad():
+        # as weights are that were quantised once
+        for name in matrices(dense):
+            dense.get_parameter(f"{name}.weight")[:, ::7] = 0
+    for method, options in (("flap", {"heal": "refit"}), ("osscar", {})):
+        plan = plan_for(method, dense, tiny_ids(), sparsity=0.3, **options)
+        assert plan.masks and plan.values
+        model = sc.apply(plan, dense)
+        assert masks_left([plan], model) == {}
+        # what a later plan masks is what it says, and not what else is zero
+        sparse = plan_for("wanda", model, tiny_ids(), sparsity=0.5)
+        masks = masks_left([plan, sparse], sc.apply(sparse, model))
+        assert all(torch.equal(mask, sparse.masks[name]) for name, mask in masks.items())
+        assert set(masks) == set(sparse.masks)
+
+
 def test_zeros_that_no_plan_explains_are_told_of(tiny_llama, tiny_tokenizer):
     sparse = plan_for("magnitude", tiny_llama, tiny_ids(), sparsity=0.5)
     model = sc.apply(sparse, tiny_llama)

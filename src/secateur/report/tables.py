@@ -31,8 +31,6 @@ from secateur.report.numbers import (
 from secateur.report.report import LayerCut, Metric
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from secateur.plans import Plan, PlanDiff
     from secateur.provenance import Allocation, Provenance
     from secateur.structure import Anatomy
@@ -120,12 +118,7 @@ def plan_table(plan: Plan) -> RenderableType:
         parts += [Text(), kept_table(plan, _table()), Text()]
         return Group(*parts, *(_note(note) for source in plan.provenance for note in source.notes))
     units = {name: f"{len(kept):,}/{plan.groups[name]:,}" for name, kept in plan.keep.items() if _LAYER.search(name)}
-    sparsity = {
-        name.removesuffix(".weight"): plan.sparsity(name)
-        for name in plan.masks
-        # where units leave, such a mask stands there for the new values of what reads them
-        if not (plan.keep and name in plan.values and _says_columns(plan.masks[name]))
-    }
+    sparsity = {name.removesuffix(".weight"): plan.sparsity(name) for name in plan.masks if not plan.refits(name)}
     if units or sparsity:
         parts += [Text(), _layer_table(_by_layer(units), _by_layer(sparsity), "kept"), Text()]
     for name in sorted(set(plan.keep) - set(units)):
@@ -361,11 +354,6 @@ def _allocation_line(allocation: Allocation) -> str:
 def _compensation_line(plan: Plan) -> list[str]:
     lines = [f"bias corrections: {len(plan.biases)}"] if plan.biases else []
     return lines + ([f"weights whose kept entries are updated: {len(plan.values)}"] if plan.values else [])
-
-
-def _says_columns(mask: Tensor) -> bool:
-    """Whether a mask, [outputs, inputs] or transposed, keeps the same inputs for every output."""
-    return bool((mask == mask[:1]).all() or (mask == mask[:, :1]).all())
 
 
 def _by_layer(values: Mapping[str, Any]) -> dict[int, dict[str, Any]]:

@@ -24,8 +24,7 @@ def masks_of(plan: Plan | None, model: PreTrainedModel) -> Mapping[str, Tensor]:
     """
     if plan is None:
         return {}
-    cuts = any(len(kept) < plan.groups[name] for name, kept in plan.keep.items())
-    if cuts and plan.masks:
+    if _cuts(plan) and plan.masks:
         raise PlanMismatchError(
             "the plan cuts units and masks weights at once, so its masks have the shapes of the uncut model:"
             " apply one plan that cuts, then make the one that masks"
@@ -46,19 +45,21 @@ def masks_of(plan: Plan | None, model: PreTrainedModel) -> Mapping[str, Tensor]:
 def masks_left(plans: Sequence[Plan], model: PreTrainedModel, *, keep_zeros: bool = False) -> Mapping[str, Tensor]:
     """What must stay zero in ``model``, to which all ``plans`` have been applied; boolean, True = kept.
 
-    One plan that only masks says it itself. Where masks were cut afterwards, or a later plan masked again, whatever is
-    zero now in the matrices of the blocks stays zero; with ``keep_zeros`` that is so without any plan.
-    Raises PlanMismatchError when the one plan doesn't fit.
+    Where the last plan is the only one that masks, and it doesn't cut, it says it itself. Where masks were cut
+    afterwards, or a later plan masked again, whatever is zero now in the matrices of the blocks stays zero; with
+    ``keep_zeros`` that is so without any plan. Raises PlanMismatchError when the last plan doesn't fit.
     """
-    masking = [plan for plan in plans if plan.masks]
-    if len(plans) == 1 and masking and not keep_zeros:
-        plan = plans[0]
-        if not any(len(kept) < plan.groups[name] for name, kept in plan.keep.items()):
-            return masks_of(plan, model)
+    masking = [plan for plan in plans if any(not plan.refits(name) for name in plan.masks)]
+    if masking and masking[0] is plans[-1] and not keep_zeros and not _cuts(plans[-1]):
+        return masks_of(plans[-1], model)
     if not (masking or keep_zeros):
         return {}
     found = {name: weight != 0 for name, weight in _matrices(model).items()}
     return {name: mask for name, mask in found.items() if not bool(mask.all())}
+
+
+def _cuts(plan: Plan) -> bool:
+    return any(len(kept) < plan.groups[name] for name, kept in plan.keep.items())
 
 
 def zeros_left(model: PreTrainedModel) -> float:
