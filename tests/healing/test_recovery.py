@@ -25,7 +25,7 @@ from secateur.healing.recovery.trainer import Windows, learning_rate, recover
 from secateur.loop import Callback, Keeper, examples_of
 from secateur.models.decoders import decoder_blocks, is_linear
 from secateur.report.recovery import summary
-from secateur.train.masks import masks_left
+from secateur.train.masks import masks_left, masks_of
 
 FAST = {"steps": 3, "batch": 2, "rank": 2, "lr": 1e-2}
 
@@ -538,7 +538,7 @@ def test_what_was_refitted_beside_units_that_left_is_no_mask():
         plan = plan_for(method, dense, tiny_ids(), sparsity=0.3, **options)
         assert plan.masks and plan.values
         model = sc.apply(plan, dense)
-        assert masks_left([plan], model) == {}
+        assert masks_left([plan], model) == masks_of(plan, model) == {}
         # what a later plan masks is what it says, and not what else is zero
         sparse = plan_for("wanda", model, tiny_ids(), sparsity=0.5)
         masks = masks_left([plan, sparse], sc.apply(sparse, model))

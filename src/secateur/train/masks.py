@@ -20,18 +20,22 @@ if TYPE_CHECKING:
 def masks_of(plan: Plan | None, model: PreTrainedModel) -> Mapping[str, Tensor]:
     """The masks that ``plan`` lays on ``model``, which it has been applied to; boolean, in the shapes of ``model``.
 
+    New values of weights that have lost units are no masks.
     Raises PlanMismatchError when names, shapes or widths are others, or when a plan cuts and masks at once.
     """
     if plan is None:
         return {}
-    if _cuts(plan) and plan.masks:
+    masks: Mapping[str, Tensor] = plan.masks
+    if plan.keep:
+        masks = {name: mask for name, mask in masks.items() if not plan.refits(name)}
+    if _cuts(plan) and masks:
         raise PlanMismatchError(
             "the plan cuts units and masks weights at once, so its masks have the shapes of the uncut model:"
             " apply one plan that cuts, then make the one that masks"
         )
     _check_widths(plan, model)
     weights = dict(model.named_parameters())
-    for name, mask in plan.masks.items():
+    for name, mask in masks.items():
         found = list(weights[name].shape) if name in weights else None
         if found != list(mask.shape):
             there = f"has shape {found} here" if found else "is no weight of this model"
@@ -39,7 +43,7 @@ def masks_of(plan: Plan | None, model: PreTrainedModel) -> Mapping[str, Tensor]:
                 f"the plan was made for {plan.model.name} and doesn't fit this model: it masks {name}"
                 f" of shape {list(mask.shape)}, which {there}"
             )
-    return plan.masks
+    return masks
 
 
 def masks_left(plans: Sequence[Plan], model: PreTrainedModel, *, keep_zeros: bool = False) -> Mapping[str, Tensor]:
