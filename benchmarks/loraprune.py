@@ -130,9 +130,9 @@ def text(rows: list[dict[str, Any]], batch: int) -> str:
         "trained, or at once before that. All ways train as long. Seconds are those of a machine that did other work",
         "as well.",
         "",
-        "Published, with batches of 128 windows, is that `lora` tells as much as `grad`, and that what leaves on the way",
-        f"costs less than what leaves at once. Here a batch is {batch}: its gradients are noisier, and what leaves on the",
-        "way has fewer steps left to be trained in.",
+        "Published, with batches of 128 windows, is that `lora` tells as much as `grad`, and that what leaves on the",
+        f"way costs less than what leaves at once. Here a batch is {batch}: its gradients are noisier, and what leaves",
+        "on the way has fewer steps left to be trained in.",
         "",
         "Perplexities beside that of `lora`, means over seeds:",
     ]
