@@ -22,6 +22,7 @@ from torch import Tensor
 
 import secateur as sc
 from secateur.criteria import random_scores
+from secateur.errors import BudgetError
 from secateur.methods import Seen, Target, option
 from secateur.methods.structure.amp import AMP
 from secateur.report.build import removed_fraction
@@ -57,8 +58,10 @@ training of adapters.
 
 - The scores tell what counts: what scores lowest costs far less than any of three lots, and what scores highest far
   more than all of them.
+- After the same training of adapters the order is kept, as published: what scores lowest, chance, what scores highest.
 - Heads and neurons together are far better than heads alone, as published. Neurons alone are better than both on this
-  model, whose layers have three key-value heads: the least that can leave of attention is a third.
+  model, whose layers have three key-value heads: the least that can leave of attention is a third. At 30 % there are
+  not enough heads.
 """
 
 
@@ -100,19 +103,24 @@ def main() -> None:
                 trains = bool(arguments.steps) and what in TRAINED and (row is None or "trained" not in row)
                 if (row and not trains) or (arguments.only and not what.startswith(tuple(arguments.only))):
                     continue
-                plan = sc.plan(
-                    model,
-                    tokenizer,
-                    method=method,
-                    sparsity=sparsity,
-                    options=options,
-                    calibration=arguments.calibration,
-                    samples=arguments.samples,
-                    length=arguments.length,
-                    dtype="float32",
-                    # plans share what they see of the dense model
-                    statistics=statistics,
-                )
+                try:
+                    plan = sc.plan(
+                        model,
+                        tokenizer,
+                        method=method,
+                        sparsity=sparsity,
+                        options=options,
+                        calibration=arguments.calibration,
+                        samples=arguments.samples,
+                        length=arguments.length,
+                        dtype="float32",
+                        # plans share what they see of the dense model
+                        statistics=statistics,
+                    )
+                except BudgetError as error:
+                    # heads are too small a part of some models
+                    print(f"{what} at {sparsity:g}: {error}", flush=True)
+                    continue
                 cut = sc.apply(plan, model)
                 if row is None:
                     removed = f"{removed_fraction(plan, anatomy):.4f}"
