@@ -73,7 +73,8 @@ def main() -> None:
         # a comparison is of two at least
         shown = pair if len(pair) == 2 else [*pair, METHODS[0] if pair[0] != METHODS[0] else METHODS[1]]
         compared = _compared(arguments, shown)
-        had = {_key(row) for row in rows if _has(row, wanted)}
+        # what is cut has no items before it is trained
+        had = {_key(row) for row in rows if _has(row, wanted) or (arguments.heal and not row["recovery"])}
         new = [row for row in compared if row["method"] in [*pair, "dense"] and _key(row) not in had]
         rows = [row for row in rows if _key(row) not in {_key(one) for one in new}] + new
         rows.sort(key=_place)
