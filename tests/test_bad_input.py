@@ -898,17 +898,21 @@ def test_loading_applying_and_saving_raise_the_right_class(room: Room, make_llam
     assert listing(room.path) == before
 
 
+def whatever_asks_for_a_decoder(model: Any, plan: Any, out: Path) -> list[Callable[[], object]]:
+    return [
+        lambda: sc.anatomy(model),
+        lambda: sc.plan(model, method="magnitude", sparsity=0.5),
+        lambda: sc.apply(plan, model),
+        lambda: sc.save(model, None, out),
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_adapters_that_are_not_merged_are_refused(room: Room, tiny_llama) -> None:
     plan = sc.plan(tiny_llama, method="magnitude_sp", sparsity=0.5)
     wrapped: Any = get_peft_model(tiny_llama, LoraConfig(r=2, target_modules=["up_proj", "down_proj"]))
     for model in (wrapped, tiny_llama):
-        for asked in (
-            lambda model=model: sc.anatomy(model),
-            lambda model=model: sc.plan(model, method="magnitude", sparsity=0.5),
-            lambda model=model: sc.apply(plan, model),
-            lambda model=model: sc.save(model, None, room.path / "out"),
-        ):
+        for asked in whatever_asks_for_a_decoder(model, plan, room.path / "out"):
             with pytest.raises(errors.UnsupportedModelError, match=r"carries adapters.*: merge them first"):
                 asked()
     assert not (room.path / "out").exists()
@@ -923,12 +927,7 @@ def test_models_that_were_compiled_under_other_names_are_refused(room: Room, tin
     in_parts = copy.deepcopy(tiny_llama)
     in_parts.model.layers[1] = torch.compile(in_parts.model.layers[1])
     for model in (compiled, in_parts):
-        for asked in (
-            lambda model=model: sc.anatomy(model),
-            lambda model=model: sc.plan(model, method="magnitude", sparsity=0.5),
-            lambda model=model: sc.apply(plan, model),
-            lambda model=model: sc.save(model, None, room.path / "out"),
-        ):
+        for asked in whatever_asks_for_a_decoder(model, plan, room.path / "out"):
             with pytest.raises(errors.UnsupportedModelError, match=r"torch\.compile has wrapped.*give it as it was"):
                 asked()
     assert not (room.path / "out").exists()

@@ -149,7 +149,7 @@ def _layer_cut(layer: int, plan: Plan, anatomy: Anatomy, cut: float, masked: flo
     if "layers" in plan.keep:
         units["layer"] = (1, int(layer in set(plan.keep["layers"].tolist())))
     sizes = _sizes(layer, anatomy)
-    refitted = _refitted(layer, plan, anatomy, sizes)
+    refitted = _refitted(plan, sizes)
     matrices = {
         m.module.rpartition(f".{layer}.")[2]: plan.sparsity(m.tensor)
         for m in anatomy.matrices
@@ -176,7 +176,7 @@ def _removed_in(layer: int, plan: Plan, anatomy: Anatomy) -> tuple[float, float]
         for group in anatomy.groups
         if group.layer == layer and group.name in plan.keep
     )
-    refitted = _refitted(layer, plan, anatomy, sizes)
+    refitted = _refitted(plan, sizes)
     masked = sum(plan.sparsity(t) * size for t, size in sizes.items() if t in plan.masks and t not in refitted)
     # every matrix of a block has the hidden channels along one of its sides
     narrower = len(plan.removed(HIDDEN)) / plan.groups[HIDDEN] if HIDDEN in plan.keep else 0.0
@@ -188,17 +188,6 @@ def _sizes(layer: int, anatomy: Anatomy) -> dict[str, int]:
     return {m.tensor: m.shape[0] * m.shape[1] for m in anatomy.matrices if m.layer == layer}
 
 
-def _refitted(layer: int, plan: Plan, anatomy: Anatomy, sizes: Mapping[str, int]) -> set[str]:
-    """Weights whose mask stands there for their new values: it says nothing but which columns leave with their units.
-
-    Those that don't read the units have a mask that keeps all.
-    """
-    inputs = {m.tensor: m.shape[1] for m in anatomy.matrices if m.tensor in sizes}
-    found = {t for t in sizes if plan.keep and t in plan.values and plan.kept_entries(t) == sizes[t]}
-    for group in anatomy.groups:
-        tensor = f"{group.reader}.weight"
-        if group.layer == layer and group.name in plan.keep and tensor in plan.masks:
-            left = inputs[tensor] - group.columns[plan.removed(group.name)].numel()
-            if plan.kept_entries(tensor) == sizes[tensor] // inputs[tensor] * left:
-                found.add(tensor)
-    return found
+def _refitted(plan: Plan, sizes: Mapping[str, int]) -> set[str]:
+    """Weights among these whose mask says nothing but where their new values lie."""
+    return {tensor for tensor in sizes if tensor in plan.masks and plan.refits(tensor)}

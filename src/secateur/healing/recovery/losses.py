@@ -121,7 +121,10 @@ class Objective:
             # hidden states of all blocks aren't kept
             known = None if "hidden" in self.terms else self.states
             with torch.no_grad(), given(blocks(self.teacher)) as wanted:
-                predicted = (known or FinalStates(0)).logits(self.teacher, ids_BT)
+                if known is not None:
+                    predicted = known.logits(self.teacher, ids_BT)
+                else:
+                    predicted = self.teacher(input_ids=ids_BT, use_cache=False).logits
         found = {
             "ce": lambda: cross_entropy(mine.logits, ids_BT),
             "kl": lambda: divergence(mine.logits, predicted, self.temperature),
