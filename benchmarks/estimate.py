@@ -1,10 +1,12 @@
 """What ``secateur estimate`` says beside what the run then takes: three models, four methods.
 
     python benchmarks/estimate.py --work FOLDER
+    python benchmarks/estimate.py --work FOLDER --heal
 
 Both are child processes on this machine. Memory is the kernel's high-water mark of the child. Where other work keeps
 the machine busy, wall time says nothing; the time is therefore judged by the child's processor seconds as well.
 Checkpoints are made in FOLDER (1.5 GB) and kept; run with OMP_NUM_THREADS=1 so that processor seconds are seconds.
+``--heal`` has other rows: a short recovery training behind the cut.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from typing import Any
 from common import write_result
 from processes import measured
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "flap")
+RUNS = (("magnitude", ""), ("wanda", ""), ("sparsegpt", ""), ("flap", ""))
+SHORT = "steps=8,batch=2,length=128,held_out=2,measure=8"
+TRAINED = (
+    ("flap", f"lora:{SHORT}"),
+    ("flap", f"lora:{SHORT},checkpointing=true,dtype=bfloat16"),
+    ("flap", f"full:{SHORT}"),
+    ("wanda", f"lora:{SHORT}"),
+)
 SMOLLM = "smollm2-135m"
 RANDOM: dict[str, dict[str, Any]] = {
     "12 blocks of 1024": {
@@ -57,6 +66,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--heal", action="store_true", help="trainings behind the cut instead of other methods")
     parser.add_argument("--make", action="store_true", help="only make the checkpoints")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -65,14 +75,16 @@ def main() -> None:
         return
     # in a process of its own, because the mark of a child starts at what its parent had
     subprocess.run([sys.executable, __file__, "--work", str(arguments.work), "--make"], check=True)
-    rows = [compare(model, method, arguments) for model in (SMOLLM, *RANDOM) for method in METHODS]
+    runs = TRAINED if arguments.heal else RUNS
+    rows = [compare(model, *run, arguments) for model in (SMOLLM, *RANDOM) for run in runs]
     setting = {
         "models": "SmolLM2-135M-Instruct and two random Llamas, all in bfloat16",
         "calibration": f"built-in, {arguments.samples} windows of {arguments.length} tokens, {arguments.dtype}",
         "worst memory ratio": _worst(rows, "memory ratio"),
         "worst time ratio": _worst(rows, "time ratio"),
     }
-    write_result(f"estimate-{arguments.dtype}", "Estimates beside what runs take", setting, rows, TEXT)
+    name = f"estimate-{'recovery-' if arguments.heal else ''}{arguments.dtype}"
+    write_result(name, "Estimates beside what runs take", setting, rows, TEXT)
 
 
 def make(work: Path) -> None:
@@ -93,11 +105,12 @@ def make(work: Path) -> None:
             tokenizer.save_pretrained(work / name)
 
 
-def compare(model: str, method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(model: str, method: str, heal: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One row: the estimate, and the run."""
     folder, out, log = arguments.work / model, arguments.work / "out", arguments.work / "log"
     wanted = [folder, "--method", method, "--samples", arguments.samples, "--length", arguments.length]
-    common = [str(a) for a in [*wanted, "--dtype", arguments.dtype, "--out", out]]
+    trained = ["--heal", heal] if heal else []
+    common = [str(a) for a in [*wanted, "--dtype", arguments.dtype, "--out", out, *trained]]
     shutil.rmtree(out, ignore_errors=True)
     secateur = [sys.executable, "-m", "secateur"]
     said = subprocess.run([*secateur, "estimate", *common, "--json", "--quiet"], check=True, stdout=subprocess.PIPE)
@@ -106,6 +119,7 @@ def compare(model: str, method: str, arguments: argparse.Namespace) -> dict[str,
     row = {
         "model": model,
         "method": method,
+        **({"heal": heal} if heal else {}),
         "memory estimated": estimate["memory_bytes"] / 1e6,
         "memory measured": run.peak_bytes / 1e6,
         "memory ratio": estimate["memory_bytes"] / run.peak_bytes,

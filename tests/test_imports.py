@@ -58,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparison": {"sweep", "recipes", "methods", "evaluation", "healing", "report", "structure", "plans"},
     "estimate": {
         "recipes",
+        "healing",
         "allocators",
         "methods",
         "models",

@@ -177,7 +177,8 @@ def test_training_has_the_whole_model_and_no_gradients_of_it(sizes):
     assert more["statistics"] == 4 * 2 * LINEAR and "statistics" not in found
     tokens = 300 * 2 * 16
     attention = 2 * 2 * 16 * 32
-    alone = tokens * (4 * 2 * LINEAR + 3 * attention + 4 * sizes.head + 6 * adapters)
+    merged = 2 * 4 * 2 * LINEAR
+    alone = tokens * (4 * 2 * LINEAR + 3 * attention + 4 * sizes.head + 6 * adapters) + merged
     assert flops(sizes, mine)["forwards"] == alone
     assert flops(sizes, true)["forwards"] == alone + tokens * 2 * 2 * LINEAR
     assert disk(sizes, mine)["plan"] == 2 * (2 * LINEAR // 8 + 4 * 2 * LINEAR)
@@ -375,7 +376,15 @@ def test_speed_is_bounded_by_what_is_left_to_multiply(sizes):
 
 def test_time_is_work_over_rates(sizes):
     machine = Machine(
-        flops=1e3, float32_flops=1e6, factor_flops=1e6, swept=1e6, moved=1e30, read=1e30, written=1e6, ranked=1e30
+        flops=1e3,
+        float32_flops=1e6,
+        trained_flops=1e4,
+        factor_flops=1e6,
+        swept=1e6,
+        moved=1e30,
+        read=1e30,
+        written=1e6,
+        ranked=1e30,
     )
     found = seconds(sizes, job("wanda"), machine)
     assert found["forwards"] == pytest.approx(flops(sizes, job("wanda"))["forwards"] / 1e3)

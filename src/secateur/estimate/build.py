@@ -17,6 +17,7 @@ from secateur.estimate.memory import memory
 from secateur.estimate.result import Estimate, StepEstimate
 from secateur.estimate.sizes import Sizes
 from secateur.estimate.work import flops, seconds
+from secateur.healing.recovery import split_heal
 from secateur.recipes import Recipe
 
 
@@ -82,7 +83,7 @@ def check(estimate: Estimate) -> None:
 
 def _jobs(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None) -> list[Job]:
     last = len(recipe.steps)
-    words = [recipe.words(step) for step in recipe.steps]
+    words = [(*recipe.words(step), split_heal(step.heal)[1]) for step in recipe.steps]
     return [
         Job(
             method=method,
@@ -93,8 +94,9 @@ def _jobs(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None) -> 
             activation_memory=activation_memory,
             format=recipe.format if number == last else "dense",
             device=recipe.device,
+            recovery=recovery,
         )
-        for number, (method, allocation) in enumerate(words, start=1)
+        for number, (method, allocation, recovery) in enumerate(words, start=1)
     ]
 
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from secateur.estimate.job import Job
 from secateur.estimate.leaving import leaving, removed_share
-from secateur.estimate.memory import adapter_entries, hidden_bytes, spills, state_bytes
+from secateur.estimate.memory import hidden_bytes, spills, state_bytes
 from secateur.estimate.sizes import Sizes
-from secateur.methods import SearchMethod, TrainedMethod, UnitMethod, WeightMethod
+from secateur.estimate.training import recovery_of, training_of
+from secateur.methods import SearchMethod, UnitMethod, WeightMethod
 
 
 def disk(sizes: Sizes, job: Job) -> dict[str, int]:
     """Bytes by what they are for, when all blocks are cut and the checkpoint is put together from them."""
     linear = sizes.linear
-    plan = 0
+    plan, training, recovery = 0, training_of(sizes, job), recovery_of(sizes, job)
     if isinstance(job.method, WeightMethod | SearchMethod):
         plan = -(-linear // 8) + (int(linear * (1 - job.sparsity)) * sizes.itemsize if job.repairs else 0)
     elif job.method.refits or job.levels:
         # new values of the weights that read units
         plan = _read_bytes(sizes, job, sizes.itemsize)
-    elif isinstance(job.method, TrainedMethod):
+    elif training is not None:
         # new values of all weights, whether they stay or not
         plan = -(-linear // 8) + linear * sizes.itemsize
     # the states before and after a block are both there for a moment; and a file is kept once it is needed
@@ -31,9 +32,9 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
         seen = sum(n.stored for block in sizes.blocks for n in job.needs(block, sizes.hidden))
     # scores that the end needs, and where a search is
     ranked = 4 * linear if job.ranks_globally or job.searched_tokens else 0
-    if isinstance(job.method, TrainedMethod):
-        # adapters with their moments, the last state and the next
-        ranked = 2 * 3 * 4 * adapter_entries(sizes, job.method)
+    if training is not None:
+        # the last state and the next
+        ranked = 2 * training.state_bytes
     if job.levels:
         # all levels, in float32
         ranked = job.levels * _read_bytes(sizes, job, 4)
@@ -44,6 +45,8 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
         "cut blocks": blocks,
         "hidden states": states,
         "statistics": seen + ranked,
+        # the same, and what was trained
+        "recovery": 0 if recovery is None else 2 * recovery.state_bytes + checkpoint_bytes(sizes, job),
     }
     return {name: size for name, size in parts.items() if size}
 

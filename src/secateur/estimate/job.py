@@ -10,6 +10,7 @@ import torch
 
 from secateur.allocators import Measuring
 from secateur.estimate.sizes import BlockSizes, Inputs
+from secateur.healing.recovery import RecoveryOptions
 from secateur.methods import (
     CoupledMethod,
     IterativeMethod,
@@ -33,7 +34,7 @@ from secateur.solver import cg_flops, refit_columns_flops
 class Job:
     """``samples`` windows of ``length`` tokens in batches of about ``batch_tokens``, in ``dtype``.
 
-    ``activation_memory`` is in bytes; ``format`` is dense or packed.
+    ``activation_memory`` is in bytes; ``format`` is dense or packed; ``recovery`` is the training of what is left.
     """
 
     method: Method
@@ -45,6 +46,7 @@ class Job:
     format: str = "dense"
     device: str = "cpu"
     allocation: Measuring | None = None
+    recovery: RecoveryOptions | None = None
 
     @property
     def observes(self) -> bool:

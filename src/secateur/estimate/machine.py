@@ -34,13 +34,15 @@ _RANKED_ENTRIES = 1 << 20
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates: operations per second of products in the compute dtype (``flops``), of float32 ones and of factorisations;
+    """Rates: operations per second of products in the compute dtype (``flops``), of float32 ones, of those of recovery
+    training and of factorisations;
     entries per second that a sweep updates one by one, and that the method's rule ranks; bytes per second moved in
     memory, read from and written to disk.
     """
 
     flops: float
     float32_flops: float
+    trained_flops: float
     factor_flops: float
     swept: float
     moved: float
@@ -58,13 +60,14 @@ def try_machine(sizes: Sizes, job: Job, files: Iterable[Path] = (), place: Path 
     trial = min(_TRIAL, _TRIAL_PER_BYTE * sizes.stored)
     moved = _move_rate(job.device, trial)
     multiplies = job.observes or any(job.solve_flops(block) for block in sizes.blocks)
-    flops = _product_rate(width, job.dtype, job.device, trial) if multiplies else 1.0
-    float32 = flops
-    if multiplies and job.dtype != torch.float32:
-        float32 = _product_rate(width, torch.float32, job.device, trial)
+    trained = getattr(torch, job.recovery.dtype) if job.recovery is not None else None
+    dtypes = {*([job.dtype, torch.float32] if multiplies else []), *([trained] if trained is not None else [])}
+    rates = {dtype: _product_rate(width, dtype, job.device, trial) for dtype in dtypes}
+    float32 = rates.get(torch.float32, 1.0)
     return Machine(
-        flops=flops,
+        flops=rates.get(job.dtype, 1.0),
         float32_flops=float32,
+        trained_flops=rates.get(trained, 1.0),
         factor_flops=_factor_rate(job.device, trial) if job.repairs else float32,
         swept=_sweep_rate(job.device, trial) if job.repairs else moved / 64,
         moved=moved,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.methods import StructuredMethod, SublayerMethod, TrainedMethod, WeightMethod
+from secateur.estimate.training import graph_entries, recovery_of, training_of
+from secateur.methods import StructuredMethod, SublayerMethod, WeightMethod
 from secateur.search import TRIED_BYTES
 
 # outside tensors are looked at beside all else, in parts of 2^20 entries
@@ -37,9 +38,11 @@ _TRIED = 4096
 _ON_DEVICE = (
     "working copy",
     "whole model",
+    "teacher",
     "tried models",
     "head",
     "adapters",
+    "gradients and moments",
     "hidden states",
     "statistics",
     "at work",
@@ -74,12 +77,16 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
         stages.append({**_backward(sizes, job, block, job.searched_tokens), "decision": 2 * sizes.linear})
     if job.walks_back:
         stages += [_turning(sizes, job), _descending(job, sizes, block)]
-    if isinstance(job.method, TrainedMethod):
-        stages.append(_training(sizes, job, job.method, block))
+    if training := training_of(sizes, job):
+        stages.append(training.memory())
     if job.round_tokens:
         stages.append(_backward(sizes, job, block, job.round_tokens))
-    most = max(stages, key=lambda stage: sum(stage.values()))
-    parts = {name: size for name, size in {**steady, **most}.items() if size}
+    stages = [{**steady, **stage} for stage in stages]
+    if recovery := recovery_of(sizes, job):
+        # what the walk through the blocks had is gone by then, but for a model that was there before
+        there = {name: size for name, size in _model(sizes, block).items() if not sizes.streamed}
+        stages.append({"process": baseline, **there, **recovery.memory()})
+    parts = {name: size for name, size in max(stages, key=lambda stage: sum(stage.values())).items() if size}
     device: dict[str, int] = {}
     if not job.device.startswith("cpu"):
         device = {name: parts.pop(name) for name in _ON_DEVICE if name in parts}
@@ -145,8 +152,7 @@ def _observing(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
     )
     # the widest outputs before, after and beside the activation function, the residual stream in float32 and beside
     # it, and the inputs that are held until the first batch ends
-    width = max((outputs for outputs, _ in block.matrices), default=sizes.hidden)
-    per_token = (3 * width + 3 * sizes.hidden) * job.dtype.itemsize + 2 * 4 * sizes.hidden
+    per_token = (3 * (block.outputs or sizes.hidden) + 3 * sizes.hidden) * job.dtype.itemsize + 2 * 4 * sizes.hidden
     held = sum(inputs.channels for inputs in job.targets(block)) * job.dtype.itemsize
     before = list(job.allocation_needs(block, sizes.hidden))
     return {
@@ -213,21 +219,13 @@ def _leaving_out(sizes: Sizes, job: Job) -> dict[str, int]:
 
 def _backward(sizes: Sizes, job: Job, block: BlockSizes, looked_at: int) -> dict[str, int]:
     """A copy of the whole model, the gradients of its matrices, and the graph of the windows that run together."""
-    entries = sum(b.entries for b in sizes.blocks) + sizes.outside_entries
     tokens = min(looked_at, max(1, job.batch_tokens // job.length) * job.length)
-    graph = tokens * (len(sizes.blocks) * _graph(sizes, block) * job.dtype.itemsize + 16 * sizes.vocabulary)
+    # of what leaves the model logits, their float32 copy, their softmax and its gradient come on top
+    graph = tokens * (len(sizes.blocks) * graph_entries(sizes, block) * job.dtype.itemsize + 16 * sizes.vocabulary)
     return {
-        "whole model": (entries + sizes.linear) * job.dtype.itemsize,
+        "whole model": (sizes.entries + sizes.linear) * job.dtype.itemsize,
         "at work": graph,
     }
-
-
-def _graph(sizes: Sizes, block: BlockSizes) -> int:
-    """Entries per token that one block keeps for its gradient."""
-    # about four widths of its FFN and eight of the residual stream; of what leaves the model logits, their float32
-    # copy, their softmax and its gradient come on top: 16 bytes per token and word
-    ffn = max((outputs for outputs, _ in block.matrices), default=sizes.hidden)
-    return 4 * ffn + 8 * sizes.hidden
 
 
 def _turning(sizes: Sizes, job: Job) -> dict[str, int]:
@@ -238,26 +236,5 @@ def _turning(sizes: Sizes, job: Job) -> dict[str, int]:
 def _descending(job: Job, sizes: Sizes, block: BlockSizes) -> dict[str, int]:
     """The graph of a batch in one block, the gradients that it gives, and what they add up to."""
     kinds = len(job.method.needs)  # type: ignore[attr-defined]
-    graph = job.batch * _graph(sizes, block) * job.dtype.itemsize
+    graph = job.batch * graph_entries(sizes, block) * job.dtype.itemsize
     return {"statistics": 4 * kinds * block.entries, "at work": graph + block.entries * (job.dtype.itemsize + 4)}
-
-
-def _training(sizes: Sizes, job: Job, method: TrainedMethod, block: BlockSizes) -> dict[str, int]:
-    """The whole model in float32, its adapters with their moments, and the graph of one forward."""
-    entries = sum(b.entries for b in sizes.blocks) + sizes.outside_entries
-    adapters = adapter_entries(sizes, method)
-    kept = len(sizes.blocks) * (sizes.hidden if method.checkpointing else _graph(sizes, block))
-    graph = job.trained_tokens * ((kept + _graph(sizes, block)) * job.dtype.itemsize + 16 * sizes.vocabulary)
-    gradients = sizes.linear if method.needs_gradient else 0
-    # the product of an adapter, its gradient, and the score of one matrix
-    return {
-        "whole model": 4 * entries,
-        "adapters": 4 * 4 * adapters,
-        "statistics": 4 * gradients,
-        "at work": graph + 3 * 4 * block.widest,
-    }
-
-
-def adapter_entries(sizes: Sizes, method: TrainedMethod) -> int:
-    """Entries of the adapters of all matrices."""
-    return method.rank * sum(outputs + inputs for block in sizes.blocks for outputs, inputs in block.matrices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -56,6 +57,30 @@ def _spilling(sizes: Sizes, job: Job) -> Iterator[Change]:
             yield f"--activation-memory {text}", replace(job, activation_memory=size)
 
 
+def _checkpointed(sizes: Sizes, job: Job) -> Iterator[Change]:
+    if job.recovery is not None and not job.recovery.checkpointing:
+        yield "checkpointing=true in --heal", _trained(job, checkpointing=True)
+
+
+def _in_parts(sizes: Sizes, job: Job) -> Iterator[Change]:
+    if job.recovery is None:
+        return
+    together = job.recovery.micro or job.recovery.batch
+    for micro in range(together - 1, 0, -1):
+        if job.recovery.batch % micro == 0:
+            yield f"micro={micro} in --heal", _trained(job, micro=micro)
+
+
+def _untaught(sizes: Sizes, job: Job) -> Iterator[Change]:
+    if job.recovery is not None and set(job.recovery.terms(teacher=True)) != {"ce"}:
+        yield "loss=ce in --heal", _trained(job, loss="ce")
+
+
+def _trained(job: Job, **options: Any) -> Job:
+    assert job.recovery is not None
+    return replace(job, recovery=replace(job.recovery, **options))
+
+
 def _narrower(sizes: Sizes, job: Job) -> Iterator[Change]:
     if job.observes and job.dtype.itemsize > 2:
         yield "--dtype bfloat16", replace(job, dtype=torch.bfloat16)
@@ -94,5 +119,14 @@ def _simpler(sizes: Sizes, job: Job) -> Iterator[Change]:
             yield f"--method {name}", changed
 
 
-_KINDS: tuple[Callable[[Sizes, Job], Iterator[Change]], ...] = (_spilling, _narrower, _fewer, _shorter, _simpler)
+_KINDS: tuple[Callable[[Sizes, Job], Iterator[Change]], ...] = (
+    _spilling,
+    _checkpointed,
+    _in_parts,
+    _narrower,
+    _fewer,
+    _shorter,
+    _untaught,
+    _simpler,
+)
 """from those that leave the result alone to those that change it most"""

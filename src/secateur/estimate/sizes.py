@@ -47,6 +47,11 @@ class BlockSizes:
         """Entries of the largest linear weight."""
         return max((outputs * inputs for outputs, inputs in self.matrices), default=0)
 
+    @property
+    def outputs(self) -> int:
+        """Channels of the widest output of a linear module; 0 where there is none."""
+        return max((outputs for outputs, _ in self.matrices), default=0)
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -80,6 +85,11 @@ class Sizes:
     def stored(self) -> int:
         """Bytes of the whole model as it is stored."""
         return self.blocks_stored + self.outside_stored
+
+    @property
+    def entries(self) -> int:
+        """Entries of all parameters."""
+        return sum(block.entries for block in self.blocks) + self.outside_entries
 
     @property
     def linear(self) -> int:

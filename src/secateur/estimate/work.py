@@ -5,9 +5,10 @@ from __future__ import annotations
 from secateur.estimate.disk import checkpoint_bytes
 from secateur.estimate.job import Job
 from secateur.estimate.machine import Machine
-from secateur.estimate.memory import adapter_entries, spills, state_bytes
+from secateur.estimate.memory import spills, state_bytes
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.methods import IterativeMethod, StructuredMethod, TrainedMethod, WeightMethod
+from secateur.estimate.training import recovery_of, training_of
+from secateur.methods import IterativeMethod, StructuredMethod, WeightMethod
 
 # passes over memory of isfinite (four results, each read again) and of a conversion, in entries read or written
 _CHECKS, _CONVERSIONS = 8, 2
@@ -58,22 +59,17 @@ def flops(sizes: Sizes, job: Job) -> dict[str, int]:
     # whole models, the head among them
     tried = job.trial_tokens + job.tried_tokens(len(sizes.blocks))
     found["forwards"] += tried * 2 * (sizes.linear + sizes.head)
+    if recovery := recovery_of(sizes, job):
+        found["heal"] = recovery.flops() + recovery.measured_flops()
     return {name: count for name, count in found.items() if count}
 
 
 def _gradient_flops(sizes: Sizes, job: Job) -> int:
     """Of the head, forward and back, where gradients come back through the blocks, and of training adapters."""
-    method = job.method
     if job.walks_back:
         return 4 * job.tokens * sizes.head
-    if not isinstance(method, TrainedMethod):
-        return 0
-    tokens = method.steps * method.batch * job.length
-    # forward, and the gradient at every input; forward again, and the gradient at every weight, where that is asked for
-    through = 4 + 2 * method.checkpointing + 2 * method.needs_gradient
-    attention = len(sizes.blocks) * 2 * job.length * sizes.attention
-    blocks = through * sizes.linear + 3 * attention
-    return tokens * (blocks + 4 * sizes.head + 6 * adapter_entries(sizes, method))
+    training = training_of(sizes, job)
+    return training.flops() if training is not None else 0
 
 
 def _variant_flops(sizes: Sizes, job: Job) -> int:
@@ -137,7 +133,7 @@ def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
         )
     )
     found = {
-        "check": _CHECKS * (sizes.stored + _entries(sizes)) / 2 / machine.moved,
+        "check": _CHECKS * (sizes.stored + sizes.entries) / 2 / machine.moved,
         "forwards": count.get("forwards", 0) / machine.flops + around / machine.moved,
         "variants": count.get("variants", 0) / machine.flops,
         "statistics": count.get("statistics", 0) / machine.float32_flops + statistics / machine.moved,
@@ -149,19 +145,22 @@ def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
     reading = (sizes.stored if sizes.streamed else 0) / machine.read
     if not found["variants"]:
         del found["variants"]
+    if recovery := recovery_of(sizes, job):
+        around = sum(_around_token(block, sizes) for block in sizes.blocks)
+        found["heal"] = count["heal"] / machine.trained_flops + recovery.moved(around) / machine.moved
     hidden = found["forwards"] + found["statistics"] + found["decide"]
     found["read"] = max(reading - hidden, reading / max(len(sizes.blocks), 1))
     return found
 
 
-def _entries(sizes: Sizes) -> int:
-    return sum(block.entries for block in sizes.blocks) + sizes.outside_entries
-
-
 def _around(block: BlockSizes, sizes: Sizes, job: Job) -> float:
-    ffn = max((outputs for outputs, _ in block.matrices), default=0)
-    entries = _AROUND_HIDDEN * sizes.hidden + _AROUND_FFN * ffn + _AROUND_ATTENTION * sizes.attention
-    return job.tokens * entries * job.dtype.itemsize + _CONVERSIONS * block.entries * job.dtype.itemsize
+    entries = job.tokens * _around_token(block, sizes) + _CONVERSIONS * block.entries
+    return entries * job.dtype.itemsize
+
+
+def _around_token(block: BlockSizes, sizes: Sizes) -> int:
+    """Entries that a token moves in one block beside the products."""
+    return _AROUND_HIDDEN * sizes.hidden + _AROUND_FFN * block.outputs + _AROUND_ATTENTION * sizes.attention
 
 
 def _deciding(sizes: Sizes, job: Job, machine: Machine, count: dict[str, int]) -> float:
