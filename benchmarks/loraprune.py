@@ -125,6 +125,10 @@ def main() -> None:
 
 def text(rows: list[dict[str, Any]], batch: int) -> str:
     """What the table shows, as far as it goes."""
+
+    def of(way: str, seed: int) -> float | None:
+        return next((row["perplexity"] for row in rows if (row["way"], row["seed"]) == (way, seed)), None)
+
     lines = [
         "Perplexity of the dense model, and after a part of its heads and neurons has left while adapters were",
         "trained, or at once before that. All ways train as long. Seconds are those of a machine that did other work",
@@ -132,24 +136,20 @@ def text(rows: list[dict[str, Any]], batch: int) -> str:
         "",
         "Published, with batches of 128 windows, is that `lora` tells as much as `grad`, and that what leaves on the",
         f"way costs less than what leaves at once. Here a batch is {batch}: its gradients are noisier, and what leaves",
-        "on the way has fewer steps left to be trained in.",
+        "on the way has fewer steps left to be trained in. An adapter tells of a gradient no more than its rank, which",
+        "is 8 as published: where wider ones are in the table, they are nearer to true gradients.",
         "",
-        "Perplexities beside that of `lora`, means over seeds:",
+        "Perplexities beside those of `lora` with adapters as wide, means over seeds that both have:",
+        "",
     ]
-    found = {
-        way: statistics.fmean(values)
-        for way in dict.fromkeys(row["way"] for row in rows)
-        if (values := [row["perplexity"] for row in rows if row["way"] == way])
-    }
-    if "lora" in found:
-        lines += [
-            "",
-            *(
-                f"- `{w}` has {p / found['lora']:.3f} times the perplexity of `lora`."
-                for w, p in found.items()
-                if w not in ("dense", "lora")
-            ),
+    for way in dict.fromkeys(row["way"] for row in rows):
+        name, _, rank = way.partition(", rank ")
+        against = f"lora, rank {rank}" if rank else "lora"
+        ratios = [
+            row["perplexity"] / theirs for row in rows if row["way"] == way and (theirs := of(against, row["seed"]))
         ]
+        if name not in ("dense", "lora") and ratios:
+            lines.append(f"- `{way}` has {statistics.fmean(ratios):.3f} times the perplexity of `{against}`.")
     return "\n".join(lines)
 
 

@@ -404,8 +404,21 @@ def test_what_studies_of_pruning_by_gradients_say(study):
     said = study("llm_pruner").text(rows)
     assert "`random` has 2.50 times the perplexity of `param_first`" in said
     assert "closes 50% of the gap" in said and "vectorize" not in said
-    ways = [{"way": "lora", "perplexity": 20.0}, {"way": "grad", "perplexity": 19.5}]
-    assert "`grad` has 0.975 times the perplexity of `lora`" in study("loraprune").text(ways, 1)
+    ways = [
+        {"way": way, "seed": seed, "perplexity": value}
+        for way, seed, value in (
+            ("dense", 0, 10.0),
+            ("lora", 0, 20.0),
+            ("grad", 0, 19.5),
+            # of a seed that the other hasn't
+            ("grad", 1, 90.0),
+            ("lora, rank 64", 0, 16.0),
+            ("grad, rank 64", 0, 15.2),
+        )
+    ]
+    said = study("loraprune").text(ways, 1)
+    assert "`grad` has 0.975 times the perplexity of `lora`" in said
+    assert "`grad, rank 64` has 0.950 times the perplexity of `lora, rank 64`" in said
 
 
 def test_a_prefix_is_read_once_and_compressed_in_many_ways(study):
