@@ -25,7 +25,8 @@ class FinalStates:
 
     def logits(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
         """Logits [B, T, V] of ``model``, to the bit as without memory; ``ids_BT`` int64."""
-        below: Any = getattr(model, "base_model", model)
+        # as transformers calls what a head reads
+        below: Any = getattr(model, "get_decoder", lambda: model)()
         device = ids_BT.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = (precision, ids_BT.shape, ids_BT.cpu().numpy().tobytes())
@@ -45,7 +46,7 @@ class FinalStates:
 
 @contextmanager
 def _heard(below: nn.Module) -> Iterator[list[Any]]:
-    """What ``below`` says within the block; nothing where the model doesn't ask it as a whole, as OPT doesn't."""
+    """What ``below`` says within the block; nothing where the model doesn't ask it as a whole."""
     said: list[Any] = []
     handle = below.register_forward_hook(lambda _module, _args, output: said.append(output))
     try:
