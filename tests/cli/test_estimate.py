@@ -111,6 +111,24 @@ def test_prune_says_it_first(cli, tiny_checkpoint, tmp_path):
         assert "estimate:" not in prune(cli, tiny_checkpoint, tmp_path / option, option).err
 
 
+def heal(cli, folder, out, *arguments):
+    return cli("heal", folder, "--steps", 1, "--batch", 1, "--length", 16, "--no-report", "--out", out, *arguments)
+
+
+def test_heal_says_it_first_and_refuses_what_cant_fit(cli, tiny_checkpoint, tmp_path, monkeypatch):
+    # of the training, not of loading: nobody waits for an option that is wrong
+    refused = heal(cli, tiny_checkpoint, tmp_path / "out", "--set", "targets=o_porj")
+    assert refused.code == 2 and "did you mean 'o_proj'?" in refused.err and "estimate: " not in refused.err
+    run = heal(cli, tiny_checkpoint, tmp_path / "out", "--teacher", tiny_checkpoint)
+    assert run.code == 0, run.err
+    assert run.err.splitlines()[0].startswith("estimate: ") and " of memory, " in run.err.splitlines()[0]
+    monkeypatch.setattr("secateur.estimate.build.available_memory", lambda: 0)
+    run = heal(cli, tiny_checkpoint, tmp_path / "other")
+    assert run.code == 1 and run.err.startswith("error: training ") and run.err.count("\n") == 1
+    assert not (tmp_path / "other").exists()
+    assert heal(cli, tiny_checkpoint, tmp_path / "other", "--no-estimate").code == 0
+
+
 def test_prune_refuses_what_cant_fit_before_any_work(cli, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("secateur.estimate.build.available_memory", lambda: 0)
     run = prune(cli, tiny_checkpoint, tmp_path / "out")

@@ -10,14 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import tiny_ids
-from secateur.errors import UsageError
-from secateur.estimate import remedies
+from secateur.errors import ResourceError, UsageError
+from secateur.estimate import build, remedies
 from secateur.estimate.disk import checkpoint_bytes, disk
 from secateur.estimate.job import Job
 from secateur.estimate.machine import Machine
 from secateur.estimate.memory import memory
+from secateur.estimate.memory import training_memory as memory_of
 from secateur.estimate.sizes import Sizes, sizes_of
-from secateur.estimate.training import recovery_of
+from secateur.estimate.training import recovery_of, training_alone
 from secateur.estimate.work import flops, seconds
 from secateur.healing.recovery import parse_recovery
 from secateur.healing.recovery.trainer import Windows, recover
@@ -150,6 +151,49 @@ def test_what_makes_a_training_fit(sizes):
     ):
         said = remedies.for_memory(sizes, large, needed, needed(changed))
         assert f"{text} would make it fit" in said
+
+
+def test_a_training_alone_is_counted_as_one_behind_a_cut(sizes):
+    options = parse_recovery(f"lora:{SHORT}")
+    alone, behind = training_alone(sizes, options, teacher=sizes), recovery_of(sizes, job(f"lora:{SHORT}"))
+    assert alone == behind
+    # without a teacher the loss is that of the text
+    assert training_alone(sizes, options) == replace(alone, teacher=None)
+    masked = training_alone(sizes, options, teacher=sizes, masked=True)
+    assert masked == recovery_of(sizes, job(f"lora:{SHORT}", "magnitude"))
+    found = build.estimate_training("small", alone)
+    assert found.steps[0].flops == {"heal": flops(sizes, job(f"lora:{SHORT}"))["heal"]}
+    assert found.steps[0].disk == {"checkpoint": sizes.stored, "recovery": 2 * 3 * 4 * ADAPTERS}
+    assert set(found.steps[0].seconds) == {"load", "heal", "write"} and found.seconds > 0
+    with pytest.raises(UsageError, match="the loss kl compares with a dense model"):
+        training_alone(sizes, replace(options, loss="kl"))
+
+
+def test_ranks_share_the_windows_and_with_fsdp_what_is_trained(sizes):
+    alone = training_alone(sizes, parse_recovery("full:steps=3,batch=4,length=16"), teacher=sizes)
+    shared = replace(alone, ranks=2)
+    assert (shared.tokens, shared.together) == (alone.tokens // 2, alone.together // 2)
+    assert shared.flops() == alone.flops() // 2
+    assert shared.memory() == alone.memory() | {"at work": alone.memory()["at work"] // 2}
+    sharded = replace(shared, options=replace(shared.options, fsdp=True)).memory()
+    assert sharded == shared.memory() | {"gradients and moments": 6 * ENTRIES}
+
+
+def test_a_training_that_does_not_fit_is_told_what_would(sizes, monkeypatch):
+    large = training_alone(sizes, parse_recovery("full:steps=3,batch=4,length=4096"), teacher=sizes)
+    monkeypatch.setattr(build, "resident_bytes", lambda: 0)
+
+    def said(**options: object) -> str:
+        lighter = large.lighter(replace(large.options, **options))
+        monkeypatch.setattr(build, "available_memory", lambda: memory_of(lighter, 0, "cpu").total)
+        with pytest.raises(ResourceError, match=r"^training small would take ") as refused:
+            build.check(build.estimate_training("small", large))
+        return str(refused.value).partition("are there: ")[2].partition(" would make")[0]
+
+    assert said(checkpointing=True) == "--set checkpointing=true"
+    assert said(micro=2) == "--set micro=2"
+    assert said(checkpointing=True, micro=1) == "--set checkpointing=true with --set micro=1"
+    assert said(checkpointing=True, micro=1, loss="ce").endswith(" with --loss ce")
 
 
 def test_targets_that_there_are_not_are_refused_before_anything_runs(sizes):

@@ -40,8 +40,10 @@ from secateur.cli.options import (
 from secateur.cli.output import print_json, show, working
 from secateur.cli.prune import build_recipe, given, own_options
 from secateur.errors import UsageError
+from secateur.ranks import join
 
 if TYPE_CHECKING:
+    from secateur.estimate.result import Estimate
     from secateur.recipes import Recipe
 
 
@@ -130,21 +132,30 @@ def _estimate(job: Recipe, memory: str | None, trust_remote_code: bool, progress
         compute_dtype(job.dtype, device_of(job.device)),
         activation_memory=spill,
         files=files,
-        place=_place(job),
+        place=place_of(job.out),
         memory_limit=limit,
         # what a process of its own spends on starting is over by now
         startup=time.process_time(),
     )
 
 
-def _place(job: Recipe) -> Path | None:
+def place_of(out: str | None) -> Path | None:
+    """Where the output is written; a URL gets what was written here first."""
     from secateur.remote import is_url, place
     from secateur.runs.folder import run_path
 
-    if job.out is None:
+    if out is None:
         return None
-    # a URL is written here first
-    return run_path(job.out) if is_url(job.out) else Path(place(job.out))
+    return run_path(out) if is_url(out) else Path(place(out))
+
+
+def announce(found: Estimate, quiet: bool) -> None:
+    """Say on stderr what a run will take. Raises ResourceError when that is more than there is."""
+    from secateur.estimate.build import check
+
+    check(found)
+    if not quiet:
+        print(f"estimate: {found.line()}", file=sys.stderr, flush=True)
 
 
 class Announcement:
@@ -154,7 +165,7 @@ class Announcement:
         self._job, self._quiet = job, quiet
 
     def __call__(self, source: Any, dtype: Any) -> None:
-        from secateur.estimate.build import check, estimate_run
+        from secateur.estimate.build import estimate_run
         from secateur.estimate.sizes import sizes_of
         from secateur.models.shards import parse_size
 
@@ -165,8 +176,7 @@ class Announcement:
             dtype,
             activation_memory=parse_size(job.activation_memory) if job.activation_memory else None,
             files=sorted(folder.glob("*.safetensors")) if folder is not None else (),
-            place=_place(job),
+            place=place_of(job.out),
+            ranks=join().size,
         )
-        check(found)
-        if not self._quiet:
-            print(f"estimate: {found.line()}", file=sys.stderr, flush=True)
+        announce(found, self._quiet)

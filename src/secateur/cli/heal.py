@@ -8,6 +8,7 @@ import typer
 
 from secateur.cli.options import (
     ComputeDevice,
+    EstimateFirst,
     Json,
     Overwrite,
     Quiet,
@@ -23,6 +24,7 @@ from secateur.files import check_output
 from secateur.ranks import join
 
 if TYPE_CHECKING:
+    from secateur.healing.recovery import RecoveryOptions
     from secateur.runs.healing import Healed
 
 
@@ -75,6 +77,7 @@ def heal(
         bool | None, typer.Option("--report/--no-report", help="Write report.html beside the checkpoint (default).")
     ] = None,
     resume: Resume = False,
+    estimate: EstimateFirst = True,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -90,18 +93,19 @@ def heal(
         raise UsageError(f"--set {key} has an option of its own: give --{key}")
     ranks = join()
     with ranks.together(), working(quiet or not ranks.main) as progress:
-        from secateur.runs.healing import heal
+        from secateur.runs.healing import chosen_options, heal
 
+        how = {"train": train, "data": data, "loss": loss, "steps": steps, "seed": seed or 0}
+        how["options"] = {**own, **more}
+        if estimate and not resume:
+            # a run that goes on has fitted before
+            chosen, where = chosen_options(**how), device or "cpu"
+            ranks.on_main(lambda: _announce(model, teacher, chosen, out, where, ranks.size, trust_remote_code, quiet))
         healed = heal(
             model,
             out=out,
-            train=train,
-            data=data,
             teacher=teacher,
-            loss=loss,
-            steps=steps,
-            options={**own, **more},
-            seed=seed or 0,
+            **how,
             text_field=text_field,
             device=device or "cpu",
             html=html,
@@ -112,6 +116,33 @@ def heal(
         )
     if ranks.main:
         _show(healed, out, json)
+
+
+def _announce(
+    model: str,
+    teacher: str | None,
+    options: RecoveryOptions,
+    out: str,
+    device: str,
+    ranks: int,
+    trust_remote_code: bool,
+    quiet: bool,
+) -> None:
+    from secateur.cli.estimate import announce, place_of
+    from secateur.estimate.build import estimate_training
+    from secateur.estimate.outline import outline
+    from secateur.estimate.training import training_alone
+    from secateur.runs.healing import plans_in
+
+    sizes, files = outline(model, trust_remote_code=trust_remote_code)
+    training = training_alone(
+        sizes,
+        options,
+        teacher=outline(teacher, trust_remote_code=trust_remote_code)[0] if teacher else None,
+        masked=any(not plan.refits(name) for plan in plans_in(model) for name in plan.masks),
+        ranks=ranks,
+    )
+    announce(estimate_training(model, training, device=device, files=files, place=place_of(out)), quiet)
 
 
 def _show(healed: Healed, out: str, json: bool) -> None:

@@ -26,6 +26,10 @@ MaxShardSize = Annotated[
     typer.Option("--max-shard-size", metavar="SIZE", help="Weight files are at most this large (default 5GB)."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped or killed.")]
+EstimateFirst = Annotated[
+    bool,
+    typer.Option("--estimate/--no-estimate", help="Say first what it takes, and refuse what can't fit (default)."),
+]
 DEFAULT_WORKERS = 2
 Address = Annotated[
     str | None, typer.Option("--address", metavar="ADDR", help="Ray cluster to use (default: a Ray on this machine).")

@@ -21,6 +21,7 @@ from secateur.cli.options import (
     ComputeDevice,
     ComputeDtype,
     Effort,
+    EstimateFirst,
     Growth,
     Heal,
     Ignore,
@@ -136,10 +137,7 @@ def prune(
     resume: Resume = False,
     max_shard_size: MaxShardSize = None,
     activation_memory: ActivationMemory = None,
-    estimate: Annotated[
-        bool,
-        typer.Option("--estimate/--no-estimate", help="Say first what it takes, and refuse what can't fit (default)."),
-    ] = True,
+    estimate: EstimateFirst = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; write nothing.")] = False,
     overwrite: Overwrite = False,
     push_to_hub: Annotated[

@@ -12,12 +12,21 @@ from secateur.errors import ResourceError
 from secateur.estimate import remedies
 from secateur.estimate.disk import checkpoint_bytes, disk, speed_bound
 from secateur.estimate.job import Job
-from secateur.estimate.machine import Machine, available_memory, available_on, free_disk, resident_bytes, try_machine
-from secateur.estimate.memory import memory
+from secateur.estimate.machine import (
+    Machine,
+    available_memory,
+    available_on,
+    free_disk,
+    resident_bytes,
+    try_machine,
+    try_training,
+)
+from secateur.estimate.memory import Memory, memory, training_memory
 from secateur.estimate.result import Estimate, StepEstimate
 from secateur.estimate.sizes import Sizes
-from secateur.estimate.work import flops, seconds
-from secateur.healing.recovery import split_heal
+from secateur.estimate.training import Training
+from secateur.estimate.work import flops, seconds, training_seconds
+from secateur.healing.recovery import RecoveryOptions, split_heal
 from secateur.recipes import Recipe
 
 
@@ -31,14 +40,15 @@ def estimate_run(
     place: Path | None = None,
     memory_limit: int | None = None,
     startup: float = 0.0,
+    ranks: int = 1,
 ) -> Estimate:
     """What ``recipe`` takes on a model of these sizes, after a trial of this machine of about two seconds.
 
     ``files`` are the weights, where they are here; the output goes to ``place``. ``memory_limit`` stands for what is
     available, all in bytes. ``startup`` seconds have passed already. Steps after the first are counted at the
-    sizes of the dense model.
+    sizes of the dense model, and trainings are shared by the ``ranks``.
     """
-    jobs = _jobs(recipe, dtype, activation_memory)
+    jobs = _jobs(recipe, dtype, activation_memory, ranks)
     machines = {job.method.name: try_machine(sizes, job, files, place) for job in jobs}
     baseline = resident_bytes()
     limit = memory_limit if memory_limit is not None else baseline + available_memory()
@@ -62,6 +72,46 @@ def estimate_run(
     return _with_remedy(found, sizes, jobs, baseline)
 
 
+def estimate_training(
+    name: str, training: Training, *, device: str = "cpu", files: Iterable[Path] = (), place: Path | None = None
+) -> Estimate:
+    """What a training alone takes, after a short trial of this machine; ``files`` are its model's weights."""
+    machine, baseline = try_training(training, device, files, place), resident_bytes()
+    peak = training_memory(training, baseline, device)
+    step = StepEstimate(
+        method="heal",
+        memory=peak.process,
+        device_memory=peak.device,
+        disk={"checkpoint": training.sizes.stored, "recovery": 2 * training.state_bytes},
+        flops={"heal": training.flops() + training.measured_flops()},
+        seconds=training_seconds(training, machine),
+    )
+    found = Estimate(
+        model=name,
+        dtype=training.options.dtype,
+        steps=(step,),
+        available_memory=baseline + available_memory(),
+        available_device_memory=available_on(device),
+        free_disk=free_disk(place) if place is not None else None,
+        startup=0.0,
+        bytes_before=training.sizes.stored,
+        bytes_after=training.sizes.stored,
+        speed_bound=1.0,
+        work="training",
+    )
+
+    def taken(options: RecoveryOptions) -> Memory:
+        return training_memory(training.lighter(options), baseline, device)
+
+    for fits, limit, needed in (
+        (found.fits_memory, found.available_memory, lambda options: taken(options).total),
+        (found.fits_device, found.available_device_memory, lambda options: taken(options).device_total),
+    ):
+        if not fits and limit is not None:
+            return replace(found, remedy=remedies.for_training(training.options, needed, limit))
+    return found if found.fits_disk else replace(found, remedy=remedies.PLACE)
+
+
 def estimate_step(sizes: Sizes, job: Job, machine: Machine, baseline: int) -> StepEstimate:
     """What one step takes in a process that has ``baseline`` bytes in memory."""
     peak = memory(sizes, job, baseline)
@@ -81,7 +131,7 @@ def check(estimate: Estimate) -> None:
         raise ResourceError(problem)
 
 
-def _jobs(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None) -> list[Job]:
+def _jobs(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None, ranks: int) -> list[Job]:
     last = len(recipe.steps)
     words = [(*recipe.words(step), split_heal(step.heal)[1]) for step in recipe.steps]
     return [
@@ -95,6 +145,7 @@ def _jobs(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None) -> 
             format=recipe.format if number == last else "dense",
             device=recipe.device,
             recovery=recovery,
+            ranks=ranks,
         )
         for number, (method, allocation, recovery) in enumerate(words, start=1)
     ]

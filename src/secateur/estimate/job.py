@@ -34,7 +34,8 @@ from secateur.solver import cg_flops, refit_columns_flops
 class Job:
     """``samples`` windows of ``length`` tokens in batches of about ``batch_tokens``, in ``dtype``.
 
-    ``activation_memory`` is in bytes; ``format`` is dense or packed; ``recovery`` is the training of what is left.
+    ``activation_memory`` is in bytes; ``format`` is dense or packed; ``recovery`` is the training of what is left, of
+    which every one of the ``ranks`` does its part.
     """
 
     method: Method
@@ -47,6 +48,7 @@ class Job:
     device: str = "cpu"
     allocation: Measuring | None = None
     recovery: RecoveryOptions | None = None
+    ranks: int = 1
 
     @property
     def observes(self) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 from secateur.errors import OutputError, UsageError
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import Sizes
+from secateur.estimate.training import Training
 from secateur.methods import WeightMethod
 
 # seconds that one trial may take, fewer for a model that is done in seconds itself; and how much it works on
@@ -60,9 +61,9 @@ def try_machine(sizes: Sizes, job: Job, files: Iterable[Path] = (), place: Path 
     trial = min(_TRIAL, _TRIAL_PER_BYTE * sizes.stored)
     moved = _move_rate(job.device, trial)
     multiplies = job.observes or any(job.solve_flops(block) for block in sizes.blocks)
+    dtypes = {job.dtype, torch.float32} if multiplies else set()
     trained = getattr(torch, job.recovery.dtype) if job.recovery is not None else None
-    dtypes = {*([job.dtype, torch.float32] if multiplies else []), *([trained] if trained is not None else [])}
-    rates = {dtype: _product_rate(width, dtype, job.device, trial) for dtype in dtypes}
+    rates = {dtype: _product_rate(width, dtype, job.device, trial) for dtype in {*dtypes, trained} - {None}}
     float32 = rates.get(torch.float32, 1.0)
     return Machine(
         flops=rates.get(job.dtype, 1.0),
@@ -74,6 +75,24 @@ def try_machine(sizes: Sizes, job: Job, files: Iterable[Path] = (), place: Path 
         read=_read_rate(files, moved),
         written=_write_rate(place, moved),
         ranked=_rank_rate(job, width, moved, trial),
+    )
+
+
+def try_training(training: Training, device: str, files: Iterable[Path] = (), place: Path | None = None) -> Machine:
+    """Time this machine at what a training alone asks of it; the rates of what it doesn't do are 1."""
+    sizes = training.sizes
+    trial = min(_TRIAL, _TRIAL_PER_BYTE * sizes.stored)
+    moved = _move_rate(device, trial)
+    return Machine(
+        flops=1.0,
+        float32_flops=1.0,
+        trained_flops=_product_rate(sizes.hidden, getattr(torch, training.options.dtype), device, trial),
+        factor_flops=1.0,
+        swept=1.0,
+        moved=moved,
+        read=_read_rate(files, moved),
+        written=_write_rate(place, moved),
+        ranked=1.0,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.estimate.training import graph_entries, recovery_of, training_of
+from secateur.estimate.training import Training, graph_entries, recovery_of, training_of
 from secateur.methods import StructuredMethod, SublayerMethod, WeightMethod
 from secateur.search import TRIED_BYTES
 
@@ -86,14 +86,24 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
         # what the walk through the blocks had is gone by then, but for a model that was there before
         there = {name: size for name, size in _model(sizes, block).items() if not sizes.streamed}
         stages.append({"process": baseline, **there, **recovery.memory()})
-    parts = {name: size for name, size in max(stages, key=lambda stage: sum(stage.values())).items() if size}
-    device: dict[str, int] = {}
-    if not job.device.startswith("cpu"):
-        device = {name: parts.pop(name) for name in _ON_DEVICE if name in parts}
-        parts |= _entering(sizes, job)
+    return _placed(max(stages, key=lambda stage: sum(stage.values())), job.device, _entering(sizes, job))
+
+
+def training_memory(training: Training, baseline: int, device: str) -> Memory:
+    """The peak of a training alone."""
+    return _placed({"process": baseline, **training.memory()}, device, {})
+
+
+def _placed(peak: dict[str, int], device: str, host: dict[str, int]) -> Memory:
+    """A peak as it lies in the process and on its device; beside another device the process has ``host``."""
+    parts = {name: size for name, size in peak.items() if size}
+    there: dict[str, int] = {}
+    if not device.startswith("cpu"):
+        there = {name: parts.pop(name) for name in _ON_DEVICE if name in parts}
+        parts |= host
     comes_and_goes = sum(size for name, size in parts.items() if name not in ("process", "model"))
     parts["heap"] = min(int(_SLACK * comes_and_goes), _MOST_SLACK)
-    return Memory(parts, device)
+    return Memory(parts, there)
 
 
 def hidden_bytes(sizes: Sizes, job: Job) -> int:

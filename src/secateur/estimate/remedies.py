@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -13,28 +14,48 @@ from secateur.estimate.disk import disk
 from secateur.estimate.job import Job
 from secateur.estimate.memory import hidden_bytes, memory, spills
 from secateur.estimate.sizes import Sizes
+from secateur.healing.recovery import RecoveryOptions
 from secateur.methods import Preset, get_method, list_methods, make_method
 from secateur.report.numbers import format_bytes
 
 _SPILL_FROM = {"1GB": 10**9, "256MB": 256 * 10**6, "64MB": 64 * 10**6}
 _FEWEST_SAMPLES, _SHORTEST = 8, 128
 
+PLACE = "give --out a place on a larger disk"
+
+T = TypeVar("T")
 Change = tuple[str, Job]
 
 
 def for_memory(sizes: Sizes, job: Job, needed: Callable[[Job], int], limit: int) -> str:
     """The option that makes what is ``needed`` fit, the options that do together, or that none do."""
-    for text, changed in (change for kind in _KINDS for change in kind(sizes, job)):
+    return _first_that_fits(job, [partial(kind, sizes) for kind in _KINDS], needed, limit)
+
+
+def for_training(options: RecoveryOptions, needed: Callable[[RecoveryOptions], int], limit: int) -> str:
+    """The same for a training alone."""
+
+    def named(kind: _Lighter, chosen: RecoveryOptions) -> Iterator[tuple[str, RecoveryOptions]]:
+        for key, value, lighter in kind(chosen):
+            yield f"--loss {value}" if key == "loss" else f"--set {key}={value}", lighter
+
+    return _first_that_fits(options, [partial(named, kind) for kind in _LIGHTER], needed, limit)
+
+
+def _first_that_fits(
+    start: T, kinds: Sequence[Callable[[T], Iterator[tuple[str, T]]]], needed: Callable[[T], int], limit: int
+) -> str:
+    for text, changed in (change for kind in kinds for change in kind(start)):
         if needed(changed) <= limit:
             return f"{text} would make it fit ({format_bytes(needed(changed))})"
     # the most of every kind on top of each other; twice, because one may only help once another is done
-    texts: dict[str, str] = {}
-    least = job
-    for kind in (*_KINDS, *_KINDS):
+    texts: dict[int, str] = {}
+    least = start
+    for place, kind in [*enumerate(kinds), *enumerate(kinds)]:
         # of equals the last, which still helps when what follows makes the rest smaller
-        better = min(reversed(list(kind(sizes, least))), key=lambda change: needed(change[1]), default=None)
+        better = min(reversed(list(kind(least))), key=lambda change: needed(change[1]), default=None)
         if better is not None and needed(better[1]) < needed(least):
-            texts[better[0].split()[0]] = better[0]
+            texts[place] = better[0]
             least = better[1]
             if needed(least) <= limit:
                 return f"{' with '.join(texts.values())} would make it fit ({format_bytes(needed(least))})"
@@ -48,7 +69,7 @@ def for_disk(sizes: Sizes, job: Job, limit: int) -> str:
     needed = sum(disk(sizes, packed).values())
     if needed <= limit and job.format != "packed":
         return f"--format packed would make it fit ({format_bytes(needed)})"
-    return "give --out a place on a larger disk"
+    return PLACE
 
 
 def _spilling(sizes: Sizes, job: Job) -> Iterator[Change]:
@@ -57,28 +78,26 @@ def _spilling(sizes: Sizes, job: Job) -> Iterator[Change]:
             yield f"--activation-memory {text}", replace(job, activation_memory=size)
 
 
-def _checkpointed(sizes: Sizes, job: Job) -> Iterator[Change]:
-    if job.recovery is not None and not job.recovery.checkpointing:
-        yield "checkpointing=true in --heal", _trained(job, checkpointing=True)
+def _recovery(kind: _Lighter, sizes: Sizes, job: Job) -> Iterator[Change]:
+    """Changes of one kind of the training of what is left."""
+    for key, value, lighter in kind(job.recovery) if job.recovery is not None else ():
+        yield f"{key}={value} in --heal", replace(job, recovery=lighter)
 
 
-def _in_parts(sizes: Sizes, job: Job) -> Iterator[Change]:
-    if job.recovery is None:
-        return
-    together = job.recovery.micro or job.recovery.batch
-    for micro in range(together - 1, 0, -1):
-        if job.recovery.batch % micro == 0:
-            yield f"micro={micro} in --heal", _trained(job, micro=micro)
+def _checkpointed(options: RecoveryOptions) -> Iterator[tuple[str, str, RecoveryOptions]]:
+    if not options.checkpointing:
+        yield "checkpointing", "true", replace(options, checkpointing=True)
 
 
-def _untaught(sizes: Sizes, job: Job) -> Iterator[Change]:
-    if job.recovery is not None and set(job.recovery.terms(teacher=True)) != {"ce"}:
-        yield "loss=ce in --heal", _trained(job, loss="ce")
+def _in_parts(options: RecoveryOptions) -> Iterator[tuple[str, str, RecoveryOptions]]:
+    for micro in range((options.micro or options.batch) - 1, 0, -1):
+        if options.batch % micro == 0:
+            yield "micro", str(micro), replace(options, micro=micro)
 
 
-def _trained(job: Job, **options: Any) -> Job:
-    assert job.recovery is not None
-    return replace(job, recovery=replace(job.recovery, **options))
+def _untaught(options: RecoveryOptions) -> Iterator[tuple[str, str, RecoveryOptions]]:
+    if options.loss != "ce":
+        yield "loss", "ce", replace(options, loss="ce")
 
 
 def _narrower(sizes: Sizes, job: Job) -> Iterator[Change]:
@@ -119,14 +138,16 @@ def _simpler(sizes: Sizes, job: Job) -> Iterator[Change]:
             yield f"--method {name}", changed
 
 
+_Lighter = Callable[[RecoveryOptions], Iterator[tuple[str, str, RecoveryOptions]]]
+_LIGHTER: tuple[_Lighter, ...] = (_checkpointed, _in_parts, _untaught)
 _KINDS: tuple[Callable[[Sizes, Job], Iterator[Change]], ...] = (
     _spilling,
-    _checkpointed,
-    _in_parts,
+    partial(_recovery, _checkpointed),
+    partial(_recovery, _in_parts),
     _narrower,
     _fewer,
     _shorter,
-    _untaught,
+    partial(_recovery, _untaught),
     _simpler,
 )
 """from those that leave the result alone to those that change it most"""

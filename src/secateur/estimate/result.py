@@ -34,7 +34,7 @@ class Estimate:
 
     ``bytes_before`` and ``bytes_after`` are those of the checkpoint. The pruned model can be at most ``speed_bound``
     times as fast. ``free_disk`` is None when nobody said where the output goes, ``available_device_memory`` when the
-    CPU computes. ``remedy`` names what would make the run fit.
+    CPU computes. ``remedy`` names what would make the run fit, and ``work`` is what is done with the model.
     """
 
     model: str
@@ -48,6 +48,7 @@ class Estimate:
     bytes_after: int
     speed_bound: float
     remedy: str = ""
+    work: str = "pruning"
 
     @property
     def memory_bytes(self) -> int:
@@ -100,7 +101,7 @@ class Estimate:
             short = f"{format_bytes(self.disk_bytes)} of disk, and {format_bytes(self.free_disk)} are free"
         else:
             return ""
-        return f"pruning {self.model} would take {short}: {self.remedy}"
+        return f"{self.work} {self.model} would take {short}: {self.remedy}"
 
     def line(self) -> str:
         """``1.9 GB of memory, 3.2 GB of disk, about 4 min``."""

@@ -7,7 +7,7 @@ dense model beside it where that is the teacher.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,8 +40,8 @@ class Training:
     """Steps on windows of ``length`` tokens, by ``options``.
 
     The model has ``entries``, of which a token is multiplied with ``linear`` in the blocks and ``head`` behind them;
-    ``masked`` are linear weights whose zeros stay. ``taught`` says whether the dense model predicts beside it, and
-    ``true_gradients`` whether frozen weights have gradients.
+    ``masked`` are linear weights whose zeros stay. A ``teacher`` predicts beside it, and with ``true_gradients`` frozen
+    weights have gradients. What is counted is what one of the ``ranks`` does.
     """
 
     sizes: Sizes
@@ -51,8 +51,14 @@ class Training:
     linear: float
     head: float
     masked: bool = False
-    taught: bool = False
+    teacher: Sizes | None = None
+    ranks: int = 1
     true_gradients: bool = False
+
+    def lighter(self, options: RecoveryOptions) -> Training:
+        """The same by other options, whose loss may need no teacher."""
+        taught = bool({"kl", "hidden"} & set(options.terms(self.teacher is not None)))
+        return replace(self, options=options, teacher=self.teacher if taught else None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,12 +69,12 @@ class Training:
     @property
     def together(self) -> int:
         """Tokens of one forward."""
-        return (self.options.micro or self.options.batch) * self.length
+        return (self.options.micro or max(1, self.options.batch // self.ranks)) * self.length
 
     @property
     def tokens(self) -> int:
         """Tokens of all steps."""
-        return self.options.steps * self.options.batch * self.length
+        return self.options.steps * self.options.batch * self.length // self.ranks
 
     @property
     def adapters(self) -> int:
@@ -105,18 +111,20 @@ class Training:
         if self.adapters:
             # the product of an adapter, its gradient, and the score or the merged weight of one matrix
             graph += 3 * 4 * max(block.widest for block in sizes.blocks)
+        sharded = self.ranks if options.fsdp else 1
         return {
+            # every rank loads all of a model before it keeps its part
             "whole model": 4 * self.entries,
-            "teacher": 4 * sizes.entries if self.taught else 0,
+            "teacher": 4 * self.teacher.entries if self.teacher is not None else 0,
             "adapters": (4 + 12) * self.adapters,
-            "gradients and moments": 12 * (self.trained - self.adapters),
+            "gradients and moments": 12 * (self.trained - self.adapters) // sharded,
             "statistics": 4 * sizes.linear if self.true_gradients else 0,
             "at work": graph,
         }
 
     def flops(self) -> int:
         """Operations of all steps."""
-        sizes, options = self.sizes, self.options
+        options = self.options
         # forward, and the gradient at every input; forward again, and the gradient at every weight
         weights = self.true_gradients or options.train == "full"
         again = 2 * options.checkpointing
@@ -128,26 +136,25 @@ class Training:
         products = 2 * options.rank * self.linear if self.adapters else 0.0
         if self._masks_products:
             products *= 1 + self._forwards * (3 + again // 2)
-        teacher = 2 * (sizes.linear + sizes.head) + self._attention if self.taught else 0
-        return int(self.tokens * (own + teacher) + products)
+        return int(self.tokens * (own + self._taught) + products)
 
     def measured_flops(self) -> int:
         """Operations of looking at held-out windows before the first step, now and then, and at the end."""
         options = self.options
         times = 1 + -(-options.steps // options.measured_every)
         own = 2 * (self.linear + self.head) + self._attention
-        teacher = 2 * (self.sizes.linear + self.sizes.head) + self._attention if self.taught else 0
-        return int(options.held_out * self.length * (times * own + teacher))
+        return int(options.held_out * self.length * (times * own + self._taught))
 
     def moved(self, around: float) -> float:
         """Bytes through memory beside the products; ``around`` are entries of all blocks for a token's forward."""
         options = self.options
-        entries = (3 + self.taught) * around + _COMPARED * self.sizes.vocabulary
+        taught = self.teacher.linear if self.teacher is not None else 0
+        entries = (3 + bool(taught)) * around + _COMPARED * self.sizes.vocabulary
         if options.dropout and self.adapters:
             entries += _DROPOUT * sum(inputs for _, inputs in self._adapted())
         weights = options.steps * _MOVED * self.trained
         if self.dtype.itemsize < 4:
-            weights += self._forwards * 2 * (self.linear + self.taught * self.sizes.linear)
+            weights += self._forwards * 2 * (self.linear + taught)
         if self._masks_products:
             weights += self._forwards * _MASKED * self.linear
         return 4 * (self.tokens * entries + weights)
@@ -155,12 +162,19 @@ class Training:
     @property
     def _forwards(self) -> int:
         """Forwards of all steps."""
-        return self.options.steps * self.options.batch // (self.options.micro or self.options.batch)
+        return self.tokens // self.together
 
     @property
     def _masks_products(self) -> bool:
         """Whether adapters are multiplied with each other in every forward, so that zeros stay."""
         return self.masked and self.adapters > 0
+
+    @property
+    def _taught(self) -> int:
+        """Operations of the teacher for a token."""
+        if self.teacher is None:
+            return 0
+        return 2 * (self.teacher.linear + self.teacher.head) + self._attention
 
     @property
     def _attention(self) -> int:
@@ -183,6 +197,24 @@ def training_of(sizes: Sizes, job: Job) -> Training | None:
     return Training(sizes, options, job.length, sizes.entries, sizes.linear, sizes.head, true_gradients=true)
 
 
+def training_alone(
+    sizes: Sizes, options: RecoveryOptions, *, teacher: Sizes | None = None, masked: bool = False, ranks: int = 1
+) -> Training:
+    """Of a model that is there. Raises UsageError for a loss that needs a teacher where there is none."""
+    found = Training(
+        sizes,
+        options,
+        options.length,
+        sizes.entries,
+        sizes.linear,
+        sizes.head,
+        masked=masked,
+        teacher=teacher,
+        ranks=ranks,
+    )
+    return found.lighter(options)
+
+
 def recovery_of(sizes: Sizes, job: Job) -> Training | None:
     """The training of what a step leaves; None where none was asked for."""
     options = job.recovery
@@ -199,5 +231,6 @@ def recovery_of(sizes: Sizes, job: Job) -> Training | None:
         linear=through * sizes.linear,
         head=through * sizes.head,
         masked=isinstance(job.method, WeightMethod | SearchMethod),
-        taught=bool({"kl", "hidden"} & set(options.terms(teacher=True))),
+        teacher=sizes if {"kl", "hidden"} & set(options.terms(teacher=True)) else None,
+        ranks=job.ranks,
     )

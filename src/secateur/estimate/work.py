@@ -7,7 +7,7 @@ from secateur.estimate.job import Job
 from secateur.estimate.machine import Machine
 from secateur.estimate.memory import spills, state_bytes
 from secateur.estimate.sizes import BlockSizes, Sizes
-from secateur.estimate.training import recovery_of, training_of
+from secateur.estimate.training import Training, recovery_of, training_of
 from secateur.methods import IterativeMethod, StructuredMethod, WeightMethod
 
 # passes over memory of isfinite (four results, each read again) and of a conversion, in entries read or written
@@ -146,11 +146,27 @@ def seconds(sizes: Sizes, job: Job, machine: Machine) -> dict[str, float]:
     if not found["variants"]:
         del found["variants"]
     if recovery := recovery_of(sizes, job):
-        around = sum(_around_token(block, sizes) for block in sizes.blocks)
-        found["heal"] = count["heal"] / machine.trained_flops + recovery.moved(around) / machine.moved
+        found["heal"] = _trained(recovery, machine)
     hidden = found["forwards"] + found["statistics"] + found["decide"]
     found["read"] = max(reading - hidden, reading / max(len(sizes.blocks), 1))
     return found
+
+
+def training_seconds(training: Training, machine: Machine) -> dict[str, float]:
+    """Expected time of a training alone by stage; models are read and converted one after the other."""
+    models = [training.sizes, *([training.teacher] if training.teacher is not None else [])]
+    converted = _CONVERSIONS * sum(sizes.stored + 4 * sizes.entries for sizes in models)
+    return {
+        "load": sum(sizes.stored for sizes in models) / machine.read + converted / machine.moved,
+        "heal": _trained(training, machine),
+        "write": training.sizes.stored / machine.written,
+    }
+
+
+def _trained(training: Training, machine: Machine) -> float:
+    around = sum(_around_token(block, training.sizes) for block in training.sizes.blocks)
+    operations = training.flops() + training.measured_flops()
+    return operations / machine.trained_flops + training.moved(around) / machine.moved
 
 
 def _around(block: BlockSizes, sizes: Sizes, job: Job) -> float:

@@ -87,11 +87,7 @@ def heal(
     Raises UsageError, DataError, ModelError, PlanMismatchError, OutputError, MissingExtraError, NonFiniteError when a
     loss is NaN, and Stopped (a KeyboardInterrupt) when a signal came.
     """
-    given = {"loss": loss, "steps": steps}
-    chosen = make_recovery(
-        {"train": train, "seed": seed, **{k: v for k, v in given.items() if v is not None}, **(options or {})}
-    )
-    chosen = replace(chosen, data=chosen.data or str(data))
+    chosen = chosen_options(train=train, data=data, loss=loss, steps=steps, seed=seed, options=options)
     job = _Job(chosen, device, text_field, trust_remote_code, progress or (lambda stage, done, total: None))
     if not isinstance(model, str | Path):
         if out is not None or resume:
@@ -103,6 +99,23 @@ def heal(
     if plan is not None or tokenizer is not None:
         raise UsageError("a checkpoint folder brings its plan and its tokenizer: leave plan= and tokenizer= out")
     return _of_folder(job, model, out, teacher, html=html, resume=resume, overwrite=overwrite)
+
+
+def chosen_options(
+    *,
+    train: str = "lora",
+    data: str | Path = "builtin",
+    loss: str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> RecoveryOptions:
+    """The options that these arguments of ``heal`` stand for. Raises OptionError."""
+    given = {"loss": loss, "steps": steps}
+    chosen = make_recovery(
+        {"train": train, "seed": seed, **{k: v for k, v in given.items() if v is not None}, **(options or {})}
+    )
+    return replace(chosen, data=chosen.data or str(data))
 
 
 @dataclass(frozen=True)
@@ -157,7 +170,7 @@ def _of_folder(
     ranks = join()
     with ranks.together():
         model, tokenizer = job.load(source, ranks=ranks)
-        plans = _plans_in(source)
+        plans = plans_in(source)
         named = str(teacher) if isinstance(teacher, str | Path) else display_name(teacher) if teacher else ""
         document = {
             "recovery": asdict(job.options) | {"teacher": named, "text_field": job.text_field},
@@ -235,7 +248,7 @@ def heal_step(
         for number, plan in enumerate(plans, start=1):
             plan.save(path / "plan" / f"step-{number}", overwrite=True)
     place = ranks.on_main(lambda: str(result.folder) if result is not None else "")
-    plans = plans or _plans_in(path)
+    plans = plans or plans_in(path)
     model, _ = load_model(place, dtype="auto", device=ranks.device(device), trust_remote_code=trust_remote_code)
     recovered = recover_decoder(
         model,
@@ -261,7 +274,8 @@ def heal_step(
     return StepResult(recovered.on(plans)[-1], step.out, plain, {}, seconds), recovered
 
 
-def _plans_in(source: str | Path) -> list[Plan]:
+def plans_in(source: str | Path) -> list[Plan]:
+    """The plans of a checkpoint folder, in the order of their steps; none where it holds none. Raises PlanError."""
     folder = expanded(source)
     if not ((folder / "plan").is_dir() or (folder / "plan.json").is_file()):
         return []
