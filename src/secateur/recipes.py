@@ -216,6 +216,16 @@ class Recipe(Section):
                     raise
                 raise type(error)(f"step {number}: {error}") from None
 
+    def check_installed(self) -> None:
+        """Look for the libraries that train what a step leaves, before hours of planning. Raises MissingExtraError."""
+        from secateur.healing.recovery import split_heal
+        from secateur.healing.recovery.trained import check_installed
+
+        for step in self.steps:
+            training = split_heal(step.heal)[1]
+            if training is not None:
+                check_installed(training.train)
+
     def plan_arguments(self, step: Step) -> dict[str, Any]:
         """What ``secateur.plan`` takes for one step."""
         return {

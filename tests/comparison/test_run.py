@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import secateur as sc
 from secateur.comparison import compare
 from secateur.comparison.table import columns, mark
 from secateur.comparison.verdict import probability_better
-from secateur.errors import OutputError, UnsupportedModelError, UsageError
+from secateur.errors import MissingExtraError, OutputError, UnsupportedModelError, UsageError
 from secateur.healing.recovery import states
 from secateur.plans import Plan
 from secateur.report.numbers import format_value
@@ -213,6 +214,15 @@ def test_what_can_be_known_before_is_refused_before(tiny_checkpoint, tmp_path, m
     with pytest.raises(error) as caught:
         compare(str(tiny_checkpoint), methods=methods, out=tmp_path / "out", **{"sparsity": 0.5, **QUICK, **more})
     assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_without_its_library_is_refused_before(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(worker.Worker, "run", lambda self, point: pytest.fail("something ran"))
+    how = {"methods": "flap,magnitude_sp", "sparsity": 0.5, "out": tmp_path / "out", **QUICK}
+    with pytest.raises(MissingExtraError, match=r"^training adapters needs peft, .*pip install 'secateur\[train\]'"):
+        compare(str(tiny_checkpoint), heal="lora:steps=1", **how)
     assert not (tmp_path / "out").exists()
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,18 @@ def test_mistakes_on_the_command_line(more, code, message, pruned, cli, tmp_path
     assert (run.code, run.err.count("\n"), run.out) == (code, 1, "")
     assert message in run.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_library_is_said_before_anything_is_planned(pruned, cli, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    said = "error: training adapters needs peft, which is not installed: pip install 'secateur[train]'\n"
+    words = ("prune", tiny_checkpoint, "--method", "flap", "--samples", 2, "--length", 16, "--out", tmp_path / "out")
+    assert cli(*words, "--heal", "lora:steps=1").err == said
+    assert cli(*arguments(pruned["cut"], tmp_path / "out")).err == said
+    assert list(tmp_path.iterdir()) == []
+    # what takes nothing for granted is estimated, and other things can be trained
+    assert cli("estimate", *words[1:], "--heal", "lora:steps=1").code == 0
+    assert cli(*words, "--heal", "norms:steps=1,batch=1,length=16,data=builtin", "--quiet").code == 0
 
 
 def test_folders_that_are_none(pruned, cli, tmp_path):

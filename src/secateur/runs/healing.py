@@ -14,6 +14,7 @@ from secateur.engine.recovering import Recovered, Teacher, recover_decoder
 from secateur.errors import ModelLoadError, SecateurError, UsageError
 from secateur.files import check_output
 from secateur.healing.recovery import Curve, RecoveryOptions, make_recovery
+from secateur.healing.recovery.trained import check_installed
 from secateur.models.fingerprint import config_document, display_name, fingerprint
 from secateur.models.hub import plain_name
 from secateur.models.loading import load_model
@@ -88,6 +89,7 @@ def heal(
     loss is NaN, and Stopped (a KeyboardInterrupt) when a signal came.
     """
     chosen = chosen_options(train=train, data=data, loss=loss, steps=steps, seed=seed, options=options)
+    check_installed(chosen.train)
     job = _Job(chosen, device, text_field, trust_remote_code, progress or (lambda stage, done, total: None))
     if not isinstance(model, str | Path):
         if out is not None or resume:

@@ -116,6 +116,7 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
     if recipe.model is None or recipe.out is None:
         raise UsageError("a run needs a model and an output folder: give both in the recipe")
     recipe.check_methods()
+    recipe.check_installed()
     out = recipe.out
     check_output(out, options.overwrite)
     previous = read_document(run_path(out)) if options.resume else {}

@@ -52,8 +52,11 @@ def make_job(
     """What the workers are told. Size is always measured, and perplexity when nothing else is asked for.
 
     ``timed`` are more tasks, which are measured in turns with the dense model, and ``untrained`` those of the tasks
-    that are measured before a training as well.
+    that are measured before a training as well. Raises MissingExtraError when a point's training needs a library that
+    isn't here.
     """
+    for point in sweep.points:
+        point.recipe.check_installed()
     base = sweep.base
     assert base.model is not None
     tasks = base.evaluate or ["perplexity:builtin"]

@@ -162,6 +162,13 @@ def _lay(mask: Tensor, layer: Any) -> None:
     layer.lora_variant[_ADAPTER] = MaskedAdapter
 
 
+def check_installed(train: str) -> None:
+    """Raises MissingExtraError where what is trained (lora, full, norms) needs a library that isn't there."""
+    require_extra("accelerate", "train", "training")
+    if train == "lora":
+        require_extra("peft", "train", "training adapters")
+
+
 class MaskedAdapter:
     """What peft asks where an adapter isn't an ordinary one: here its product is masked before it is used."""
 
