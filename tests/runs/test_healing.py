@@ -401,13 +401,18 @@ def test_mistakes_on_the_command_line(more, code, message, pruned, cli, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_library_is_said_before_anything_is_planned(pruned, cli, tiny_checkpoint, tmp_path, monkeypatch):
+def test_what_a_training_lacks_is_said_before_anything_is_planned(pruned, cli, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     said = "error: training adapters needs peft, which is not installed: pip install 'secateur[train]'\n"
     words = ("prune", tiny_checkpoint, "--method", "flap", "--samples", 2, "--length", 16, "--out", tmp_path / "out")
     assert cli(*words, "--heal", "lora:steps=1").err == said
     assert cli(*arguments(pruned["cut"], tmp_path / "out")).err == said
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    missing = cli(*words, "--heal", f"lora:steps=1,data={tmp_path / 'none.txt'}")
+    assert missing.err == f"error: calibration file {tmp_path / 'none.txt'} does not exist\n"
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(sys.modules, "peft", None)
     # what takes nothing for granted is estimated, and other things can be trained
     assert cli("estimate", *words[1:], "--heal", "lora:steps=1").code == 0
     assert cli(*words, "--heal", "norms:steps=1,batch=1,length=16,data=builtin", "--quiet").code == 0

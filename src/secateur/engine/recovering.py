@@ -246,7 +246,7 @@ def _text(
     source: str,
     tokenizer: PreTrainedTokenizerBase | None,
     text_field: str | None,
-    writer: PreTrainedModel,
+    writer: PreTrainedModel | None,
 ) -> Tokens:
     return load_tokens(
         options.data or source,
@@ -258,6 +258,14 @@ def _text(
         model=writer,
         allow_fewer=True,
     )
+
+
+def check_text(
+    options: RecoveryOptions, source: str, tokenizer: PreTrainedTokenizerBase | None, text_field: str | None
+) -> None:
+    """Read the text of a later training, unless a model is to write it. Raises DataError and UsageError."""
+    if (options.data or source) != "self":
+        _split(_text(options, source, tokenizer, text_field, None), options)
 
 
 def _split(text: Tokens, options: RecoveryOptions) -> Windows:

@@ -131,6 +131,7 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
         if options.check is not None:
             check = options.check
             ranks.on_main(lambda: check(source, tokenizer))
+        ranks.on_main(lambda: _check_texts(recipe, tokenizer))
         if options.announce is not None:
             announce = options.announce
             ranks.on_main(lambda: announce(source, getattr(torch, dtype)))
@@ -170,6 +171,17 @@ def planned(recipe: Recipe, options: Options) -> Iterator[list[Plan]]:
             yield _Runner(recipe, options, folder, stop, source, tokenizer, dtype, ALONE).plans()
         finally:
             source.close()
+
+
+def _check_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Whether what is trained on can be read, before hours of planning. Raises DataError and UsageError."""
+    from secateur.engine.recovering import check_text
+
+    data = recipe.calibration
+    for step in recipe.steps:
+        training = split_heal(step.heal, data.seed)[1]
+        if training is not None:
+            check_text(training, data.source, tokenizer, data.text_field)
 
 
 def _open(recipe: Recipe, options: Options, ranks: Ranks) -> tuple[Source, PreTrainedTokenizerBase | None]:
