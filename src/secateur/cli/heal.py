@@ -139,7 +139,8 @@ def _announce(
         sizes,
         options,
         teacher=outline(teacher, trust_remote_code=trust_remote_code)[0] if teacher else None,
-        masked=any(not plan.refits(name) for plan in plans_in(model) for name in plan.masks),
+        # masks cost adapters alone
+        masked=options.train == "lora" and any(not p.refits(name) for p in plans_in(model) for name in p.masks),
         ranks=ranks,
     )
     announce(estimate_training(model, training, device=device, files=files, place=place_of(out)), quiet)

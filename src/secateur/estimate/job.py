@@ -138,10 +138,9 @@ class Job:
         return isinstance(self.method, CoupledMethod) and bool(self.method.needs)
 
     @property
-    def trained_tokens(self) -> int:
-        """Tokens of one forward of a training of the whole model; 0 for methods that don't train."""
-        method = self.method
-        return (method.micro or method.batch) * self.length if isinstance(method, TrainedMethod) else 0
+    def trains(self) -> bool:
+        """Whether the method trains the whole model, and doesn't walk through its blocks."""
+        return isinstance(self.method, TrainedMethod)
 
     @property
     def levels(self) -> int:

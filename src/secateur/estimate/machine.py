@@ -86,7 +86,7 @@ def try_training(training: Training, device: str, files: Iterable[Path] = (), pl
     return Machine(
         flops=1.0,
         float32_flops=1.0,
-        trained_flops=_product_rate(sizes.hidden, getattr(torch, training.options.dtype), device, trial),
+        trained_flops=_product_rate(sizes.hidden, training.dtype, device, trial),
         factor_flops=1.0,
         swept=1.0,
         moved=moved,

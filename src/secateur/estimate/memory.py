@@ -111,7 +111,7 @@ def hidden_bytes(sizes: Sizes, job: Job) -> int:
 
     A walk back needs those that enter every block, those behind the last one, and the gradients that come down.
     """
-    if job.trained_tokens:
+    if job.trains:
         return 0
     states = len(sizes.blocks) + 2 if job.walks_back else job.states
     return states * job.tokens * sizes.hidden * job.dtype.itemsize
@@ -136,7 +136,7 @@ def _model(sizes: Sizes, block: BlockSizes) -> dict[str, int]:
 
 
 def _walk(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
-    if not job.observes or job.trained_tokens:
+    if not job.observes or job.trains:
         return {}
     hidden = hidden_bytes(sizes, job)
     if spills(sizes, job):
@@ -154,7 +154,7 @@ def _entering(sizes: Sizes, job: Job) -> dict[str, int]:
 
 
 def _observing(sizes: Sizes, job: Job, block: BlockSizes) -> dict[str, int]:
-    if not job.observes or job.trained_tokens:
+    if not job.observes or job.trains:
         return {}
     needs = max(
         (list(job.needs(block, sizes.hidden)), list(job.later_needs(block, sizes.hidden))),

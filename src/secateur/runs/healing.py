@@ -89,7 +89,6 @@ def heal(
     loss is NaN, and Stopped (a KeyboardInterrupt) when a signal came.
     """
     chosen = chosen_options(train=train, data=data, loss=loss, steps=steps, seed=seed, options=options)
-    check_installed(chosen.train)
     job = _Job(chosen, device, text_field, trust_remote_code, progress or (lambda stage, done, total: None))
     if not isinstance(model, str | Path):
         if out is not None or resume:
@@ -112,11 +111,14 @@ def chosen_options(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> RecoveryOptions:
-    """The options that these arguments of ``heal`` stand for. Raises OptionError."""
+    """The options that these arguments of ``heal`` stand for. Raises OptionError, and MissingExtraError where what they
+    train needs a library that isn't here.
+    """
     given = {"loss": loss, "steps": steps}
     chosen = make_recovery(
         {"train": train, "seed": seed, **{k: v for k, v in given.items() if v is not None}, **(options or {})}
     )
+    check_installed(chosen.train)
     return replace(chosen, data=chosen.data or str(data))
 
 

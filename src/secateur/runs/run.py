@@ -178,10 +178,11 @@ def _check_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> N
     from secateur.engine.recovering import check_text
 
     data = recipe.calibration
-    for step in recipe.steps:
-        training = split_heal(step.heal, data.seed)[1]
-        if training is not None:
-            check_text(training, data.source, tokenizer, data.text_field)
+    found = [split_heal(step.heal, data.seed)[1] for step in recipe.steps]
+    # stages read the same text
+    texts = {(one.data, one.whole * one.batch, one.held_out, one.length): one for one in found if one is not None}
+    for training in texts.values():
+        check_text(training, data.source, tokenizer, data.text_field)
 
 
 def _open(recipe: Recipe, options: Options, ranks: Ranks) -> tuple[Source, PreTrainedTokenizerBase | None]:
