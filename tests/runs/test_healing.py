@@ -20,9 +20,9 @@ import rank_jobs
 import secateur as sc
 from forking import Forked
 from ranks import run_ranks
-from secateur.errors import OutputError
+from secateur.errors import NonFiniteError, OutputError, UsageError
 from secateur.plans import Plan
-from secateur.runs import healing, states
+from secateur.runs import healing, pipeline, run, states
 from secateur.runs.folder import Journal
 from secateur.runs.signals import Stopped
 
@@ -280,6 +280,51 @@ def test_a_run_trains_what_it_has_cut_and_resumes(tiny_checkpoint, tmp_path, mon
         with pytest.raises(Stopped, match=r"stopped after step 2 of the training; .* --resume"):
             sc.run({**job, "out": str(tmp_path / "out")})
     sc.run({**job, "out": str(tmp_path / "out")}, resume=True)
+    assert same_weights(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("given", ["full:steps=2,batch=2,length=32,held_out=2", None])
+def test_a_training_that_fails_leaves_what_was_pruned_for_another_one(given, tiny_checkpoint, tmp_path, monkeypatch):
+    job = {"model": str(tiny_checkpoint), "calibration": DATA, "dtype": "float32", "out": str(tmp_path / "out")}
+
+    def asked(heal: str | None) -> dict[str, Any]:
+        return {**job, "steps": [{"method": "flap", "sparsity": 0.3, "heal": heal}]}
+
+    sc.run({**asked(given), "out": str(tmp_path / "whole")})
+    kept = re.escape(f"{tmp_path / 'out'}.run holds what was pruned: another heal, or none, with --resume")
+    broken = asked("full:steps=4,batch=2,length=32,held_out=2,lr=1e30,clip=0")
+    with pytest.raises(NonFiniteError, match=rf"after step 1: try a lower learning rate .*; {kept}"):
+        sc.run(broken)
+    with pytest.raises(UsageError, match=rf"no module.*nothing.*; {kept}"):
+        sc.run(asked("lora:targets=nothing,steps=2,batch=2,length=32,held_out=2"), resume=True)
+    assert not (tmp_path / "out").exists()
+
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("pruned again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "decide", unexpected)
+        sc.run(asked(given), resume=True)
+    assert same_weights(tmp_path / "out", tmp_path / "whole")
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_a_training_that_a_later_step_was_built_on_stays(tiny_checkpoint, tmp_path, monkeypatch):
+    steps = [
+        {"method": "flap", "sparsity": 0.3, "heal": "norms:steps=2,batch=2,length=32,held_out=2"},
+        {"method": "wanda", "sparsity": 0.5},
+    ]
+    job = {"model": str(tiny_checkpoint), "calibration": DATA, "dtype": "float32", "out": str(tmp_path / "out")}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "document_folder", lambda *_, **__: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash):
+            sc.run({**job, "steps": steps})
+    other = [{**steps[0], "heal": "norms:steps=3,batch=2,length=32,held_out=2"}, steps[1]]
+    with pytest.raises(OutputError, match="can't go on: step 2 has begun behind another training of step 1"):
+        sc.run({**job, "steps": other}, resume=True)
+    # what was asked for in vain has changed nothing
+    sc.run({**job, "steps": steps}, resume=True)
+    sc.run({**job, "out": str(tmp_path / "whole"), "steps": steps})
     assert same_weights(tmp_path / "out", tmp_path / "whole")
 
 

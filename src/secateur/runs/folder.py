@@ -15,6 +15,7 @@ OUT.run/
     allocation/          the same once more, for what an allocator measures before the first block is decided
     supernet-0/, ...     the same once more, with all levels of every group in ranked/, for a search over them; until
                          the next search has its own
+    heal-1a2b3c4d/       a training of what the step has written; another training has another name
   step-1/out/            the checkpoint, until it takes its own name
 """
 
@@ -366,8 +367,9 @@ class RunFolder:
 
     ``document`` says what is being done. Raises OutputError when there is nothing to resume, when the run on disk is
     another one, or when an unfinished run is there and neither ``resume`` nor ``overwrite`` is given. Of several
-    ranks the first makes and removes the folder, and the others open it. ``complete`` is set when nothing is left to
-    do but to measure and to write the output.
+    ranks the first makes and removes the folder, and the others open it. The ``trainings`` of a document, one for
+    every step, may be others when a run goes on, as long as no step has begun behind them. ``complete`` is set when
+    nothing is left to do but to measure and to write the output, ``training`` while a step that was pruned is trained.
     """
 
     def __init__(
@@ -375,7 +377,7 @@ class RunFolder:
     ) -> None:
         self.path = run_path(out)
         self.out = out
-        self.complete = False
+        self.complete = self.training = False
         self.document = json.loads(json.dumps(document))
         self._parents = [parent for parent in self.path.parents if not parent.exists()]
         self._ranks = ranks
@@ -384,7 +386,10 @@ class RunFolder:
             self._open()
 
     def _open(self) -> None:
-        self._check_same(read_document(self.path))
+        theirs = read_document(self.path)
+        self._check_same(theirs)
+        if theirs != self.document:
+            self._write_document()
 
     def _make(self, overwrite: bool) -> None:
         head = self.path / "run.json"
@@ -400,18 +405,24 @@ class RunFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         try:
             self.path.mkdir(parents=True)
-            temporary = head.with_suffix(".part")
-            temporary.write_text(json.dumps(self.document, indent=1, sort_keys=True), encoding="utf8")
-            os.replace(temporary, head)
+            self._write_document()
         except OSError as error:
             self.remove()
             raise OutputError(f"can't write to {self.out}: {error.strerror or error}") from None
 
+    def _write_document(self) -> None:
+        temporary = self.path / "run.part"
+        temporary.write_text(json.dumps(self.document, indent=1, sort_keys=True), encoding="utf8")
+        os.replace(temporary, self.path / "run.json")
+
     def step(self, number: int) -> Path:
         """The folder of one step, from 1."""
-        path = self.path / f"step-{number}"
+        path = self._step(number)
         path.mkdir(exist_ok=True)
         return path
+
+    def _step(self, number: int) -> Path:
+        return self.path / f"step-{number}"
 
     def remove(self) -> None:
         """Delete the folder, and those above it that were made for it and hold nothing else."""
@@ -423,10 +434,18 @@ class RunFolder:
                 parent.rmdir()
 
     def _check_same(self, theirs: Mapping[str, Any]) -> None:
-        for key in sorted({*theirs, *self.document}):
+        for key in sorted({*theirs, *self.document} - {"trainings"}):
             if theirs.get(key) != self.document.get(key):
                 how = _difference(theirs.get(key), self.document.get(key))
                 raise OutputError(f"the run in {self.path} can't go on: its {key} {how}")
+        # one for each of the same steps
+        pairs = zip(theirs.get("trainings", ()), self.document.get("trainings", ()), strict=False)
+        for number, (then, now) in enumerate(pairs, start=1):
+            if then != now and self._step(number + 1).exists():
+                raise OutputError(
+                    f"the run in {self.path} can't go on: step {number + 1} has begun behind another training of step"
+                    f" {number}"
+                )
 
 
 def run_path(out: str | Path) -> Path:

@@ -18,11 +18,16 @@ def hint(out: str | Path) -> str:
     return f"{run_path(out)} holds what is done: the same command with --resume goes on from there"
 
 
+def _pruned(out: str | Path) -> str:
+    return f"{run_path(out)} holds what was pruned: another heal, or none, with --resume goes on from there"
+
+
 @contextmanager
 def kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[StopRequest]:
     """Keep the folder when the block is left early and something is finished in it; remove it otherwise.
 
-    A mistake of the user ends a run for good, unless it was resumed or all its work is done.
+    A mistake of the user ends a run for good, unless it was resumed, all its work is done, or it was found in a
+    training: what was pruned before can have another one.
     """
     with deferred(lambda: _begun(folder), quiet=not ranks.main) as stop:
         try:
@@ -38,7 +43,7 @@ def kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[Sto
             reason = disk_error(error)
             uploading = is_url(folder.out) and isinstance(error, OutputError)
             ours = isinstance(error, SecateurError) and not isinstance(error, RankError)
-            keep = _begun(folder) and (bool(reason) or resumed or folder.complete or not ours)
+            keep = _begun(folder) and (bool(reason) or resumed or folder.complete or folder.training or not ours)
             if not keep:
                 folder.remove()
             if (uploading or isinstance(error, RankError)) and keep:
@@ -46,8 +51,8 @@ def kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[Sto
             if reason and not uploading:
                 left = hint(folder.out) if keep else "nothing was left behind"
                 raise OutputError(f"can't write {folder.out}: {reason}; {left}") from error
-            if ours and folder.complete and keep:
-                error.args = (f"{error}; {hint(folder.out)}",)
+            if ours and keep and not reason and (folder.training or folder.complete):
+                error.args = (f"{error}; {_pruned(folder.out) if folder.training else hint(folder.out)}",)
             raise
 
 

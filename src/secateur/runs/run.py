@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +138,7 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
             announce = options.announce
             ranks.on_main(lambda: announce(source, getattr(torch, dtype)))
         document = {
-            "recipe": recipe.model_dump(mode="json", exclude={"out", "evaluate", "windows"}),
+            **_repeated(recipe),
             "model": fingerprint(source).model_dump(),
             "config": config_document(source.model),
             "dtype": dtype,
@@ -171,6 +173,16 @@ def planned(recipe: Recipe, options: Options) -> Iterator[list[Plan]]:
             yield _Runner(recipe, options, folder, stop, source, tokenizer, dtype, ALONE).plans()
         finally:
             source.close()
+
+
+def _repeated(recipe: Recipe) -> dict[str, Any]:
+    """What a run that goes on must repeat of its recipe, and its trainings, which may be others."""
+    told = recipe.model_dump(mode="json", exclude={"out", "evaluate", "windows"})
+    trainings = []
+    for step in told["steps"]:
+        step["heal"], training = split_heal(step["heal"], recipe.calibration.seed)
+        trainings.append(training and asdict(training))
+    return {"recipe": told, "trainings": trainings}
 
 
 def _check_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -250,7 +262,8 @@ class _Runner:
                 yield number, step, self._source
                 continue
             before = self._folder.step(number - 1)
-            folder = before / "heal" / "out" if self._training(self._recipe.steps[number - 2]) else before / "out"
+            training = self._training(self._recipe.steps[number - 2])
+            folder = self._training_folder(number - 1, training) / "out" if training else before / "out"
             source, _ = open_source(
                 folder,
                 device=_devices(self._recipe, self._ranks),
@@ -284,8 +297,9 @@ class _Runner:
 
         data = self._recipe.calibration
         wants = {"kl", "hidden"} & set(options.terms(teacher=True))
+        self._folder.training = True
         done = heal_step(
-            self._folder.step(number) / "heal",
+            self._training_folder(number, options),
             result,
             options,
             tokenizer=self._tokenizer,
@@ -302,10 +316,15 @@ class _Runner:
             ranks=self._ranks,
             progress=self._options.progress,
         )
+        self._folder.training = False
         if done is None:
             return None
         result, self._recovered[number] = done
         return result
+
+    def _training_folder(self, number: int, options: RecoveryOptions) -> Path:
+        told = json.dumps(asdict(options), sort_keys=True)
+        return self._folder.step(number) / f"heal-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
     def _what(self, number: int, step: Step, source: Source) -> tuple[StepFolder, Method, Source, Tokens | None]:
         method, allocation = self._recipe.words(step)

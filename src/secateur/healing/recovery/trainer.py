@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import DataError, UsageError
+from secateur.errors import DataError, NonFiniteError, UsageError
 from secateur.healing.recovery.curve import Curve
 from secateur.healing.recovery.losses import Objective
 from secateur.healing.recovery.options import RecoveryOptions
@@ -91,7 +91,7 @@ def recover(
             taking_part.begin(stepped)
             curve = Curve(options.batch * windows.trained_on.shape[1])
             # all ranks take part in the forwards of a model that is spread over them
-            note = _noting(stepped, measure, ALONE if spread else ranks)
+            note = _noting(stepped, measure, ALONE if spread else ranks, learning_rate(options).peak)
             with _checkpointing(stepped, options):
                 curve = loop.run(curve, keeper, note, progress, "heal")
     except BaseException:
@@ -140,10 +140,22 @@ def _loop(
     )
 
 
-def _noting(model: Any, measure: Callable[[Any], float] | None, ranks: Ranks) -> Callable[[Curve], None] | None:
+def _noting(
+    model: Any, measure: Callable[[Any], float] | None, ranks: Ranks, rate: float
+) -> Callable[[Curve], None] | None:
     if measure is None:
         return None
-    return lambda curve: curve.measured.append((curve.steps, ranks.on_main(lambda: measure(model))))
+
+    def note(curve: Curve) -> None:
+        try:
+            found = ranks.on_main(lambda: measure(model))
+        except NonFiniteError as error:
+            lower = f"try a lower learning rate (lr) than {rate:g}"
+            why = f" after step {curve.steps}: {lower}" if curve.steps else ": the model is broken"
+            raise NonFiniteError(f"{error}{why}; nothing was written") from None
+        curve.measured.append((curve.steps, found))
+
+    return note
 
 
 @contextmanager
