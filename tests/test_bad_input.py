@@ -680,6 +680,31 @@ case(
 )
 
 
+def without_memory(room: Room) -> list:
+    def forward(*_: object, **__: object) -> None:
+        torch.empty(2**50, dtype=torch.uint8)
+
+    room.patch.setattr("transformers.LlamaForCausalLM.forward", forward)
+    return ["evaluate", room.model, "--quiet"]
+
+
+def gpu_without_memory(room: Room) -> list:
+    def forward(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
+
+    room.patch.setattr("transformers.LlamaForCausalLM.forward", forward)
+    return ["evaluate", room.model, "--quiet"]
+
+
+for name, size, job in (("", "1125899906842624 bytes", without_memory), (" of a GPU", "2.00 GiB", gpu_without_memory)):
+    case(
+        f"too little memory{name}",
+        1,
+        f"out of memory: {size} more were asked for",
+        job,
+    )
+
+
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ SecateurError
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -118,6 +119,16 @@ def first_line(error: BaseException) -> str:
         lines[0] = f"{lines[0]} {lines[1]}"
     # some quote the whole value that they don't like
     return lines[0].rstrip(".")[:500] if lines else type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to say of an allocation that failed, on a device or in main memory; empty for an error of another kind."""
+    text = str(error)
+    # torch has a class for devices only; its message for main memory is this one
+    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "DefaultCPU" not in text:
+        return ""
+    found = re.search(r"allocate ([\d.]+) (\w+)", text)
+    return f"out of memory: {found[1]} {found[2]} more were asked for" if found else "out of memory"
 
 
 def require_extra(module: str, extra: str, why: str):

@@ -21,6 +21,7 @@ import secateur as sc
 from forking import Forked
 from ranks import run_ranks
 from secateur.errors import NonFiniteError, OutputError, UsageError
+from secateur.loop.loop import Loop
 from secateur.plans import Plan
 from secateur.runs import healing, pipeline, run, states
 from secateur.runs.folder import Journal
@@ -307,6 +308,29 @@ def test_a_training_that_fails_leaves_what_was_pruned_for_another_one(given, tin
         sc.run(asked(given), resume=True)
     assert same_weights(tmp_path / "out", tmp_path / "whole")
     assert not (tmp_path / "out.run").exists()
+
+
+def test_a_training_without_memory_is_one_sentence_and_may_be_a_smaller_one(
+    tiny_checkpoint, tmp_path, cli, monkeypatch
+):
+    def words(heal: str) -> list[Any]:
+        return ["prune", tiny_checkpoint, "--method", "flap", "--sparsity", "0.3", "--samples", "4", "--length", "32",
+                "--no-report", "--no-estimate", "--no-measure", "--heal", heal, "--out", tmp_path / "out"]  # fmt: skip
+
+    shape = "steps=2,length=32,held_out=2"
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", lambda *_: torch.empty(2**50, dtype=torch.uint8))
+        failed = cli(*words(f"lora:{shape},batch=4"))
+    assert (failed.code, failed.err.splitlines()[-1]) == (
+        1,
+        "error: out of memory: 1125899906842624 bytes more were asked for; 'secateur estimate' says what makes a run"
+        f" smaller; {tmp_path / 'out'}.run holds what was pruned: another heal, or none, with --resume goes on from"
+        " there",
+    )
+    again = cli(*words(f"lora:{shape},batch=1"), "--resume")
+    assert again.code == 0, again.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf8"))
+    assert [section["options"]["batch"] for section in report["recoveries"]] == [1]
 
 
 def test_a_training_that_a_later_step_was_built_on_stays(tiny_checkpoint, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import typer
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, out_of_memory
 from secateur.ranks import started_as_main, wait_for_main
 
 INTERRUPTED = 130
@@ -45,6 +45,10 @@ def run(arguments: Sequence[str]) -> int:
         # what reads our output has gone: nobody to tell, and nothing left to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if memory := out_of_memory(error):
+            return _fail(f"error: {memory}", 1, arguments)
+        raise
 
 
 def _invoke(arguments: list[str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from secateur.errors import OutputError, RankError, SecateurError
+from secateur.errors import OutputError, RankError, ResourceError, SecateurError, out_of_memory
 from secateur.files import disk_error
 from secateur.ranks import ALONE, Ranks
 from secateur.remote import is_url
@@ -42,17 +42,20 @@ def kept(folder: RunFolder, resumed: bool, ranks: Ranks = ALONE) -> Iterator[Sto
         except Exception as error:
             reason = disk_error(error)
             uploading = is_url(folder.out) and isinstance(error, OutputError)
-            ours = isinstance(error, SecateurError) and not isinstance(error, RankError)
+            ours = isinstance(error, SecateurError) and not isinstance(error, (RankError, ResourceError))
             keep = _begun(folder) and (bool(reason) or resumed or folder.complete or folder.training or not ours)
             if not keep:
                 folder.remove()
+            on = _pruned(folder.out) if folder.training and not reason else hint(folder.out)
+            left = on if keep else "nothing was left behind"
             if (uploading or isinstance(error, RankError)) and keep:
-                raise type(error)(f"{error}; {hint(folder.out)}") from error
+                raise type(error)(f"{error}; {on}") from error
             if reason and not uploading:
-                left = hint(folder.out) if keep else "nothing was left behind"
                 raise OutputError(f"can't write {folder.out}: {reason}; {left}") from error
-            if ours and keep and not reason and (folder.training or folder.complete):
-                error.args = (f"{error}; {_pruned(folder.out) if folder.training else hint(folder.out)}",)
+            if memory := out_of_memory(error):
+                raise ResourceError(f"{memory}; 'secateur estimate' says what makes a run smaller; {left}") from error
+            if ours and keep and (folder.training or folder.complete):
+                error.args = (f"{error}; {on}",)
             raise
 
 
