@@ -19,6 +19,7 @@ from secateur.engine.recovering import Teacher, layers_left, narrowed
 from secateur.errors import DataError, MissingExtraError, NonFiniteError, OptionError, PlanMismatchError, UsageError
 from secateur.healing.recovery import Curve, RecoveryOptions, losses, parse_recovery, split_heal
 from secateur.healing.recovery.losses import Objective, cross_entropy, divergence, hidden_distance
+from secateur.healing.recovery.precision import settled
 from secateur.healing.recovery.states import FinalStates
 from secateur.healing.recovery.trained import STRATEGIES
 from secateur.healing.recovery.trainer import Windows, learning_rate, recover
@@ -27,7 +28,7 @@ from secateur.models.decoders import decoder_blocks, is_linear
 from secateur.report.recovery import summary
 from secateur.train.masks import masks_left, masks_of
 
-FAST = {"steps": 3, "batch": 2, "rank": 2, "lr": 1e-2}
+FAST = {"steps": 3, "batch": 2, "rank": 2, "lr": 1e-2, "dtype": "float32"}
 
 
 def matrices(model: Any) -> list[str]:
@@ -366,6 +367,24 @@ def test_checkpointing_changes_nothing_and_bfloat16_little():
     assert curves[2].losses == pytest.approx(curves[0].losses, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("options", "device", "speedup", "dtype"),
+    [
+        ("batch=2,length=256", "cpu", 2.0, "bfloat16"),
+        # a step is what counts, however it is computed
+        ("batch=2,length=256,micro=1", "cpu", 2.0, "bfloat16"),
+        ("batch=2,length=255", "cpu", 2.0, "float32"),
+        ("batch=2,length=256", "cpu", 1.1, "float32"),
+        ("batch=1,length=8", "cuda", 2.0, "bfloat16"),
+        ("batch=2,length=256,dtype=float32", "cpu", 2.0, "float32"),
+        ("batch=1,length=8,dtype=bfloat16", "cpu", 0.5, "bfloat16"),
+    ],
+)
+def test_the_dtype_of_forwards_is_what_pays(options, device, speedup, dtype, monkeypatch):
+    monkeypatch.setattr("secateur.observe.precision.bfloat16_speedup", lambda _: speedup)
+    assert settled(parse_recovery(f"lora:{options}"), torch.device(device)).dtype == dtype
+
+
 def test_the_seed_decides():
     models = [make_tiny("llama") for _ in range(3)]
     curves = [train(model, dropout=0.2, seed=seed) for model, seed in zip(models, (0, 0, 1), strict=True)]
@@ -592,7 +611,7 @@ def test_what_heal_asks_for(text, repair, train, given):
         ("lora:loss=kl+kl", OptionError, "each once"),
         ("lora:loss=kl*0", OptionError, "weight of kl must be above 0"),
         ("lora:loss=kl*e", OptionError, "weight of kl must be a number"),
-        ("lora:dtype=float16", OptionError, "dtype must be one of float32, bfloat16"),
+        ("lora:dtype=float16", OptionError, "dtype must be one of auto, float32, bfloat16"),
     ],
 )
 def test_texts_that_mean_nothing(text, error, message):

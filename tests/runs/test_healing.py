@@ -22,6 +22,7 @@ from forking import Forked
 from ranks import run_ranks
 from secateur.errors import NonFiniteError, OutputError, UsageError
 from secateur.loop.loop import Loop
+from secateur.observe import precision
 from secateur.plans import Plan
 from secateur.runs import healing, pipeline, run, states
 from secateur.runs.folder import Journal
@@ -207,6 +208,33 @@ def test_pruning_and_training_in_turns_killed_in_the_middle_ends_in_the_same_byt
     # two and four of the six steps, one after the other
     assert [len(section["losses"]) for section in report["recoveries"]] == [2, 4]
     assert [(s["options"]["done"], s["options"]["total"]) for s in report["recoveries"]] == [(0, 6), (2, 6)]
+
+
+def test_the_dtype_of_the_first_sitting_stays(pruned, tmp_path, monkeypatch):
+    how = {**HOW, "options": {**HOW["options"], "batch": 4, "length": 128}}
+
+    def measured(speedup: float) -> None:
+        monkeypatch.setattr(precision, "bfloat16_speedup", lambda _: speedup)
+
+    finished = states.StateKeeper.finished
+
+    def dying(self: states.StateKeeper, curve: Any, *rest: Any, **more: Any) -> None:
+        finished(self, curve, *rest, **more)
+        if curve.steps == 2:
+            raise Crash
+
+    measured(2.0)
+    whole = sc.heal(pruned["cut"], out=tmp_path / "whole", **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(states.StateKeeper, "finished", dying)
+        with pytest.raises(Crash):
+            sc.heal(pruned["cut"], out=tmp_path / "out", **how)
+    # a machine that is busy with something else
+    measured(1.0)
+    assert sc.heal(pruned["cut"], out=tmp_path / "other", **how).recovered.record.options["dtype"] == "float32"
+    again = sc.heal(pruned["cut"], out=tmp_path / "out", resume=True, **how)
+    assert again.recovered.record.options["dtype"] == whole.recovered.record.options["dtype"] == "bfloat16"
+    assert same_weights(tmp_path / "out", tmp_path / "whole")
 
 
 def test_a_damaged_state_is_named(pruned, tmp_path, monkeypatch):

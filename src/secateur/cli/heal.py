@@ -142,8 +142,9 @@ def _announce(
         # masks cost adapters alone
         masked=options.train == "lora" and any(not p.refits(name) for p in plans_in(model) for name in p.masks),
         ranks=ranks,
+        device=device,
     )
-    announce(estimate_training(model, training, device=device, files=files, place=place_of(out)), quiet)
+    announce(estimate_training(model, training, files=files, place=place_of(out)), quiet)
 
 
 def _show(healed: Healed, out: str, json: bool) -> None:

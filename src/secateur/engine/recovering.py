@@ -14,9 +14,10 @@ from secateur.errors import DataError, NonFiniteError, UsageError
 from secateur.evaluation.perplexity import window_losses
 from secateur.healing.recovery import Curve, RecoveryOptions
 from secateur.healing.recovery.capacity import ranks_by_module
+from secateur.healing.recovery.precision import settled
 from secateur.healing.recovery.states import FinalStates
 from secateur.healing.recovery.trainer import Windows, recover
-from secateur.loop import Keeper
+from secateur.loop import Forgetful, Keeper
 from secateur.models.decoders import decoder_blocks, is_linear
 from secateur.models.fingerprint import display_name
 from secateur.models.layout import rotated_parts
@@ -97,6 +98,9 @@ def recover_decoder(
     text = ranks.on_main(lambda: _text(options, source, tokenizer, text_field, writer))
     if keeper is not None:
         ranks.on_main(lambda: keeper.reads(text.info.sha256))
+    # it may be a matter of timing, so one rank decides, and the first sitting
+    found = ranks.on_main(lambda: (keeper or Forgetful()).settles("dtype", settled(options, model.device).dtype))
+    options = replace(options, dtype=found)
     windows = _split(text, options)
     model.float()
 

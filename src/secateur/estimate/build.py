@@ -73,11 +73,11 @@ def estimate_run(
 
 
 def estimate_training(
-    name: str, training: Training, *, device: str = "cpu", files: Iterable[Path] = (), place: Path | None = None
+    name: str, training: Training, *, files: Iterable[Path] = (), place: Path | None = None
 ) -> Estimate:
     """What a training alone takes, after a short trial of this machine; ``files`` are its model's weights."""
-    machine, baseline = try_training(training, device, files, place), resident_bytes()
-    peak = training_memory(training, baseline, device)
+    machine, baseline = try_training(training, files, place), resident_bytes()
+    peak = training_memory(training, baseline)
     step = StepEstimate(
         method="heal",
         memory=peak.process,
@@ -88,10 +88,10 @@ def estimate_training(
     )
     found = Estimate(
         model=name,
-        dtype=training.options.dtype,
+        dtype=str(training.dtype).removeprefix("torch."),
         steps=(step,),
         available_memory=baseline + available_memory(),
-        available_device_memory=available_on(device),
+        available_device_memory=available_on(training.device),
         free_disk=free_disk(place) if place is not None else None,
         startup=0.0,
         bytes_before=training.sizes.stored,
@@ -101,7 +101,7 @@ def estimate_training(
     )
 
     def taken(options: RecoveryOptions) -> Memory:
-        return training_memory(training.lighter(options), baseline, device)
+        return training_memory(training.lighter(options), baseline)
 
     for fits, limit, needed in (
         (found.fits_memory, found.available_memory, lambda options: taken(options).total),

@@ -22,7 +22,7 @@ from torch import Tensor
 from secateur.errors import OutputError, UsageError
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import Sizes
-from secateur.estimate.training import Training
+from secateur.estimate.training import Training, recovery_of
 from secateur.methods import WeightMethod
 
 # seconds that one trial may take, fewer for a model that is done in seconds itself; and how much it works on
@@ -62,13 +62,14 @@ def try_machine(sizes: Sizes, job: Job, files: Iterable[Path] = (), place: Path 
     moved = _move_rate(job.device, trial)
     multiplies = job.observes or any(job.solve_flops(block) for block in sizes.blocks)
     dtypes = {job.dtype, torch.float32} if multiplies else set()
-    trained = getattr(torch, job.recovery.dtype) if job.recovery is not None else None
-    rates = {dtype: _product_rate(width, dtype, job.device, trial) for dtype in {*dtypes, trained} - {None}}
+    if recovery := recovery_of(sizes, job):
+        dtypes |= {recovery.dtype}
+    rates = {dtype: _product_rate(width, dtype, job.device, trial) for dtype in dtypes}
     float32 = rates.get(torch.float32, 1.0)
     return Machine(
         flops=rates.get(job.dtype, 1.0),
         float32_flops=float32,
-        trained_flops=rates.get(trained, 1.0),
+        trained_flops=rates[recovery.dtype] if recovery else 1.0,
         factor_flops=_factor_rate(job.device, trial) if job.repairs else float32,
         swept=_sweep_rate(job.device, trial) if job.repairs else moved / 64,
         moved=moved,
@@ -78,9 +79,9 @@ def try_machine(sizes: Sizes, job: Job, files: Iterable[Path] = (), place: Path 
     )
 
 
-def try_training(training: Training, device: str, files: Iterable[Path] = (), place: Path | None = None) -> Machine:
+def try_training(training: Training, files: Iterable[Path] = (), place: Path | None = None) -> Machine:
     """Time this machine at what a training alone asks of it; the rates of what it doesn't do are 1."""
-    sizes = training.sizes
+    sizes, device = training.sizes, training.device
     trial = min(_TRIAL, _TRIAL_PER_BYTE * sizes.stored)
     moved = _move_rate(device, trial)
     return Machine(

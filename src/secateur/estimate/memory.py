@@ -89,9 +89,9 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
     return _placed(max(stages, key=lambda stage: sum(stage.values())), job.device, _entering(sizes, job))
 
 
-def training_memory(training: Training, baseline: int, device: str) -> Memory:
+def training_memory(training: Training, baseline: int) -> Memory:
     """The peak of a training alone."""
-    return _placed({"process": baseline, **training.memory()}, device, {})
+    return _placed({"process": baseline, **training.memory()}, training.device, {})
 
 
 def _placed(peak: dict[str, int], device: str, host: dict[str, int]) -> Memory:

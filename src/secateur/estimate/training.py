@@ -15,6 +15,7 @@ from secateur.estimate.job import Job
 from secateur.estimate.leaving import leaving
 from secateur.estimate.sizes import BlockSizes, Sizes
 from secateur.healing.recovery import RecoveryOptions
+from secateur.healing.recovery.precision import settled
 from secateur.healing.recovery.trained import targets
 from secateur.methods import SearchMethod, TrainedMethod, WeightMethod
 
@@ -41,7 +42,7 @@ class Training:
 
     The model has ``entries``, of which a token is multiplied with ``linear`` in the blocks and ``head`` behind them;
     ``masked`` are linear weights whose zeros stay. A ``teacher`` predicts beside it, and with ``true_gradients`` frozen
-    weights have gradients. What is counted is what one of the ``ranks`` does.
+    weights have gradients. What is counted is what one of the ``ranks`` does, on its ``device``.
     """
 
     sizes: Sizes
@@ -53,6 +54,7 @@ class Training:
     masked: bool = False
     teacher: Sizes | None = None
     ranks: int = 1
+    device: str = "cpu"
     true_gradients: bool = False
 
     def lighter(self, options: RecoveryOptions) -> Training:
@@ -63,7 +65,7 @@ class Training:
     @property
     def dtype(self) -> torch.dtype:
         """Of the forwards."""
-        dtype: torch.dtype = getattr(torch, self.options.dtype)
+        dtype: torch.dtype = getattr(torch, settled(self.options, torch.device(self.device)).dtype)
         return dtype
 
     @property
@@ -198,7 +200,13 @@ def training_of(sizes: Sizes, job: Job) -> Training | None:
 
 
 def training_alone(
-    sizes: Sizes, options: RecoveryOptions, *, teacher: Sizes | None = None, masked: bool = False, ranks: int = 1
+    sizes: Sizes,
+    options: RecoveryOptions,
+    *,
+    teacher: Sizes | None = None,
+    masked: bool = False,
+    ranks: int = 1,
+    device: str = "cpu",
 ) -> Training:
     """Of a model that is there. Raises UsageError for a loss that needs a teacher where there is none."""
     found = Training(
@@ -211,6 +219,7 @@ def training_alone(
         masked=masked,
         teacher=teacher,
         ranks=ranks,
+        device=device,
     )
     return found.lighter(options)
 
@@ -233,4 +242,5 @@ def recovery_of(sizes: Sizes, job: Job) -> Training | None:
         masked=isinstance(job.method, WeightMethod | SearchMethod),
         teacher=sizes if {"kl", "hidden"} & set(options.terms(teacher=True)) else None,
         ranks=job.ranks,
+        device=job.device,
     )

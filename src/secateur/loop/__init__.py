@@ -4,8 +4,20 @@
 happens in a step depends on how the process got there, so that a training can be interrupted and goes on to the bit.
 """
 
-from secateur.loop.loop import Callback, Curve, Keeper, Loop, Pace, Progress
+from secateur.loop.loop import Callback, Curve, Forgetful, Keeper, Loop, Pace, Progress
 from secateur.loop.order import examples_of, step_seed
 from secateur.loop.rates import SHAPES, Rate
 
-__all__ = ["SHAPES", "Callback", "Curve", "Keeper", "Loop", "Pace", "Progress", "Rate", "examples_of", "step_seed"]
+__all__ = [
+    "SHAPES",
+    "Callback",
+    "Curve",
+    "Forgetful",
+    "Keeper",
+    "Loop",
+    "Pace",
+    "Progress",
+    "Rate",
+    "examples_of",
+    "step_seed",
+]

@@ -51,6 +51,10 @@ class Keeper(Protocol):
     def reads(self, sha256: str) -> None:
         """What is trained on has this hash; may refuse another text than that of an earlier sitting."""
 
+    def settles(self, what: str, value: str) -> str:
+        """``value``, or what an earlier sitting has settled on."""
+        return value
+
     def restored(self) -> tuple[Any, Mapping[str, Tensor]] | None:
         """(curve, state) where an earlier sitting ended, or None."""
         return None

@@ -45,6 +45,9 @@ class StateKeeper(Keeper):
     def reads(self, sha256: str) -> None:
         self._step.reads(sha256)
 
+    def settles(self, what: str, value: str) -> str:
+        return self._step.settles(what, value)
+
     def restored(self) -> tuple[Any, Mapping[str, Tensor]] | None:
         # nobody reads while somebody writes
         self._ranks.meet()

@@ -61,7 +61,12 @@ class RecoveryOptions:
     alpha: float = option(16.0, "adapters count alpha / rank times", gt=0)
     dropout: float = option(0.05, "fraction of an adapter's inputs that is left out", ge=0, lt=1)
     targets: str = option("", "modules that get adapters, joined by +: q_proj+v_proj (default: all of the blocks)")
-    dtype: str = option("float32", "dtype of the forwards; weights stay as they are", choices=("float32", "bfloat16"))
+    dtype: str = option(
+        "auto",
+        "dtype of the forwards, weights stay as they are; auto: bfloat16 where the device multiplies it faster, on a"
+        " processor in steps of 512 tokens or more",
+        choices=("auto", "float32", "bfloat16"),
+    )
     checkpointing: bool = option(False, "compute activations again for the gradients instead of keeping them")
     fsdp: bool = option(
         False, "share weights, gradients and the optimiser's state among the ranks (FSDP2), if there are several"

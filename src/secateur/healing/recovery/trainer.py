@@ -14,6 +14,7 @@ from secateur.errors import DataError, NonFiniteError, UsageError
 from secateur.healing.recovery.curve import Curve
 from secateur.healing.recovery.losses import Objective
 from secateur.healing.recovery.options import RecoveryOptions
+from secateur.healing.recovery.precision import settled
 from secateur.healing.recovery.states import FinalStates
 from secateur.healing.recovery.trained import STRATEGIES, Trained
 from secateur.loop import Callback, Keeper, Loop, Pace, Progress, Rate
@@ -121,7 +122,7 @@ def _loop(
         micro=options.micro,
         clip=options.clip,
         seed=options.seed,
-        dtype=options.dtype,
+        dtype=settled(options, model.device).dtype,
         done=options.done,
         measured_every=options.measured_every,
     )
