@@ -30,8 +30,9 @@ Perplexity after a fraction of the blocks' parameters has left, as heads and neu
 are taken anew. `densest` are the four blocks that keep most neurons.
 
 Shares by the importance of blocks are better than equal ones, and these better than shares against it, by more at 40 %
-than at 20 %; and most neurons stay in the first and the last blocks: what the paper claims shows. What pruning and
-training in turns gain wasn't looked at yet.
+than at 20 %; and most neurons stay in the first and the last blocks: what the paper claims shows. Pruned and trained in
+turns the model ends lower than pruned at once and then trained in as many steps: that shows too. Both are trained on
+text of the kind that is evaluated, the dense model isn't; `held out` are windows of that text.
 """
 
 
