@@ -131,6 +131,11 @@ def out_of_memory(error: BaseException) -> str:
     return f"out of memory: {found[1]} {found[2]} more were asked for" if found else "out of memory"
 
 
+def unforeseen(error: Exception) -> str:
+    """What a record says of an error that is none of ours."""
+    return out_of_memory(error) or f"{type(error).__name__}: {error}"
+
+
 def require_extra(module: str, extra: str, why: str):
     """Import an optional dependency, or say in one sentence how to get it.
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 
 from secateur.errors import OutputError, UsageError
 from secateur.plans import Plan
@@ -423,7 +424,10 @@ def test_a_worker_gives_errors_back_as_values(sweep_of, tmp_path, monkeypatch):
     assert isinstance(outcome, Failure) and not outcome.final and "there is no model" in outcome.error
 
     def full(*arguments, **options):
-        raise MemoryError("too large")
+        torch.empty(2**50, dtype=torch.uint8)
 
     monkeypatch.setattr(api, "load", full)
-    assert worker.Worker(job).run(None) == Failure("MemoryError: too large", final=False)
+    said = f"out of memory: {2**50} bytes more were asked for"
+    assert worker.Worker(job).run(None) == Failure(said, final=False)
+    monkeypatch.setattr(api, "load", lambda *_, **__: {}["nowhere"])
+    assert worker.Worker(job).run(None) == Failure("KeyError: 'nowhere'", final=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import ModelLoadError, OutputError, SecateurError
+from secateur.errors import ModelLoadError, OutputError, SecateurError, unforeseen
 from secateur.sweep.axes import Point
 from secateur.sweep.memory import PeakMemory
 from secateur.sweep.records import DENSE, Record
@@ -98,7 +98,7 @@ class Worker:
             # a full disk or a hub that doesn't answer may be better the next time
             return Failure(str(error), final=not isinstance(error, (OutputError, ModelLoadError)))
         except Exception as error:
-            return Failure(f"{type(error).__name__}: {error}", final=False)
+            return Failure(unforeseen(error), final=False)
         return Record(**{**record, "seconds": time.perf_counter() - started, "worker": os.getpid()})
 
     def _measure_dense(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from secateur.errors import OutputError, RecipeError, SecateurError, SweepError, UsageError, nearest
+from secateur.errors import OutputError, RecipeError, SecateurError, SweepError, UsageError, nearest, unforeseen
 from secateur.files import write_text
 from secateur.loop import Progress
 from secateur.methods import get_method
@@ -160,7 +160,7 @@ class LotteryWorker:
         except SecateurError as error:
             return Failure(str(error), final=not isinstance(error, OutputError))
         except Exception as error:
-            return Failure(f"{type(error).__name__}: {error}", final=False)
+            return Failure(unforeseen(error), final=False)
 
     def check(self) -> None:
         """Read data and network, and see that there is something to prune, before anything is written.
