@@ -696,7 +696,7 @@ def gpu_without_memory(room: Room) -> list:
     return ["evaluate", room.model, "--quiet"]
 
 
-for name, size, job in (("", "1125899906842624 bytes", without_memory), (" of a GPU", "2.00 GiB", gpu_without_memory)):
+for name, size, job in (("", "1,125,899.9 GB", without_memory), (" of a GPU", "2.00 GiB", gpu_without_memory)):
     case(
         f"too little memory{name}",
         1,

@@ -128,7 +128,10 @@ def out_of_memory(error: BaseException) -> str:
     if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and "DefaultCPU" not in text:
         return ""
     found = re.search(r"allocate ([\d.]+) (\w+)", text)
-    return f"out of memory: {found[1]} {found[2]} more were asked for" if found else "out of memory"
+    if found is None:
+        return "out of memory"
+    size = f"{int(found[1]) / 1e9:,.1f} GB" if found[2] == "bytes" else f"{found[1]} {found[2]}"
+    return f"out of memory: {size} more were asked for"
 
 
 def unforeseen(error: Exception) -> str:

@@ -351,7 +351,7 @@ def test_a_training_without_memory_is_one_sentence_and_may_be_a_smaller_one(
         failed = cli(*words(f"lora:{shape},batch=4"))
     assert (failed.code, failed.err.splitlines()[-1]) == (
         1,
-        "error: out of memory: 1125899906842624 bytes more were asked for; 'secateur estimate' says what makes a run"
+        "error: out of memory: 1,125,899.9 GB more were asked for; 'secateur estimate' says what makes a run"
         f" smaller; {tmp_path / 'out'}.run holds what was pruned: another heal, or none, with --resume goes on from"
         " there",
     )

@@ -427,7 +427,7 @@ def test_a_worker_gives_errors_back_as_values(sweep_of, tmp_path, monkeypatch):
         torch.empty(2**50, dtype=torch.uint8)
 
     monkeypatch.setattr(api, "load", full)
-    said = f"out of memory: {2**50} bytes more were asked for"
+    said = "out of memory: 1,125,899.9 GB more were asked for"
     assert worker.Worker(job).run(None) == Failure(said, final=False)
     monkeypatch.setattr(api, "load", lambda *_, **__: {}["nowhere"])
     assert worker.Worker(job).run(None) == Failure("KeyError: 'nowhere'", final=False)
