@@ -251,8 +251,8 @@ def test_a_folder_with_something_else_is_left_alone(tiny_checkpoint, tmp_path, m
 def test_what_was_there_before_the_training_stands_beside_it(compared, tiny_checkpoint, tmp_path, monkeypatch):
     heal = "lora:steps=2,batch=1,length=32,lr=0.01"
     methods = ["magnitude_sp", "wanda_sp:heal=refit"]
-    remembered, answering = [], states._answering
-    monkeypatch.setattr(states, "_answering", lambda *given: remembered.append(1) or answering(*given))
+    remembered, answering = [], states.instead
+    monkeypatch.setattr(states, "instead", lambda *given: remembered.append(1) or answering(*given))
     found = compare(str(tiny_checkpoint), methods=methods, sparsity=0.5, heal=heal, out=tmp_path / "out", **QUICK)
     # both methods see the same batches, of which the teacher answers once
     assert len(remembered) == 2

@@ -18,7 +18,7 @@ from secateur.estimate.machine import Machine
 from secateur.estimate.memory import memory
 from secateur.estimate.memory import training_memory as memory_of
 from secateur.estimate.sizes import Sizes, sizes_of
-from secateur.estimate.training import recovery_of, training_alone
+from secateur.estimate.training import Training, recovery_of, training_alone
 from secateur.estimate.work import flops, seconds
 from secateur.healing.recovery import parse_recovery
 from secateur.healing.recovery.trainer import Windows, recover
@@ -104,6 +104,24 @@ def test_memory_has_the_student_its_teacher_and_what_is_trained(sizes):
     assert full["gradients and moments"] == 12 * ENTRIES and "adapters" not in full
     masked = taken(sizes, f"lora:{SHORT}", "magnitude")
     assert masked["at work"] == found["at work"] + 5 * LINEAR
+
+
+def test_what_weights_are_cast_to_is_kept_and_moved(sizes):
+    def alone(kind: str, more: str = "") -> Training:
+        return training_alone(sizes, parse_recovery(f"{kind}:{SHORT},dropout=0{more}"), teacher=sizes)
+
+    def at_work(training: Training) -> int:
+        return training.memory()["at work"]
+
+    half, whole = alone("lora", ",dtype=bfloat16"), alone("lora", ",dtype=float32")
+    kept = 32 * 2 * (4 * 64 + 8 * 32)
+    # of the activations the half is left; of the weights of both heads what they are cast to comes in addition
+    assert at_work(half) - at_work(whole) == -2 * kept + 2 * (LINEAR + 2 * HEAD)
+    # three forwards; the teacher's blocks are cast in each
+    assert half.moved(0) - whole.moved(0) == 4 * 3 * 2 * LINEAR
+    again, everything = alone("lora", ",dtype=bfloat16,checkpointing=true"), alone("full", ",dtype=bfloat16")
+    assert again.moved(0) - whole.moved(0) == 2 * (half.moved(0) - whole.moved(0))
+    assert everything.moved(0) - alone("full", ",dtype=float32").moved(0) == 2 * (half.moved(0) - whole.moved(0))
 
 
 def test_disk_and_time_have_it_too(sizes):

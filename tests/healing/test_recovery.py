@@ -6,18 +6,21 @@ import copy
 import dataclasses
 import math
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import secateur as sc
 from families import LAYOUTS, make_tiny, tiny_ids
 from runs import plan_for
 from secateur.engine.recovering import Teacher, layers_left, narrowed
 from secateur.errors import DataError, MissingExtraError, NonFiniteError, OptionError, PlanMismatchError, UsageError
-from secateur.healing.recovery import Curve, RecoveryOptions, losses, parse_recovery, split_heal
+from secateur.healing.recovery import Curve, RecoveryOptions, losses, parse_recovery, split_heal, trainer
+from secateur.healing.recovery.forwards import cast_once
 from secateur.healing.recovery.losses import Objective, cross_entropy, divergence, hidden_distance
 from secateur.healing.recovery.precision import settled
 from secateur.healing.recovery.states import FinalStates
@@ -383,6 +386,48 @@ def test_checkpointing_changes_nothing_and_bfloat16_little():
 def test_the_dtype_of_forwards_is_what_pays(options, device, speedup, dtype, monkeypatch):
     monkeypatch.setattr("secateur.observe.precision.bfloat16_speedup", lambda _: speedup)
     assert settled(parse_recovery(f"lora:{options}"), torch.device(device)).dtype == dtype
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("more", [{}, {"train": "norms"}, {"micro": 1, "loss": "kl"}])
+def test_frozen_weights_that_are_cast_once_teach_the_same(family, more, monkeypatch):
+    def trained(remember) -> tuple[Curve, Any]:
+        monkeypatch.setattr(trainer, "cast_once", remember)
+        model = make_tiny(family)
+        teacher = make_tiny(family, seed=1) if "loss" in more else None
+        return train(model, dtype="bfloat16", teacher=teacher, measure=lambda one: 1.0, **more), model
+
+    def counted(modules: Any) -> Any:
+        found = list(modules)
+        kept.extend(found)
+        return cast_once(found)
+
+    kept: list[Any] = []
+    (plain, first), (once, second) = trained(lambda _: nullcontext()), trained(counted)
+    assert once.losses == plain.losses and not changed(weights(first), second)
+    assert kept and not any("forward" in vars(module) for module in kept)
+    assert trained(lambda _: nullcontext())[0].losses == plain.losses
+
+
+def test_a_weight_is_cast_again_only_where_it_has_changed(monkeypatch):
+    layer, taught, x = nn.Linear(8, 4).requires_grad_(False), nn.Linear(8, 4), torch.randn(2, 8)
+    wanted = F.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16())
+    casts: list[torch.dtype] = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda one, *how, **more: casts.append(how) or to(one, *how, **more))
+    with cast_once([layer, taught, nn.Conv1d(1, 1, 1)]):
+        assert "forward" not in vars(taught)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
+        assert casts == []
+        for _ in range(3):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                torch.testing.assert_close(layer(x), wanted, rtol=0, atol=0)
+        assert len(casts) == 1
+        layer.weight.mul_(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not torch.equal(layer(x), wanted)
+        assert len(casts) == 2
+    assert "forward" not in vars(layer)
 
 
 def test_the_seed_decides():

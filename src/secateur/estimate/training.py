@@ -105,8 +105,9 @@ class Training:
             dropped = sum(inputs for _, inputs in self._adapted()) if self.adapters else 0
             graph += self.together * _DROPPED * (dropped // (len(blocks) if options.checkpointing else 1))
         if self.dtype.itemsize < 4:
-            # the graph holds what frozen weights were cast to
-            graph += int(self.linear) * self.dtype.itemsize
+            # what weights were cast to is held by the graph; that of frozen ones is kept, with those of both heads
+            heads = 0.0 if options.checkpointing else self.head + (self.teacher.head if self.teacher is not None else 0)
+            graph += int(self.linear + heads) * self.dtype.itemsize
         if self._masks_products:
             # masked products and their masks
             graph += int(self.linear) * (4 + 1)
@@ -151,12 +152,14 @@ class Training:
         """Bytes through memory beside the products; ``around`` are entries of all blocks for a token's forward."""
         options = self.options
         taught = self.teacher.linear if self.teacher is not None else 0
+        # frozen weights are cast once, unless activations are computed again; those of the teacher's blocks every time
+        cast = taught + (self.linear if options.checkpointing or options.train == "full" else 0)
         entries = (3 + bool(taught)) * around + _COMPARED * self.sizes.vocabulary
         if options.dropout and self.adapters:
             entries += _DROPOUT * sum(inputs for _, inputs in self._adapted())
         weights = options.steps * _MOVED * self.trained
         if self.dtype.itemsize < 4:
-            weights += self._forwards * 2 * (self.linear + taught)
+            weights += self._forwards * 2 * cast
         if self._masks_products:
             weights += self._forwards * _MASKED * self.linear
         return 4 * (self.tokens * entries + weights)

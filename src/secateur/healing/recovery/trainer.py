@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import DataError, NonFiniteError, UsageError
 from secateur.healing.recovery.curve import Curve
+from secateur.healing.recovery.forwards import cast_once
 from secateur.healing.recovery.losses import Objective
 from secateur.healing.recovery.options import RecoveryOptions
 from secateur.healing.recovery.precision import settled
@@ -93,7 +94,9 @@ def recover(
             curve = Curve(options.batch * windows.trained_on.shape[1])
             # all ranks take part in the forwards of a model that is spread over them
             note = _noting(stepped, measure, ALONE if spread else ranks, learning_rate(options).peak)
-            with _checkpointing(stepped, options):
+            # who computes activations again is short of memory; a model that is spread holds a part of its weights
+            kept = () if spread or options.checkpointing else (*stepped.modules(), *map(_head, dense))
+            with _checkpointing(stepped, options), cast_once(kept):
                 curve = loop.run(curve, keeper, note, progress, "heal")
     except BaseException:
         taking_part.end()
@@ -139,6 +142,10 @@ def _loop(
         ranks=ranks,
         what="windows",
     )
+
+
+def _head(model: Any) -> nn.Module:
+    return model.get_output_embeddings()
 
 
 def _noting(
