@@ -9,7 +9,7 @@ import torch
 from secateur.healing.recovery.options import RecoveryOptions
 from secateur.observe.precision import compute_dtype
 
-# every forward casts frozen weights again, which fewer tokens hardly make up for
+# with fewer tokens less of a step are products, and what is cast in every step is as large
 _MANY_TOKENS = 512
 
 
