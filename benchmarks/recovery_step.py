@@ -22,8 +22,9 @@ DTYPES = ("float32", "bfloat16")
 TEXT = """
 Seconds of a step of `windows` x `tokens`, medians over the rounds, and the median over rounds of how much faster
 bfloat16 was: its forwards are in bfloat16, and weights stay in float32. Weights that are trained are cast in every
-forward, and so are those of the teacher's blocks, which few tokens don't make up for. Held out is the perplexity after the steps of a round, on text of the same kind that
-was not trained on, mean over the rounds; `before` it is the same of both.
+forward, and so are those of the teacher's blocks, which few tokens don't make up for. Held out is the perplexity after
+the steps of a round, on text of the same kind that was not trained on, mean over the rounds; `before` it is the same of
+both.
 """
 
 
