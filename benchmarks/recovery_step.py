@@ -24,7 +24,7 @@ Seconds of a step of `windows` x `tokens`, medians over the rounds, and the medi
 bfloat16 was: its forwards are in bfloat16, and weights stay in float32. Weights that are trained are cast in every
 forward, and so are those of the teacher's blocks, which few tokens don't make up for. Held out is the perplexity after
 the steps of a round, on text of the same kind that was not trained on, mean over the rounds; `before` it is the same of
-both.
+both. Rows aren't measured under the same load, the dtypes of a row are: ratios count.
 """
 
 
