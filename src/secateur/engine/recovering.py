@@ -96,11 +96,11 @@ def recover_decoder(
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     writer: Any = teacher.model if teacher is not None else model
     text = ranks.on_main(lambda: _text(options, source, tokenizer, text_field, writer))
-    if keeper is not None:
-        ranks.on_main(lambda: keeper.reads(text.info.sha256))
+    keeping = keeper or Forgetful()
+    ranks.on_main(lambda: keeping.reads(text.info.sha256))
     # it may be a matter of timing, so one rank decides, and the first sitting
-    found = ranks.on_main(lambda: (keeper or Forgetful()).settles("dtype", settled(options, model.device).dtype))
-    options = replace(options, dtype=found)
+    dtype = ranks.on_main(lambda: keeping.settles("dtype", settled(options, model.device).dtype))
+    options = replace(options, dtype=dtype)
     windows = _split(text, options)
     model.float()
 
@@ -121,7 +121,7 @@ def recover_decoder(
         modules=modules,
         masks=masks,
         lora_ranks=ranks_of(plans, options, name, modules),
-        keeper=keeper,
+        keeper=keeping,
         measure=measure,
         ranks=ranks,
         pieces=lambda one: decoder_blocks(one)[1],

@@ -105,14 +105,6 @@ class StepFolder:
             raise OutputError(f"the run in {self.path.parent} can't go on: its text has changed since it began")
         write_text(note, sha256)
 
-    def settles(self, what: str, value: str) -> str:
-        """``value``, or what an earlier sitting has noted in its place."""
-        note = self.path / f"{what}.txt"
-        if note.is_file():
-            return note.read_text(encoding="utf8")
-        write_text(note, value)
-        return value
-
     def reopen(self) -> None:
         """Read the journal again, which another rank has written to."""
         self.journal = Journal(self.path / "journal.jsonl")
