@@ -2,12 +2,13 @@
 
     python benchmarks/loraprune.py --calibration TRAIN.txt --evaluation TEST.txt
     python benchmarks/loraprune.py … --ways "lora, rank 64"
+    python benchmarks/loraprune.py … --batch 4 --length 128
 
 Half of the blocks' parameters leave while adapters are trained on the calibration text: by the gradient that adapters
 tell of (`lora`), by true gradients (`grad`), by magnitude, and at random. The order of windows, the adapters and random
 scores are drawn from every seed. LLM-Pruner removes as much at once, and what it leaves is then trained for the same
 steps. `lora, rank 64` has wider adapters than the published ones of rank 8, which tell more of the gradient. The result
-is written after every row; a second call goes on from there.
+is written after every row; a second call goes on from there, and may train with other batches.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--windows", type=int, default=40, help="windows that are evaluated")
     parser.add_argument(
-        "--dtype", default="float32", help="of what plans look at; weights and perplexities are float32"
+        "--dtype", default="float32", help="of forwards of the training; weights and perplexities are float32"
     )
     parser.add_argument("--ways", default=";".join((*METRICS, ONCE)), help="rows to run, joined by ;")
     parser.add_argument("--seeds", default="0,1,2")
     arguments = parser.parse_args()
+    dtype = arguments.dtype
     name = f"loraprune-{Path(arguments.model).name}"
     model, tokenizer = sc.load(arguments.model)
     rows = finished_rows(name)
@@ -58,11 +60,9 @@ def main() -> None:
         "model": Path(arguments.model).name,
         "sparsity": arguments.sparsity,
         "text": Path(arguments.calibration).name,
-        "training": f"{steps} steps of {batch} x {length} tokens, lr {arguments.lr:g}",
+        "training": f"{steps} steps, lr {arguments.lr:g}",
         "units leave every": f"{arguments.every} steps",
         "evaluation": f"{Path(arguments.evaluation).name}, first {arguments.windows} windows of {LENGTH} tokens",
-        "seeds": arguments.seeds,
-        "dtype": f"float32; plans in {arguments.dtype}",
     }
 
     def perplexity(one: Any) -> float:
@@ -70,16 +70,18 @@ def main() -> None:
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
+        rows.sort(key=lambda row: (row.get("batch", 0), row["seed"]))
         print(row, flush=True)
-        write_result(name, TITLE, setting, rows, text(rows, batch))
+        write_result(name, TITLE, setting, rows, text(rows))
 
-    text_of = {"calibration": arguments.calibration, "length": length, "dtype": arguments.dtype}
+    text_of = {"calibration": arguments.calibration, "length": length, "dtype": dtype}
     training = {"steps": steps, "batch": batch, "lr": arguments.lr}
     if not rows:
         add({"way": "dense", "seed": 0, "perplexity": perplexity(model)})
     for seed in map(int, arguments.seeds.split(",")):
         for way in arguments.ways.split(";"):
-            if any((row["way"], row["seed"]) == (way, seed) for row in rows):
+            row: dict[str, Any] = {"way": way, "seed": seed, "batch": batch, "length": length, "dtype": dtype}
+            if any(row.items() <= other.items() for other in rows):
                 continue
             started = time.perf_counter()
             if way == ONCE:
@@ -102,6 +104,7 @@ def main() -> None:
                     **training,
                     length=length,
                     warmup=0,
+                    dtype=dtype,
                     seed=seed,
                 )
             else:
@@ -118,38 +121,41 @@ def main() -> None:
                     **text_of,
                 )
                 cut = sc.apply(plan, model)
-            seconds = round(time.perf_counter() - started)
-            removed = f"{removed_fraction(plan, sc.anatomy(model)):.4f}"
-            add({"way": way, "seed": seed, "perplexity": perplexity(cut), "removed": removed, "seconds": seconds})
+            row["seconds"] = round(time.perf_counter() - started)
+            row["removed"] = f"{removed_fraction(plan, sc.anatomy(model)):.4f}"
+            add(row | {"perplexity": perplexity(cut)})
 
 
-def text(rows: list[dict[str, Any]], batch: int) -> str:
+def text(rows: list[dict[str, Any]]) -> str:
     """What the table shows, as far as it goes."""
-
-    def of(way: str, seed: int) -> float | None:
-        return next((row["perplexity"] for row in rows if (row["way"], row["seed"]) == (way, seed)), None)
-
     lines = [
         "Perplexity of the dense model, and after a part of its heads and neurons has left while adapters were",
-        "trained, or at once before that. All ways train as long. Seconds are those of a machine that did other work",
-        "as well.",
+        "trained, or at once before that. All ways train as long: `batch` windows of `length` tokens a step, forwards",
+        "in `dtype`. Seconds are those of a machine that did other work as well.",
         "",
         "Published, with batches of 128 windows, is that `lora` tells as much as `grad`, and that what leaves on the",
-        f"way costs less than what leaves at once. Here a batch is {batch}: its gradients are noisier, and what leaves",
-        "on the way has fewer steps left to be trained in. An adapter tells of a gradient no more than its rank, which",
-        "is 8 as published: where wider ones are in the table, they are nearer to true gradients.",
+        "way costs less than what leaves at once. With smaller batches gradients are noisier, and in few steps what",
+        "leaves on the way has less of them left to be trained in. An adapter tells of a gradient no more than its",
+        "rank, which is 8 as published: where wider ones are in the table, they are nearer to true gradients.",
         "",
         "Perplexities beside those of `lora` with adapters as wide, means over seeds that both have:",
         "",
     ]
-    for way in dict.fromkeys(row["way"] for row in rows):
+    found = {(row["way"], row.get("batch"), row["seed"]): row["perplexity"] for row in rows}
+    for way, batch in dict.fromkeys((way, batch) for way, batch, _ in found):
         name, _, rank = way.partition(", rank ")
         against = f"lora, rank {rank}" if rank else "lora"
         ratios = [
-            row["perplexity"] / theirs for row in rows if row["way"] == way and (theirs := of(against, row["seed"]))
+            value / found[against, batch, seed]
+            for (one, size, seed), value in found.items()
+            if (one, size) == (way, batch) and (against, batch, seed) in found
         ]
         if name not in ("dense", "lora") and ratios:
-            lines.append(f"- `{way}` has {statistics.fmean(ratios):.3f} times the perplexity of `{against}`.")
+            spread = (
+                f" (standard deviation {statistics.stdev(ratios):.3f} over {len(ratios)} seeds)" if ratios[1:] else ""
+            )
+            times = f"{statistics.fmean(ratios):.3f}{spread}"
+            lines.append(f"- Batches of {batch}: `{way}` has {times} times the perplexity of `{against}`.")
     return "\n".join(lines)
 
 

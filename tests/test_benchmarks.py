@@ -405,20 +405,24 @@ def test_what_studies_of_pruning_by_gradients_say(study):
     assert "`random` has 2.50 times the perplexity of `param_first`" in said
     assert "closes 50% of the gap" in said and "vectorize" not in said
     ways = [
-        {"way": way, "seed": seed, "perplexity": value}
-        for way, seed, value in (
-            ("dense", 0, 10.0),
-            ("lora", 0, 20.0),
-            ("grad", 0, 19.5),
-            # of a seed that the other hasn't
-            ("grad", 1, 90.0),
-            ("lora, rank 64", 0, 16.0),
-            ("grad, rank 64", 0, 15.2),
+        {"way": way, "seed": seed, "batch": batch, "perplexity": value}
+        for way, seed, batch, value in (
+            ("lora", 0, 1, 20.0),
+            ("grad", 0, 1, 19.5),
+            ("lora", 1, 1, 20.0),
+            ("grad", 1, 1, 19.3),
+            # of a seed that the other hasn't, and of another batch
+            ("grad", 2, 1, 90.0),
+            ("lora", 2, 4, 15.0),
+            ("lora, rank 64", 0, 1, 16.0),
+            ("grad, rank 64", 0, 1, 15.2),
         )
     ]
-    said = study("loraprune").text(ways, 1)
-    assert "`grad` has 0.975 times the perplexity of `lora`" in said
-    assert "`grad, rank 64` has 0.950 times the perplexity of `lora, rank 64`" in said
+    said = study("loraprune").text([{"way": "dense", "seed": 0, "perplexity": 10.0}, *ways])
+    assert (
+        "Batches of 1: `grad` has 0.970 times the perplexity of `lora` (standard deviation 0.007 over 2 seeds)" in said
+    )
+    assert "`grad, rank 64` has 0.950 times the perplexity of `lora, rank 64`." in said and "of 4" not in said
 
 
 def test_a_prefix_is_read_once_and_compressed_in_many_ways(study):
