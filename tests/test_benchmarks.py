@@ -419,9 +419,7 @@ def test_what_studies_of_pruning_by_gradients_say(study):
         )
     ]
     said = study("loraprune").text([{"way": "dense", "seed": 0, "perplexity": 10.0}, *ways])
-    assert (
-        "Batches of 1: `grad` has 0.970 times the perplexity of `lora` (standard deviation 0.007 over 2 seeds)" in said
-    )
+    assert "of 1: `grad` has 0.970 (standard deviation 0.007 over 2 seeds) times the perplexity of `lora`" in said
     assert "`grad, rank 64` has 0.950 times the perplexity of `lora, rank 64`." in said and "of 4" not in said
 
 
