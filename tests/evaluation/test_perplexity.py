@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from secateur import pieces
 from secateur.errors import DataError, NonFiniteError, UsageError
 from secateur.evaluation import evaluate_models, perplexity
 from secateur.evaluation.perplexity import window_losses
@@ -59,7 +60,7 @@ def test_batches_and_chunks_do_not_change_the_losses(
     whole = window_losses(tiny_llama, ids)
     seen: list[int] = []
     monkeypatch.setattr(perplexity, "BATCH_TOKENS", 80)
-    monkeypatch.setattr(perplexity, "LOSS_ROWS", 7)
+    monkeypatch.setitem(pieces._ENTRIES, "cpu", 7 * 512)
     torch.testing.assert_close(window_losses(tiny_llama, ids, seen.append), whole)
     assert seen == [2, 4, 6, 7]
     monkeypatch.setattr(perplexity, "BATCH_LOGIT_BYTES", 1)

@@ -17,9 +17,10 @@ from torch import nn
 import secateur as sc
 from families import LAYOUTS, make_tiny, tiny_ids
 from runs import plan_for
+from secateur import pieces
 from secateur.engine.recovering import Teacher, layers_left, narrowed
 from secateur.errors import DataError, MissingExtraError, NonFiniteError, OptionError, PlanMismatchError, UsageError
-from secateur.healing.recovery import Curve, RecoveryOptions, losses, parse_recovery, split_heal, trainer
+from secateur.healing.recovery import Curve, RecoveryOptions, parse_recovery, split_heal, trainer
 from secateur.healing.recovery.forwards import cast_once
 from secateur.healing.recovery.losses import Objective, cross_entropy, divergence, hidden_distance
 from secateur.healing.recovery.precision import settled
@@ -96,7 +97,7 @@ def test_divergence_by_the_definition():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entries", [1, 10, 1000])
 def test_divergence_has_the_gradient_of_the_library(dtype, entries, monkeypatch):
-    monkeypatch.setitem(losses._ENTRIES, "cpu", entries)
+    monkeypatch.setitem(pieces._ENTRIES, "cpu", entries)
     values = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     ours, theirs = (values[0].clone().requires_grad_() for _ in range(2))
     found = divergence(ours, values[1], 2.0)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ROWS = 256
-"""Positions whose logits are copied to float32 at a time."""
+from secateur.pieces import by_rows
 
 
 class Divergence:
@@ -20,7 +19,7 @@ class Divergence:
     """
 
     def __init__(self, dense_BTV: Tensor) -> None:
-        self._rows = [rows_TV.float() for rows_TV in dense_BTV.flatten(0, -2).split(ROWS)]
+        self._rows = [rows_TV.float() for (rows_TV,) in by_rows(dense_BTV.flatten(0, -2))]
         self._sums = [rows_TV.logsumexp(dim=-1) for rows_TV in self._rows]
         self._probabilities = [
             (rows_TV - sums_T[:, None]).exp_() for rows_TV, sums_T in zip(self._rows, self._sums, strict=True)
@@ -29,8 +28,8 @@ class Divergence:
     def of(self, other_BTV: Tensor) -> float:
         """Mean over positions of KL(dense || other) in nats; 0 where predictions are the same, however shifted."""
         total = torch.zeros((), dtype=torch.float64, device=other_BTV.device)
-        others = other_BTV.flatten(0, -2).split(ROWS)
-        for dense_TV, p_TV, sums_T, rows_TV in zip(self._rows, self._probabilities, self._sums, others, strict=True):
+        others = by_rows(other_BTV.flatten(0, -2))
+        for dense_TV, p_TV, sums_T, (rows_TV,) in zip(self._rows, self._probabilities, self._sums, others, strict=True):
             theirs_TV = rows_TV.float()
             apart_T = ((dense_TV - theirs_TV) * p_TV).sum(dim=-1)
             total += (apart_T.double() - sums_T.double() + theirs_TV.logsumexp(dim=-1).double()).sum()
@@ -39,9 +38,8 @@ class Divergence:
 
 def text_loss(logits_BTV: Tensor, ids_BT: Tensor) -> float:
     """Mean cross-entropy of the next token, in nats per prediction; every window but its first token is predicted."""
-    rows = logits_BTV[:, :-1].flatten(0, 1).split(ROWS)
-    wanted = ids_BT[:, 1:].flatten().split(ROWS)
-    losses = [F.cross_entropy(r.float(), w, reduction="sum").double() for r, w in zip(rows, wanted, strict=True)]
+    rows = by_rows(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+    losses = [F.cross_entropy(rows_TV.float(), wanted_T, reduction="sum").double() for rows_TV, wanted_T in rows]
     return float(torch.stack(losses).sum()) / ids_BT[:, 1:].numel()
 
 

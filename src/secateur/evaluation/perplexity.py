@@ -23,6 +23,7 @@ from torch import Tensor
 from secateur.errors import NonFiniteError, UsageError
 from secateur.evaluation.base import Settings
 from secateur.observe.calibration import Tokens, check_length, evaluating, load_tokens, source_name, start_token
+from secateur.pieces import by_rows
 from secateur.report import Metric
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 2048
 # Logits of one forward; only vocabularies beyond 64 k entries (in float32) make this the smaller limit.
 BATCH_LOGIT_BYTES = 2**29
-# Rows whose logits are copied to float32 at a time.
-LOSS_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def _windows_per_batch(model: PreTrainedModel, length: int) -> int:
 
 def _loss(logits_TV: Tensor, target_T: Tensor) -> float:
     total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
-    for rows_TV, aim_T in zip(logits_TV.split(LOSS_ROWS), target_T.split(LOSS_ROWS), strict=True):
+    for rows_TV, aim_T in by_rows(logits_TV, target_T):
         total += torch.nn.functional.cross_entropy(rows_TV.float(), aim_T, reduction="none").double().sum()
     return float(total) / len(target_T)
 

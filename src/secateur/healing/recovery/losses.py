@@ -22,10 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from secateur.healing.recovery.states import FinalStates
-
-_ENTRIES = {"cpu": 1 << 20}
-_ENTRIES_ELSEWHERE = 1 << 27
-"""Of logits that are compared at once: what a cache holds, or enough for a device to be busy."""
+from secateur.pieces import by_rows
 
 
 def cross_entropy(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
@@ -48,25 +45,27 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-        count, vocabulary = logits_NV.shape
-        rows = max(1, _ENTRIES.get(logits_NV.device.type, _ENTRIES_ELSEWHERE) // vocabulary)
         gradient_NV = torch.empty_like(logits_NV)
         total = torch.zeros((), device=logits_NV.device)
-        parts = (tensor.split(rows) for tensor in (logits_NV, teacher_NV, gradient_NV))
-        for student, teacher, gradient in zip(*parts, strict=True):
-            mine, theirs = ((logits.float() / temperature).log_softmax(dim=-1) for logits in (student, teacher))
+        for student, teacher, gradient in by_rows(logits_NV, teacher_NV, gradient_NV):
+            mine, theirs = (_softened(logits, temperature).log_softmax(dim=-1) for logits in (student, teacher))
             p = theirs.exp()
             total += theirs.sub_(mine).mul_(p).sum()
             gradient.copy_(mine.exp_().sub_(p))
         ctx.save_for_backward(gradient_NV)
-        ctx.factor = temperature / count
-        return total * temperature**2 / count
+        ctx.factor = temperature / len(logits_NV)
+        return total * temperature**2 / len(logits_NV)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient_NV,) = ctx.saved_tensors
         return gradient_NV * (upstream[0] * ctx.factor), None, None
+
+
+def _softened(logits_NV: Tensor, temperature: float) -> Tensor:
+    # most have none, and a division is a pass over all of them
+    return logits_NV.float() if temperature == 1 else logits_NV.float() / temperature
 
 
 def hidden_distance(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
