@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--items", action="append", default=[], help="file with items of arc_easy, ioi or lambada_openai; repeatable"
     )
+    parser.add_argument("--dtype", default="float32", help="of the models; training may have its own, in --heal")
     parser.add_argument("--work", help="folder to keep comparisons in, so that a second call goes on within a pair")
     arguments = parser.parse_args()
     name = f"compare-{Path(arguments.model).name}"
@@ -97,7 +98,7 @@ def _compared(arguments: argparse.Namespace, methods: list[str]) -> list[dict[st
             tasks=[f"perplexity:{arguments.evaluation}", *items.tasks(arguments.items, Path(folder) / "items")],
             calibration=arguments.calibration,
             heal=arguments.heal or None,
-            dtype="float32",
+            dtype=arguments.dtype,
             tolerance=TOLERANCE,
             **TEXTS,
             out=out,
@@ -186,7 +187,7 @@ def _publish(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]
         "calibration": f"{Path(arguments.calibration).name}, {TEXTS['samples']} consecutive windows of {length} tokens",
         "evaluation": f"{Path(arguments.evaluation).name}, first {TEXTS['windows']} windows of {length} tokens",
         "seeds": list(SEEDS),
-        "dtype": "float32",
+        "dtype": arguments.dtype,
     }
     text = "\n".join(said) + "\n" + TEXT.replace("{limit}", str(items.LIMIT))
     write_result(name, f"Structured methods side by side on {model}", setting, rows, text, leave_out=HIDDEN)
