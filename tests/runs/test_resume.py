@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import secateur as sc
-from secateur.errors import NonFiniteError, OutputError
+from secateur.errors import BudgetError, NonFiniteError, OutputError
+from secateur.runs import pipeline
 from secateur.runs.folder import Journal, run_path
 from secateur.runs.signals import Stopped
 
@@ -78,14 +81,14 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def crash_after(monkeypatch, count: int) -> None:
+def crash_after(monkeypatch, count: int, error: BaseException | type[BaseException] = Crash) -> None:
     """Die right before or right after the ``count``-th line of a journal."""
     add, left = Journal.add, [count]
 
     def dying(self: Journal, **entry: object) -> None:
         left[0] -= 1
         if left[0] == 0:
-            raise Crash
+            raise error
         add(self, **entry)
 
     monkeypatch.setattr(Journal, "add", dying)
@@ -117,7 +120,7 @@ def test_a_training_of_another_length_does_not_go_on(dense, tmp_path, monkeypatc
         with pytest.raises(Crash):
             sc.run(job)
     job["steps"] = [{**CASES["loraprune"], "options": {**CASES["loraprune"]["options"], "steps": 6}}]
-    with pytest.raises(OutputError, match=r"can't go on: its recipe differs in steps"):
+    with pytest.raises(OutputError, match=r"can't go on: its step 1 differs in options"):
         sc.run(job, resume=True)
 
 
@@ -131,6 +134,51 @@ def test_two_steps_resume_in_the_second(dense, tmp_path, monkeypatch):
             sc.run(job)
     assert (tmp_path / "out.run" / "step-2" / "journal.jsonl").stat().st_size
     sc.run(job, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("behind", [[CASES["wanda"]], [], [CASES["vocab"], CASES["wanda"]]], ids=len)
+def test_a_step_that_cannot_be_planned_leaves_those_before_it_for_another_one(behind, dense, tmp_path, monkeypatch):
+    def asked(*steps: dict, out: str = "out") -> dict:
+        return recipe(dense, tmp_path / out, CASES["flap"], *steps)
+
+    sc.run(asked(*behind, out="whole"))
+    said = re.escape(f"{tmp_path / 'out'}.run holds what step 1 left: another step behind it, or none, with --resume")
+    with monkeypatch.context() as patch:
+        # found when the second of the blocks is decided
+        crash_after(patch, 14, NonFiniteError("NaN in a block"))
+        with pytest.raises(NonFiniteError, match=f"^NaN in a block; {said}"):
+            sc.run(asked({"method": "wanda", "sparsity": 0.6}))
+    with pytest.raises(BudgetError, match=said):
+        sc.run(asked({"method": "shortgpt", "options": {"layers": 9}}), resume=True)
+    decided = []
+    decide = pipeline.decide
+
+    def watched(method, *rest, **how) -> None:
+        decided.append(method.name)
+        decide(method, *rest, **how)
+
+    monkeypatch.setattr(pipeline, "decide", watched)
+    sc.run(asked(*behind), resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert decided == [step["method"] for step in behind] and not run_path(tmp_path / "out").exists()
+
+
+def test_a_step_that_has_begun_is_not_exchanged(dense, tmp_path, monkeypatch):
+    job = recipe(dense, tmp_path / "out", CASES["flap"], CASES["wanda"])
+    with monkeypatch.context() as patch:
+        crash_after(patch, 14)
+        with pytest.raises(Crash):
+            sc.run(job)
+    for steps, said in (
+        ([CASES["flap"], {"method": "wanda", "sparsity": 0.6}], r"differs in sparsity \(0.5 then, 0.6 now\)"),
+        ([CASES["flap"]], "isn't asked for any more"),
+    ):
+        with pytest.raises(OutputError, match=rf"its step 2 {said}; without .*out\.run.step-2 it could$"):
+            sc.run({**job, "steps": steps}, resume=True)
+    shutil.rmtree(run_path(tmp_path / "out") / "step-2")
+    sc.run({**job, "steps": [CASES["flap"]]}, resume=True)
+    sc.run(recipe(dense, tmp_path / "whole", CASES["flap"]))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
@@ -242,9 +290,9 @@ def stopped(dense, tmp_path, monkeypatch) -> dict:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"steps": [{"method": "wanda", "sparsity": 0.6}]}, "its recipe differs in steps"),
+        ({"steps": [{"method": "wanda", "sparsity": 0.6}]}, r"its step 1 differs in sparsity \(0.5 then, 0.6 now\)$"),
         ({"calibration": {"samples": 5, "length": 32}}, "its recipe differs in calibration"),
-        ({"format": "packed"}, "its recipe differs in format"),
+        ({"format": "packed"}, r"its step 1 differs in format \(dense then, packed now\)"),
     ],
 )
 def test_another_request_does_not_resume(stopped, tmp_path, change, said):

@@ -26,6 +26,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -367,9 +368,10 @@ class RunFolder:
 
     ``document`` says what is being done. Raises OutputError when there is nothing to resume, when the run on disk is
     another one, or when an unfinished run is there and neither ``resume`` nor ``overwrite`` is given. Of several
-    ranks the first makes and removes the folder, and the others open it. The ``trainings`` of a document, one for
-    every step, may be others when a run goes on, as long as no step has begun behind them. ``complete`` is set when
-    nothing is left to do but to measure and to write the output, ``training`` while a step that was pruned is trained.
+    ranks the first makes and removes the folder, and the others open it. Of a run that goes on, ``steps`` in which
+    nothing is finished may be others, more or fewer, and so may ``trainings``, one for every step, as long as no step
+    has begun behind them. ``finished`` is the number of steps that are done, ``training`` is set while what a step has
+    pruned is trained, and ``complete`` when nothing is left but to measure and to write the output.
     """
 
     def __init__(
@@ -378,6 +380,7 @@ class RunFolder:
         self.path = run_path(out)
         self.out = out
         self.complete = self.training = False
+        self.finished = 0
         self.document = json.loads(json.dumps(document))
         self._parents = [parent for parent in self.path.parents if not parent.exists()]
         self._ranks = ranks
@@ -387,8 +390,10 @@ class RunFolder:
 
     def _open(self) -> None:
         theirs = read_document(self.path)
-        self._check_same(theirs)
-        if theirs != self.document:
+        others = self._check_same(theirs)
+        if theirs != self.document and self._ranks.main:
+            for number in others:
+                shutil.rmtree(self._step(number), ignore_errors=True)
             self._write_document()
 
     def _make(self, overwrite: bool) -> None:
@@ -424,6 +429,21 @@ class RunFolder:
     def _step(self, number: int) -> Path:
         return self.path / f"step-{number}"
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything is finished in it."""
+        return _begun(self.path)
+
+    @property
+    def between(self) -> bool:
+        """Whether a step is done, and nothing of the next one is."""
+        return self.finished > 0 and not (self.complete or self.training or _begun(self._step(self.finished + 1)))
+
+    def drop_unfinished(self) -> None:
+        """Delete what there is of the step behind those that are done, unless it is trained already, or the last."""
+        if self._ranks.main and not (self.training or self.complete):
+            shutil.rmtree(self._step(self.finished + 1), ignore_errors=True)
+
     def remove(self) -> None:
         """Delete the folder, and those above it that were made for it and hold nothing else."""
         if not self._ranks.main:
@@ -433,19 +453,40 @@ class RunFolder:
             with suppress(OSError):
                 parent.rmdir()
 
-    def _check_same(self, theirs: Mapping[str, Any]) -> None:
-        for key in sorted({*theirs, *self.document} - {"trainings"}):
+    def _check_same(self, theirs: Mapping[str, Any]) -> list[int]:
+        """The numbers of the steps that are other ones now, in which nothing is finished."""
+        for key in sorted({*theirs, *self.document} - {"steps", "trainings"}):
             if theirs.get(key) != self.document.get(key):
                 how = _difference(theirs.get(key), self.document.get(key))
                 raise OutputError(f"the run in {self.path} can't go on: its {key} {how}")
+        others = []
+        steps = zip_longest(theirs.get("steps", ()), self.document.get("steps", ()))
+        for number, (then, now) in enumerate(steps, start=1):
+            if then == now:
+                continue
+            if _begun(self._step(number)):
+                how = _difference(then, now) if now is not None else "isn't asked for any more"
+                without = f"; without {self._step(number)} it could" if number > 1 else ""
+                raise OutputError(f"the run in {self.path} can't go on: its step {number} {how}{without}")
+            others.append(number)
         # one for each of the same steps
         pairs = zip(theirs.get("trainings", ()), self.document.get("trainings", ()), strict=False)
         for number, (then, now) in enumerate(pairs, start=1):
-            if then != now and self._step(number + 1).exists():
+            if then != now and _begun(self._step(number + 1)):
                 raise OutputError(
                     f"the run in {self.path} can't go on: step {number + 1} has begun behind another training of step"
                     f" {number}"
                 )
+        return others
+
+
+def _begun(path: Path) -> bool:
+    """Whether a journal in a folder tells of finished work."""
+    try:
+        return any(journal.stat().st_size for journal in path.glob("**/journal.jsonl"))
+    except FileNotFoundError:
+        # another rank is removing it right now
+        return False
 
 
 def run_path(out: str | Path) -> Path:

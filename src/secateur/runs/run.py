@@ -176,13 +176,16 @@ def planned(recipe: Recipe, options: Options) -> Iterator[list[Plan]]:
 
 
 def _repeated(recipe: Recipe) -> dict[str, Any]:
-    """What a run that goes on must repeat of its recipe, and its trainings, which may be others."""
+    """What a run that goes on must repeat of its recipe, and its steps and trainings, which may be others."""
     told = recipe.model_dump(mode="json", exclude={"out", "evaluate", "windows"})
-    trainings = []
-    for step in told["steps"]:
+    steps, trainings = told.pop("steps"), []
+    for step in steps:
         step["heal"], training = split_heal(step["heal"], recipe.calibration.seed)
         trainings.append(training and asdict(training))
-    return {"recipe": told, "trainings": trainings}
+    # steps before the last one are written dense
+    formats = ["dense"] * (len(steps) - 1) + [told.pop("format")]
+    written = [{**step, "format": format} for step, format in zip(steps, formats, strict=True)]
+    return {"recipe": told, "steps": written, "trainings": trainings}
 
 
 def _check_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -258,6 +261,7 @@ class _Runner:
     def _sources(self) -> Iterator[tuple[int, Step, Source]]:
         """Every step with the model that it starts from: that of the user, then what the step before wrote."""
         for number, step in enumerate(self._recipe.steps, start=1):
+            self._folder.finished = number - 1
             if number == 1:
                 yield number, step, self._source
                 continue
