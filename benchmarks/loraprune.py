@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import finished_rows, healed, perplexity_of, write_result
+from common import finished_rows, healed, here, perplexity_of, write_result
 
 import secateur as sc
 from secateur.report.build import removed_fraction
@@ -121,7 +121,7 @@ def main() -> None:
                     **text_of,
                 )
                 cut = sc.apply(plan, model)
-            row["seconds"] = round(time.perf_counter() - started)
+            row |= {"seconds": round(time.perf_counter() - started), "on": here()}
             row["removed"] = f"{removed_fraction(plan, sc.anatomy(model)):.4f}"
             add(row | {"perplexity": perplexity(cut)})
 
@@ -131,7 +131,8 @@ def text(rows: list[dict[str, Any]]) -> str:
     lines = [
         "Perplexity of the dense model, and after a part of its heads and neurons has left while adapters were",
         "trained, or at once before that. All ways train as long: `batch` windows of `length` tokens a step, forwards",
-        "in `dtype`. Seconds are those of a machine that did other work as well.",
+        "in `dtype`. Seconds are those of machines that did other work as well, and those `on` two processors are not",
+        "to be compared.",
         "",
         "Published, with batches of 128 windows, is that `lora` tells as much as `grad`, and that what leaves on the",
         "way costs less than what leaves at once. With smaller batches gradients are noisier, and in few steps what",
