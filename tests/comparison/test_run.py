@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -106,6 +107,21 @@ def test_methods_that_need_the_same_statistics_share_them(compared):
     assert not by_name["magnitude_sp"].shared and not by_name["wanda"].shared
 
 
+def test_two_workers_give_what_one_gives(compared, tiny_checkpoint, tmp_path):
+    pytest.importorskip("ray")
+    how = {"methods": METHODS[:3], "sparsity": [0.5, 0.3], "seeds": [0, 1], "tolerance": 0.04, **QUICK}
+    found = compare(str(tiny_checkpoint), workers=2, out=tmp_path / "out", **how)
+    for row in found.rows:
+        alone = row_of(compared.comparison, row.method, row.sparsity)
+        assert row.values(PERPLEXITY) == pytest.approx(alone.values(PERPLEXITY), rel=1e-5)
+        assert row.removed == alone.removed and len(row.records) == len(alone.records)
+    busy = {record.worker for row in found.rows for record in row.records}
+    assert len(busy) == 2 and os.getpid() not in busy
+    for mine, theirs in zip(found.overlaps, compared.comparison.overlaps, strict=True):
+        assert mine.jaccard == [line[:3] for line in theirs.jaccard[:3]]
+    assert found.notes[0] == "2 workers took points at the same time: seconds are longer than those of one alone"
+
+
 def test_overlaps_hold_for_the_plans_in_the_folder(compared):
     folder = compared.folder
     for overlap in compared.comparison.overlaps:
@@ -207,6 +223,8 @@ def test_plugins_take_part_and_failures_are_shown(tiny_checkpoint, tmp_path):
         ("wanda,magnitude:pattern=2:7", {"sparsity": 2 / 7}, UsageError, "needs a multiple of 7 inputs"),
         ("flap,magnitude_sp", {"tasks": "perplxity"}, UsageError, "did you mean 'perplexity'?"),
         ("flap,magnitude_sp", {"tolerance": 1.5}, UsageError, "tolerance must lie in [0, 1)"),
+        ("flap,magnitude_sp", {"workers": 0}, UsageError, "needs one worker at least, got 0"),
+        ("flap,magnitude_sp", {"latency": True, "workers": 2}, UsageError, "a latency is measured by one worker"),
     ],
 )
 def test_what_can_be_known_before_is_refused_before(tiny_checkpoint, tmp_path, monkeypatch, methods, more, error, said):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from secateur.cli.options import (
+    Address,
     Aim,
     Allocate,
     Calibration,
@@ -23,6 +24,7 @@ from secateur.cli.options import (
     Samples,
     TrustRemoteCode,
     Windows,
+    absolute,
     check_resume,
     load_plugins,
 )
@@ -73,6 +75,16 @@ def compare(
             "verdict (default 0.01).",
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Processes of Ray that take a point each at the same time, with a copy of the model, on a GPU of its "
+            "own where --device is cuda; 1 without --address works in sequence and without Ray.",
+        ),
+    ] = 1,
+    address: Address = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -110,11 +122,13 @@ def compare(
             sparsity=budgets,
             seeds=drawn,
             latency=latency,
+            workers=workers,
+            address=address,
             out=out,
             resume=resume,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
-            plugins=plugin or (),
+            plugins=absolute(plugin or []),
             progress=progress,
             **given(options),
         )

@@ -9,10 +9,12 @@ from pathlib import Path
 from secateur.comparison.asked import TOLERANCE, Asked, ask, split
 from secateur.comparison.overlap import jaccard
 from secateur.comparison.rows import Comparison, Overlap, compare_records
+from secateur.errors import UsageError
 from secateur.plans import Plan
 from secateur.report.folder import write_study
-from secateur.sweep.pools import InSequence
+from secateur.sweep.pools import InSequence, open_pool
 from secateur.sweep.runner import Results, check_folder, make_job, open_journal, resumable, run_sweep
+from secateur.sweep.worker import Worker
 
 DOCUMENT, PAGE = "compare.json", "compare.html"
 _TIMED = "request"
@@ -38,6 +40,8 @@ def compare(
     dtype: str = "auto",
     device: str = "cpu",
     tolerance: float = TOLERANCE,
+    workers: int = 1,
+    address: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -52,13 +56,19 @@ def compare(
     well, in turns with the dense model. ``allocate``, ``heal`` and ``target`` are those of ``plan``, for all methods
     alike, and so is the calibration text; where ``heal`` trains, the first task is measured before that as well.
     Whoever removes another fraction of the blocks' linear weights than was asked for, by more than ``tolerance``, is
-    shown and has no part in the verdict. What can be shared is computed once.
+    shown and has no part in the verdict. What can be shared is computed once. Several ``workers``, processes of the
+    Ray at ``address`` or of one on this machine, take a point each at the same time.
 
     ``out`` gets ``compare.json``, ``compare.html`` and the plan of every point; ``resume`` goes on with a comparison
     that was stopped or killed, ``overwrite`` begins anew. ``plugins`` are those that were loaded.
-    Raises UsageError for what can't be compared, before anything is measured, OutputError for the folder, and what
-    ``load`` raises. A point that fails is in the result as failed.
+    Raises UsageError for what can't be compared, before anything is measured, OutputError for the folder,
+    MissingExtraError for an ``address`` without Ray, and what ``load`` raises. A point that fails is in the result as
+    failed.
     """
+    if workers < 1:
+        raise UsageError(f"a comparison needs one worker at least, got {workers}")
+    if latency and (workers > 1 or address is not None):
+        raise UsageError("a latency is measured by one worker, with nothing beside it: leave out workers, or latency")
     step = {"allocate": allocate, "heal": heal, "target": target}
     recipe = {
         "model": str(model),
@@ -83,14 +93,23 @@ def compare(
         untrained=tuple(asked.sweep.base.evaluate[:1]),
     )
     check_folder(Path(out), resume=resume, overwrite=overwrite)
-    pool = InSequence(job)
+    worker = Worker(job)
     # before the folder is made, or emptied
-    pool.check(asked.sweep.points)
-    journal, finished = open_journal(Path(out), job, resume=resume, overwrite=overwrite)
-    with resumable(journal, asked.sweep):
-        results = run_sweep(asked.sweep, pool, journal, finished, progress or _silent)
-        comparison = compare_records(asked, results, _overlaps(asked, results, Path(out), pool))
-        missing = write_comparison(comparison, Path(out))
+    worker.check(asked.sweep.points)
+    workers = min(workers, asked.sweep.size)
+    pool, notes = open_pool(job, workers, address, workers, what="points", own=lambda job: worker)
+    if not isinstance(pool, InSequence):
+        worker.release()
+        notes = [f"{workers} workers took points at the same time: seconds are longer than those of one alone"]
+    try:
+        journal, finished = open_journal(Path(out), job, resume=resume, overwrite=overwrite)
+        with resumable(journal, asked.sweep):
+            results = run_sweep(asked.sweep, pool, journal, finished, progress or _silent)
+    finally:
+        pool.close()
+    results.notes[:0] = notes
+    comparison = compare_records(asked, results, _overlaps(asked, results, Path(out), worker))
+    missing = write_comparison(comparison, Path(out))
     return replace(comparison, notes=(*comparison.notes, *missing))
 
 
@@ -112,7 +131,7 @@ def _check_tasks(asked: Asked) -> None:
         make_task(task)
 
 
-def _overlaps(asked: Asked, results: Results, folder: Path, pool: InSequence) -> list[Overlap]:
+def _overlaps(asked: Asked, results: Results, folder: Path, worker: Worker) -> list[Overlap]:
     """Of every budget, the plans of the first seed."""
     done = {record.key: record for record in results.points if record.done}
     found = []
@@ -120,7 +139,7 @@ def _overlaps(asked: Asked, results: Results, folder: Path, pool: InSequence) ->
         first = {method: asked.points[method, sparsity][0].key for method in asked.contenders}
         plans = {m: Plan.load(folder / "plans" / done[key].name) for m, key in first.items() if key in done}
         if len(plans) > 1:
-            found.append(Overlap(sparsity, tuple(plans), jaccard(plans, pool.anatomy)))
+            found.append(Overlap(sparsity, tuple(plans), jaccard(plans, worker.anatomy)))
     return found
 
 

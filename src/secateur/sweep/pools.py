@@ -11,17 +11,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from secateur.errors import UsageError, require_extra
-from secateur.sweep.axes import Point
 from secateur.sweep.worker import Failure, Worker
-
-if TYPE_CHECKING:
-    from secateur.structure import Anatomy
 
 # Ray's smallest object store is 75 MiB; what we send around is a few kilobytes
 _OBJECT_STORE_BYTES = 80 * 2**20
@@ -62,14 +58,6 @@ class InSequence:
     def __init__(self, job: Any, worker: Callable[[Any], Any] = Worker) -> None:
         self._worker = worker(job)
         self._waiting: deque[Any] = deque()
-
-    def check(self, points: Iterable[Point]) -> None:
-        """See ``Worker.check``."""
-        self._worker.check(points)
-
-    def anatomy(self, heads: str) -> Anatomy:
-        """See ``Worker.anatomy``."""
-        return self._worker.anatomy(heads)
 
     @property
     def free(self) -> bool:

@@ -81,6 +81,10 @@ class Worker:
             except SecateurError as error:
                 raise type(error)(f"{point.name}: {error}") from None
 
+    def release(self) -> None:
+        """Let the model go, for work that others do; what asks for it loads it again."""
+        self._loaded = None
+
     def anatomy(self, heads: str) -> Anatomy:
         """Of the dense model, by the unit of its attention, ``kv`` or ``query``."""
         from secateur import api
