@@ -23,8 +23,10 @@ import items
 from common import finished_rows, here, write_result
 
 import secateur as sc
-from secateur.comparison.asked import TOLERANCE, split
+from secateur.comparison.asked import TOLERANCE, ask, split
 from secateur.comparison.verdict import SURE, Candidate, judge
+from secateur.engine import check_model
+from secateur.errors import UnsupportedModelError
 
 # the cheap ones first
 METHODS = (
@@ -38,7 +40,7 @@ TEXTS = {"samples": 64, "length": 512, "windows": 40}
 TEXT = """
 Perplexity after structured pruning, by `recovery`: none, or the same training for all. `removed` is the fraction of the
 linear weights of the blocks that is really gone; who misses what was asked for by more than 0.01 has no part in the
-verdict. Random methods run with three seeds, and ± is the standard deviation over them. `p` is the probability that the
+verdict; `refused` is who can't cut this model. Random methods run with three seeds, and ± is the standard deviation over them. `p` is the probability that the
 best method of a budget is better, when the windows are drawn anew (paired bootstrap); below 0.95 two methods are not
 distinguishable. Seconds and memory are those of planning, cutting and training, in one process that also holds the
 dense model, beside whatever else ran on the machine; times `on` two processors are not to be compared, and `shared`
@@ -69,6 +71,10 @@ def main() -> None:
     wanted = {items.name_of(file) for file in arguments.items}
     there = {row["method"] for row in rows if row["recovery"] == arguments.heal and _has(row, wanted)}
     todo = [method for method in split(arguments.methods) if method not in there]
+    refused = _refused(arguments, todo)
+    if refused:
+        rows = [row for row in rows if _key(row) not in {_key(one) for one in refused}] + refused
+        todo = [method for method in todo if method not in {row["method"] for row in refused}]
     for first in range(0, len(todo), 2):
         pair = todo[first : first + 2]
         # a comparison is of two at least
@@ -83,6 +89,24 @@ def main() -> None:
         print(
             *(row for row in rows if row["method"] in pair and row["recovery"] == arguments.heal), sep="\n", flush=True
         )
+
+
+def _refused(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str, Any]]:
+    """Rows of methods that can't cut the model, with the reason."""
+    model, _ = sc.load(arguments.model, dtype="auto")
+    found = []
+    for method in methods:
+        other = next(one for one in METHODS if one != method)
+        asked = ask({"model": arguments.model, "steps": [{}]}, [method, other], SPARSITIES, SEEDS[:1], TOLERANCE)
+        for sparsity in SPARSITIES:
+            [point] = asked.points[method, sparsity]
+            words, _ = point.recipe.words(point.recipe.steps[0])
+            try:
+                check_model(words, model, sc.anatomy(model, heads=getattr(words, "heads", "kv")))
+            except UnsupportedModelError as error:
+                row = {"recovery": arguments.heal, "sparsity": sparsity, "method": method}
+                found.append({**row, "verdict": "refused", "error": str(error)})
+    return found
 
 
 def _compared(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What the studies in ``benchmarks/`` rest on: memory of one process, the stages of a profile, and what is compared."""
 
+import argparse
 import importlib
 import itertools
 import json
@@ -357,6 +358,16 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     assert [row["method"] for row in seen] == ["dense", "wanda_sp", "magnitude_sp"] and len(fourth) == 11
     assert all(row["arc_easy"] in (0.25, 0.75) and row["ioi"] in (0, 1) for row in seen)
     assert [row["losses"] for row in fourth[1:3]] == [row["losses"] for row in first[1:3]]
+
+
+def test_who_cannot_cut_a_model_has_a_row_with_the_reason(study, tmp_path):
+    structured = study("structured")
+    make_tiny("gemma3").save_pretrained(tmp_path)
+    rows = structured._refused(argparse.Namespace(model=str(tmp_path), heal=""), ["flap", structured.METHODS[12]])
+    assert [(row["method"][:8], row["sparsity"], row["verdict"]) for row in rows] == [
+        ("slicegpt", sparsity, "refused") for sparsity in structured.SPARSITIES
+    ]
+    assert "must stay in one basis" in rows[0]["error"]
 
 
 class Clock:
