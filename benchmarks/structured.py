@@ -40,15 +40,15 @@ TEXTS = {"samples": 64, "length": 512, "windows": 40}
 TEXT = """
 Perplexity after structured pruning, by `recovery`: none, or the same training for all. `removed` is the fraction of the
 linear weights of the blocks that is really gone; who misses what was asked for by more than 0.01 has no part in the
-verdict; `refused` is who can't cut this model. Random methods run with three seeds, and ± is the standard deviation over them. `p` is the probability that the
-best method of a budget is better, when the windows are drawn anew (paired bootstrap); below 0.95 two methods are not
-distinguishable. Seconds and memory are those of planning, cutting and training, in one process that also holds the
-dense model, beside whatever else ran on the machine; times `on` two processors are not to be compared, and `shared`
-ones would be longer without statistics that another row had taken. Of two methods that are compared at once only the
-first training computes what the teacher predicts. `arc_easy` is the share of right answers among four, chosen by
-likelihood, `ioi` that of names (`lambada_openai`: of last words) that are written as they must follow, each of the
-first {limit} items of the file, so that a difference of less than a tenth may be chance. Methods that the command has
-and this table doesn't were not run yet: a second call goes on with them.
+verdict; `refused` is who can't cut this model. Random methods run with three seeds, and ± is the standard deviation
+over them. `p` is the probability that the best method of a budget is better, when the windows are drawn anew (paired
+bootstrap); below 0.95 two methods are not distinguishable. Seconds and memory are those of planning, cutting and
+training, in one process that also holds the dense model, beside whatever else ran on the machine; times `on` two
+processors are not to be compared, and `shared` ones would be longer without statistics that another row had taken. Of
+two methods that are compared at once only the first training computes what the teacher predicts. `arc_easy` is the
+share of right answers among four, chosen by likelihood, `ioi` that of names (`lambada_openai`: of last words) that are
+written as they must follow, each of the first {limit} items of the file, so that a difference of less than a tenth may
+be chance. Methods that the command has and this table doesn't were not run yet: a second call goes on with them.
 """
 HIDDEN = ("losses",)
 
