@@ -174,7 +174,7 @@ def test_a_step_that_has_begun_is_not_exchanged(dense, tmp_path, monkeypatch):
         ([CASES["flap"], {"method": "wanda", "sparsity": 0.6}], r"differs in sparsity \(0.5 then, 0.6 now\)"),
         ([CASES["flap"]], "isn't asked for any more"),
     ):
-        with pytest.raises(OutputError, match=rf"its step 2 {said}; without .*out\.run.step-2 it could$"):
+        with pytest.raises(OutputError, match=rf"its step 2 {said}; remove .*out\.run.step-2 to have it as asked$"):
             sc.run({**job, "steps": steps}, resume=True)
     shutil.rmtree(run_path(tmp_path / "out") / "step-2")
     sc.run({**job, "steps": [CASES["flap"]]}, resume=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,16 +101,15 @@ def compare(
     pool, notes = open_pool(job, workers, address, workers, what="points", own=lambda job: worker)
     if not isinstance(pool, InSequence):
         worker.release()
-        notes = [f"{workers} workers took points at the same time: seconds are longer than those of one alone"]
-    try:
+        if workers > 1:
+            notes.append(f"{workers} workers took points at the same time: seconds are longer than those of one alone")
+    with closing(pool):
         journal, finished = open_journal(Path(out), job, resume=resume, overwrite=overwrite)
         with resumable(journal, asked.sweep):
             results = run_sweep(asked.sweep, pool, journal, finished, progress or _silent)
-    finally:
-        pool.close()
-    results.notes[:0] = notes
-    comparison = compare_records(asked, results, _overlaps(asked, results, Path(out), worker))
-    missing = write_comparison(comparison, Path(out))
+            results.notes[:0] = notes
+            comparison = compare_records(asked, results, _overlaps(asked, results, Path(out), worker))
+            missing = write_comparison(comparison, Path(out))
     return replace(comparison, notes=(*comparison.notes, *missing))
 
 

@@ -440,7 +440,7 @@ class RunFolder:
         return self.finished > 0 and not (self.complete or self.training or _begun(self._step(self.finished + 1)))
 
     def drop_unfinished(self) -> None:
-        """Delete what there is of the step behind those that are done, unless it is trained already, or the last."""
+        """Delete what there is of the step behind those that are done, unless it is pruned or nothing is left to do."""
         if self._ranks.main and not (self.training or self.complete):
             shutil.rmtree(self._step(self.finished + 1), ignore_errors=True)
 
@@ -466,8 +466,8 @@ class RunFolder:
                 continue
             if _begun(self._step(number)):
                 how = _difference(then, now) if now is not None else "isn't asked for any more"
-                without = f"; without {self._step(number)} it could" if number > 1 else ""
-                raise OutputError(f"the run in {self.path} can't go on: its step {number} {how}{without}")
+                remedy = f"; remove {self._step(number)} to have it as asked" if number > 1 else ""
+                raise OutputError(f"the run in {self.path} can't go on: its step {number} {how}{remedy}")
             others.append(number)
         # one for each of the same steps
         pairs = zip(theirs.get("trainings", ()), self.document.get("trainings", ()), strict=False)

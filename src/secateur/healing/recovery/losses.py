@@ -64,7 +64,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _softened(logits_NV: Tensor, temperature: float) -> Tensor:
-    # most have none, and a division is a pass over all of them
+    # a division by 1, as by default, would be a pass over the logits for nothing
     return logits_NV.float() if temperature == 1 else logits_NV.float() / temperature
 
 
