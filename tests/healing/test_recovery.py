@@ -96,6 +96,24 @@ def test_divergence_by_the_definition():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entries", [1, 10, 1000])
+def test_cross_entropy_has_the_gradient_of_the_library(dtype, entries, monkeypatch):
+    monkeypatch.setitem(pieces._ENTRIES, "cpu", entries)
+    values = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ids = torch.randint(5, (2, 4), generator=torch.Generator().manual_seed(1))
+    ours, theirs = (values.clone().requires_grad_() for _ in range(2))
+    found, expected = (
+        cross_entropy(ours, ids),
+        F.cross_entropy(theirs[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()),
+    )
+    torch.testing.assert_close(found, expected)
+    (3.0 * found).backward()
+    (3.0 * expected).backward()
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    torch.testing.assert_close(ours.grad, theirs.grad, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entries", [1, 10, 1000])
 def test_divergence_has_the_gradient_of_the_library(dtype, entries, monkeypatch):
     monkeypatch.setitem(pieces._ENTRIES, "cpu", entries)
     values = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)

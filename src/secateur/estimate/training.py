@@ -19,8 +19,8 @@ from secateur.healing.recovery.precision import settled
 from secateur.healing.recovery.trained import targets
 from secateur.methods import SearchMethod, TrainedMethod, WeightMethod
 
-# per token and word, of what leaves the model: logits of both models or their float32 copy, and two gradients
-_PREDICTIONS = 16
+# per token and word, of what leaves the model: logits of both models or of all windows in a row, and two gradients
+_PREDICTIONS = 4
 # of an adapter's input the random numbers of dropout and what they leave, both float32
 _DROPPED = 8
 # passes over memory, in float32 entries read or written: for a random number of dropout, for a prediction that is
@@ -100,7 +100,7 @@ class Training:
         sizes, options = self.sizes, self.options
         blocks = [graph_entries(sizes, block) for block in sizes.blocks]
         kept = sum(blocks) if not options.checkpointing else len(blocks) * sizes.hidden + max(blocks)
-        graph = self.together * (kept * self.dtype.itemsize + _PREDICTIONS * sizes.vocabulary)
+        graph = self.together * (kept + _PREDICTIONS * sizes.vocabulary) * self.dtype.itemsize
         if options.dropout:
             dropped = sum(inputs for _, inputs in self._adapted()) if self.adapters else 0
             graph += self.together * _DROPPED * (dropped // (len(blocks) if options.checkpointing else 1))

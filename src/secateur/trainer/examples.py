@@ -18,7 +18,6 @@ from secateur.errors import DataError, NonFiniteError, UsageError, first_line
 from secateur.evaluation.perplexity import window_losses
 from secateur.evaluation.runners import scores_of
 from secateur.finite import all_finite
-from secateur.healing.recovery.losses import cross_entropy
 from secateur.observe.calibration import load_tokens
 from secateur.observe.images import ImageSource
 from secateur.trainer.recipe import DataSpec, TrainRecipe
@@ -161,7 +160,9 @@ class Texts:
 
     def loss(self, model: Any, numbers: Tensor, step: int) -> Tensor:
         ids_BT = self.ids_NT[numbers].to(next(model.parameters()).device)
-        return cross_entropy(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+        # of torch, since grasp differentiates it twice
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten())
 
     def measure(self, model: Any) -> dict[str, float]:
         loss = float(window_losses(model, self.test_NT).mean())

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -26,46 +26,64 @@ from secateur.pieces import by_rows
 
 
 def cross_entropy(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Mean over predictions in nats; every token but the first of a window is predicted."""
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
+    """Mean over predictions in nats; every token but the first of a window is predicted. Differentiable once."""
+    found: Any = _ByRows.apply(logits_BTV[:, :-1].flatten(0, 1), _surprise, ids_BT[:, 1:].flatten())
+    return found
 
 
 def divergence(logits_BTV: Tensor, teacher_BTV: Tensor, temperature: float = 1.0) -> Tensor:
     """t^2 KL(teacher || student) in nats, mean over positions; its gradient reaches the student alone."""
-    found: Any = _Divergence.apply(logits_BTV.flatten(0, 1), teacher_BTV.flatten(0, 1), temperature)
-    return found
+    apart = partial(_apart, temperature)
+    found: Any = _ByRows.apply(logits_BTV.flatten(0, 1), apart, teacher_BTV.flatten(0, 1))
+    return found * temperature**2
 
 
-class _Divergence(torch.autograd.Function):
-    """Loss and gradient, t (q - p) / N for predictions q of the student and p of the teacher, in one pass over [N, V].
+class _ByRows(torch.autograd.Function):
+    """Mean of a loss over the rows of logits [N, V] and its gradient, in one pass.
 
     Logits of large vocabularies are the largest tensors of a training. A few positions at a time stay in the cache of a
-    processor, and what is kept for the gradient is one tensor instead of four.
+    processor, and what is kept for the gradient is one tensor instead of up to four. ``loss`` takes a few rows of the
+    logits and of ``others``, and gives the sum of their losses and the gradient of that.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, loss: Callable[..., tuple[Tensor, Tensor]], *others: Tensor) -> Tensor:
         gradient_NV = torch.empty_like(logits_NV)
         total = torch.zeros((), device=logits_NV.device)
-        for student, teacher, gradient in by_rows(logits_NV, teacher_NV, gradient_NV):
-            mine, theirs = (_softened(logits, temperature).log_softmax(dim=-1) for logits in (student, teacher))
-            p = theirs.exp()
-            total += theirs.sub_(mine).mul_(p).sum()
-            gradient.copy_(mine.exp_().sub_(p))
+        for logits, gradient, *beside in by_rows(logits_NV, gradient_NV, *others):
+            value, slope = loss(logits, *beside)
+            total += value
+            gradient.copy_(slope)
         ctx.save_for_backward(gradient_NV)
-        ctx.factor = temperature / len(logits_NV)
-        return total * temperature**2 / len(logits_NV)
+        ctx.others = len(others)
+        return total / len(logits_NV)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * (upstream[0] * ctx.factor), None, None
+        return gradient_NV * (upstream[0] / len(gradient_NV)), None, *[None] * ctx.others
 
 
-def _softened(logits_NV: Tensor, temperature: float) -> Tensor:
-    # a division by 1, as by default, would be a pass over the logits for nothing
-    return logits_NV.float() if temperature == 1 else logits_NV.float() / temperature
+def _surprise(logits_NV: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log p(wanted), and p - 1 at what was wanted, p elsewhere."""
+    mine, wanted_N1 = logits_NV.float().log_softmax(dim=-1), wanted_N[:, None]
+    value = -mine.gather(-1, wanted_N1).sum()
+    return value, mine.exp_().scatter_add_(-1, wanted_N1, mine.new_full((1, 1), -1.0).expand_as(wanted_N1))
+
+
+def _apart(temperature: float, logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of KL(teacher || student) at a temperature t, and (q - p) / t for predictions q of the student, p of it."""
+
+    def log_predictions(logits: Tensor) -> Tensor:
+        # a division by 1, as by default, would be a pass over the logits for nothing
+        return (logits.float() if temperature == 1 else logits.float() / temperature).log_softmax(dim=-1)
+
+    mine, theirs = log_predictions(logits_NV), log_predictions(teacher_NV)
+    p = theirs.exp()
+    value = theirs.sub_(mine).mul_(p).sum()
+    slope = mine.exp_().sub_(p)
+    return value, slope if temperature == 1 else slope.div_(temperature)
 
 
 def hidden_distance(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
