@@ -115,7 +115,7 @@ def test_what_weights_are_cast_to_is_kept_and_moved(sizes):
 
     half, whole = alone("lora", ",dtype=bfloat16"), alone("lora", ",dtype=float32")
     kept = 32 * (2 * (4 * 64 + 8 * 32) + 4 * 512)
-    # of activations and predictions the half is left; of the weights of both heads what they are cast to comes in addition
+    # of activations and predictions the half is left; what the weights of both heads are cast to comes in addition
     assert at_work(half) - at_work(whole) == -2 * kept + 2 * (LINEAR + 2 * HEAD)
     # three forwards; the teacher's blocks are cast in each
     assert half.moved(0) - whole.moved(0) == 4 * 3 * 2 * LINEAR

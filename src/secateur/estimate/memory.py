@@ -239,8 +239,8 @@ def _backward(sizes: Sizes, job: Job, block: BlockSizes, looked_at: int) -> dict
 
 
 def _turning(sizes: Sizes, job: Job) -> dict[str, int]:
-    """The head of the model, and the predictions of one window."""
-    return {"at work": sizes.head * job.dtype.itemsize + 16 * sizes.vocabulary * job.length}
+    """The head of the model, and of one window the predictions and three gradients of them."""
+    return {"at work": (sizes.head + 4 * sizes.vocabulary * job.length) * job.dtype.itemsize}
 
 
 def _descending(job: Job, sizes: Sizes, block: BlockSizes) -> dict[str, int]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from secateur.errors import NonFiniteError
@@ -22,6 +21,7 @@ from secateur.finite import all_finite
 from secateur.observe.activations import Activations
 from secateur.observe.driver import Blocks, BlockWalk
 from secateur.observe.statistics import Accumulator
+from secateur.pieces import cross_entropy
 
 Change = Callable[[nn.Module, int], None]
 """(working copy of a block, its number) → None: what is done to every block before it runs, both ways."""
@@ -143,7 +143,7 @@ class BackwardWalk(BlockWalk):
     def _of_window(self, head: nn.Module, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
         with torch.enable_grad():
             logits = self.head_logits(head, ids_BT, hidden_BTD.requires_grad_())[0, :-1]
-            loss = F.cross_entropy(logits.float(), ids_BT[0, 1:].to(logits.device))
+            loss = cross_entropy(logits, ids_BT[0, 1:].to(logits.device))
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise NonFiniteError(f"the loss of a calibration window is {value:g}: {_REMEDY}")
@@ -207,7 +207,7 @@ class BackwardWalk(BlockWalk):
         """The gradients of the loss of one window, the blocks being known by what leaves them and comes back down."""
         with torch.enable_grad():
             logits = self.head_logits(shell, ids, lambda x: _Known.apply(x, leaving, entering))[0, :-1]  # type: ignore[no-untyped-call]
-            loss = F.cross_entropy(logits.float(), ids[0, 1:].to(logits.device))
+            loss = cross_entropy(logits, ids[0, 1:].to(logits.device))
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         # the loss need not depend on all
         return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, found, strict=True)]

@@ -19,57 +19,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from secateur import pieces
 from secateur.healing.recovery.states import FinalStates
-from secateur.pieces import by_rows
 
 
 def cross_entropy(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     """Mean over predictions in nats; every token but the first of a window is predicted. Differentiable once."""
-    found: Any = _ByRows.apply(logits_BTV[:, :-1].flatten(0, 1), _surprise, ids_BT[:, 1:].flatten())
-    return found
+    return pieces.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
 def divergence(logits_BTV: Tensor, teacher_BTV: Tensor, temperature: float = 1.0) -> Tensor:
     """t^2 KL(teacher || student) in nats, mean over positions; its gradient reaches the student alone."""
     apart = partial(_apart, temperature)
-    found: Any = _ByRows.apply(logits_BTV.flatten(0, 1), apart, teacher_BTV.flatten(0, 1))
-    return found * temperature**2
-
-
-class _ByRows(torch.autograd.Function):
-    """Mean of a loss over the rows of logits [N, V] and its gradient, in one pass.
-
-    Logits of large vocabularies are the largest tensors of a training. A few positions at a time stay in the cache of a
-    processor, and what is kept for the gradient is one tensor instead of up to four. ``loss`` takes a few rows of the
-    logits and of ``others``, and gives the sum of their losses and the gradient of that.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, loss: Callable[..., tuple[Tensor, Tensor]], *others: Tensor) -> Tensor:
-        gradient_NV = torch.empty_like(logits_NV)
-        total = torch.zeros((), device=logits_NV.device)
-        for logits, gradient, *beside in by_rows(logits_NV, gradient_NV, *others):
-            value, slope = loss(logits, *beside)
-            total += value
-            gradient.copy_(slope)
-        ctx.save_for_backward(gradient_NV)
-        ctx.others = len(others)
-        return total / len(logits_NV)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * (upstream[0] / len(gradient_NV)), None, *[None] * ctx.others
-
-
-def _surprise(logits_NV: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of -log p(wanted), and p - 1 at what was wanted, p elsewhere."""
-    mine, wanted_N1 = logits_NV.float().log_softmax(dim=-1), wanted_N[:, None]
-    value = -mine.gather(-1, wanted_N1).sum()
-    return value, mine.exp_().scatter_add_(-1, wanted_N1, mine.new_full((1, 1), -1.0).expand_as(wanted_N1))
+    return pieces.mean_loss(logits_BTV.flatten(0, 1), apart, teacher_BTV.flatten(0, 1)) * temperature**2
 
 
 def _apart(temperature: float, logits_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
