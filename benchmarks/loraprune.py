@@ -139,24 +139,26 @@ def text(rows: list[dict[str, Any]]) -> str:
         "leaves on the way has less of them left to be trained in. An adapter tells of a gradient no more than its",
         "rank, which is 8 as published: where wider ones are in the table, they are nearer to true gradients.",
         "",
-        "Perplexities beside those of `lora` with adapters as wide, means over seeds that both have:",
+        "`llm_pruner` takes true gradients too: `grad` beside it is the same knowledge, on the way or at once.",
+        "",
+        "Perplexities beside those of another way, means over seeds that both have:",
         "",
     ]
     found = {(row["way"], row.get("batch"), row["seed"]): row["perplexity"] for row in rows}
     for way, batch in dict.fromkeys((way, batch) for way, batch, _ in found):
         name, _, rank = way.partition(", rank ")
-        against = f"lora, rank {rank}" if rank else "lora"
-        ratios = [
-            value / found[against, batch, seed]
-            for (one, size, seed), value in found.items()
-            if (one, size) == (way, batch) and (against, batch, seed) in found
-        ]
-        if name not in ("dense", "lora") and ratios:
-            spread = (
-                f" (standard deviation {statistics.stdev(ratios):.3f} over {len(ratios)} seeds)" if ratios[1:] else ""
-            )
-            times = f"{statistics.fmean(ratios):.3f}{spread}"
-            lines.append(f"- Batches of {batch}: `{way}` has {times} times the perplexity of `{against}`.")
+        others = [f"lora, rank {rank}" if rank else "lora"] if name not in ("dense", "lora") else []
+        for other in [*others, *([ONCE] if way == "grad" else [])]:
+            ratios = [
+                value / found[other, batch, seed]
+                for (one, size, seed), value in found.items()
+                if (one, size) == (way, batch) and (other, batch, seed) in found
+            ]
+            if ratios:
+                times = f"{statistics.fmean(ratios):.3f}"
+                if len(ratios) > 1:
+                    times += f" (standard deviation {statistics.stdev(ratios):.3f} over {len(ratios)} seeds)"
+                lines.append(f"- Batches of {batch}: `{way}` has {times} times the perplexity of `{other}`.")
     return "\n".join(lines)
 
 
