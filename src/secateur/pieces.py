@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _ENTRIES = {"cpu": 1 << 18}
-_ENTRIES_ELSEWHERE = 1 << 27
+_ENTRIES_ELSEWHERE = 1 << 26
 """What the caches of a core hold several of in float32, or enough for a device to be busy."""
 
 
