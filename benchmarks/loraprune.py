@@ -144,21 +144,25 @@ def text(rows: list[dict[str, Any]]) -> str:
         "Perplexities beside those of another way, means over seeds that both have:",
         "",
     ]
-    found = {(row["way"], row.get("batch"), row["seed"]): row["perplexity"] for row in rows}
-    for way, batch in dict.fromkeys((way, batch) for way, batch, _ in found):
+    found = {
+        (row["way"], f"{row['batch']} x {row['length']} tokens in {row['dtype']}", row["seed"]): row["perplexity"]
+        for row in rows
+        if row["way"] != "dense"
+    }
+    for way, step in dict.fromkeys((way, step) for way, step, _ in found):
         name, _, rank = way.partition(", rank ")
-        others = [f"lora, rank {rank}" if rank else "lora"] if name not in ("dense", "lora") else []
+        others = [f"lora, rank {rank}" if rank else "lora"] if name != "lora" else []
         for other in [*others, *([ONCE] if way == "grad" else [])]:
             ratios = [
-                value / found[other, batch, seed]
+                value / found[other, step, seed]
                 for (one, size, seed), value in found.items()
-                if (one, size) == (way, batch) and (other, batch, seed) in found
+                if (one, size) == (way, step) and (other, step, seed) in found
             ]
             if ratios:
                 times = f"{statistics.fmean(ratios):.3f}"
                 if len(ratios) > 1:
                     times += f" (standard deviation {statistics.stdev(ratios):.3f} over {len(ratios)} seeds)"
-                lines.append(f"- Batches of {batch}: `{way}` has {times} times the perplexity of `{other}`.")
+                lines.append(f"- Steps of {step}: `{way}` has {times} times the perplexity of `{other}`.")
     return "\n".join(lines)
 
 

@@ -25,8 +25,9 @@ from common import finished_rows, here, write_result
 import secateur as sc
 from secateur.comparison.asked import TOLERANCE, ask, split
 from secateur.comparison.verdict import SURE, Candidate, judge
-from secateur.engine import check_model
 from secateur.errors import UnsupportedModelError
+from secateur.sweep.runner import make_job
+from secateur.sweep.worker import Worker
 
 # the cheap ones first
 METHODS = (
@@ -93,16 +94,22 @@ def main() -> None:
 
 def _refused(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str, Any]]:
     """Rows of methods that can't cut the model, with the reason."""
-    model, _ = sc.load(arguments.model, dtype="auto")
+    if not methods:
+        return []
+    # it takes two to be asked for
+    asked = ask(
+        {"model": arguments.model, "steps": [{}]},
+        list(dict.fromkeys([*methods, *METHODS[:2]])),
+        SPARSITIES,
+        SEEDS[:1],
+        TOLERANCE,
+    )
+    worker = Worker(make_job(asked.sweep, Path(), trust_remote_code=False, plugins=()))
     found = []
     for method in methods:
-        other = next(one for one in METHODS if one != method)
-        asked = ask({"model": arguments.model, "steps": [{}]}, [method, other], SPARSITIES, SEEDS[:1], TOLERANCE)
         for sparsity in SPARSITIES:
-            [point] = asked.points[method, sparsity]
-            words, _ = point.recipe.words(point.recipe.steps[0])
             try:
-                check_model(words, model, sc.anatomy(model, heads=getattr(words, "heads", "kv")))
+                worker.check(asked.points[method, sparsity])
             except UnsupportedModelError as error:
                 row = {"recovery": arguments.heal, "sparsity": sparsity, "method": method}
                 found.append({**row, "verdict": "refused", "error": str(error)})

@@ -416,7 +416,7 @@ def test_what_studies_of_pruning_by_gradients_say(study):
     assert "`random` has 2.50 times the perplexity of `param_first`" in said
     assert "closes 50% of the gap" in said and "vectorize" not in said
     ways = [
-        {"way": way, "seed": seed, "batch": batch, "perplexity": value}
+        {"way": way, "seed": seed, "batch": batch, "length": 8, "dtype": "float32", "perplexity": value}
         for way, seed, batch, value in (
             ("lora", 0, 1, 20.0),
             ("grad", 0, 1, 19.5),
@@ -430,8 +430,8 @@ def test_what_studies_of_pruning_by_gradients_say(study):
         )
     ]
     said = study("loraprune").text([{"way": "dense", "seed": 0, "perplexity": 10.0}, *ways])
-    assert "of 1: `grad` has 0.970 (standard deviation 0.007 over 2 seeds) times the perplexity of `lora`" in said
-    assert "`grad, rank 64` has 0.950 times the perplexity of `lora, rank 64`." in said and "of 4" not in said
+    assert "float32: `grad` has 0.970 (standard deviation 0.007 over 2 seeds) times the perplexity of `lora`" in said
+    assert "`grad, rank 64` has 0.950 times the perplexity of `lora, rank 64`." in said and "of 4 x 8" not in said
 
 
 def test_a_prefix_is_read_once_and_compressed_in_many_ways(study):
