@@ -4,11 +4,11 @@
     python benchmarks/structured.py --calibration VALID.txt --evaluation TEST.txt --heal lora:steps=300
     python benchmarks/structured.py --calibration VALID.txt --evaluation TEST.txt --items arc_easy.jsonl.gz
 
-Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 windows of 512 tokens. Methods are compared
-two by two, the result is written after every pair, and a second call goes on behind what it holds: the losses of every
-window are in its JSON, so that the verdict is one over all methods. With ``--heal`` both are measured, what is cut and
-what is trained, and rows of what is cut that are there already stay as they are. With ``--items``, see ``items.py``,
-rows that haven't seen them are made again.
+Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 windows of 512 tokens. Methods join one
+comparison one by one, the result is written after each of them, and a second call goes on behind what it holds: the
+losses of every window are in its JSON, so that the verdict is one over all methods. With ``--heal`` both are measured,
+what is cut and what is trained, and rows of what is cut that are there already stay as they are. With ``--items``, see
+``items.py``, rows that haven't seen them are made again.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ over them. `p` is the probability that the best method of a budget is better, wh
 bootstrap); below 0.95 two methods are not distinguishable. Seconds and memory are those of planning, cutting and
 training, in one process that also holds the dense model, beside whatever else ran on the machine; times `on` two
 processors are not to be compared, and `shared` ones would be longer without statistics that another row had taken. Of
-two methods that are compared at once only the first training computes what the teacher predicts. `arc_easy` is the
-share of right answers among four, chosen by likelihood, `ioi` that of names (`lambada_openai`: of last words) that are
-written as they must follow, each of the first {limit} items of the file, so that a difference of less than a tenth may
-be chance. Methods that the command has and this table doesn't were not run yet: a second call goes on with them.
+methods that ran at once only the first training computes what the teacher predicts. `arc_easy` is the share of right
+answers among four, chosen by likelihood, `ioi` that of names (`lambada_openai`: of last words) that are written as they
+must follow, each of the first {limit} items of the file, so that a difference of less than a tenth may be chance.
+Methods that the command has and this table doesn't were not run yet: a second call goes on with them.
 """
 HIDDEN = ("losses",)
 
@@ -65,7 +65,7 @@ def main() -> None:
         "--items", action="append", default=[], help="file with items of arc_easy, ioi or lambada_openai; repeatable"
     )
     parser.add_argument("--dtype", default="float32", help="of the models; training may have its own, in --heal")
-    parser.add_argument("--work", help="folder to keep comparisons in, so that a second call goes on within a pair")
+    parser.add_argument("--work", help="folder to keep comparisons in, so that a second call goes on within a method")
     arguments = parser.parse_args()
     name = f"compare-{Path(arguments.model).name}"
     rows = finished_rows(name)
@@ -76,20 +76,23 @@ def main() -> None:
     if refused:
         rows = [row for row in rows if _key(row) not in {_key(one) for one in refused}] + refused
         todo = [method for method in todo if method not in {row["method"] for row in refused}]
-    for first in range(0, len(todo), 2):
-        pair = todo[first : first + 2]
-        # a comparison is of two at least
-        shown = pair if len(pair) == 2 else [*pair, METHODS[0] if pair[0] != METHODS[0] else METHODS[1]]
-        compared = _compared(arguments, shown)
-        # what is cut has no items before it is trained
-        had = {_key(row) for row in rows if _has(row, wanted) or (arguments.heal and not row["recovery"])}
-        new = [row for row in compared if row["method"] in [*pair, "dense"] and _key(row) not in had]
-        rows = [row for row in rows if _key(row) not in {_key(one) for one in new}] + new
         rows.sort(key=_place)
-        _publish(name, arguments, rows, _judged(rows))
-        print(
-            *(row for row in rows if row["method"] in pair and row["recovery"] == arguments.heal), sep="\n", flush=True
-        )
+        if rows[0]["method"] == "dense":
+            _publish(name, arguments, rows, _judged(rows))
+    with nullcontext(arguments.work) if arguments.work else tempfile.TemporaryDirectory() as folder:
+        # a comparison is of two at least: the first two join together
+        shown = todo[:1] if len(todo) > 1 else [one for one in METHODS[:2] if one not in todo][:1]
+        for method in [one for one in todo if one not in shown]:
+            shown.append(method)
+            mine = [one for one in shown if one in todo]
+            # what is cut has no items before it is trained
+            had = {_key(row) for row in rows if _has(row, wanted) or (arguments.heal and not row["recovery"])}
+            compared = _compared(arguments, shown, Path(folder))
+            new = [row for row in compared if row["method"] in [*mine, "dense"] and _key(row) not in had]
+            rows = [row for row in rows if _key(row) not in {_key(one) for one in new}] + new
+            rows.sort(key=_place)
+            _publish(name, arguments, rows, _judged(rows))
+            print(*(row for row in new if row["recovery"] == arguments.heal), sep="\n", flush=True)
 
 
 def _refused(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str, Any]]:
@@ -116,25 +119,23 @@ def _refused(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str
     return found
 
 
-def _compared(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str, Any]]:
-    """Rows of some methods, the dense model first."""
-    with nullcontext(arguments.work) if arguments.work else tempfile.TemporaryDirectory() as folder:
-        asked = [*methods, *([arguments.heal] if arguments.heal else []), *map(items.name_of, arguments.items)]
-        out = Path(folder) / "+".join(asked)
-        document = sc.compare(
-            arguments.model,
-            methods=methods,
-            sparsity=SPARSITIES,
-            seeds=SEEDS,
-            tasks=[f"perplexity:{arguments.evaluation}", *items.tasks(arguments.items, Path(folder) / "items")],
-            calibration=arguments.calibration,
-            heal=arguments.heal or None,
-            dtype=arguments.dtype,
-            tolerance=TOLERANCE,
-            **TEXTS,
-            out=out,
-            resume=out.is_dir(),
-        ).to_dict()
+def _compared(arguments: argparse.Namespace, methods: list[str], folder: Path) -> list[dict[str, Any]]:
+    """Rows of some methods, the dense model first; what ``folder`` holds of them isn't measured again."""
+    out = folder / "+".join([Path(arguments.model).name, arguments.heal or "cut", *map(items.name_of, arguments.items)])
+    document = sc.compare(
+        arguments.model,
+        methods=methods,
+        sparsity=SPARSITIES,
+        seeds=SEEDS,
+        tasks=[f"perplexity:{arguments.evaluation}", *items.tasks(arguments.items, folder / "items")],
+        calibration=arguments.calibration,
+        heal=arguments.heal or None,
+        dtype=arguments.dtype,
+        tolerance=TOLERANCE,
+        **TEXTS,
+        out=out,
+        resume=out.is_dir(),
+    ).to_dict()
     metric = next(iter(document["dense"]["parts"]))
     sizes = {key: document["dense"]["metrics"][key] / 1e6 for key in ("parameters", "MACs")}
     dense = {"recovery": "", "sparsity": "", "method": "dense", "perplexity": document["dense"]["metrics"][metric]}

@@ -337,14 +337,15 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     for more in (
         ["--methods", "magnitude_sp,wanda_sp"],
         ["--methods", "magnitude_sp,wanda_sp,random_sp"],
-        ["--methods", "magnitude_sp,wanda_sp", "--heal", "norms:steps=1,batch=1,length=32"],
+        ["--methods", "magnitude_sp,wanda_sp,flap", "--heal", "norms:steps=1,batch=1,length=32"],
         ["--methods", "magnitude_sp,wanda_sp", "--items", str(chosen), "--items", str(named)],
     ):
         monkeypatch.setattr("sys.argv", [*command, *more])
         # lm-eval takes seconds for every model
         monkeypatch.setattr(structured, "SPARSITIES", (0.2,) if "--items" in more else (0.2, 0.4))
         structured.main()
-    _, first, second, third, fourth = written
+    # a call writes after two methods and after every further one
+    _, first, second, third, more, fourth = written
     assert [row["method"] for row in first] == ["dense", *["wanda_sp", "magnitude_sp"] * 2]
     assert [row["method"] for row in second] == ["dense", *["wanda_sp", "magnitude_sp", "random_sp"] * 2]
     assert second[3]["seeds"] == 3 and second[3]["±"] > 0 and second[1]["±"] == ""
@@ -352,12 +353,17 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     # rows of the first call are those of the second, but for what the verdict says with one more method
     assert [row["losses"] for row in second[1:3]] == [row["losses"] for row in first[1:3]]
     assert len(third) == 11 and {row["recovery"] for row in third[7:]} == {"norms:steps=1,batch=1,length=32"}
+    # a method that joins leaves the others as they were measured
+    later = {(row["method"], row["sparsity"]): row for row in more if row["recovery"]}
+    assert len(later) == 6 and all(
+        later[row["method"], row["sparsity"]][key] == row[key] for row in third[7:] for key in ("losses", "seconds")
+    )
     assert said[1].count("- Sparsity") == 2 and said[2].count("- With norms") == 2
     # what hasn't seen the items is made again, and is still the same
     seen = [row for row in fourth if "arc_easy" in row]
-    assert [row["method"] for row in seen] == ["dense", "wanda_sp", "magnitude_sp"] and len(fourth) == 11
+    assert [row["method"] for row in seen] == ["dense", "wanda_sp", "magnitude_sp"] and len(fourth) == 15
     assert all(row["arc_easy"] in (0.25, 0.75) and row["ioi"] in (0, 1) for row in seen)
-    assert [row["losses"] for row in fourth[1:3]] == [row["losses"] for row in first[1:3]]
+    assert [row["losses"] for row in seen[1:]] == [row["losses"] for row in first[1:3]]
 
 
 def test_who_cannot_cut_a_model_has_a_row_with_the_reason(study, tmp_path):

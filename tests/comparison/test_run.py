@@ -167,6 +167,18 @@ def test_it_goes_on_after_an_interrupt_with_the_same_result(tiny_checkpoint, tmp
     assert without_times(resumed.to_dict()) == without_times(whole.to_dict())
 
 
+def test_a_comparison_that_grows_measures_what_is_new(tiny_checkpoint, tmp_path, monkeypatch):
+    asked = {"sparsity": 0.5, "out": tmp_path / "out", **QUICK}
+    compare(str(tiny_checkpoint), methods="magnitude_sp,flap", **asked)
+    run, counted = worker.Worker.run, []
+    monkeypatch.setattr(worker.Worker, "run", lambda self, point: counted.append(point.name) or run(self, point))
+    grown = compare(str(tiny_checkpoint), methods="wanda_sp,magnitude_sp,flap", resume=True, **asked)
+    assert len(counted) == 1 and "wanda_sp" in counted[0]
+    monkeypatch.undo()
+    whole = compare(str(tiny_checkpoint), methods="wanda_sp,magnitude_sp,flap", **{**asked, "out": tmp_path / "whole"})
+    assert without_times(grown.to_dict()) == without_times(whole.to_dict())
+
+
 def test_tasks_side_by_side_and_latency_in_turns_with_the_dense_model(tiny_checkpoint, tmp_path, monkeypatch):
     from secateur import timing
 
