@@ -298,6 +298,15 @@ def test_modules_with_old_norms_of_weights_are_copied(norm, ratios, rows, inplac
         assert difference(copied(cut)(*inputs), masked(*inputs)) < 1e-12
 
 
+def test_a_plan_is_applied_where_the_module_is():
+    module, inputs = randomised(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5))), images(2, 4)
+    plan = sc.plan(module, example_inputs=inputs, method="spa_l1", sparsity=0.3)
+    kept = sc.apply(plan, module)[0].out_features
+    # "meta" stands for a device that isn't the processor
+    cut = sc.apply(plan, module.to("meta"))
+    assert cut[0].weight.shape == (kept, 4) and kept < 6 and cut[2].weight.device.type == "meta"
+
+
 class Projected(nn.Module):
     def __init__(self, **options: bool) -> None:
         super().__init__()

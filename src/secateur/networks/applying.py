@@ -90,7 +90,7 @@ def apply_to_module(
         )
     if example is None:
         assert provenance.inputs is not None
-        example = Example.of(provenance.inputs)
+        example = Example.of(provenance.inputs, module)
     options = provenance.options
     heads, ignore = options.get("heads", "outer"), tuple(options.get("ignore", ()))
     traced = module_anatomy(module, example, heads=heads, ignore=ignore) if anatomy is None else anatomy

@@ -90,15 +90,24 @@ class Example:
         return shapes.dynamic_shapes(module, self.args, dict(self.kwargs or {}))
 
     @classmethod
-    def of(cls, inputs: ExampleInputs) -> Example:
-        """Inputs of the same shapes and types; all zeros."""
+    def of(cls, inputs: ExampleInputs, module: nn.Module) -> Example:
+        """Inputs of the same shapes and types, where the module is; all zeros."""
+        device = device_of(module)
         leaves = [
-            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"])) if "shape" in leaf else leaf["value"]
+            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"]), device=device)
+            if "shape" in leaf
+            else leaf["value"]
             for leaf in inputs.leaves
         ]
         args, kwargs = tree_unflatten(leaves, treespec_loads(inputs.spec))
         free = tuple(tuple(leaf.get("free", ())) for leaf in inputs.leaves)
         return cls(tuple(args), kwargs, free if any(free) else ())
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module is: its first parameter, or buffer where it has none; the processor where it has neither."""
+    tensors = (tensor for found in (module.parameters(), module.buffers()) for tensor in found)
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _free_dims(value: Any, entry: Any) -> Iterator[tuple[Tensor, tuple[int, ...]]]:

@@ -122,7 +122,7 @@ def _check_finite(module: nn.Module) -> None:
 def _exported(module: nn.Module, plan: Plan) -> torch.export.ExportedProgram:
     inputs = plan.inputs
     assert inputs is not None
-    example = Example.of(inputs)
+    example = Example.of(inputs, module)
     with evaluation_mode(module), no_fast_path(), quiet():
         return torch.export.export(
             module,

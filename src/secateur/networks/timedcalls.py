@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from secateur.errors import UnsupportedModelError
 from secateur.latencytable import LatencyTable
+from secateur.networks.example import device_of
 from secateur.networks.widths import TimedCall, Width, Widths
 from secateur.structure.exporting import evaluation_mode
 from secateur.structure.graphcut import cut_graph
@@ -35,7 +36,7 @@ class ModuleCalls:
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        return device_of(self.module)
 
     def about(self, table: LatencyTable) -> str:
         return table.about

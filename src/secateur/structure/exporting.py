@@ -86,7 +86,7 @@ def _check_runs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 def _empty_like(value: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype), value)
+    return tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), value)
 
 
 def _sentence(module: nn.Module, error: Exception) -> str:
