@@ -107,14 +107,16 @@ def _frames(error: BaseException) -> Iterator[tuple[str, int]]:
     tb = error.__traceback__
     while tb is not None:
         path = tb.tb_frame.f_code.co_filename
-        if "secateur/structure" not in path:
+        # code that torch made has no line that one could look at
+        if "secateur/structure" not in path and not path.startswith("<"):
             yield path, tb.tb_lineno
         tb = tb.tb_next
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+    line = lines[0] if lines else type(error).__name__
+    return (line if len(line) <= 300 else line[:300].rpartition(". ")[0] or line[:300]).rstrip(".")
 
 
 @contextmanager
