@@ -320,6 +320,7 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     structured, written = study("structured"), [[]]
     monkeypatch.setattr(structured, "finished_rows", lambda name: json.loads(json.dumps(written[-1])))
     monkeypatch.setattr(structured, "write_result", lambda name, title, about, rows, said, leave_out: write(rows, said))
+    monkeypatch.setattr(structured, "RESULTS", tmp_path)
     monkeypatch.setattr(structured, "TEXTS", {"samples": 2, "length": 32, "windows": 4})
     monkeypatch.setattr(structured, "TOLERANCE", 0.1)
     text, said = tmp_path / "text.txt", []
@@ -364,6 +365,27 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     assert [row["method"] for row in seen] == ["dense", "wanda_sp", "magnitude_sp"] and len(fourth) == 15
     assert all(row["arc_easy"] in (0.25, 0.75) and row["ioi"] in (0, 1) for row in seen)
     assert [row["losses"] for row in seen[1:]] == [row["losses"] for row in first[1:3]]
+    # cut and trained in the picture, and what isn't trained in the last line
+    (picture,) = tmp_path.glob("*.svg")
+    panel = structured.drawn(more)
+    assert panel.count("<circle") == 7 and "random_sp" in panel.rpartition('"end"')[2]
+    assert picture.read_text(encoding="utf8") == structured.drawn(fourth)
+
+
+def test_what_lies_beyond_a_picture_has_its_number_there(study):
+    structured = study("structured")
+    rows = [
+        {"recovery": recovery, "sparsity": 0.2, "method": method, "perplexity": perplexity}
+        for recovery, method, perplexity in (
+            ("", "amp", 30.0),
+            ("", "flap:heal=refit", 12.0),
+            ("", "flap", 1e6),
+            ("lora", "flap", 500.0),
+        )
+    ]
+    panel = structured.drawn([{"recovery": "", "sparsity": "", "method": "dense", "perplexity": 10.0}, *rows])
+    assert "1,000,000 → 500<" in panel and ">amp<" in panel and ">flap:heal=refit<" in panel
+    assert panel.index(">flap<") < panel.index(">flap:heal=refit<") < panel.index(">amp<")
 
 
 def test_who_cannot_cut_a_model_has_a_row_with_the_reason(study, tmp_path):
@@ -438,6 +460,23 @@ def test_what_studies_of_pruning_by_gradients_say(study):
     said = study("loraprune").text([{"way": "dense", "seed": 0, "perplexity": 10.0}, *ways])
     assert "float32: `grad` has 0.970 (standard deviation 0.007 over 2 seeds) times the perplexity of `lora`" in said
     assert "`grad, rank 64` has 0.950 times the perplexity of `lora, rank 64`." in said and "of 4 x 8" not in said
+
+
+def test_wide_adapters_tell_what_gradients_do(study, monkeypatch, tiny_checkpoint, tmp_path):
+    module, found = study("loraprune_scores"), []
+    monkeypatch.setattr(module, "write_result", lambda name, title, about, rows, text: found.extend(rows))
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, again and again\n" * 60, encoding="utf8")
+    options = ["--windows", "1", "--steps", "2", "--length", "16", "--ranks", "2,8192"]
+    monkeypatch.setattr(
+        "sys.argv", ["loraprune_scores.py", "--model", str(tiny_checkpoint), "--calibration", str(text), *options]
+    )
+    module.main()
+    scores = {(row["scores"], row["beside"]): row for row in found}
+    narrow, wide = (scores[f"lora, rank {rank}", "gradient"] for rank in (2, 8192))
+    assert wide["correlation, neurons"] > 0.9 > narrow["correlation, neurons"]
+    assert wide["half, neurons"] > narrow["half, neurons"]
+    assert 0 <= scores["lora, rank 2", "other seed"]["half, heads"] <= 1 and len(found) == 5
 
 
 def test_a_prefix_is_read_once_and_compressed_in_many_ways(study):
