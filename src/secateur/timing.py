@@ -18,13 +18,18 @@ Step = Callable[[int], None]
 """Called with the number of rounds that are done."""
 
 
-def now(device: torch.device) -> float:
-    """Seconds on a clock that only runs forwards, once everything asked of ``device`` is done."""
-    if device.type == "cuda":
+def wait(device: torch.device) -> None:
+    """Until everything that was asked of ``device`` is done."""
+    if device.type not in ("cpu", "meta"):
         # here, since the command line knows workloads without torch
         import torch
 
-        torch.cuda.synchronize(device)
+        torch.accelerator.synchronize(device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock that only runs forwards, once everything asked of ``device`` is done."""
+    wait(device)
     return time.perf_counter()
 
 

@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from secateur import timing
 from secateur.errors import OutputError, UsageError
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import Sizes
@@ -142,8 +143,7 @@ def _seconds(work: Callable[[], object], device: str, trial: float) -> float:
     while len(times) < 3 or (time.perf_counter() - started < trial and len(times) < 50):
         begin = clock()
         work()
-        if not device.startswith("cpu"):
-            torch.accelerator.synchronize(device)
+        timing.wait(torch.device(device))
         times.append(clock() - begin)
     return max(median(times), 1e-9)
 

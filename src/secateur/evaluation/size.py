@@ -31,6 +31,7 @@ from secateur.observe.calibration import cached_forward, check_length, evaluatin
 from secateur.report import Metric
 from secateur.report.report import BYTES_ON_DISK
 from secateur.tensorfiles import tensors_of
+from secateur.timing import wait
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -254,11 +255,11 @@ def _storages(model: nn.Module) -> dict[int, torch.UntypedStorage]:
 
 
 def _cuda_increase(device: torch.device, call: Callable[[], object]) -> int:
-    torch.cuda.synchronize(device)
+    wait(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     call()
-    torch.cuda.synchronize(device)
+    wait(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 

@@ -138,7 +138,6 @@ class Loop:
         ranks: Ranks = ALONE,
         what: str = "examples",
     ) -> None:
-        accelerate = require_extra("accelerate", "train", "training")
         self._model, self._parameters, self._optimizer = model, parameters, optimizer
         self._loss, self._count, self._pace, self._ranks = loss, count, pace, ranks
         self._callbacks, self._device = callbacks, device
@@ -148,7 +147,11 @@ class Loop:
                 f"batch {pace.batch} can't be shared by {ranks.size} rank{'s' if ranks.size > 1 else ''} in forwards"
                 f" of {self._micro} {what}: let it be a multiple of {self._micro * ranks.size}"
             )
-        self._accelerator = accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        self._accelerator: Any = None
+        if ranks.size > 1:
+            # not for one process alone: what it sets holds for the whole of a script, whose own it may contradict
+            accelerate = require_extra("accelerate", "train", "training by several ranks")
+            self._accelerator = accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         # ranks keep equal parameters by equal steps; the wrapper means their gradients
         self._replicated = ranks.size > 1 and not is_sharded(model)
         self._wrapped = self._accelerator.prepare(model) if self._replicated else model
@@ -214,7 +217,7 @@ class Loop:
             waits = self._replicated and place < len(parts)
             with self._accelerator.no_sync(self._wrapped) if waits else nullcontext(), self._precision():
                 loss = self._loss(self._wrapped, part, step) / len(parts)
-            self._accelerator.backward(loss)
+            loss.backward()
             total += loss.detach().float()
         self._tell("on_gradients", step)
         if pace.clip:
@@ -237,8 +240,7 @@ class Loop:
     def _mean(self, total: Tensor) -> float:
         if self._ranks.size == 1:
             return float(total)
-        reduced: Any = self._accelerator.reduce(total, "mean")
-        return float(reduced)
+        return float(self._accelerator.reduce(total, "mean"))
 
     def _precision(self) -> Any:
         if self._pace.dtype == "float32":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from functools import lru_cache
 
 import torch
 
 from secateur.errors import UsageError
+from secateur.timing import seconds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -41,9 +41,8 @@ def bfloat16_speedup(device: torch.device) -> float:
 
 
 def _seconds(x: torch.Tensor) -> float:
-    start = time.perf_counter()
-    for _ in range(4):
-        torch.nn.functional.linear(x, x)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter() - start
+    def products() -> None:
+        for _ in range(4):
+            torch.nn.functional.linear(x, x)
+
+    return seconds(products, x.device)

@@ -63,7 +63,7 @@ class SliceGPT(RotationMethod):
         return self.orientation == "random"
 
     def basis(self, gram: Tensor, width: int, number: int) -> Tensor:
-        damped_DD = gram + self.damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        damped_DD = gram + self.damping * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
         # eigenvalues come ascending
         basis_DW = torch.linalg.eigh(damped_DD).eigenvectors.flip(1)[:, :width]
         return basis_DW if self.orientation == "pca" else basis_DW @ self._turn(width, number).to(basis_DW)
