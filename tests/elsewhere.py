@@ -1,4 +1,4 @@
-"""A GPU that this machine need not have: tensors that say they lie on one, compute on the processor, and don't mix.
+"""GPUs that this machine need not have: tensors that say they lie on one, compute on the processor, and don't mix.
 
 Where a tensor lies is a mark on its storage, so views and parameters have it too. Within ``gpu()``
 
@@ -79,7 +79,7 @@ def _has_storage(value: Any) -> bool:
 
 
 def _on_gpu(value: Any) -> bool:
-    return isinstance(value, Tensor) and lies_on(value) == GPU
+    return isinstance(value, Tensor) and lies_on(value).type == "cuda"
 
 
 def _named(value: Any) -> torch.device | None:
@@ -90,7 +90,7 @@ def _named(value: Any) -> torch.device | None:
         device = torch.device(value)
     else:
         return None
-    return GPU if device.type == "cuda" else device
+    return GPU if device == torch.device("cuda") else device
 
 
 class _Calls(TorchFunctionMode):
@@ -102,13 +102,13 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._moved(func, args, kwargs)
-        if func is Tensor.numpy and lies_on(args[0]) == GPU:
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+        if func is Tensor.numpy and _on_gpu(args[0]):
+            raise TypeError("can't convert cuda device type tensor to numpy. Use Tensor.cpu() first")
         if func is Tensor.new_tensor and "device" not in kwargs:
             kwargs["device"] = lies_on(args[0])
         wanted = _named(kwargs.get("device"))
         if wanted is None:
-            _inside.places.append(GPU if any(_on_gpu(value) for value in tree_leaves((args, kwargs))) else CPU)
+            _inside.places.append(next((lies_on(t) for t in tree_leaves((args, kwargs)) if _on_gpu(t)), CPU))
             try:
                 return func(*args, **kwargs)
             finally:
@@ -122,7 +122,7 @@ class _Calls(TorchFunctionMode):
     def _moved(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensor, *rest = args
         if func is not Tensor.to:
-            wanted = CPU if func is Tensor.cpu else GPU
+            wanted = CPU if func is Tensor.cpu else torch.device("cuda", *rest[:1] or [0])
             rest, kwargs = [], {}
         else:
             given = [kwargs["device"]] if "device" in kwargs else rest[:1]
@@ -152,17 +152,17 @@ class _Operators(TorchDispatchMode):
             return func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         places = [lies_on(t) for t in tensors]
-        there = GPU in places
+        gpus = list(dict.fromkeys(place for place in places if place.type == "cuda"))
         # indices may lie on the processor, and so may numbers
-        fine = func in _CROSSING or (func in _INDEXING and places[0] == GPU)
+        fine = func in _INDEXING and places[0] != CPU
         here = [t for t, place in zip(tensors, places, strict=True) if place == CPU and (t.dim() or func in _ALIKE)]
-        if there and here and not fine:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but {func} found at least two devices, cuda:0 and cpu!"
-            )
+        if func not in _CROSSING and (len(gpus) > 1 or (gpus and here and not fine)):
+            found = " and ".join(dict.fromkeys(map(str, places)))
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {func} found {found}")
         found = func(*args, **kwargs)
-        if there or (not tensors and _inside.places[-1:] == [GPU]):
-            _mark(found, GPU, but=tensors)
+        # what a copy goes into comes first
+        where = gpus[:1] if func not in _CROSSING else places[:1]
+        _mark(found, (where or ([] if tensors else _inside.places[-1:]) or [CPU])[0], but=tensors)
         return found
 
 
@@ -185,7 +185,7 @@ class _Generator(torch.Generator):
 
 _CUDA: dict[str, Callable[..., Any]] = {
     "is_available": lambda: True,
-    "device_count": lambda: 1,
+    "device_count": lambda: 2,
     "current_device": lambda: 0,
     "set_device": lambda device: None,
     "get_device_name": lambda device=None: "a GPU by name",
@@ -202,7 +202,7 @@ _CUDA: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def gpu() -> Iterator[None]:
-    """A machine with one GPU, in all threads that begin meanwhile."""
+    """A machine with two GPUs, in all threads that begin meanwhile."""
     run, autocast = threading.Thread.run, torch.autocast
 
     def run_there(thread: threading.Thread) -> None:
@@ -226,7 +226,7 @@ def gpu() -> Iterator[None]:
             device=property(lies_on),
             is_cuda=property(_on_gpu),
             is_cpu=property(lambda tensor: lies_on(tensor) == CPU),
-            get_device=lambda tensor: 0 if _on_gpu(tensor) else -1,
+            get_device=lambda tensor: lies_on(tensor).index if _on_gpu(tensor) else -1,
         ),
     ]
     # where tensors are made fake

@@ -1,4 +1,4 @@
-"""On a GPU that this machine need not have: nothing of it meets anything of the processor, and plans are the same."""
+"""On GPUs that this machine need not have: nothing of it meets anything of the processor, and plans are the same."""
 
 from __future__ import annotations
 
@@ -35,7 +35,14 @@ def test_what_lies_elsewhere_does_not_mix():
         assert (there + 1).device == there[1:].device == torch.zeros_like(there).device == here.to(there).device == GPU
         assert there.cpu().device == here.device == torch.device("cpu") and there.is_cuda and not here.is_cuda
         assert (there + torch.tensor(1.0)).device == there[torch.tensor([0])].device == GPU
-        for mixed in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here[there.long()]):
+        other = there.to("cuda:1")
+        assert other.device == (other * 2).device == torch.zeros(1, device="cuda:1").device == torch.device("cuda:1")
+        for mixed in (
+            lambda: there + here,
+            lambda: there + other,
+            lambda: torch.cat([there, here]),
+            lambda: here[there.long()],
+        ):
             with pytest.raises(RuntimeError, match="same device"):
                 mixed()
         with pytest.raises(TypeError, match="numpy"):
@@ -72,6 +79,8 @@ def test_decoders(method):
         ("slicegpt", []),
         ("osscar", ["--target", "stream"]),
         ("loraprune", [f"--set={key}={value}" for key, value in QUICK["loraprune"].items()]),
+        ("wanda_sp", ["--devices", "cuda:0,cuda:1"]),
+        ("sparsegpt", ["--devices", "cuda:0,cuda:1"]),
     ],
 )
 def test_checkpoints(method, options, tiny_checkpoint, tmp_path):
@@ -79,7 +88,8 @@ def test_checkpoints(method, options, tiny_checkpoint, tmp_path):
     text.write_text("the quick brown fox jumps over the lazy dog, again and again\n" * 60, encoding="utf8")
     read = ["--calibration", str(text), "--samples", "4", "--length", "32"]
     measured = ["--evaluate", f"perplexity:{text}", "--windows", "2"]
-    command = ["prune", str(tiny_checkpoint), "--method", method, "--device", "cuda", "--no-estimate", *read, *measured]
+    where = [] if "--devices" in options else ["--device", "cuda"]
+    command = ["prune", str(tiny_checkpoint), "--method", method, *where, "--no-estimate", *read, *measured]
     with gpu(), pytest.raises(SystemExit) as stop:
         main([*command, *options, "--out", str(tmp_path / "out"), "--quiet"])
     assert not stop.value.code and (Path(tmp_path) / "out" / "model.safetensors").is_file()
