@@ -11,8 +11,9 @@ Values are those of the processor. What only a driver knows (streams, memory) is
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -57,6 +58,7 @@ class _Inside(threading.local):
 
 
 _inside = _Inside()
+_without: list[torch.dtype] = []
 
 
 def lies_on(tensor: Tensor) -> torch.device:
@@ -68,6 +70,8 @@ def lies_on(tensor: Tensor) -> torch.device:
 
 
 def _mark(found: Any, device: torch.device, but: Any = ()) -> None:
+    if device.type == "cuda" and _without and any(_has_storage(t) and t.dtype in _without for t in tree_leaves(found)):
+        raise TypeError(f"this device doesn't have {_without}")
     old = {t.untyped_storage()._cdata for t in tree_leaves(but) if _has_storage(t)}
     for tensor in tree_leaves(found):
         if _has_storage(tensor) and tensor.untyped_storage()._cdata not in old:
@@ -185,6 +189,7 @@ class _Generator(torch.Generator):
 
 _CUDA: dict[str, Callable[..., Any]] = {
     "is_available": lambda: True,
+    "is_initialized": lambda: True,
     "device_count": lambda: 2,
     "current_device": lambda: 0,
     "set_device": lambda device: None,
@@ -201,8 +206,8 @@ _CUDA: dict[str, Callable[..., Any]] = {
 
 
 @contextmanager
-def gpu() -> Iterator[None]:
-    """A machine with two GPUs, in all threads that begin meanwhile."""
+def gpu(without: Sequence[torch.dtype] = ()) -> Iterator[None]:
+    """A machine with two GPUs, in all threads that begin meanwhile; ``without`` some types, as Apple's are."""
     run, autocast = threading.Thread.run, torch.autocast
 
     def run_there(thread: threading.Thread) -> None:
@@ -212,7 +217,8 @@ def gpu() -> Iterator[None]:
     def autocast_there(device_type: str, **more: Any) -> Any:
         return autocast("cpu" if device_type == "cuda" else device_type, **more)
 
-    patches = [mock.patch.object(torch.cuda, name, does) for name, does in _CUDA.items()]
+    patches: list[Any] = [mock.patch.object(sys.modules[__name__], "_without", list(without))]
+    patches += [mock.patch.object(torch.cuda, name, does) for name, does in _CUDA.items()]
     patches += [
         mock.patch.object(torch.accelerator, "synchronize", lambda device=None: None),
         mock.patch.object(torch, "Generator", _Generator),

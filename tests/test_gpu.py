@@ -113,8 +113,9 @@ def test_modules(method):
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_sparse_training(method):
+    module = network()
     with gpu():
-        module = network().to("cuda")
+        module.to("cuda")
         optimizer = sgd(module)
         x, y = (tensor.to("cuda") for tensor in batch(0))
         pruned = sparsifier(module, optimizer, method, data=[(x, y)], example_inputs=(x,), sparsity=0.8)
@@ -145,3 +146,20 @@ def test_caches(spec, monkeypatch):
     expected = written("cpu")
     with gpu():
         assert torch.equal(written("cuda"), expected)
+
+
+def test_a_device_without_float64_measures_and_trains_and_does_not_prune(tiny_checkpoint, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, again and again\n" * 60, encoding="utf8")
+    here = ["--device", "cuda", "--length", "32"]
+    heal = ["heal", str(tiny_checkpoint), "--data", str(text), "--steps", "2", "--loss", "ce"]
+    for code, said, command in (
+        (2, "decided in sums of float64, which cuda doesn't have", ["prune", str(tiny_checkpoint), "--method", "flap"]),
+        (0, "", ["evaluate", str(tiny_checkpoint), "--task", f"perplexity:{text}", "--windows", "2"]),
+        (0, "", heal),
+    ):
+        more = ["--out", str(tmp_path / command[0])] if command[0] != "evaluate" else []
+        with gpu(without=[torch.float64]), pytest.raises(SystemExit) as stop:
+            main([*command, *here, *more])
+        assert int(stop.value.code or 0) == code and said in capsys.readouterr().err
+    assert not (tmp_path / "prune").exists()

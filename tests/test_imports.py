@@ -13,7 +13,7 @@ SOURCE = Path(secateur.__file__).parent
 # inside a function. Imports for type checkers only are no dependencies.
 BASE = {"errors", "files", "remote", "reading", "manifest", "tensorfiles", "progress", "versions", "ranks", "ahead"}
 BASE |= {"usercode", "timing", "kinds", "latencytable", "options", "rowmasks", "journal", "finite", "memory", "pieces"}
-BASE |= {"provenance", ""}
+BASE |= {"drawing", "provenance", ""}
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
@@ -152,6 +152,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": set(),
     "pieces": set(),
     "usercode": set(),
+    "drawing": set(),
     "timing": set(),
     "options": set(),
     "latencytable": set(),

@@ -23,6 +23,7 @@ from secateur.cache.compressed import CompressedCache
 from secateur.cache.hooks import Call, decoder_of
 from secateur.cache.layer import CompressedLayer, Steps
 from secateur.cache.rereading import reread_scores
+from secateur.drawing import seeded
 from secateur.errors import DataError, NonFiniteError, OutputError, UsageError
 from secateur.files import output_file, output_folder
 from secateur.finite import all_finite
@@ -283,8 +284,7 @@ def _fit_ridge(rows: Iterator[tuple[Tensor, Tensor]], options: FitOptions) -> tu
 def _fit_mlp(rows: Iterator[tuple[Tensor, Tensor]], options: FitOptions) -> tuple[tuple[Tensor, Tensor], ...]:
     """AdamW on the squared error, gradients clipped to 1; every layer by itself (official: all of them in one loss)."""
     x, y = (torch.cat(parts) for parts in zip(*rows, strict=True))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
+    with seeded(options.seed):
         first, last = nn.Linear(x.shape[1], options.neurons), nn.Linear(options.neurons, y.shape[1])
         net = nn.Sequential(first, nn.GELU(), last)
         optimizer = torch.optim.AdamW(net.parameters(), lr=options.learning_rate)

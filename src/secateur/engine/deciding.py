@@ -44,6 +44,7 @@ from secateur.methods import (
     VocabularyMethod,
     WeightMethod,
 )
+from secateur.models.loading import check_sums
 from secateur.models.sources import Source
 from secateur.observe.activations import Activations
 from secateur.observe.calibration import Tokens
@@ -82,6 +83,7 @@ def decide(
     """
     if allocator is not None:
         check_follows(allocator, method)
+    check_sums(source.device)
     run = Run(method, source, tokens, dtype, batch_tokens, progress, keeper or Keeper(), hidden, statistics, ranks)
     run.tokenizer = tokenizer
     run.allocator, run.allocator_statistics, run.latency_table = allocator, allocator_statistics, latency_table

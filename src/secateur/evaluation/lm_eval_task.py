@@ -10,7 +10,6 @@ Source: EleutherAI/lm-evaluation-harness (MIT), the PyPI package ``lm-eval``.
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,9 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
+from secateur.drawing import apart
 from secateur.errors import DataError, SecateurError, UsageError, nearest, require_extra
 from secateur.evaluation.base import Settings
 from secateur.observe.calibration import evaluating
@@ -121,7 +118,7 @@ class LmEval:
         wrapper = require_extra("lm_eval.models.huggingface", "eval", self.name)
         seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"), settings.seed)
         # what lm-eval prints must not mix with results on stdout
-        with _random_state_kept(), evaluating(model), contextlib.redirect_stdout(sys.stderr), self._one_sentence():
+        with apart(), evaluating(model), contextlib.redirect_stdout(sys.stderr), self._one_sentence():
             return harness.simple_evaluate(
                 wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch),
                 tasks=[self.task],
@@ -162,17 +159,6 @@ def _setting(part: str) -> tuple[str, int]:
     if not value.isdecimal() or (key != "fewshot" and int(value) < 1):
         raise UsageError(f"lm_eval: {key} must be a whole number, got {value!r}")
     return key, int(value)
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _metrics(results: Mapping[str, dict[str, Any]], limit: int | None) -> list[Metric]:

@@ -172,10 +172,10 @@ def _windows_per_batch(model: PreTrainedModel, length: int) -> int:
 
 
 def _loss(logits_TV: Tensor, target_T: Tensor) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
-    for rows_TV, aim_T in by_rows(logits_TV, target_T):
-        total += torch.nn.functional.cross_entropy(rows_TV.float(), aim_T, reduction="none").double().sum()
-    return float(total) / len(target_T)
+    rows = by_rows(logits_TV, target_T)
+    losses = [torch.nn.functional.cross_entropy(rows_TV.float(), aim_T, reduction="none") for rows_TV, aim_T in rows]
+    # off the device, which may have no float64
+    return float(torch.cat(losses).cpu().double().sum()) / len(target_T)
 
 
 def _exp(loss: float, name: str) -> float:

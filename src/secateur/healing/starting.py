@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.drawing import seeded
 from secateur.structure.modulecut import shell, state_sizes
 from secateur.structure.trace import attribute
 
@@ -31,9 +32,7 @@ def start_anew(made: nn.Module, dense: nn.Module, changed: Collection[str], how:
     ``GraphModule``, since the layers that draw are those of ``dense``. The same seed gives the same weights, and the
     global random state stays.
     """
-    devices = sorted({p.device.index or 0 for p in made.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.no_grad():
         for path, layer in dense.named_modules():
             own = [name for name, _ in layer.named_parameters(prefix=path, recurse=False) if name in changed]
             if own and not isinstance(layer, _WIDTHLESS) and _reset(layer) is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from secateur.drawing import apart
 from secateur.errors import NonFiniteError, UsageError, require_extra
 from secateur.loop.order import examples_of, step_seed
 from secateur.loop.rates import Rate
@@ -197,8 +198,7 @@ class Loop:
 
     def _training(self) -> ExitStack:
         stack = ExitStack()
-        devices = [self._device] if self._device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(apart())
         self._wrapped.train()
         return stack
 

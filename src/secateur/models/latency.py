@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from secateur import timing
+from secateur.drawing import apart
 from secateur.errors import UnsupportedModelError
 from secateur.latencytable import Entry, LatencyTable
 from secateur.models.decoders import decoder_anatomy, typed_blocks
@@ -215,7 +216,7 @@ def _probe(source: Source, blocks: int) -> PreTrainedModel:
     for name in sizes[0]:
         if family.plain_heads or name == family.ffn_key:
             setattr(config, name, max(entry[name] for entry in sizes))
-    with torch.random.fork_rng():
+    with apart():
         probe: Any = type(model)(config)
     probe = probe.to(source.device, model.dtype).eval()
     if not family.plain_heads:

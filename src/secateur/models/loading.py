@@ -131,6 +131,17 @@ def computing_device(device: str) -> torch.device:
     return found
 
 
+def check_sums(device: torch.device) -> None:
+    """Refuse a device without float64, in which statistics and scores are summed. Raises UsageError."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        raise UsageError(
+            f"what is pruned is decided in sums of float64, which {device.type} doesn't have: take cpu or cuda, and"
+            f" {device.type} for evaluate and heal"
+        ) from None
+
+
 def named_on_hub(name: str | Path) -> bool:
     """True for a name that only the hub can resolve: ``hf://…``, or the form of an id and no folder here."""
     text = str(name)

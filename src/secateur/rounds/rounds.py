@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from secateur.criteria import named_generator
 from secateur.criteria.sparsity import pq_index
+from secateur.drawing import seeded
 from secateur.errors import UsageError, nearest
 from secateur.methods import RoundsMethod, get_method, list_methods, make_method
 from secateur.plans import Plan
 from secateur.rounds.controls import CONTROLS, control_masks
 from secateur.rounds.levels import FORMAT, TICKET, Entry, Levels
 from secateur.rounds.pruning import next_masks, parts_of
-from secateur.rounds.run import START, EvaluateFunction, Run, TrainFunction, numbers, seeded, trained
+from secateur.rounds.run import START, EvaluateFunction, Run, TrainFunction, numbers, trained
 from secateur.rowmasks import clear_dead
 from secateur.structure.exporting import evaluation_mode
 from secateur.tensorfiles import tensors_of

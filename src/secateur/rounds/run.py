@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from secateur.drawing import seeded
 from secateur.errors import UsageError
 from secateur.rowmasks import clear_dead
 from secateur.train.watching import mask_state
@@ -143,21 +140,6 @@ def numbers(returned: Mapping[str, float] | float | None) -> dict[str, float]:
         return {str(key): float(value) for key, value in named.items()}
     except (TypeError, ValueError):
         raise UsageError(f"a training or evaluation gives numbers by name, got {returned!r}") from None
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """All that is drawn within the block follows from the seed; afterwards generators are where they were."""
-    python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
 
 
 def _check_steps(run: Run, taken: int, length: int) -> None:

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur.criteria import named_generator
+from secateur.drawing import seeded
 from secateur.errors import CorruptFileError, UsageError
 from secateur.files import check_output, write_text
 from secateur.plans import Plan
 from secateur.reading import read_json
 from secateur.rounds.connecting import Curve, Distance, connect, distance
 from secateur.rounds.levels import load_masks
-from secateur.rounds.run import START, EvaluateFunction, Run, TrainFunction, seeded, trained
+from secateur.rounds.run import START, EvaluateFunction, Run, TrainFunction, trained
 from secateur.tensorfiles import tensors_of
 
 FORMAT = 1

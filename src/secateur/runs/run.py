@@ -20,7 +20,7 @@ from secateur.healing.recovery import RecoveryOptions, split_heal
 from secateur.methods import Method
 from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import config_document, fingerprint
-from secateur.models.loading import computing_device, load_model, locate
+from secateur.models.loading import check_sums, computing_device, load_model, locate
 from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
 from secateur.models.shards import parse_size
@@ -414,5 +414,5 @@ def _devices(recipe: Recipe, ranks: Ranks) -> str | list[str]:
         raise UsageError("several devices are for one process: of several ranks, each takes a GPU of its own")
     found = recipe.devices or ranks.device(recipe.device)
     for name in [found] if isinstance(found, str) else found:
-        computing_device(name)
+        check_sums(computing_device(name))
     return found

@@ -72,8 +72,10 @@ class Worker:
         Raises the SecateurError of the first of them, with its name in front.
         """
         from secateur.engine import check_model
+        from secateur.models.loading import check_sums
 
         model, _ = self._dense()
+        check_sums(model.device)
         for point in points:
             method, _ = point.recipe.words(point.recipe.steps[0])
             try:

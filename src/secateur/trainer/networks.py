@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur.drawing import seeded
 from secateur.errors import ModelLoadError, UsageError, first_line, nearest, require_extra
 from secateur.models.hub import plain_name
 from secateur.models.loading import load_model, load_tokenizer
@@ -84,8 +84,7 @@ def open_network(recipe: TrainRecipe, *, trust_remote_code: bool = False, progre
 
     Raises UsageError, ModelLoadError or MissingExtraError.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         return draw_network(recipe, trust_remote_code=trust_remote_code, progress=progress)
 
 

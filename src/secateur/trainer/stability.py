@@ -16,11 +16,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
+from secateur.drawing import seeded
 from secateur.loop import examples_of
 from secateur.methods.rounds import checked_step
 from secateur.recipes import Section, read_recipe
 from secateur.rounds import Run, Stability, instability
-from secateur.rounds.run import seeded
 from secateur.rounds.stability import STABLE
 from secateur.rounds.stabilitypage import Limit
 from secateur.trainer.examples import Examples, load_examples

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secateur.drawing import seeded
 from secateur.errors import NonFiniteError, UsageError, nearest, require_extra
 from secateur.finite import all_finite
 from secateur.healing.recovery.options import RecoveryOptions
@@ -114,8 +115,7 @@ class Lora(Trained):
             # GPT-2 stores [inputs, outputs]
             fan_in_fan_out=not isinstance(weights[0], nn.Linear),
         )
-        with torch.random.fork_rng():
-            torch.manual_seed(options.seed)
+        with seeded(options.seed):
             self._tuner: Any = LoraModel(model, config, _ADAPTER)
         for name in names:
             if f"{name}.weight" in masks:
