@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -92,7 +90,7 @@ def test_checkpoints(method, options, tiny_checkpoint, tmp_path):
     command = ["prune", str(tiny_checkpoint), "--method", method, *where, "--no-estimate", *read, *measured]
     with gpu(), pytest.raises(SystemExit) as stop:
         main([*command, *options, "--out", str(tmp_path / "out"), "--quiet"])
-    assert not stop.value.code and (Path(tmp_path) / "out" / "model.safetensors").is_file()
+    assert not stop.value.code and (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("method", CHANNELS)
