@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from secateur import timing
 from secateur.cli import main
 from secateur.observe.calibration import builtin_text
 
@@ -38,6 +39,12 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protocols don't say what other processes did meanwhile, so that they are the same wherever tests run."""
+    monkeypatch.setattr(timing, "ran_and_waited", lambda: (0, 0))
 
 
 def build_tokenizer(vocab_size: int = 512, **arguments: object) -> PreTrainedTokenizerFast:

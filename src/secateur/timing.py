@@ -83,13 +83,13 @@ class Watched:
 @contextmanager
 def watched() -> Iterator[Watched]:
     """Looks at how long this process waits for processors meanwhile."""
-    machine, before = Watched(), _ran_and_waited()
+    machine, before = Watched(), ran_and_waited()
     yield machine
-    ran, waited = (max(after - first, 0) for after, first in zip(_ran_and_waited(), before, strict=True))
+    ran, waited = (max(after - first, 0) for after, first in zip(ran_and_waited(), before, strict=True))
     machine.waited = waited / (ran + waited) if waited else 0.0
 
 
-def _ran_and_waited() -> tuple[int, int]:
+def ran_and_waited() -> tuple[int, int]:
     """Nanoseconds for which the threads of this process have run, and waited until they could, as Linux counts."""
     ran = waited = 0
     for file in Path("/proc/self/task").glob("*/schedstat"):
