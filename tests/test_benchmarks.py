@@ -418,6 +418,28 @@ def test_runtimes_are_compared_round_by_round(study):
     assert (columns["dense"]["prefill there"], columns["dense"]["decode there"]) == (2, 0.5)
 
 
+def test_what_of_a_token_is_no_product_is_taken_in_the_same_round(study, monkeypatch):
+    runtimes = study("runtimes")
+    taken = {"dense": [(9, 9), (4, 3), (8, 6), (2, 1.5)], "cut": [(9, 9), (2, 1), (4, 2), (1, 0.5)]}
+    models = {name: runtimes.Transformers(name) for name in taken}
+    rounds = {name: iter(one) for name, one in taken.items()}
+    now = {}
+
+    def greedy(self, ids, new):
+        now[self.model] = next(rounds[self.model])
+        return [], 1, now[self.model][0]
+
+    monkeypatch.setattr(runtimes.Transformers, "greedy", greedy)
+    monkeypatch.setattr(runtimes.Transformers, "products", lambda self, new: now[self.model][1])
+    pairs = {name: {"transformers": model} for name, model in models.items()}
+    columns = runtimes.take_times(pairs, prompt=[1], new=2, repeats=3)
+    # of 4, 8 and 2 s 1, 2 and 0.5 s, for two tokens
+    assert columns["dense"]["rest ms transformers"] == columns["cut"]["rest ms transformers"] == 500
+    assert columns["cut"]["products transformers × dense"] == 3
+    said = runtimes.why(columns)
+    assert said == "dense: 500.0 ms of 2000.0, cut: 500.0 ms of 1000.0"
+
+
 def test_memory_of_gradients_is_told_beside_what_was_wanted(study):
     module = study("gradient_memory")
     taken = dict(zip(module.ROWS, [1000, 300, 1400, 550, 1000], strict=True))

@@ -98,9 +98,11 @@ def evaluate(
         found = {name: commit for name, commit in commits.items() if commit}
         print_json({**table.to_dict(), **({"revisions": found} if found else {})})
         return
+    from secateur.report.speeds import decode_sentence
     from secateur.report.tables import metrics_table
 
-    show(metrics_table(table.metrics))
+    why = decode_sentence(table.metrics) if len(table.models) == 2 else ""
+    show(metrics_table(table.metrics), *filter(None, [why]))
 
 
 def model_names(models: list[str]) -> list[str]:

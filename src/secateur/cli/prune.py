@@ -346,12 +346,14 @@ def _show_dry_run(plans: list[Any], json: bool) -> None:
 
 def _show_outcome(job: Recipe, report: Report, json: bool, url: str | None) -> None:
     from secateur.report.recovery import summary
+    from secateur.report.speeds import decode_sentence
     from secateur.report.tables import metrics_table
 
     if json:
         print_json({**report.to_dict(), **({"hub": url} if url else {})})
         return
     show(metrics_table(report.metrics), *(summary(recovery) for recovery in report.recoveries))
+    show(*filter(None, [decode_sentence(report.metrics)]))
     for sample in report.samples:
         show(*(f"{name}: {sample.prompt}{text}\n" for name, text in sample.outputs.items()))
     assert job.out is not None

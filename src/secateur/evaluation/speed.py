@@ -8,23 +8,27 @@ warms up meets all of them alike; the median is reported. Writing one token read
 with the bandwidth measured on the spot by copying a block of memory (bytes read + bytes written per second). It
 leaves out the KV cache and the activations. A model that fits the processor's cache can beat it; a mixture of experts
 that reads few of its experts does.
+
+Between the two, `decode, products alone` does nothing of a token but its products with weights, which is what a cut
+shortens. The rest of a token is attention to the cache, norms, activations, and what calling all of that costs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur import timing
 from secateur.evaluation.base import Settings, whole_numbers
 from secateur.observe.calibration import cached_forward, check_length, evaluating
 from secateur.report import Metric
+from secateur.report.report import DECODE, DECODE_BOUND, DECODE_PRODUCTS
 from secateur.tensorfiles import tensors_of
 
 if TYPE_CHECKING:
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 
 # Far beyond any processor cache.
 BANDWIDTH_BYTES = 256 * 2**20
+# The products of a token are those of any other one.
+PRODUCTS_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -59,24 +65,30 @@ class Speed:
     def measure(
         self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None, settings: Settings
     ) -> list[Metric]:
-        """Three metrics: ``prefill``, ``decode`` and ``decode bound``, all in tokens per second."""
+        """``prefill``, ``decode``, ``decode, products alone`` and ``decode bound``, all in tokens per second.
+
+        Without the third where the products of a model aren't those of modules.
+        """
         for model in models.values():
             self.check(model, tokenizer, settings)
         with timing.watched() as machine:
             times = self._repeat(models, settings)
         prefill = {n: self.batch * self.prompt / median(t[0] for t in runs) for n, runs in times.items()}
         decode = {n: self.batch * self.new / median(t[1] for t in runs) for n, runs in times.items()}
+        alone = {n: median(t[2] for t in runs) for n, runs in times.items()}
+        alone = {n: self.batch * self._again / seconds for n, seconds in alone.items() if seconds}
         how = f"batch {self.batch}, median of {self.repeats} interleaved repeats, {_machine(models)}{machine.about}"
         return [
             Metric("prefill", "tokens/s", prefill, True, f"{self.prompt} prompt tokens, {how}"),
-            Metric("decode", "tokens/s", decode, True, f"{self.new} new tokens after {self.prompt}, KV cache, {how}"),
+            Metric(DECODE, "tokens/s", decode, True, f"{self.new} new tokens after {self.prompt}, KV cache, {how}"),
+            *self._products(alone, how),
             self._bound(models),
         ]
 
     def _repeat(
         self, models: Mapping[str, PreTrainedModel], settings: Settings
-    ) -> dict[str, list[tuple[float, float]]]:
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    ) -> dict[str, list[tuple[float, float, float]]]:
+        times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
         for repeat in range(-1, self.repeats):  # the first round warms up
             for name, model in models.items():
                 seconds = self._time(model, settings.seed)
@@ -85,20 +97,31 @@ class Speed:
             settings.progress("speed", repeat + 2, self.repeats + 1)
         return times
 
+    @property
+    def _again(self) -> int:
+        return min(self.new, PRODUCTS_TOKENS)
+
     @torch.inference_mode()
-    def _time(self, model: PreTrainedModel, seed: int) -> tuple[float, float]:
-        """Seconds of the prompt and of the new tokens."""
+    def _time(self, model: PreTrainedModel, seed: int) -> tuple[float, float, float]:
+        """Seconds of the prompt, of the new tokens, and of the products of ``_again`` tokens, 0 where none is known."""
         device = model.device
         vocabulary = model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(seed)
         prompt_BT = torch.randint(vocabulary, (self.batch, self.prompt), generator=generator).to(device)
         with evaluating(model):
+            calls = products(model, lambda: cached_forward(model, prompt_BT[:, :1]))
             start = timing.now(device)
             logits_BV, cache = cached_forward(model, prompt_BT)
             middle = timing.now(device)
             for _ in range(self.new):
                 logits_BV, cache = cached_forward(model, logits_BV.argmax(dim=-1, keepdim=True), cache)
-            return middle - start, timing.now(device) - middle
+            end = timing.now(device)
+            alone = timing.seconds(lambda: [call() for _ in range(self._again) for call in calls], device)
+        return middle - start, end - middle, alone if calls else 0.0
+
+    def _products(self, values: dict[str, float], how: str) -> list[Metric]:
+        about = f"the calls that a token makes of modules with matrices, in order, {self._again} times over, {how}"
+        return [Metric(DECODE_PRODUCTS, "tokens/s", values, True, about)] if values else []
 
     def _bound(self, models: Mapping[str, PreTrainedModel]) -> Metric:
         rates = {device: memory_bandwidth(device) for device in {model.device for model in models.values()}}
@@ -107,7 +130,30 @@ class Speed:
         }
         measured = ", ".join(f"{rate / 1e9:.1f} GB/s" for rate in rates.values())
         how = f"batch {self.batch} * measured copy bandwidth ({measured}) / bytes of weights read per step"
-        return Metric("decode bound", "tokens/s", values, True, how)
+        return Metric(DECODE_BOUND, "tokens/s", values, True, how)
+
+
+def products(model: nn.Module, work: Callable[[], object]) -> list[Callable[[], object]]:
+    """The calls that ``work`` makes of modules with matrices of their own, in order and with what they are given.
+
+    An embedding, which reads a row, isn't one.
+    """
+    calls: list[Callable[[], object]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(lambda: module(*args, **kwargs))
+
+    hooks = [
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding) and any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+    ]
+    try:
+        work()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
 
 
 def weight_bytes_per_step(model: PreTrainedModel) -> int:

@@ -16,7 +16,6 @@ from secateur.report.numbers import (
     MISSING,
     change_from,
     footnotes,
-    format_bytes,
     format_change,
     metric_value,
     model_names,
@@ -27,10 +26,8 @@ from secateur.report.numbers import (
 from secateur.report.page import facts_table, figure, page, scrolling, table
 from secateur.report.recovery import recovery_section
 from secateur.report.report import Metric, Report
+from secateur.report.speeds import is_disk, is_faster, is_speed, speed_sentences
 from secateur.report.training import training_section
-
-_NOTICEABLE = 0.1
-"""a change of speed below this fraction is within what repeated measurements scatter"""
 
 
 def write_report(report: Report, path: str | Path) -> Path:
@@ -90,22 +87,13 @@ def _of_what(report: Report) -> str:
 def _headline_metrics(metrics: Sequence[Metric]) -> list[Metric]:
     wanted = (
         lambda m: "perplexity" in m.name.lower() or m.name == "accuracy",
-        _is_disk,
+        is_disk,
         lambda m: m.unit.lower() in ("parameters", "params") or m.name.lower() == "parameters",
-        lambda m: _is_speed(m) and "decode" in m.name.lower(),
+        lambda m: is_speed(m) and "decode" in m.name.lower(),
         lambda m: m.name == "MACs",
     )
     found = (next((m for m in metrics if len(m.values) > 1 and test(m)), None) for test in wanted)
     return [metric for metric in found if metric is not None]
-
-
-def _is_disk(metric: Metric) -> bool:
-    return metric.unit.lower() in ("bytes", "b") and "disk" in metric.name.lower()
-
-
-def _is_speed(metric: Metric) -> bool:
-    # a bound is worked out from bytes, so it must not pass for a measurement
-    return metric.unit.lower() in ("tok/s", "tokens/s") and "bound" not in metric.name.lower()
 
 
 def _big_number(metric: Metric) -> str:
@@ -220,39 +208,11 @@ def _metric_row(metric: Metric, models: Sequence[str], note: int | None) -> str:
 
 def _speed_note(report: Report) -> str:
     masked = any(cut.matrices for cut in report.layers)
-    sentences = [s for s in (_bytes_sentence(report.metrics, masked), _speed_sentence(report.metrics, masked)) if s]
+    sentences = speed_sentences(report.metrics, masked)
     if not sentences:
         return ""
-    warns = masked and not _is_faster(report.metrics)
-    css = "box warning" if warns else "box"
+    css = "box warning" if masked and not is_faster(report.metrics) else "box"
     return f'<div class="{css}" role="note">{"".join(f"<p>{escape(s)}</p>" for s in sentences)}</div>'
-
-
-def _is_faster(metrics: Sequence[Metric]) -> bool:
-    return any((m.change(list(m.values)[-1]) or 0) >= _NOTICEABLE for m in metrics if _is_speed(m) and m.values)
-
-
-def _speed_sentence(metrics: Sequence[Metric], masked: bool) -> str:
-    speeds = [m for m in metrics if _is_speed(m) and len(m.values) > 1]
-    changes = ", ".join(f"{m.name} {format_change(m.change(list(m.values)[-1]))}" for m in speeds)
-    if masked and not _is_faster(metrics):
-        measured = f" (measured: {changes})" if changes else ""
-        return (
-            f"The zeros made nothing faster{measured}: ordinary kernels multiply a zero like any other number. "
-            "Time is saved where the runtime has sparse kernels, or by removing whole heads, neurons or layers."
-        )
-    return f"Speed: {changes}." if changes else ""
-
-
-def _bytes_sentence(metrics: Sequence[Metric], masked: bool) -> str:
-    disk = next((m for m in metrics if _is_disk(m) and len(m.values) > 1), None)
-    if disk is None:
-        return ""
-    before, *_, after = disk.values.values()
-    if after < before * 0.995:
-        return f"{format_bytes(before - after)} of {format_bytes(before)} are gone."
-    remedy = " The packed format (one bit per weight and the kept values) is the smaller one." if masked else ""
-    return f"The checkpoint takes as many bytes as before.{remedy}"
 
 
 def _samples(report: Report) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from secateur.structure.following import Way
 
 BYTES_ON_DISK = "bytes on disk"
+DECODE, DECODE_PRODUCTS, DECODE_BOUND = "decode", "decode, products alone", "decode bound"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from secateur.report.report import BYTES_ON_DISK
+from secateur.report.report import BYTES_ON_DISK, DECODE, DECODE_BOUND, DECODE_PRODUCTS
 from secateur.sweep.records import Record
 
 SIZES = ("parameters", "non-zero parameters", "bytes", BYTES_ON_DISK, "peak memory", "MACs")
 REQUEST = "latency of a request"
-SPEEDS = ("prefill", "decode", "decode bound", REQUEST)
+SPEEDS = ("prefill", DECODE, DECODE_PRODUCTS, DECODE_BOUND, REQUEST)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Cost:
 
 
 def _latency(record: Record) -> float | None:
-    rate = record.metric("decode")
+    rate = record.metric(DECODE)
     return 1000.0 / rate if rate else None
 
 
