@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import svg
 from common import RESULTS, finished_rows, here, write_result
 from processes import measured
 
@@ -302,7 +303,7 @@ def _about_best(rows: list[dict[str, Any]]) -> str:
 
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 760, 300, 60, 40
-COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")
+STYLE = "text{font-size:11px} .label{stroke:none} .open{fill:none}"
 
 
 def drawn(rows: list[dict[str, Any]]) -> str:
@@ -313,37 +314,37 @@ def drawn(rows: list[dict[str, Any]]) -> str:
     for place, (kind, removed) in enumerate(settings):
         mine = [row for row in rows if (row.get("kind"), row["removed"]) == (kind, removed)]
         panel = _panel(f"{kind}, {removed} removed", mine, processors)
-        parts.append(f'<g transform="translate(0 {place * HEIGHT})">{panel}</g>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT * max(1, len(settings))}" '
-    return head + 'font-family="sans-serif" font-size="11">' + "".join(parts) + "</svg>\n"
+        parts.append(svg.below(place * HEIGHT, panel))
+    height = HEIGHT * max(1, len(settings))
+    title = "Perplexity against seconds"
+    return svg.document(WIDTH, height, parts, title=title, series=len(processors), light=STYLE, dark=STYLE)
 
 
 def _panel(title: str, rows: list[dict[str, Any]], processors: list[str]) -> str:
-    across = _axis([row["cpu seconds"] for row in rows], LEFT, WIDTH - 170)
+    along = _axis([row["cpu seconds"] for row in rows], LEFT, WIDTH - 170)
     # one ruinous row would press all others together
     highest = 4 * statistics.median(row["perplexity"] for row in rows)
     up = _axis([min(row["perplexity"], highest) for row in rows], HEIGHT - BOTTOM, 30)
-    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(processors)}
-    places = {id(row): (across(row["cpu seconds"]), up(min(row["perplexity"], highest))) for row in rows}
-    marks = [
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" stroke="{colours[row.get("on", "")]}" '
-        f'fill="{colours[row.get("on", "")] if row["front"] else "none"}"/>'
-        for row in rows
-        for x, y in [places[id(row)]]
+    right, bottom = WIDTH - 20, HEIGHT - BOTTOM
+    parts = [
+        svg.down(LEFT, 24, bottom),
+        svg.across(LEFT, bottom, right),
+        svg.text(LEFT, 16, title, bold=True),
+        svg.text(right, HEIGHT - 22, "processor seconds of the plan, logarithmic", anchor="end"),
+        f'<text transform="translate(16 {bottom}) rotate(-90)">perplexity, logarithmic</text>',
     ]
-    marks += _labels([(*places[id(row)], f"{row['method']} {row['perplexity']:.4g}") for row in rows])
-    axes = f'<path d="M{LEFT} 24V{HEIGHT - BOTTOM}H{WIDTH - 20}" fill="none" stroke="#94a3b8"/>'
-    names = (
-        f'<text x="{LEFT}" y="16" font-weight="bold">{title}</text>'
-        f'<text x="{WIDTH - 20}" y="{HEIGHT - 22}" text-anchor="end">processor seconds of the plan, logarithmic</text>'
-        f'<text transform="translate(16 {HEIGHT - BOTTOM}) rotate(-90)">perplexity, logarithmic</text>'
-    )
-    shown = [
-        f'<text x="{WIDTH - 20}" y="{16 + 13 * place}" text-anchor="end" fill="{colours[name]}">{name}</text>'
-        for place, name in enumerate(processors)
-        if any(row.get("on", "") == name for row in rows)
-    ]
-    return axes + names + "".join(marks) + "".join(shown)
+    labels = []
+    for row in rows:
+        x, y = along(row["cpu seconds"]), up(row["perplexity"])
+        labels.append((x, y, f"{row['method']} {row['perplexity']:.4g}"))
+        css = f"c{processors.index(row.get('on', ''))}" + ("" if row["front"] else " open")
+        said = f"{row['method']}: {row['perplexity']:,.1f} in {row['cpu seconds']:,.0f} s"
+        parts.append(svg.dot(x, y, css, said, radius=4))
+    parts += _labels(labels)
+    for place, name in enumerate(processors):
+        if any(row.get("on", "") == name for row in rows):
+            parts.append(svg.text(right, 16 + 13 * place, name, anchor="end", css=f"label c{place}"))
+    return "".join(parts)
 
 
 LINE = 11
@@ -367,14 +368,14 @@ def _labels(marks: list[tuple[float, float, str]]) -> list[str]:
         ]
         y = free[0] if free else y
         taken.append((start, end, y))
-        at = f'x="{x + (7 if right else -7):.1f}" y="{y + 4:.1f}"'
-        drawn.append(f'<text {at} text-anchor="{"start" if right else "end"}">{text}</text>')
+        drawn.append(svg.text(x + (7 if right else -7), y + 4, text, anchor="start" if right else "end"))
     return drawn
 
 
-def _axis(values: list[float], start: float, stop: float) -> Any:
-    low, high = math.log(min(values)), math.log(max(values))
-    return lambda value: start + (stop - start) * (0.05 + 0.9 * (math.log(value) - low) / ((high - low) or 1.0))
+def _axis(values: list[float], start: float, stop: float) -> Callable[[float], float]:
+    """A logarithmic axis with some room at both ends."""
+    room = 0.05 * (stop - start)
+    return svg.logarithmic(min(values), max(values), start + room, stop - room)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import argparse
 import math
 import tempfile
 from contextlib import nullcontext
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import items
+import svg
 from common import RESULTS, finished_rows, here, write_result
 
 import secateur as sc
@@ -232,12 +232,8 @@ def _publish(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]
 WIDTH, LEFT, RIGHT, ROW, TOP = 860, 140, 110, 20, 56
 FARTHEST = 12
 """times the perplexity of the dense model: what lies beyond has its number at the edge"""
-STYLE = """
-text{fill:#1f2328} .small{font-size:11px;fill:#57606a} .grid{stroke:#d0d7de} .way{stroke:#8c959f;stroke-width:2}
-.cut{fill:#fff;stroke:#57606a;stroke-width:1.5} .trained{fill:#2f6f6a}
-@media (prefers-color-scheme: dark){text{fill:#e6edf3} .small{fill:#8b949e} .grid{stroke:#30363d} .way{stroke:#6e7681}
-.cut{fill:#0d1117;stroke:#8b949e} .trained{fill:#58a89d}}
-"""
+LIGHT = ".way{stroke:#8c959f;stroke-width:2} .cut{fill:#fff;stroke:#57606a;stroke-width:1.5} .trained{fill:#2f6f6a}"
+DARK = ".way{stroke:#6e7681} .cut{fill:#0d1117;stroke:#8b949e} .trained{fill:#58a89d}"
 
 
 def drawn(rows: list[dict[str, Any]]) -> str:
@@ -251,43 +247,37 @@ def drawn(rows: list[dict[str, Any]]) -> str:
                 found.setdefault(row["method"], {})[bool(row["recovery"])] = row["perplexity"]
         # what isn't trained yet stands below what is
         order = sorted(found.items(), key=lambda one: [one[1].get(trained, math.inf) for trained in (True, False)])
-        parts.append(f'<g transform="translate(0 {top})">{_panel(sparsity, order, dense)}</g>')
+        parts.append(svg.below(top, _panel(sparsity, order, dense)))
         top += TOP + ROW * len(order) + 20
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" font-family="system-ui, sans-serif" '
-    return f'{head}font-size="13"><style>{STYLE}</style>{"".join(parts)}</svg>\n'
+    title = "Perplexity of every method, cut and trained"
+    return svg.document(WIDTH, top, parts, title=title, light=LIGHT, dark=DARK)
 
 
 def _panel(sparsity: float, methods: list[tuple[str, dict[bool, float]]], dense: float) -> str:
-    def across(perplexity: float) -> float:
-        share = math.log(max(perplexity / dense, 1.0)) / math.log(FARTHEST)
-        return LEFT + min(share, 1.0) * (WIDTH - LEFT - RIGHT)
-
-    bottom = TOP + ROW * len(methods)
-    parts = [f'<text x="12" y="20" font-weight="bold">{sparsity:.0%} of the blocks removed</text>']
+    along, bottom = svg.logarithmic(dense, FARTHEST * dense, LEFT, WIDTH - RIGHT), TOP + ROW * len(methods)
     what = "perplexity, logarithmic: ○ cut, ● trained"
-    parts.append(f'<text class="small" x="{WIDTH - 12}" y="20" text-anchor="end">{what}</text>')
+    parts = [
+        svg.text(12, 20, f"{sparsity:.0%} of the blocks removed", bold=True),
+        svg.text(WIDTH - 12, 20, what, anchor="end", css="small"),
+    ]
     bare = [method.partition(":")[0] for method, _ in methods]
     for times in (1, 1.25, 1.5, 2, 3, 5, 8, FARTHEST):
-        x = across(times * dense)
-        parts.append(f'<path class="grid" d="M{x:.1f} {TOP - 8}V{bottom}"/>')
+        x = along(times * dense)
+        parts.append(svg.down(x, TOP - 8, bottom))
         said = f"{times * dense:.0f}" if times > 1 else "dense"
-        parts.append(f'<text class="small" x="{x:.1f}" y="{TOP - 14}" text-anchor="middle">{said}</text>')
+        parts.append(svg.text(x, TOP - 14, said, anchor="middle", css="small"))
     for place, (method, found) in enumerate(methods):
         y = TOP + ROW * (place + 0.5)
         # options are told where one method is there with several
         name = method if bare.count(bare[place]) > 1 else bare[place]
-        parts.append(f'<text x="{LEFT - 12}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
-        ends = [across(value) for value in found.values()]
-        parts.append(f'<path class="way" d="M{min(ends):.1f} {y:.1f}H{max(ends):.1f}"/>')
+        parts.append(svg.text(LEFT - 12, y + 4, name, anchor="end"))
+        ends = [along(value) for value in found.values()]
+        parts.append(svg.across(min(ends), y, max(ends), css="way"))
         for trained, value in sorted(found.items()):
-            x, kind = across(value), "trained" if trained else "cut"
-            said = f"{method}, {kind}: {value:,.1f}"
-            parts.append(
-                f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(said)}</title></circle>'
-            )
+            kind = "trained" if trained else "cut"
+            parts.append(svg.dot(along(value), y, kind, f"{method}, {kind}: {value:,.1f}"))
         beyond = [f"{value:,.0f}" for _, value in sorted(found.items()) if value > FARTHEST * dense]
-        said = f'<text class="small" x="{WIDTH - RIGHT + 10}" y="{y + 4:.1f}">{" → ".join(beyond)}</text>'
-        parts += [said] if beyond else []
+        parts += [svg.text(WIDTH - RIGHT + 10, y + 4, " → ".join(beyond), css="small")] if beyond else []
     return "".join(parts)
 
 

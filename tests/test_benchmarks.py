@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -310,7 +311,7 @@ def test_the_front_of_second_order_methods_and_its_picture(study):
     ruined = {"kind": "weights", "removed": "0.5", "method": "dense targets", "perplexity": 469.0, "cpu seconds": 201.0}
     crowd = [{**rows[2], "method": f"like it {place}", "front": ""} for place in range(9)]
     picture = module.drawn([*rows, *crowd, {**ruined, "front": ""}])
-    marks = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', picture)]
+    marks = [float(y) for y in re.findall(r' cx="[\d.]+" cy="([\d.]+)"', picture)]
     assert min(marks) == marks[-1] and sorted(marks)[1] - marks[-1] > module.HEIGHT / 4
     heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)" text-anchor="end">(?:like|alps)', picture))
     assert len(heights) == 10 and all(b - a >= module.LINE / 2 for a, b in itertools.pairwise(heights))
@@ -526,6 +527,21 @@ def test_a_prefix_is_read_once_and_compressed_in_many_ways(study):
             assert torch.allclose(found, torch.nn.functional.cross_entropy(logits, ids[0, 25:], reduction="none"))
 
 
+def test_pictures_stand_by_themselves_and_hold_what_lies_beyond_their_edge(study):
+    svg = study("svg")
+    along = svg.logarithmic(10.0, 1000.0, 50.0, 250.0)
+    assert [along(value) for value in (1.0, 10.0, 100.0, 1e5)] == pytest.approx([50.0, 50.0, 150.0, 250.0])
+    assert svg.logarithmic(5.0, 5.0, 0.0, 1.0)(5.0) == 0.0
+    parts = [svg.below(10, svg.text(1, 2, "a < b & c")), svg.dot(1, 2, "c6", '"quoted"')]
+    picture = svg.document(20, 30, parts, title="1 < 2", series=7, dark=".own{fill:red}")
+    page = ElementTree.fromstring(picture)
+    assert page.get("viewBox") == "0 0 20 30"
+    assert [text for text in page.itertext() if text.strip() and "{" not in text] == ["1 < 2", "a < b & c", '"quoted"']
+    light, dark = picture.split("prefers-color-scheme: dark")
+    # colours begin again behind the last, and both kinds of page have all of them
+    assert all(page.count(".c0{") == page.count(".c6{") == 1 for page in (light, dark)) and ".own" not in light
+
+
 def test_the_picture_and_the_table_of_the_guide_are_those_of_the_result(study):
     pictures = study("pictures")
     result = json.loads(pictures.RESULT.read_text(encoding="utf8"))
@@ -542,5 +558,5 @@ def test_the_picture_and_the_table_of_the_guide_are_those_of_the_result(study):
         name: next(y for x, y, _ in found if 45 < x < 60) for name, found in places.items() if name[:7] == "tokens:"
     }
     svg = pictures.picture({"model": "m", "rows": [row for row in result["rows"] if row["cache"].endswith("kv:0.5")]})
-    heights = {n: float(y) for y, n in re.findall(r'y="([\d.]+)" style="stroke:none"><title>(\w+):0.5', svg)}
+    heights = {n: float(y) for y, n in re.findall(r'y="([\d.]+)"><title>(\w+):0.5', svg)}
     assert half["tokens: adakv"] < half["tokens: streaming_llm"] and heights["adakv"] > heights["random_kv"]

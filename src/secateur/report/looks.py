@@ -15,6 +15,8 @@ _LOOKS = (
     ("five", "#5d7a1f", "#b3cf6b", "triangle-down", "▼", "▽"),
     ("six", "#2a6496", "#7db8e8", "star", "★", "☆"),
 )
+COLOURS = tuple((light, dark) for _, light, dark, *_ in _LOOKS)
+"""of series one after another, on a light page and on a dark one"""
 LOOKS_STYLE = (
     ":root {" + "".join(f"--{name}: {light};" for name, light, *_ in _LOOKS) + "}\n"
     "@media (prefers-color-scheme: dark) { :root {"
