@@ -35,7 +35,8 @@ from secateur.sweep.worker import Worker
 METHODS = (
     "flap", "wanda_sp", "shortgpt", "magnitude_sp", "minitron", "amp", "cfsp", "llm_pruner", "angular", "osscar",
     "flap:heal=refit", "cfsp:heal=refit", "slicegpt:budget=params,round_to=4,orientation=pca", "random_sp",
-    "adapt_pruner", "blockpruner", "prunenet", "loraprune", "tyr", "evopress",
+    "adapt_pruner", "blockpruner:tokens=512", "prunenet", "loraprune:steps=75,batch=1,every=3", "tyr:iterations=1",
+    "evopress:starts=12,generations=8,offspring=10,first_tokens=512,last_tokens=1024",
 )  # fmt: skip
 SPARSITIES = (0.2, 0.4)
 SEEDS = (0, 1, 2)
@@ -46,12 +47,14 @@ linear weights of the blocks that is really gone; who misses what was asked for 
 verdict; `refused` is who can't cut this model. Random methods run with three seeds, and ± is the standard deviation
 over them. `p` is the probability that the best method of a budget is better, when the windows are drawn anew (paired
 bootstrap); below 0.95 two methods are not distinguishable. Seconds and memory are those of planning, cutting and
-training, in one process that also holds the dense model, beside whatever else ran on the machine; times `on` two
-processors are not to be compared, and `shared` ones would be longer without statistics that another row had taken. Of
-methods that ran at once only the first training computes what the teacher predicts. `arc_easy` is the share of right
-answers among four, chosen by likelihood, `ioi` that of names (`lambada_openai`: of last words) that are written as they
-must follow, each of the first {limit} items of the file, so that a difference of less than a tenth may be chance.
-Methods that the command has and this table doesn't were not run yet: a second call goes on with them.
+training, in one process that also holds the dense model, beside whatever else ran on the machine, which made some of
+them take twice as long; times `on` two processors are not to be compared, and `shared` ones would be longer without
+statistics that another row had taken. Of methods that ran at once only the first training computes what the teacher
+predicts. `arc_easy` is the share of right answers among four, chosen by likelihood, `ioi` that of names
+(`lambada_openai`: of last words) that are written as they must follow, each of the first {limit} items of the file, so
+that a difference of less than a tenth may be chance. What a method tries or trains by itself is shortened by its
+options: BlockPruner tries on 512 tokens, EvoPress has 8 generations. Methods that the command has and this table
+doesn't were not run yet: a second call goes on with them.
 """
 HIDDEN = ("losses",)
 
