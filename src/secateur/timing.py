@@ -63,6 +63,8 @@ def take_turns(
 
 _MUCH = 0.1
 """of the time for which threads were ready to run"""
+BUSY = "while other processes had the processors for part of the time"
+"""what the protocol of a measurement says on a machine that wasn't quiet"""
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Watched:
     @property
     def about(self) -> str:
         """What a protocol says of it: nothing on a quiet machine."""
-        return ", while other processes had the processors for part of the time" if self.waited > _MUCH else ""
+        return f", {BUSY}" if self.waited > _MUCH else ""
 
 
 @contextmanager

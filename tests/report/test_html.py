@@ -18,6 +18,7 @@ from secateur.report import LayerCut, Metric, Report, Sample
 from secateur.report.charts import score_charts, sparsity_chart, units_chart
 from secateur.report.html import render, write_report
 from secateur.report.speeds import decode_sentence
+from secateur.timing import BUSY
 
 DENSE, PRUNED = "smollm2-135m", "pruned"
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -282,6 +283,9 @@ def test_it_says_why_decoding_is_not_as_fast_as_fewer_bytes_allow() -> None:
     # what a runtime could do isn't among the speeds
     assert "Speed: decode +25.0 %." in text
     assert "allows 1.40." in decode_sentence(decoding(12.5, None, 42.0))
+    # on a machine that wasn't quiet, what a token takes is also waiting
+    busy = [replace(metric, protocol=f"2 threads, {BUSY}") for metric in decoding(12.5, 26.0, 42.0)]
+    assert "the calls themselves, and waiting for processors that others had) took 50" in decode_sentence(busy)
 
 
 @pytest.mark.parametrize(

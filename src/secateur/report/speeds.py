@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from secateur.report.numbers import format_bytes, format_change
 from secateur.report.report import DECODE, DECODE_BOUND, DECODE_PRODUCTS, Metric
+from secateur.timing import BUSY
 
 _NOTICEABLE = 0.1
 """a change of speed below this fraction is within what repeated measurements scatter"""
@@ -52,10 +53,12 @@ def decode_sentence(metrics: Sequence[Metric]) -> str:
     whole = [1000 / known[DECODE][at] for at in (0, -1)]
     products = [1000 / known[DECODE_PRODUCTS][at] for at in (0, -1)]
     rest = [max(a - b, 0.0) for a, b in zip(whole, products, strict=True)]
+    busy = any(BUSY in metric.protocol for metric in metrics if metric.name == DECODE)
     return (
         f"{said}: of {whole[0]:.3g} ms a token, products with weights took {products[0]:.3g} and take {products[1]:.3g}"
         f" now, {products[0] / products[1]:.2f} times as fast; the rest (attention to the cache, norms, the calls"
-        f" themselves) took {rest[0]:.3g} and takes {rest[1]:.3g}."
+        f" themselves{', and waiting for processors that others had' if busy else ''}) took {rest[0]:.3g} and takes"
+        f" {rest[1]:.3g}."
     )
 
 
