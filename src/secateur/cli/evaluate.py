@@ -101,8 +101,10 @@ def evaluate(
     from secateur.report.speeds import decode_sentence
     from secateur.report.tables import metrics_table
 
-    why = decode_sentence(table.metrics) if len(table.models) == 2 else ""
-    show(metrics_table(table.metrics), *filter(None, [why]))
+    show(metrics_table(table.metrics))
+    # it is about two models
+    if len(table.models) == 2 and (why := decode_sentence(table.metrics)):
+        show(why)
 
 
 def model_names(models: list[str]) -> list[str]:

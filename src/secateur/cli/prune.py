@@ -353,7 +353,8 @@ def _show_outcome(job: Recipe, report: Report, json: bool, url: str | None) -> N
         print_json({**report.to_dict(), **({"hub": url} if url else {})})
         return
     show(metrics_table(report.metrics), *(summary(recovery) for recovery in report.recoveries))
-    show(*filter(None, [decode_sentence(report.metrics)]))
+    if why := decode_sentence(report.metrics):
+        show(why)
     for sample in report.samples:
         show(*(f"{name}: {sample.prompt}{text}\n" for name, text in sample.outputs.items()))
     assert job.out is not None
