@@ -9,9 +9,9 @@ with the bandwidth measured on the spot by copying a block of memory (bytes read
 leaves out the KV cache and the activations. A model that fits the processor's cache can beat it; a mixture of experts
 that reads few of its experts does.
 
-Between the two, `decode, products alone` does nothing of a token but its products with weights, of which a cut model has
-less. The rest of a token is attention to the cache, norms, activations, and what calling all of that costs, of which a
-narrower model has little less.
+Between the two, `decode, products alone` does nothing of a token but its products with weights, of which a cut model
+has less. The rest of a token is attention to the cache, norms, activations, and what calling all of that costs, of
+which a narrower model has little less.
 """
 
 from __future__ import annotations
