@@ -199,7 +199,8 @@ def _judged(rows: list[dict[str, Any]]) -> list[str]:
             candidates = [Candidate(row["method"], row["perplexity"], tuple(row["losses"])) for row in meets]
             if not candidates:
                 continue
-            verdict = judge(sparsity, "perplexity", candidates, higher_is_better=False, dense=rows[0]["perplexity"])
+            dense = rows[0]["perplexity"]
+            verdict = judge(sparsity, "perplexity", candidates, higher_is_better=False, exponential=True, dense=dense)
             chances = verdict.probabilities or {}
             for row in mine:
                 chance = chances.get(row["method"])

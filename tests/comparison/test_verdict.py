@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -48,6 +49,19 @@ def test_seeds_are_drawn_anew_as_well():
     assert chance == pytest.approx(0.75, abs=0.02)
     # with the mean of the seeds alone it would be certain
     assert probability_better(several.mean(axis=0), WINDOWS, higher_is_better=False) == 1.0
+
+
+def test_a_draw_is_judged_by_what_methods_are_ranked_by():
+    # the mean loss of the seeds is below the other method's, the mean perplexity above
+    several = np.stack([WINDOWS - 1.0, WINDOWS + 0.9])
+    candidates = [
+        Candidate("even", math.exp(WINDOWS.mean()), (WINDOWS.tolist(),)),
+        Candidate("far apart", float(np.exp(several.mean(axis=1)).mean()), tuple(several.tolist())),
+    ]
+    found = judge(0.2, "perplexity:t", candidates, higher_is_better=False, exponential=True)
+    # three quarters of the draws have the worse seed at least once
+    assert found.best == "even" and found.probability == pytest.approx(0.75, abs=0.02)
+    assert judge(0.2, "loss:t", candidates, higher_is_better=False).probability == pytest.approx(0.25, abs=0.02)
 
 
 def test_the_same_seed_gives_the_same_answer():

@@ -45,6 +45,7 @@ def test_the_losses_of_the_windows_are_kept(make_llama: Any, tiny_tokenizer: Any
     for name, model in models.items():
         assert metric.parts[name] == window_losses(model, ids).tolist()
         assert metric.values[name] == math.exp(sum(metric.parts[name]) / 5)
+    assert metric.exponential
 
 
 def test_uniform_logits_give_the_size_of_the_vocabulary(tiny_llama: Any, tiny_tokenizer: Any) -> None:

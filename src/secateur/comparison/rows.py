@@ -216,8 +216,15 @@ def _judge(asked: Asked, rows: Sequence[Row], metric: str, higher: bool, dense: 
         value = row.mean(metric)
         if row.meets_budget and value is not None:
             candidates.append(Candidate(row.method, value, tuple(record.parts(metric) for record in row.records)))
-    at = dense.metric(metric) if dense is not None else None
-    return judge(rows[0].sparsity, metric, candidates, higher_is_better=higher, dense=at)
+    measured = (m for row in rows for record in row.records for m in record.metrics if m.name == metric)
+    return judge(
+        rows[0].sparsity,
+        metric,
+        candidates,
+        higher_is_better=higher,
+        exponential=any(m.exponential for m in measured),
+        dense=dense.metric(metric) if dense is not None else None,
+    )
 
 
 def _notes(asked: Asked, results: Results, rows: Sequence[Row]) -> list[str]:

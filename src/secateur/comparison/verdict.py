@@ -4,7 +4,8 @@ Methods are measured on the same windows, or the same items, so that their diffe
 anew, with replacement and the same ones for all methods, and so are the seeds of a method that ran with several; the
 fraction of draws in which one method is better than another is the probability that is told (the paired bootstrap of
 P. Koehn, "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004; a draw without a difference
-counts half). It says how far the text decides, and nothing of other texts or tasks.
+counts half). A draw is judged by what methods are ranked by: the mean over seeds of the metric, which for a perplexity
+is not the metric of the mean loss. It says how far the text decides, and nothing of other texts or tasks.
 """
 
 from __future__ import annotations
@@ -95,38 +96,61 @@ class Verdict:
 
 
 def judge(
-    sparsity: float, metric: str, candidates: Sequence[Candidate], *, higher_is_better: bool, dense: float | None = None
+    sparsity: float,
+    metric: str,
+    candidates: Sequence[Candidate],
+    *,
+    higher_is_better: bool,
+    exponential: bool = False,
+    dense: float | None = None,
 ) -> Verdict:
-    """Rank the candidates of one budget by one metric, and hold each against the best."""
+    """Rank the candidates of one budget by one metric, and hold each against the best.
+
+    ``exponential`` where the metric of a seed is the exponential of the mean of its parts.
+    """
     ranked = sorted(candidates, key=lambda one: -one.value if higher_is_better else one.value)
     values = {one.name: one.value for one in ranked}
     lengths = {len(parts) for one in ranked for parts in one.parts}
     if len(ranked) < 2 or not all(one.parts for one in ranked) or len(lengths) != 1 or not min(lengths):
         return Verdict(sparsity, metric, values, dense)
     best, *others = ranked
-    chances = {one.name: probability_better(best.parts, one.parts, higher_is_better=higher_is_better) for one in others}
+    chances = {
+        one.name: probability_better(best.parts, one.parts, higher_is_better=higher_is_better, exponential=exponential)
+        for one in others
+    }
     return Verdict(sparsity, metric, values, dense, chances)
 
 
 def probability_better(
-    first: ArrayLike, second: ArrayLike, *, higher_is_better: bool, resamples: int = RESAMPLES, seed: int = 0
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    higher_is_better: bool,
+    exponential: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> float:
     """The probability that ``first`` has the better mean when windows and seeds are drawn anew.
 
-    Both are [seeds, windows] of the same windows; the numbers of seeds may differ. Draws without a difference count
-    half. The draws are those of ``seed``.
+    Both are [seeds, windows] of the same windows; the numbers of seeds may differ. ``exponential`` takes the mean over
+    seeds of the exponential of every seed's mean. Draws without a difference count half. The draws are those of
+    ``seed``.
     """
     first_SN, second_SN = (np.atleast_2d(np.asarray(one, dtype=np.float64)) for one in (first, second))
     generator = np.random.default_rng(seed)
     count_RN = _draws(generator, first_SN.shape[1], resamples)
-    difference_R = _means(first_SN, count_RN, generator) - _means(second_SN, count_RN, generator)
-    better_R = difference_R > 0 if higher_is_better else difference_R < 0
-    return float(better_R.mean() + 0.5 * (difference_R == 0).mean())
+    first_R, second_R = (_means(one, count_RN, generator, exponential) for one in (first_SN, second_SN))
+    better_R = first_R > second_R if higher_is_better else first_R < second_R
+    return float(better_R.mean() + 0.5 * (first_R == second_R).mean())
 
 
-def _means(parts_SN: NDArray[np.float64], count_RN: NDArray[np.int64], generator: np.random.Generator) -> NDArray:
+def _means(
+    parts_SN: NDArray[np.float64], count_RN: NDArray[np.int64], generator: np.random.Generator, exponential: bool
+) -> NDArray:
     """The mean over the windows and seeds of every draw, [draws]; ``count_RN`` says how often each window was drawn."""
     mean_RS = count_RN @ parts_SN.T / parts_SN.shape[1]
+    if exponential:
+        mean_RS = np.exp(mean_RS)
     if len(parts_SN) == 1:
         return mean_RS[:, 0]
     return (mean_RS * _draws(generator, len(parts_SN), len(count_RN))).sum(axis=1) / len(parts_SN)

@@ -74,7 +74,7 @@ class Perplexity:
         losses = {name: self._losses(name, model, tokens, tokenizer, settings) for name, model in models.items()}
         values = {name: _exp(float(losses_N.mean()), name) for name, losses_N in losses.items()}
         parts = {name: losses_N.tolist() for name, losses_N in losses.items()}
-        return [Metric(self.name, "", values, False, _protocol(tokens, settings), parts)]
+        return [Metric(self.name, "", values, False, _protocol(tokens, settings), parts, exponential=True)]
 
     def _tokens(
         self, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, settings: Settings

@@ -22,7 +22,7 @@ class Metric:
     ``higher_is_better`` is None for plain facts. ``protocol`` says how it was measured: data set, join, window,
     token count, batch, repeats. ``parts`` are what a value was computed from, by model: the mean loss of every window
     in nats, or the score of every item, in the same order for all models; the value rises with their mean. Empty where
-    nothing of the kind is known.
+    nothing of the kind is known. ``exponential`` where the value is the exponential of that mean, as a perplexity is.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Metric:
     higher_is_better: bool | None = None
     protocol: str = ""
     parts: dict[str, list[float]] = field(default_factory=dict)
+    exponential: bool = False
 
     def change(self, model: str) -> float | None:
         """Relative change against the first model, as a fraction; None when the baseline is 0 or absent."""
