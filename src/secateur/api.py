@@ -177,7 +177,6 @@ def plan(
     from secateur.observe.calibration import load_tokens
     from secateur.observe.precision import compute_dtype
     from secateur.observe.store import statistics_folder
-    from secateur.plans import Plan
     from secateur.provenance import Provenance
     from secateur.versions import library_versions
 
@@ -245,16 +244,7 @@ def plan(
         budgets=decision.budgets,
         allocation=allocation.provenance if allocation else None,
     ).allocated(keeper.allocated())
-    return Plan(
-        provenance=(provenance,),
-        groups=decision.groups,
-        keep=decision.keep,
-        masks=decision.masks,
-        values=decision.values,
-        biases=decision.biases,
-        scores=decision.scores,
-        rotations=decision.rotations,
-    )
+    return decision.plan(provenance)
 
 
 def method_options(

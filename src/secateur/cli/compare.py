@@ -14,6 +14,7 @@ from secateur.cli.options import (
     Calibration,
     ComputeDevice,
     ComputeDtype,
+    DurationFirst,
     Heal,
     Json,
     Length,
@@ -87,6 +88,7 @@ def compare(
     address: Address = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    estimate: DurationFirst = True,
     trust_remote_code: TrustRemoteCode = False,
     plugin: Plugins = None,
     json: Json = False,
@@ -98,6 +100,7 @@ def compare(
         raise UsageError("give a folder for the comparison with --out")
     check_resume(resume, overwrite)
     load_plugins(plugin)
+    from secateur.cli.estimate import announce_points
     from secateur.comparison import compare as run
     from secateur.comparison.asked import split
 
@@ -130,6 +133,7 @@ def compare(
             trust_remote_code=trust_remote_code,
             plugins=absolute(plugin or []),
             progress=progress,
+            announce=announce_points(quiet, estimate),
             **given(options),
         )
     show_notes(comparison.notes, quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from secateur.cli.options import (
     Calibration,
     ComputeDevice,
     ComputeDtype,
+    DurationFirst,
     Effort,
     Json,
     Length,
@@ -37,6 +39,7 @@ from secateur.cli.sweep import fail
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
+    from secateur.sweep.duration import Duration
     from secateur.sweep.runner import Results
     from secateur.sweep.spec import Sweep
 
@@ -87,6 +90,7 @@ def curve(
     windows: Windows = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    estimate: DurationFirst = True,
     trust_remote_code: TrustRemoteCode = False,
     plugin: Plugins = None,
     json: Json = False,
@@ -110,13 +114,23 @@ def curve(
         **given({"dtype": dtype, "device": device, "evaluate": evaluate or None, "windows": windows}),
     }
     asked = _sweep(recipe, parse_sparsities(sparsities, points))
+    from secateur.cli.estimate import announce_points
     from secateur.evaluation import make_task
 
     for task in asked.base.evaluate:
         make_task(task)
     with working(quiet) as progress:
         results, curves, lacking = _run(
-            asked, recipe, out, resume, overwrite, trust_remote_code, plugin or [], within, progress
+            asked,
+            recipe,
+            out,
+            resume,
+            overwrite,
+            trust_remote_code,
+            plugin or [],
+            within,
+            progress,
+            announce_points(quiet, estimate),
         )
     show_notes([*results.notes, *lacking, *_write(results, curves, out)], quiet)
     _show(results, curves, out, json)
@@ -156,12 +170,14 @@ def _run(
     plugins: list[str],
     within: float | None,
     progress: Any,
+    announce: Callable[[Duration], None] | None,
 ) -> tuple[Results, list[Any], list[str]]:
     """Run the points, then the setting that they recommend, so that what was expected there meets what is.
 
     Returns notes on what there is no curve of as well.
     """
     from secateur.sweep.curve import curve_of, predicted_at, quality_metrics
+    from secateur.sweep.duration import announce_rest
     from secateur.sweep.pools import InSequence
     from secateur.sweep.runner import make_job, open_journal, resumable, run_sweep
 
@@ -170,6 +186,7 @@ def _run(
     pool = InSequence(job)
     try:
         with resumable(journal, asked):
+            announce_rest(asked, finished, pool, announce)
             results = run_sweep(asked, pool, journal, finished, progress)
             first = curve_of(results, within=within)
             ran = [point.values["sparsity"] for point in asked.points]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,7 @@ from secateur.ranks import join
 if TYPE_CHECKING:
     from secateur.estimate.result import Estimate
     from secateur.recipes import Recipe
+    from secateur.sweep.duration import Duration
 
 
 def estimate(
@@ -156,6 +158,13 @@ def announce(found: Estimate, quiet: bool) -> None:
     check(found)
     if not quiet:
         print(f"estimate: {found.line()}", file=sys.stderr, flush=True)
+
+
+def announce_points(quiet: bool, wanted: bool = True) -> Callable[[Duration], None] | None:
+    """Says on stderr how long the points of a sweep take; None where that isn't ``wanted``, or nobody would read it."""
+    if quiet or not wanted:
+        return None
+    return lambda found: print(f"estimate: {found.line()}", file=sys.stderr, flush=True)
 
 
 class Announcement:

@@ -30,6 +30,12 @@ EstimateFirst = Annotated[
     bool,
     typer.Option("--estimate/--no-estimate", help="Say first what it takes, and refuse what can't fit (default)."),
 ]
+DurationFirst = Annotated[
+    bool,
+    typer.Option(
+        "--estimate/--no-estimate", help="Say first how long it takes, where points run one after the other (default)."
+    ),
+]
 DEFAULT_WORKERS = 2
 Address = Annotated[
     str | None, typer.Option("--address", metavar="ADDR", help="Ray cluster to use (default: a Ray on this machine).")

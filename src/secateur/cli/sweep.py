@@ -10,6 +10,7 @@ import typer
 from secateur.cli.options import (
     DEFAULT_WORKERS,
     Address,
+    DurationFirst,
     Json,
     Overwrite,
     Plugins,
@@ -36,6 +37,7 @@ def sweep(
     workers: Workers = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    estimate: DurationFirst = True,
     trust_remote_code: TrustRemoteCode = False,
     plugin: Plugins = None,
     json: Json = False,
@@ -43,6 +45,8 @@ def sweep(
 ) -> None:
     check_resume(resume, overwrite)
     load_plugins(plugin)
+    from secateur.cli.estimate import announce_points
+    from secateur.sweep.duration import announce_rest
     from secateur.sweep.pools import open_pool
     from secateur.sweep.runner import make_job, open_journal, resumable, run_sweep
     from secateur.sweep.spec import load_sweep
@@ -57,6 +61,7 @@ def sweep(
     with working(quiet) as progress, resumable(journal, asked):
         pool, notes = open_pool(job, workers, address, min(DEFAULT_WORKERS, asked.size), what="points")
         try:
+            announce_rest(asked, finished, pool, announce_points(quiet, estimate))
             results = run_sweep(asked, pool, journal, finished, progress)
         finally:
             pool.close()

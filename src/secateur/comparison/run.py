@@ -13,6 +13,7 @@ from secateur.comparison.rows import Comparison, Overlap, compare_records
 from secateur.errors import UsageError
 from secateur.plans import Plan
 from secateur.report.folder import write_study
+from secateur.sweep.duration import Duration, announce_rest
 from secateur.sweep.pools import InSequence, open_pool
 from secateur.sweep.runner import Results, check_folder, make_job, open_journal, resumable, run_sweep
 from secateur.sweep.worker import Worker
@@ -48,6 +49,7 @@ def compare(
     trust_remote_code: bool = False,
     plugins: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
+    announce: Callable[[Duration], None] | None = None,
 ) -> Comparison:
     """Hold methods against each other on one model, at equal budgets, beside the dense model.
 
@@ -61,7 +63,8 @@ def compare(
     Ray at ``address`` or of one on this machine, take a point each at the same time.
 
     ``out`` gets ``compare.json``, ``compare.html`` and the plan of every point; ``resume`` goes on with a comparison
-    that was stopped or killed, ``overwrite`` begins anew. ``plugins`` are those that were loaded.
+    that was stopped or killed, ``overwrite`` begins anew. ``plugins`` are those that were loaded. ``announce`` is told
+    first how long the points take where one worker runs them.
     Raises UsageError for what can't be compared, before anything is measured, OutputError for the folder,
     MissingExtraError for an ``address`` without Ray, and what ``load`` raises. A point that fails is in the result as
     failed.
@@ -106,6 +109,7 @@ def compare(
     with closing(pool):
         journal, finished = open_journal(Path(out), job, resume=resume, overwrite=overwrite)
         with resumable(journal, asked.sweep):
+            announce_rest(asked.sweep, finished, pool, announce)
             results = run_sweep(asked.sweep, pool, journal, finished, progress or _silent)
             results.notes[:0] = notes
             comparison = compare_records(asked, results, _overlaps(asked, results, Path(out), worker))

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from secateur.plans import Plan
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from secateur.observe.driver import BlockWalk
-    from secateur.provenance import BudgetAccount
+    from secateur.provenance import BudgetAccount, Provenance
 
 SeenByModule = Mapping[str, Mapping[str, Any]]
 
@@ -36,6 +38,19 @@ class Decision:
         for name in ("groups", "keep", "masks", "values", "biases", "scores", "budgets", "rotations"):
             getattr(self, name).update(getattr(other, name))
         self.notes += other.notes
+
+    def plan(self, provenance: Provenance) -> Plan:
+        """The same as data that can be kept, made in one step as ``provenance`` says."""
+        return Plan(
+            provenance=(provenance,),
+            groups=self.groups,
+            keep=self.keep,
+            masks=self.masks,
+            values=self.values,
+            biases=self.biases,
+            scores=self.scores,
+            rotations=self.rotations,
+        )
 
 
 class Decided(Protocol):

@@ -48,7 +48,7 @@ def estimate_run(
     available, all in bytes. ``startup`` seconds have passed already. Steps after the first are counted at the
     sizes of the dense model, and trainings are shared by the ``ranks``.
     """
-    jobs = _jobs(recipe, dtype, activation_memory, ranks)
+    jobs = jobs_of(recipe, dtype, activation_memory, ranks)
     machines = {job.method.name: try_machine(sizes, job, files, place) for job in jobs}
     baseline = resident_bytes()
     limit = memory_limit if memory_limit is not None else baseline + available_memory()
@@ -131,7 +131,8 @@ def check(estimate: Estimate) -> None:
         raise ResourceError(problem)
 
 
-def _jobs(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None, ranks: int) -> list[Job]:
+def jobs_of(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None = None, ranks: int = 1) -> list[Job]:
+    """The steps of a recipe as they are estimated."""
     last = len(recipe.steps)
     words = [(*recipe.words(step), split_heal(step.heal)[1]) for step in recipe.steps]
     return [

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 
@@ -53,6 +53,9 @@ class Machine:
     ranked: float
 
 
+_IDLE = Machine(*[1.0] * len(fields(Machine)))
+
+
 def try_machine(sizes: Sizes, job: Job, files: Iterable[Path] = (), place: Path | None = None) -> Machine:
     """Time this machine at what ``job`` will ask of it, reading ``files`` and writing (and removing) one in ``place``.
 
@@ -85,17 +88,20 @@ def try_training(training: Training, files: Iterable[Path] = (), place: Path | N
     sizes, device = training.sizes, training.device
     trial = min(_TRIAL, _TRIAL_PER_BYTE * sizes.stored)
     moved = _move_rate(device, trial)
-    return Machine(
-        flops=1.0,
-        float32_flops=1.0,
+    return replace(
+        _IDLE,
         trained_flops=_product_rate(sizes.hidden, training.dtype, device, trial),
-        factor_flops=1.0,
-        swept=1.0,
         moved=moved,
         read=_read_rate(files, moved),
         written=_write_rate(place, moved),
-        ranked=1.0,
     )
+
+
+def try_measuring(sizes: Sizes, dtype: torch.dtype, device: str) -> Machine:
+    """Time this machine at what measuring a model of this dtype asks of it; the rates of what it doesn't do are 1."""
+    trial = min(_TRIAL, _TRIAL_PER_BYTE * sizes.stored)
+    moved = _move_rate(device, trial)
+    return replace(_IDLE, flops=_product_rate(sizes.hidden, dtype, device, trial), moved=moved)
 
 
 def available_memory() -> int:

@@ -21,6 +21,8 @@ _LOADING = 50
 _SCORING = 8
 # of a group, at most
 VARIANTS = 5
+# entries read and written, per word, for a prediction that is compared in float32
+_COMPARED = 8
 # inputs: of queries, keys and values, and of what puts heads together
 _OF_ATTENTION = 2
 
@@ -161,6 +163,15 @@ def training_seconds(training: Training, machine: Machine) -> dict[str, float]:
         "heal": _trained(training, machine),
         "write": training.sizes.stored / machine.written,
     }
+
+
+def measuring_seconds(sizes: Sizes, machine: Machine, gone: float, windows: int, length: int) -> float:
+    """Expected time of one forward of ``windows`` through a model of which a token skips ``gone`` multiplications."""
+    attention = len(sizes.blocks) * 2 * length * sizes.attention
+    operations = 2 * (sizes.linear + sizes.head - gone) + attention
+    around = sum(_around_token(block, sizes) for block in sizes.blocks)
+    moved = sizes.itemsize * around + 4 * _COMPARED * sizes.vocabulary
+    return windows * length * (operations / machine.flops + moved / machine.moved)
 
 
 def _trained(training: Training, machine: Machine) -> float:

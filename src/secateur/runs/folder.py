@@ -341,16 +341,7 @@ class DiskKeeper(Keeper):
 
 
 def _part_tensors(part: Decision, provenance: Provenance) -> dict[str, Any]:
-    return Plan(
-        provenance=(provenance,),
-        groups=part.groups,
-        keep=part.keep,
-        masks=part.masks,
-        values=part.values,
-        biases=part.biases,
-        scores=part.scores,
-        rotations=part.rotations,
-    ).tensors()
+    return part.plan(provenance).tensors()
 
 
 def _part_document(part: Decision) -> dict[str, Any]:

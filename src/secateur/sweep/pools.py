@@ -56,7 +56,7 @@ class InSequence:
     """One piece after the other, in this process."""
 
     def __init__(self, job: Any, worker: Callable[[Any], Any] = Worker) -> None:
-        self._worker = worker(job)
+        self.worker = worker(job)
         self._waiting: deque[Any] = deque()
 
     @property
@@ -68,7 +68,7 @@ class InSequence:
 
     def next(self) -> tuple[Task, Any]:
         task = self._waiting.popleft()
-        return task, self._worker.run(task.point)
+        return task, self.worker.run(task.point)
 
     def close(self) -> None:
         return None

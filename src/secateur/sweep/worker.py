@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from secateur.plans import Plan
     from secateur.report import LayerCut, Metric
     from secateur.structure import Anatomy
+    from secateur.sweep.duration import Duration
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ class Worker:
                 check_model(method, model, self.anatomy(getattr(method, "heads", "kv")))
             except SecateurError as error:
                 raise type(error)(f"{point.name}: {error}") from None
+
+    def expected(self, points: Sequence[Point], *, dense: bool) -> Duration:
+        """How long ``points`` take here, and measuring the dense model where ``dense`` asks for that."""
+        from secateur.sweep.duration import duration
+
+        return duration(points, self._job, self._dense()[0], dense=dense)
 
     def release(self) -> None:
         """Let the model go, for work that others do; what asks for it loads it again."""
