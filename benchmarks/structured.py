@@ -8,7 +8,8 @@ Calibration: 64 consecutive windows of 512 tokens. Evaluation: the first 40 wind
 comparison one by one, the result is written after each of them, and a second call goes on behind what it holds: the
 losses of every window are in its JSON, so that the verdict is one over all methods. With ``--heal`` both are measured,
 what is cut and what is trained, and rows of what is cut that are there already stay as they are. With ``--items``, see
-``items.py``, rows that haven't seen them are made again.
+``items.py``, rows that haven't seen them are made again, and so are those of random methods that ran with fewer
+``--seeds``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import svg
 from common import RESULTS, finished_rows, here, write_result
 
 import secateur as sc
-from secateur.comparison.asked import TOLERANCE, ask, split
+from secateur.comparison.asked import TOLERANCE, Asked, ask, split
 from secateur.comparison.verdict import SURE, Candidate, judge
 from secateur.errors import UnsupportedModelError
 from secateur.sweep.runner import make_job
@@ -39,12 +41,12 @@ METHODS = (
     "evopress:starts=12,generations=8,offspring=10,first_tokens=512,last_tokens=1024",
 )  # fmt: skip
 SPARSITIES = (0.2, 0.4)
-SEEDS = (0, 1, 2)
+SEEDS = 3
 TEXTS = {"samples": 64, "length": 512, "windows": 40}
 TEXT = """
 Perplexity after structured pruning, by `recovery`: none, or the same training for all. `removed` is the fraction of the
 linear weights of the blocks that is really gone; who misses what was asked for by more than 0.01 has no part in the
-verdict; `refused` is who can't cut this model. Random methods run with three seeds, and ± is the standard deviation
+verdict; `refused` is who can't cut this model. Random methods run with so many `seeds`, and ± is the standard deviation
 over them. `p` is the probability that the best method of a budget is better, when the windows are drawn anew (paired
 bootstrap); below 0.95 two methods are not distinguishable. Seconds and memory are those of planning, cutting and
 training, in one process that also holds the dense model, beside whatever else ran on the machine, which made some of
@@ -69,13 +71,15 @@ def main() -> None:
     parser.add_argument(
         "--items", action="append", default=[], help="file with items of arc_easy, ioi or lambada_openai; repeatable"
     )
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="with how many of them random methods run")
     parser.add_argument("--dtype", default="float32", help="of the models; training may have its own, in --heal")
     parser.add_argument("--work", help="folder to keep comparisons in, so that a second call goes on within a method")
     arguments = parser.parse_args()
     name = f"compare-{Path(arguments.model).name}"
     rows = finished_rows(name)
     wanted = {items.name_of(file) for file in arguments.items}
-    there = {row["method"] for row in rows if row["recovery"] == arguments.heal and _has(row, wanted)}
+    seeds = _needed_seeds(arguments)
+    there = {row["method"] for row in rows if row["recovery"] == arguments.heal and _has(row, wanted, seeds)}
     todo = [method for method in split(arguments.methods) if method not in there]
     refused = _refused(arguments, todo)
     if refused:
@@ -91,7 +95,9 @@ def main() -> None:
             shown.append(method)
             mine = [one for one in shown if one in todo]
             # what is cut has no items before it is trained
-            had = {_key(row) for row in rows if _has(row, wanted) or (arguments.heal and not row["recovery"])}
+            had = {
+                _key(row) for row in rows if _has(row, wanted if row["recovery"] == arguments.heal else set(), seeds)
+            }
             compared = _compared(arguments, shown, Path(folder))
             new = [row for row in compared if row["method"] in [*mine, "dense"] and _key(row) not in had]
             rows = [row for row in rows if _key(row) not in {_key(one) for one in new}] + new
@@ -100,18 +106,23 @@ def main() -> None:
             print(*(row for row in new if row["recovery"] == arguments.heal), sep="\n", flush=True)
 
 
+def _needed_seeds(arguments: argparse.Namespace) -> dict[str, int]:
+    """With how many seeds every method runs."""
+    asked = _asked(arguments, split(arguments.methods), range(arguments.seeds))
+    return {method: arguments.seeds if method in asked.random else 1 for method in asked.contenders}
+
+
+def _asked(arguments: argparse.Namespace, methods: list[str], seeds: Sequence[int]) -> Asked:
+    # it takes two to be asked for
+    several = list(dict.fromkeys([*methods, *METHODS[:2]]))
+    return ask({"model": arguments.model, "steps": [{}]}, several, SPARSITIES, seeds, TOLERANCE)
+
+
 def _refused(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str, Any]]:
     """Rows of methods that can't cut the model, with the reason."""
     if not methods:
         return []
-    # it takes two to be asked for
-    asked = ask(
-        {"model": arguments.model, "steps": [{}]},
-        list(dict.fromkeys([*methods, *METHODS[:2]])),
-        SPARSITIES,
-        SEEDS[:1],
-        TOLERANCE,
-    )
+    asked = _asked(arguments, methods, range(1))
     worker = Worker(make_job(asked.sweep, Path(), trust_remote_code=False, plugins=()))
     found = []
     for method in methods:
@@ -131,7 +142,7 @@ def _compared(arguments: argparse.Namespace, methods: list[str], folder: Path) -
         arguments.model,
         methods=methods,
         sparsity=SPARSITIES,
-        seeds=SEEDS,
+        seeds=range(arguments.seeds),
         tasks=[f"perplexity:{arguments.evaluation}", *items.tasks(arguments.items, folder / "items")],
         calibration=arguments.calibration,
         heal=arguments.heal or None,
@@ -176,9 +187,10 @@ def _row(heal: str, untrained: bool, metric: str, row: dict[str, Any]) -> dict[s
     }
 
 
-def _has(row: dict[str, Any], columns: set[str]) -> bool:
-    """Whether a row has seen all that is wanted; one that failed is as it is."""
-    return columns <= row.keys() or "error" in row
+def _has(row: dict[str, Any], columns: set[str], seeds: dict[str, int]) -> bool:
+    """Whether a row has seen all that is wanted, with so many seeds; one that failed is as it is."""
+    seen = columns <= row.keys() and row.get("seeds", 1) >= seeds.get(row["method"], 1)
+    return seen or "error" in row
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -224,7 +236,6 @@ def _publish(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]
         "model": model,
         "calibration": f"{Path(arguments.calibration).name}, {TEXTS['samples']} consecutive windows of {length} tokens",
         "evaluation": f"{Path(arguments.evaluation).name}, first {TEXTS['windows']} windows of {length} tokens",
-        "seeds": list(SEEDS),
         "dtype": arguments.dtype,
     }
     shown = f"\n![Perplexity of every method, cut and trained]({name}.svg)\n"

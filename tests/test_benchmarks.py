@@ -338,7 +338,8 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     command = ["structured.py", "--model", str(tiny_checkpoint), "--calibration", str(text), "--evaluation", str(text)]
     for more in (
         ["--methods", "magnitude_sp,wanda_sp"],
-        ["--methods", "magnitude_sp,wanda_sp,random_sp"],
+        ["--methods", "magnitude_sp,wanda_sp,random_sp", "--seeds", "1"],
+        ["--methods", "magnitude_sp,wanda_sp,random_sp", "--seeds", "2"],
         ["--methods", "magnitude_sp,wanda_sp,flap", "--heal", "norms:steps=1,batch=1,length=32"],
         ["--methods", "magnitude_sp,wanda_sp", "--items", str(chosen), "--items", str(named)],
     ):
@@ -347,10 +348,13 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
         monkeypatch.setattr(structured, "SPARSITIES", (0.2,) if "--items" in more else (0.2, 0.4))
         structured.main()
     # a call writes after two methods and after every further one
-    _, first, second, third, more, fourth = written
+    _, first, once, second, third, more, fourth = written
     assert [row["method"] for row in first] == ["dense", *["wanda_sp", "magnitude_sp"] * 2]
     assert [row["method"] for row in second] == ["dense", *["wanda_sp", "magnitude_sp", "random_sp"] * 2]
-    assert second[3]["seeds"] == 3 and second[3]["±"] > 0 and second[1]["±"] == ""
+    # a random method with one more seed is made again, and the others stay
+    assert [row["method"] for row in once] == [row["method"] for row in second]
+    assert (once[3]["seeds"], once[3]["±"]) == (1, "") and second[3]["seeds"] == 2 and second[3]["±"] > 0
+    assert second[3]["losses"][0] == once[3]["losses"][0] and second[1]["±"] == ""
     assert second[1]["M parameters"] < second[0]["M parameters"]
     # rows of the first call are those of the second, but for what the verdict says with one more method
     assert [row["losses"] for row in second[1:3]] == [row["losses"] for row in first[1:3]]
@@ -360,7 +364,7 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     assert len(later) == 6 and all(
         later[row["method"], row["sparsity"]][key] == row[key] for row in third[7:] for key in ("losses", "seconds")
     )
-    assert said[1].count("- Sparsity") == 2 and said[2].count("- With norms") == 2
+    assert said[1].count("- Sparsity") == 2 and said[3].count("- With norms") == 2
     # what hasn't seen the items is made again, and is still the same
     seen = [row for row in fourth if "arc_easy" in row]
     assert [row["method"] for row in seen] == ["dense", "wanda_sp", "magnitude_sp"] and len(fourth) == 15
