@@ -55,8 +55,10 @@ statistics that another row had taken. Of methods that ran at once only the firs
 predicts. `arc_easy` is the share of right answers among four, chosen by likelihood, `ioi` that of names
 (`lambada_openai`: of last words) that are written as they must follow, each of the first {limit} items of the file, so
 that a difference of less than a tenth may be chance. What a method tries or trains by itself is shortened by its
-options: BlockPruner tries on 512 tokens, EvoPress has 8 generations. Methods that the command has and this table
-doesn't were not run yet: a second call goes on with them.
+options: BlockPruner tries on 512 tokens, EvoPress has 8 generations, LoRAPrune 75 steps. LoRAPrune trains while it
+prunes, by cross-entropy on the calibration text, which is of the kind that is measured here: its rows without recovery
+are trained ones too. Methods that the command has and this table doesn't were not run yet: a second call goes on with
+them.
 """
 HIDDEN = ("losses",)
 
