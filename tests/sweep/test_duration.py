@@ -27,8 +27,8 @@ RECIPE = {"calibration": {"samples": 4, "length": LENGTH}, "windows": WINDOWS, "
 def dense(tiny_checkpoint, monkeypatch):
     """The tiny model, on a machine all of whose rates are 1e9."""
     known = Machine(*[RATE] * len(fields(Machine)))
-    for name in ("try_machine", "try_measuring"):
-        monkeypatch.setattr(ahead, name, lambda *_: known)
+    monkeypatch.setattr(ahead, "try_measuring", lambda *_: known)
+    monkeypatch.setattr(ahead, "try_machines", lambda _, jobs: [known] * len(jobs))
     return sc.load(tiny_checkpoint, dtype="auto")[0]
 
 
@@ -92,6 +92,14 @@ def test_a_training_and_what_is_measured_before_it_count(dense, tmp_path):
     before = expected(dense, tmp_path, grid, steps=[{"heal": heal}], untrained=("perplexity:builtin",)).seconds
     assert trained > plain + measuring(gone=LINEAR / 2)
     assert before == pytest.approx(trained + measuring(gone=LINEAR / 2))
+
+
+def test_a_method_that_comes_with_and_without_text_and_training_is_tried_as_what_it_does(tiny_checkpoint, tmp_path):
+    # magnitude multiplies nothing until it refits, or what it leaves is trained
+    model = sc.load(tiny_checkpoint, dtype="auto")[0]
+    heals = [["none"], ["refit"], ["norms:steps=1,batch=1,length=16"]]
+    grids = [{"method": ["magnitude"], "sparsity": [0.5], "heal": heal} for heal in heals]
+    assert expected(model, tmp_path, *grids).seconds < 60
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from secateur.estimate.machine import (
     available_on,
     free_disk,
     resident_bytes,
-    try_machine,
+    try_machines,
     try_training,
 )
 from secateur.estimate.memory import Memory, memory, training_memory
@@ -49,10 +49,10 @@ def estimate_run(
     sizes of the dense model, and trainings are shared by the ``ranks``.
     """
     jobs = jobs_of(recipe, dtype, activation_memory, ranks)
-    machines = {job.method.name: try_machine(sizes, job, files, place) for job in jobs}
+    machines = try_machines(sizes, jobs, files, place)
     baseline = resident_bytes()
     limit = memory_limit if memory_limit is not None else baseline + available_memory()
-    steps = tuple(estimate_step(sizes, job, machines[job.method.name], baseline) for job in jobs)
+    steps = tuple(estimate_step(sizes, job, machine, baseline) for job, machine in zip(jobs, machines, strict=True))
     after, speed = sizes.stored, 1.0
     for job in jobs:
         after = int(after * checkpoint_bytes(sizes, job) / sizes.stored)

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -56,6 +56,26 @@ class Machine:
 _IDLE = Machine(*[1.0] * len(fields(Machine)))
 
 
+def try_machines(
+    sizes: Sizes, jobs: Sequence[Job], files: Iterable[Path] = (), place: Path | None = None
+) -> list[Machine]:
+    """A machine for every job; those that ask the same of it share a trial."""
+    files = tuple(files)
+    tried: dict[tuple[object, ...], Machine] = {}
+    found = []
+    for job in jobs:
+        recovery = recovery_of(sizes, job)
+        asked = (job.method.name, _multiplies(sizes, job), job.repairs, recovery.dtype if recovery else None)
+        if asked not in tried:
+            tried[asked] = try_machine(sizes, job, files, place)
+        found.append(tried[asked])
+    return found
+
+
+def _multiplies(sizes: Sizes, job: Job) -> bool:
+    return job.observes or any(job.solve_flops(block) for block in sizes.blocks)
+
+
 def try_machine(sizes: Sizes, job: Job, files: Iterable[Path] = (), place: Path | None = None) -> Machine:
     """Time this machine at what ``job`` will ask of it, reading ``files`` and writing (and removing) one in ``place``.
 
@@ -64,8 +84,7 @@ def try_machine(sizes: Sizes, job: Job, files: Iterable[Path] = (), place: Path 
     width = max((inputs.channels for inputs in sizes.blocks[0].inputs), default=sizes.hidden)
     trial = min(_TRIAL, _TRIAL_PER_BYTE * sizes.stored)
     moved = _move_rate(job.device, trial)
-    multiplies = job.observes or any(job.solve_flops(block) for block in sizes.blocks)
-    dtypes = {job.dtype, torch.float32} if multiplies else set()
+    dtypes = {job.dtype, torch.float32} if _multiplies(sizes, job) else set()
     if recovery := recovery_of(sizes, job):
         dtypes |= {recovery.dtype}
     rates = {dtype: _product_rate(width, dtype, job.device, trial) for dtype in dtypes}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from secateur.errors import SecateurError
 from secateur.estimate.build import jobs_of
 from secateur.estimate.leaving import leaving
-from secateur.estimate.machine import try_machine, try_measuring
+from secateur.estimate.machine import try_machines, try_measuring
 from secateur.estimate.result import about
 from secateur.estimate.sizes import sizes_of
 from secateur.estimate.work import measuring_seconds, seconds
@@ -24,7 +24,6 @@ from secateur.sweep.sources import statistics_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from secateur.estimate.machine import Machine
     from secateur.sweep.spec import Sweep
     from secateur.sweep.worker import Job
 
@@ -63,16 +62,14 @@ def duration(points: Sequence[Point], job: Job, model: PreTrainedModel, *, dense
         return texts * measuring_seconds(sizes, measuring, gone, job.windows, job.length)
 
     total = measured(job.tasks) if dense else 0.0
-    machines: dict[str, Machine] = {}
+    steps = [jobs_of(point.recipe, compute_dtype(point.recipe.dtype, model.device)) for point in points]
+    machines = iter(try_machines(sizes, [step for several in steps for step in several]))
     known: set[str] = set()
-    for point in points:
+    for point, several in zip(points, steps, strict=True):
         needed = statistics_of(point)
         gone, trained = 0.0, False
-        for number, step in enumerate(jobs_of(point.recipe, compute_dtype(point.recipe.dtype, model.device))):
-            name = step.method.name
-            if name not in machines:
-                machines[name] = try_machine(sizes, step)
-            taken = seconds(sizes, step, machines[name])
+        for number, step in enumerate(several):
+            taken = seconds(sizes, step, next(machines))
             # nothing but the plan is written
             spared = ["write"]
             if not number and needed and needed <= known and not (step.method.refits or step.trial_tokens):
