@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from families import FAMILY_CONFIGS, make_tiny, tiny_ids
 from runs import plan_for
 from secateur.errors import BudgetError, PlanError, PlanMismatchError, UnsupportedModelError, UsageError
 from secateur.methods import make_method
+from secateur.models import rotation
 from secateur.models.decoders import decoder_anatomy, decoder_blocks, is_linear
 from secateur.models.layout import rotated_parts
 from secateur.models.modeling_secateur import PlainNorm
@@ -39,6 +41,12 @@ def exact_norms(monkeypatch):
         return self.weight * (wide * torch.rsqrt(mean + self.variance_epsilon)).to(x.dtype)
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+@pytest.fixture(autouse=True)
+def tables_in_parts(monkeypatch):
+    """The tables of 96 words take as many parts as large ones, the last one smaller."""
+    monkeypatch.setattr(rotation, "_WORDS", 36)
 
 
 def exact(family: str, **changes):
@@ -306,6 +314,23 @@ def test_a_streamed_run_gives_what_memory_gives_and_the_plan_gives_it_again(
     assert f"24 of 32 directions kept, in {bases} bases" in cli("plan", "show", out).out
     loaded = sc.Plan.load(out / "plan")
     assert all(torch.equal(loaded.rotations[name], basis) for name, basis in made.plan.rotations.items())
+
+
+def test_blocks_give_way_one_by_one(monkeypatch):
+    model = exact("llama")
+    plan = sliced(model)
+    dense = {name: weakref.ref(tensor) for name, tensor in model.named_parameters()}
+    block, seen = rotation.Rotation.block, []
+
+    def look(self, layer, tensors):
+        queries = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)]
+        # a width that has changed, and nothing that holds on to the weight from before
+        seen.append([model.get_parameter(name).shape[1] if dense[name]() is None else "dense" for name in queries])
+        return block(self, layer, tensors)
+
+    monkeypatch.setattr(rotation.Rotation, "block", look)
+    sc.apply(plan, model, inplace=True)
+    assert seen == [["dense", "dense", "dense"], [24, "dense", "dense"], [24, 24, "dense"]]
 
 
 def test_what_is_rotated_can_be_cut_further(tiny_checkpoint, tmp_path):

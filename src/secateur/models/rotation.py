@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 EMBEDDING = "embedding"
 # of the families whose norms have no shift, relative to the base model
 FINAL_NORM = "norm"
+_WORDS = 4096
 
 
 def check_rotatable(model: PreTrainedModel, *, head: bool = False) -> Family:
@@ -85,16 +86,36 @@ def centred(x: Tensor, dim: int = -1) -> Tensor:
     return x - x.mean(dim=dim, keepdim=True)
 
 
+def _turned(table_VD: Tensor, basis_DW: Tensor, first: Callable[[Tensor], Tensor]) -> Tensor:
+    """A table of words in another basis, [V, W]; ``first`` changes rows before that.
+
+    In float64, some words at a time: the table is the largest tensor of many a model.
+    """
+    made_VW = table_VD.new_empty(len(table_VD), basis_DW.shape[1])
+    basis_DW = basis_DW.to(table_VD.device)
+    for rows, turned in zip(table_VD.split(_WORDS), made_VW.split(_WORDS), strict=True):
+        turned.copy_(first(rows.double()) @ basis_DW)
+    return made_VW
+
+
 def rotate_model(model: PreTrainedModel, rotations: Mapping[str, Tensor]) -> None:
     """Rotate a model in place. On the meta device it gets the shapes and the config of the rotated one."""
     device = next(model.parameters()).device
     rotation = Rotation(model, rotations, lambda name: model.get_parameter(name).detach(), device)
-    made = dict(rotation.tensors())
-    model.config.tie_word_embeddings = False
-    rotate(model.base_model, rotation.parts)
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    outside = {name: tensor.clone() if name == rotation.head else tensor for name, tensor in rotation.outer()}
+    added = {}
     with torch.no_grad():
-        for name, tensor in made.items():
-            set_parameter(model, name, tensor.clone() if name == rotation.head else tensor)
+        for name, tensor in rotation.inner():
+            # blocks give way one by one, so that there is never a second model
+            if name in there:
+                set_parameter(model, name, tensor)
+            else:
+                added[name] = tensor
+        model.config.tie_word_embeddings = False
+        rotate(model.base_model, rotation.parts)
+        for name, tensor in (added | outside).items():
+            set_parameter(model, name, tensor)
 
 
 @dataclass(frozen=True)
@@ -203,17 +224,17 @@ class Rotation:
             if not self.slices_head:
                 return table
             scale = self._read(f"{self.prefix}{FINAL_NORM}.weight").double()
-            return ((table.double() * scale) @ self.basis(self._last).to(table.device)).to(table.dtype)
-        tensor = self._read(name)
-        wide = tensor.double()
-        wide = centred(wide) if self.centred else wide
-        return (wide @ self.basis(EMBEDDING).to(wide.device)).to(tensor.dtype)
+            return _turned(table, self.basis(self._last), lambda wide: wide * scale)
+        return _turned(self._read(name), self.basis(EMBEDDING), centred if self.centred else lambda wide: wide)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Everything that changes, by name; block by block, then what lies outside."""
+    def inner(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the blocks, by name and block by block; a block is read when its turn comes."""
         for layer, block in enumerate(self._blocks):
             names = [f"{block.name}.{name}" for name in block.module.state_dict()]
             yield from self.block(layer, {name: self._read(name) for name in names}).items()
+
+    def outer(self) -> Iterator[tuple[str, Tensor]]:
+        """What changes outside of them."""
         for name in self.changed:
             yield name, self.outside(name)
 
