@@ -19,8 +19,9 @@ from secateur.estimate.machine import Machine
 from secateur.estimate.memory import hidden_bytes, memory
 from secateur.estimate.sizes import Sizes, sizes_of
 from secateur.estimate.work import flops, forward_flops, seconds
-from secateur.methods import make_method
+from secateur.methods import SublayerMethod, make_method
 from secateur.models.opening import open_source
+from secateur.models.rotation import WORDS
 from secateur.models.sources import Source
 from secateur.observe import Cross, Gram, Lost, Moments, SequenceMoments, SumSquares
 from secateur.observe.driver import BlockWalk
@@ -182,6 +183,40 @@ def test_training_has_the_whole_model_and_no_gradients_of_it(sizes):
     assert flops(sizes, mine)["forwards"] == alone
     assert flops(sizes, true)["forwards"] == alone + tokens * 2 * 2 * LINEAR
     assert disk(sizes, mine)["plan"] == 2 * (2 * LINEAR // 8 + 4 * 2 * LINEAR)
+
+
+def test_models_without_sublayers_are_tried_on_the_tokens_that_are_looked_at(sizes):
+    def found(method, **options):
+        return memory(sizes, job(method, **options), 0).process
+
+    # four models and the dense one, before a block and behind it
+    alone = found("blockpruner", tokens=16)
+    assert alone["tried models"] == 2 * (4 + 1) * 16 * 32 * 4
+    assert alone["head"] == OUTSIDE
+    assert alone["at work"] == 3 * 4 * 512 * 16
+    assert "hidden states" not in alone
+    assert found("blockpruner")["tried models"] == 4 * alone["tried models"]
+    # twelve states on 16 tokens, or two survivors on 64
+    search = {"starts": 12, "offspring": 3, "last_tokens": 64}
+    assert found("evopress", first_tokens=16, **search)["tried models"] == 2 * (12 + 1) * 16 * 32 * 4
+    assert found("evopress", first_tokens=2, **search)["tried models"] == 2 * (2 + 1) * 64 * 32 * 4
+    # what is tried together is held within the limit, and a window at least
+    for limit, tried in ((50_000, 50_000), (10, 2 * (4 + 1) * 16 * 32 * 4)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SublayerMethod, "hidden_bytes", limit // 2)
+            assert found("blockpruner")["tried models"] == tried
+
+
+def test_tables_of_words_are_turned_while_others_are_written(sizes):
+    # of 512 words the embedding as it was and as it becomes, beside rows in float64
+    rows = 2 * 8 * WORDS * 32
+    table = 512 * 32 * 4
+    alone, both = (job("slicegpt", slice_head=head) for head in (False, True))
+    assert memory(sizes, alone, 0).process["at work"] == 2 * table + rows
+    assert memory(sizes, both, 0).process["at work"] == 4 * table + rows
+    # in a model that is there they are part of it
+    loaded = replace(sizes, streamed=False, loaded=True)
+    assert memory(loaded, both, 0).process["at work"] < 4 * table
 
 
 def test_a_search_over_levels_has_its_trials_and_its_supernet(sizes):

@@ -46,7 +46,7 @@ def exact_norms(monkeypatch):
 @pytest.fixture(autouse=True)
 def tables_in_parts(monkeypatch):
     """The tables of 96 words take as many parts as large ones, the last one smaller."""
-    monkeypatch.setattr(rotation, "_WORDS", 36)
+    monkeypatch.setattr(rotation, "WORDS", 36)
 
 
 def exact(family: str, **changes):

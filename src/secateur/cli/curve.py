@@ -15,8 +15,8 @@ from secateur.cli.options import (
     Calibration,
     ComputeDevice,
     ComputeDtype,
-    DurationFirst,
     Effort,
+    ExpectedFirst,
     Json,
     Length,
     MethodName,
@@ -39,7 +39,7 @@ from secateur.cli.sweep import fail
 from secateur.errors import UsageError
 
 if TYPE_CHECKING:
-    from secateur.sweep.duration import Duration
+    from secateur.sweep.expected import Expected
     from secateur.sweep.runner import Results
     from secateur.sweep.spec import Sweep
 
@@ -90,7 +90,7 @@ def curve(
     windows: Windows = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    estimate: DurationFirst = True,
+    estimate: ExpectedFirst = True,
     trust_remote_code: TrustRemoteCode = False,
     plugin: Plugins = None,
     json: Json = False,
@@ -170,14 +170,14 @@ def _run(
     plugins: list[str],
     within: float | None,
     progress: Any,
-    announce: Callable[[Duration], None] | None,
+    announce: Callable[[Expected], None] | None,
 ) -> tuple[Results, list[Any], list[str]]:
     """Run the points, then the setting that they recommend, so that what was expected there meets what is.
 
     Returns notes on what there is no curve of as well.
     """
     from secateur.sweep.curve import curve_of, predicted_at, quality_metrics
-    from secateur.sweep.duration import announce_rest
+    from secateur.sweep.expected import announce_rest
     from secateur.sweep.pools import InSequence
     from secateur.sweep.runner import make_job, open_journal, resumable, run_sweep
 

@@ -40,13 +40,13 @@ from secateur.cli.options import (
 )
 from secateur.cli.output import print_json, show, working
 from secateur.cli.prune import build_recipe, given, own_options
-from secateur.errors import UsageError
+from secateur.errors import ResourceError, UsageError
 from secateur.ranks import join
 
 if TYPE_CHECKING:
     from secateur.estimate.result import Estimate
     from secateur.recipes import Recipe
-    from secateur.sweep.duration import Duration
+    from secateur.sweep.expected import Expected
 
 
 def estimate(
@@ -160,11 +160,19 @@ def announce(found: Estimate, quiet: bool) -> None:
         print(f"estimate: {found.line()}", file=sys.stderr, flush=True)
 
 
-def announce_points(quiet: bool, wanted: bool = True) -> Callable[[Duration], None] | None:
-    """Says on stderr how long the points of a sweep take; None where that isn't ``wanted``, or nobody would read it."""
-    if quiet or not wanted:
-        return None
-    return lambda found: print(f"estimate: {found.line()}", file=sys.stderr, flush=True)
+def announce_points(quiet: bool, wanted: bool = True) -> Callable[[Expected], None] | None:
+    """Says on stderr what the points of a sweep take; None where that isn't ``wanted``.
+
+    It raises ResourceError when a point takes more than there is.
+    """
+
+    def tell(found: Expected) -> None:
+        if found.problem:
+            raise ResourceError(found.problem)
+        if not quiet:
+            print(f"estimate: {found.line()}", file=sys.stderr, flush=True)
+
+    return tell if wanted else None
 
 
 class Announcement:

@@ -30,10 +30,11 @@ EstimateFirst = Annotated[
     bool,
     typer.Option("--estimate/--no-estimate", help="Say first what it takes, and refuse what can't fit (default)."),
 ]
-DurationFirst = Annotated[
+ExpectedFirst = Annotated[
     bool,
     typer.Option(
-        "--estimate/--no-estimate", help="Say first how long it takes, where points run one after the other (default)."
+        "--estimate/--no-estimate",
+        help="Say first what points take that run one after the other, and refuse what can't fit (default).",
     ),
 ]
 DEFAULT_WORKERS = 2

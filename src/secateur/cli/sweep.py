@@ -10,7 +10,7 @@ import typer
 from secateur.cli.options import (
     DEFAULT_WORKERS,
     Address,
-    DurationFirst,
+    ExpectedFirst,
     Json,
     Overwrite,
     Plugins,
@@ -37,7 +37,7 @@ def sweep(
     workers: Workers = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    estimate: DurationFirst = True,
+    estimate: ExpectedFirst = True,
     trust_remote_code: TrustRemoteCode = False,
     plugin: Plugins = None,
     json: Json = False,
@@ -46,7 +46,7 @@ def sweep(
     check_resume(resume, overwrite)
     load_plugins(plugin)
     from secateur.cli.estimate import announce_points
-    from secateur.sweep.duration import announce_rest
+    from secateur.sweep.expected import announce_rest
     from secateur.sweep.pools import open_pool
     from secateur.sweep.runner import make_job, open_journal, resumable, run_sweep
     from secateur.sweep.spec import load_sweep

@@ -13,7 +13,7 @@ from secateur.comparison.rows import Comparison, Overlap, compare_records
 from secateur.errors import UsageError
 from secateur.plans import Plan
 from secateur.report.folder import write_study
-from secateur.sweep.duration import Duration, announce_rest
+from secateur.sweep.expected import Expected, announce_rest
 from secateur.sweep.pools import InSequence, open_pool
 from secateur.sweep.runner import Results, check_folder, make_job, open_journal, resumable, run_sweep
 from secateur.sweep.worker import Worker
@@ -49,7 +49,7 @@ def compare(
     trust_remote_code: bool = False,
     plugins: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
-    announce: Callable[[Duration], None] | None = None,
+    announce: Callable[[Expected], None] | None = None,
 ) -> Comparison:
     """Hold methods against each other on one model, at equal budgets, beside the dense model.
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from secateur.estimate.job import Job
 from secateur.estimate.sizes import BlockSizes, Sizes
 from secateur.estimate.training import Training, graph_entries, recovery_of, training_of
-from secateur.methods import StructuredMethod, SublayerMethod, WeightMethod
+from secateur.methods import RotationMethod, StructuredMethod, SublayerMethod, WeightMethod
+from secateur.models.rotation import WORDS
 from secateur.search import TRIED_BYTES
+from secateur.structure.lexicon import VOCABULARY
 
 # outside tensors are looked at beside all else, in parts of 2^20 entries
 _CHECKED = 1 << 20
@@ -72,7 +74,7 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
     block = max(sizes.blocks, key=lambda b: b.entries)
     steady = {"process": baseline, **_model(sizes, block), **_walk(sizes, job, block)}
     stages = [_entering(sizes, job), _observing(sizes, job, block), _deciding(sizes, job, block), _ending(sizes, job)]
-    stages += [_trying(sizes, job), _leaving_out(sizes, job)]
+    stages += [_trying(sizes, job), _leaving_out(sizes, job), _turning_words(sizes, job)]
     if job.searched_tokens:
         stages.append({**_backward(sizes, job, block, job.searched_tokens), "decision": 2 * sizes.linear})
     if job.walks_back:
@@ -111,7 +113,8 @@ def hidden_bytes(sizes: Sizes, job: Job) -> int:
 
     A walk back needs those that enter every block, those behind the last one, and the gradients that come down.
     """
-    if job.trains:
+    if job.trains or isinstance(job.method, SublayerMethod):
+        # models that are tried out go through the blocks on their own
         return 0
     states = len(sizes.blocks) + 2 if job.walks_back else job.states
     return states * job.tokens * sizes.hidden * job.dtype.itemsize
@@ -205,26 +208,47 @@ def _trying(sizes: Sizes, job: Job) -> dict[str, int]:
     states = 2 * job.widest_trial * sizes.hidden * job.dtype.itemsize
     # logits and probabilities of the dense model
     predictions = 4 * sizes.vocabulary * (2 * min(job.tokens, job.trial_tokens, _TRIED) + 3 * job.length)
-    shared = not sizes.streamed and sizes.itemsize == job.dtype.itemsize
     return {
         "tried models": min(states, TRIED_BYTES),
-        "head": 0 if shared else sizes.outside_entries * job.dtype.itemsize,
+        "head": _head(sizes, job),
         "at work": predictions + max(block.entries for block in sizes.blocks) * job.dtype.itemsize,
     }
 
 
 def _leaving_out(sizes: Sizes, job: Job) -> dict[str, int]:
-    """Hidden states of models without some sub-layers before and after a block, and the predictions of two of them.
+    """Hidden states of models without some sub-layers, and the predictions of two of them.
 
-    The dense model's are there as logits and as probabilities.
+    Those of the dense model are there as logits and as probabilities.
     """
     if not isinstance(job.method, SublayerMethod):
         return {}
-    states = 2 * len(sizes.blocks) * hidden_bytes(sizes, job)
+    # the dense model goes with them, before a block and behind it
+    each = 2 * sizes.hidden * job.dtype.itemsize
+    together = [(models + 1, tokens) for models, tokens in job.method.tried_together(2 * len(sizes.blocks), job.tokens)]
+    states = each * max(models * tokens for models, tokens in together)
+    window = each * max(models * min(tokens, job.length) for models, tokens in together)
+    looked_at = min(max(tokens for _, tokens in together), job.batch)
     return {
-        "tried models": 2 * min(states, job.method.hidden_bytes),
-        "at work": 3 * 4 * sizes.vocabulary * job.batch,
+        "tried models": max(min(states, 2 * job.method.hidden_bytes), window),
+        "head": _head(sizes, job),
+        "at work": 3 * 4 * sizes.vocabulary * looked_at,
     }
+
+
+def _turning_words(sizes: Sizes, job: Job) -> dict[str, int]:
+    """Tables of words as they were and as they become, of which one is made while another is written."""
+    if not isinstance(job.method, RotationMethod) or not sizes.streamed:
+        return {}
+    # a head that was tied to the embedding gets a table of its own
+    words = sizes.anatomy[VOCABULARY]
+    tied = words.units * words.cost.params <= sizes.vocabulary * sizes.hidden
+    return {"at work": (2 if tied or job.method.slice_head else 1) * 2 * sizes.embedding + WORDS * sizes.hidden * 2 * 8}
+
+
+def _head(sizes: Sizes, job: Job) -> int:
+    """What lies outside of the blocks, where it isn't there already as it is computed with."""
+    shared = not sizes.streamed and sizes.itemsize == job.dtype.itemsize
+    return 0 if shared else sizes.outside_entries * job.dtype.itemsize
 
 
 def _backward(sizes: Sizes, job: Job, block: BlockSizes, looked_at: int) -> dict[str, int]:

@@ -127,7 +127,8 @@ def window_losses(
     """
     losses = []
     with evaluating(model):
-        for batch_BT in ids_NT.split(_windows_per_batch(model, ids_NT.shape[1])):
+        row_bytes = model.config.get_text_config().vocab_size * model.dtype.itemsize
+        for batch_BT in ids_NT.split(windows_per_batch(row_bytes, ids_NT.shape[1])):
             batch_BT = batch_BT.to(model.device)
             logits_BTV = model(input_ids=batch_BT, use_cache=False).logits[:, :-1]
             losses += [_loss(logits_TV, ids_T[1:]) for logits_TV, ids_T in zip(logits_BTV, batch_BT, strict=True)]
@@ -165,8 +166,8 @@ def reread_losses(
     return torch.cat(losses)
 
 
-def _windows_per_batch(model: PreTrainedModel, length: int) -> int:
-    row_bytes = model.config.get_text_config().vocab_size * model.dtype.itemsize
+def windows_per_batch(row_bytes: int, length: int) -> int:
+    """Windows of ``length`` tokens that go through a model together; the logits of a token take ``row_bytes``."""
     tokens = min(BATCH_TOKENS, BATCH_LOGIT_BYTES // row_bytes)
     return max(1, tokens // length)
 

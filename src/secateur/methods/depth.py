@@ -64,6 +64,10 @@ class SublayerMethod(Method):
         """Tokens that go through models, roughly, of ``tokens`` calibration tokens; for estimates."""
         raise NotImplementedError(f"{type(self).__name__} must define tried_tokens()")
 
+    def tried_together(self, sublayers: int, tokens: int) -> list[tuple[int, int]]:
+        """(models that are tried out together, tokens that each looks at) in every kind of step; for estimates."""
+        raise NotImplementedError(f"{type(self).__name__} must define tried_together()")
+
     def search(self, sublayers: Sequence[Sublayer], trials: Trials) -> tuple[Gone, tuple[str, ...]]:
         """(what leaves, notes for the plan). Raises BudgetError.
 

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 EMBEDDING = "embedding"
 # of the families whose norms have no shift, relative to the base model
 FINAL_NORM = "norm"
-_WORDS = 4096
+WORDS = 4096
+"""rows of a table of words that are turned at a time"""
 
 
 def check_rotatable(model: PreTrainedModel, *, head: bool = False) -> Family:
@@ -93,7 +94,7 @@ def _turned(table_VD: Tensor, basis_DW: Tensor, first: Callable[[Tensor], Tensor
     """
     made_VW = table_VD.new_empty(len(table_VD), basis_DW.shape[1])
     basis_DW = basis_DW.to(table_VD.device)
-    for rows, turned in zip(table_VD.split(_WORDS), made_VW.split(_WORDS), strict=True):
+    for rows, turned in zip(table_VD.split(WORDS), made_VW.split(WORDS), strict=True):
         turned.copy_(first(rows.double()) @ basis_DW)
     return made_VW
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from secateur.plans import Plan
     from secateur.report import LayerCut, Metric
     from secateur.structure import Anatomy
-    from secateur.sweep.duration import Duration
+    from secateur.sweep.expected import Expected
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Worker:
             except SecateurError as error:
                 raise type(error)(f"{point.name}: {error}") from None
 
-    def expected(self, points: Sequence[Point], *, dense: bool) -> Duration:
-        """How long ``points`` take here, and measuring the dense model where ``dense`` asks for that."""
-        from secateur.sweep.duration import duration
+    def expected(self, points: Sequence[Point], *, dense: bool) -> Expected:
+        """What ``points`` take here, and measuring the dense model where ``dense`` asks for that."""
+        from secateur.sweep.expected import expect
 
-        return duration(points, self._job, self._dense()[0], dense=dense)
+        return expect(points, self._job, self._dense()[0], dense=dense)
 
     def release(self) -> None:
         """Let the model go, for work that others do; what asks for it loads it again."""

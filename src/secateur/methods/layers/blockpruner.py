@@ -49,6 +49,9 @@ class BlockPruner(SublayerMethod):
         # a candidate costs the blocks behind its gap, half of them on average
         return sum(sublayers - step for step in range(steps)) * min(self.tokens or tokens, tokens) // 2
 
+    def tried_together(self, sublayers: int, tokens: int) -> list[tuple[int, int]]:
+        return [(sublayers, min(self.tokens or tokens, tokens))]
+
     def search(self, sublayers: Sequence[Sublayer], trials: Trials) -> tuple[Gone, tuple[str, ...]]:
         pool = [s for s in sublayers if self.parts in ("mix", s.kind)]
         self._check(pool, sublayers)

@@ -63,6 +63,10 @@ class EvoPress(SublayerMethod):
         each = self.offspring * first + self.survivors * last
         return self.starts * first + self._generations(count, sublayers // 2) * each if count else 0
 
+    def tried_together(self, sublayers: int, tokens: int) -> list[tuple[int, int]]:
+        first, last = min(self.first_tokens, tokens), min(self.last_tokens, tokens)
+        return [(max(self.starts, self.offspring), first), (self.survivors, last)]
+
     def search(self, sublayers: Sequence[Sublayer], trials: Trials) -> tuple[Gone, tuple[str, ...]]:
         kinds = tuple(tuple(s.name for s in sublayers if s.kind == kind) for kind in ("attention", "mlp"))
         fewest = min(map(len, kinds))

@@ -1,8 +1,8 @@
-"""How long a sweep is expected to take: by hand on a machine whose rates are known, and what the commands say."""
+"""What a sweep is expected to take: by hand on a machine whose rates are known, and what the commands say."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -12,8 +12,9 @@ from secateur.estimate.machine import Machine
 from secateur.estimate.sizes import sizes_of
 from secateur.estimate.work import seconds
 from secateur.models.sources import Source
-from secateur.sweep import duration as ahead
-from secateur.sweep.duration import Duration, duration
+from secateur.report.numbers import format_bytes
+from secateur.sweep import expected as ahead
+from secateur.sweep.expected import Expected, expect
 from secateur.sweep.runner import make_job
 from secateur.sweep.spec import make_sweep
 
@@ -35,7 +36,7 @@ def dense(tiny_checkpoint, monkeypatch):
 def expected(model, folder, *grids, dense=False, untrained=(), **recipe):
     sweep = make_sweep({**RECIPE, "model": str(folder), **recipe, "sweep": {"grid": list(grids)}}, "test")
     job = make_job(sweep, folder, trust_remote_code=False, plugins=(), untrained=untrained)
-    return duration(sweep.points, job, model, dense=dense)
+    return expect(sweep.points, job, model, dense=dense)
 
 
 def measuring(gone=0.0):
@@ -105,14 +106,40 @@ def test_a_method_that_comes_with_and_without_text_and_training_is_tried_as_what
 @pytest.mark.parametrize(
     ("found", "line"),
     [
-        (Duration(1, 40.0), "1 point, about 40 s"),
-        (Duration(24, 7500.0), "24 points, about 2 h 5 min"),
-        (Duration(2, 300.0, ("lm_eval:a",)), "2 points, about 5 min, and what lm_eval:a takes"),
-        (Duration(2, 300.0, ("lm_eval:a", "speed")), "2 points, about 5 min, and what lm_eval:a and speed take"),
+        (Expected(1, 40.0), "1 point, up to 3.0 GB of memory, about 40 s"),
+        (Expected(24, 7500.0), "24 points, up to 3.0 GB of memory, about 2 h 5 min"),
+        (Expected(2, 300.0, ("a",)), "2 points, up to 3.0 GB of memory, about 5 min, and what a takes"),
+        (Expected(2, 300.0, ("a", "b")), "2 points, up to 3.0 GB of memory, about 5 min, and what a and b take"),
     ],
 )
 def test_the_line_names_what_nobody_knows(found, line):
-    assert found.line() == line
+    assert replace(found, memory=3 * 10**9).line() == line
+
+
+def test_the_largest_point_is_what_has_to_fit(dense, tmp_path, monkeypatch):
+    sizes, there = sizes_of(Source(dense)), 10**9
+    monkeypatch.setattr(ahead, "resident_bytes", lambda: there)
+    monkeypatch.setattr(ahead, "available_memory", lambda: 10**6)
+    grid = {"method": ["magnitude_sp"], "sparsity": [0.5]}
+    # what is cut is a copy at first, and 2048 tokens are measured together
+    cut = expected(dense, tmp_path, grid)
+    assert cut.memory == there + sizes.stored + 2048 * 512 * 4
+    assert cut.available_memory == there + 10**6 < cut.memory
+    # a second step works beside what the first one left, and gradients of a whole model take more than either
+    text = {"samples": 256, "length": 64}
+    hungry = {"method": ["llm_pruner"], "sparsity": [0.5]}
+    larger = expected(dense, tmp_path, grid, hungry, calibration=text)
+    assert larger.largest == "llm_pruner-sparsity=0.5" and larger.points == 2 and larger.memory > cut.memory
+    steps = [{"method": "magnitude_sp", "sparsity": 0.5}, {"method": "llm_pruner"}]
+    behind = expected(dense, tmp_path, {"steps.2.sparsity": [0.5]}, steps=steps, calibration=text)
+    assert behind.memory == larger.memory + sizes.stored
+    assert larger.problem == (
+        f"llm_pruner-sparsity=0.5 would take {format_bytes(larger.memory)} of memory, and 1.0 GB are there:"
+        " leave it out, calibrate on fewer or shorter windows, or try all the same with --no-estimate"
+    )
+    on_device = replace(larger, available_memory=larger.memory, device_memory=2 * 10**9, available_device_memory=10**9)
+    assert "would take 2.0 GB of the device's memory, and 1.0 GB are there" in on_device.problem
+    assert not replace(on_device, available_device_memory=None).problem
 
 
 def test_tasks_of_unknown_length_are_named(dense, tmp_path):
@@ -130,11 +157,38 @@ def test_commands_say_it_first(cli, tiny_checkpoint, tmp_path, command, points):
     arguments = (name, tiny_checkpoint, *asked, "--samples", 2, "--length", 32, "--windows", 2)
     run = cli(*arguments, "--out", tmp_path / "out")
     assert run.code == 0, run.err
-    assert run.err.splitlines()[0].startswith(f"estimate: {points} points, about ")
+    assert run.err.splitlines()[0].startswith(f"estimate: {points} points, up to ")
     # nothing is left to take time
     assert "estimate: " not in cli(*arguments, "--out", tmp_path / "out", "--resume").err
     for option in ("--no-estimate", "--quiet"):
         assert "estimate: " not in cli(*arguments, "--out", tmp_path / option, option).err
+
+
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_what_can_t_fit_is_refused_and_nothing_is_lost(cli, tiny_checkpoint, tmp_path, monkeypatch, quiet):
+    name, *asked = COMPARE
+    arguments = (
+        name,
+        tiny_checkpoint,
+        *asked,
+        "--samples",
+        2,
+        "--length",
+        32,
+        "--windows",
+        2,
+        "--out",
+        tmp_path / "out",
+    )
+    assert cli(*arguments, "--no-estimate").code == 0
+    before = (tmp_path / "out" / "compare.json").read_bytes()
+    monkeypatch.setattr(ahead, "available_memory", lambda: 0)
+    more = (*arguments, "--methods", "random_sp,magnitude_sp,flap", "--resume")
+    run = cli(*more, *quiet)
+    assert run.code == 1
+    assert "flap-sparsity=0.5-seed=0 would take " in run.err and "estimate: " not in run.err and not run.out
+    assert (tmp_path / "out" / "compare.json").read_bytes() == before
+    assert cli(*more, "--no-estimate").code == 0
 
 
 def test_a_sweep_says_it_first_and_tells_itself_what_can_t_be_had(cli, tiny_checkpoint, tmp_path):
@@ -142,7 +196,7 @@ def test_a_sweep_says_it_first_and_tells_itself_what_can_t_be_had(cli, tiny_chec
     text = "model: {}\ncalibration: {{samples: 2, length: 32}}\nwindows: 2\nsweep: {{grid: {{sparsity: [0.3, 0.5]}}}}\n"
     recipe.write_text(text.format(tiny_checkpoint) + "steps: [{method: magnitude}]\n", encoding="utf8")
     run = cli("sweep", recipe, "--workers", 1, "--out", tmp_path / "out")
-    assert run.code == 0 and run.err.splitlines()[0].startswith("estimate: 2 points, about "), run.err
+    assert run.code == 0 and run.err.splitlines()[0].startswith("estimate: 2 points, up to "), run.err
     recipe.write_text(text.format(tmp_path / "nowhere") + "steps: [{method: magnitude}]\n", encoding="utf8")
     run = cli("sweep", recipe, "--workers", 1, "--out", tmp_path / "other")
     assert run.code == 1 and "estimate: " not in run.err and "Traceback" not in run.err
