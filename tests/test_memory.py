@@ -1,21 +1,24 @@
-"""Freed memory is kept within a block, and goes back to the system after it."""
+"""What of memory there is; freed memory is kept within a block, and goes back to the system after it."""
 
 import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
+from secateur import memory
 from secateur.memory import TOLD, trim
 
-pytestmark = pytest.mark.skipif(
+glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory in a way that can be told"
 )
 
 
+@glibc
 def test_holes_between_tensors_are_given_back() -> None:
     process = psutil.Process()
     # small enough to lie in a heap, each second one stays
@@ -45,6 +48,7 @@ print(left_alone, fetched())
 
 
 @pytest.mark.parametrize("told", [False, True])
+@glibc
 def test_tensors_of_some_megabytes_get_the_pages_of_those_before(told: bool) -> None:
     # a fresh process: what others have freed here moves the limits too
     environment = {name: value for name, value in os.environ.items() if name not in TOLD}
@@ -53,3 +57,33 @@ def test_tensors_of_some_megabytes_get_the_pages_of_those_before(told: bool) -> 
     left_alone, kept = map(float, done.stdout.split())
     assert left_alone > 10
     assert (kept > 10) if told else (kept < 2)
+
+
+STATISTICS = "anon 600\nfile 300\nactive_file 100\ninactive_file 50\nslab 20\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        # files that were read give way: 1000 - 900 + 100 + 50
+        ({"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": STATISTICS}, 250),
+        ({"memory.max": "max\n", "memory.current": "900\n", "memory.stat": STATISTICS}, 10**6),
+        ({"memory.max": "1000\n", "memory.current": "1200\n", "memory.stat": STATISTICS}, 0),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000\n",
+                "memory/memory.usage_in_bytes": "900\n",
+                "memory/memory.stat": STATISTICS,
+            },
+            250,
+        ),
+        ({}, 10**6),
+    ],
+)
+def test_the_limit_of_a_container_counts_without_the_files_that_it_read(tmp_path, monkeypatch, files, left):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf8")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    assert memory.available_memory() == left

@@ -2,13 +2,12 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from secateur.errors import ResourceError
-from secateur.estimate import build, machine, remedies
+from secateur.estimate import build, remedies
 from secateur.estimate.disk import disk
 from secateur.estimate.job import Job
 from secateur.estimate.memory import memory
@@ -114,33 +113,3 @@ def test_steps_add_up_on_disk_and_in_time_but_not_in_memory(sizes):
 def test_a_pattern_that_does_not_divide_is_left_to_the_run(sizes):
     recipe = make_recipe({"model": "big", "steps": [{"method": "magnitude", "pattern": "2:5"}]}, "test")
     assert build.estimate_run(recipe, sizes, torch.float32).seconds > 0
-
-
-STATISTICS = "anon 600\nfile 300\nactive_file 100\ninactive_file 50\nslab 20\n"
-
-
-@pytest.mark.parametrize(
-    ("files", "left"),
-    [
-        # files that were read give way: 1000 - 900 + 100 + 50
-        ({"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": STATISTICS}, 250),
-        ({"memory.max": "max\n", "memory.current": "900\n", "memory.stat": STATISTICS}, 10**6),
-        ({"memory.max": "1000\n", "memory.current": "1200\n", "memory.stat": STATISTICS}, 0),
-        (
-            {
-                "memory/memory.limit_in_bytes": "1000\n",
-                "memory/memory.usage_in_bytes": "900\n",
-                "memory/memory.stat": STATISTICS,
-            },
-            250,
-        ),
-        ({}, 10**6),
-    ],
-)
-def test_the_limit_of_a_container_counts_without_the_files_that_it_read(tmp_path, monkeypatch, files, left):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf8")
-    monkeypatch.setattr(machine, "_GROUPS", tmp_path)
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-    assert machine.available_memory() == left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ from secateur.errors import (
     MissingExtraError,
     ModelLoadError,
     NonFiniteError,
+    ResourceError,
     SecateurError,
     UnsupportedModelError,
     UsageError,
 )
-from secateur.models import loading
+from secateur.models import loading, sources
 from secateur.models.loading import load_model
+from secateur.models.opening import open_source
 from secateur.models.saving import save_model
 
 TOKENS = torch.tensor([[3, 1, 4, 15, 9]])
@@ -240,3 +243,14 @@ def test_a_folder_may_be_called_like_a_built_in_model(tiny_checkpoint, tmp_path,
     words = ["--method", "flap", "--samples", 2, "--length", 32, "--calibration", "self", "--no-report"]
     run = cli("prune", "./smollm2-135m", *words, "--out", "pruned")
     assert run.code == 0, run.err
+
+
+def test_a_whole_model_that_is_larger_than_memory_is_refused(tiny_checkpoint, monkeypatch):
+    source, _ = open_source(tiny_checkpoint)
+    with closing(source):
+        size = 2 * sum(tensor.numel() for tensor in source.whole(torch.float32).parameters()) * 4
+        monkeypatch.setattr(sources, "available_memory", lambda: size)
+        source.whole(torch.float32)
+        monkeypatch.setattr(sources, "available_memory", lambda: size - 1)
+        with pytest.raises(ResourceError, match="a search on the whole model needs"):
+            source.whole(torch.float32)

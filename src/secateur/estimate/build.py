@@ -14,7 +14,6 @@ from secateur.estimate.disk import checkpoint_bytes, disk, speed_bound
 from secateur.estimate.job import Job
 from secateur.estimate.machine import (
     Machine,
-    available_memory,
     available_on,
     free_disk,
     resident_bytes,
@@ -27,6 +26,7 @@ from secateur.estimate.sizes import Sizes
 from secateur.estimate.training import Training
 from secateur.estimate.work import flops, seconds, training_seconds
 from secateur.healing.recovery import RecoveryOptions, split_heal
+from secateur.memory import available_memory
 from secateur.recipes import Recipe
 
 

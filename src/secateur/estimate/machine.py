@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -32,12 +31,6 @@ _ROWS, _OUTPUTS, _FACTORED, _SWEPT = 512, 1024, 512, 128
 _MOVED_BYTES = 1 << 25
 _FILE_BYTES = 1 << 25
 _RANKED_ENTRIES = 1 << 20
-_GROUPS = Path("/sys/fs/cgroup")
-# limit, what is used, and what of that is what, in versions 2 and 1
-_CONTROL_GROUPS = (
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-)
 
 
 @dataclass(frozen=True)
@@ -127,20 +120,6 @@ def try_measuring(sizes: Sizes, dtype: torch.dtype, device: str) -> Machine:
     trial = min(_TRIAL, _TRIAL_PER_BYTE * sizes.stored)
     moved = _move_rate(device, trial)
     return replace(_IDLE, flops=_product_rate(sizes.hidden, dtype, device, trial), moved=moved)
-
-
-def available_memory() -> int:
-    """Bytes that can still be taken without swapping; less where a control group sets a limit."""
-    free = psutil.virtual_memory().available
-    for limit, used, statistics in _CONTROL_GROUPS:
-        with suppress(OSError, ValueError):
-            # "max", where there is no limit, is no number
-            left = int((_GROUPS / limit).read_text()) - int((_GROUPS / used).read_text())
-            entries = (line.split() for line in (_GROUPS / statistics).read_text().splitlines())
-            # files that were read count as used until something else needs the place
-            left += sum(int(size) for name, size in entries if name in ("active_file", "inactive_file"))
-            free = min(free, left)
-    return max(free, 0)
 
 
 def available_on(device: str) -> int | None:

@@ -17,13 +17,13 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
 from secateur.ahead import ahead
 from secateur.errors import NonFiniteError, ResourceError
 from secateur.finite import all_finite
+from secateur.memory import available_memory
 from secateur.models.decoders import decoder_blocks
 from secateur.models.modeling_secateur import unpack_tensor
 from secateur.tensorfiles import Made, Stored, count_zeros
@@ -286,7 +286,7 @@ class CheckpointSource(Source):
 
     def _check_room(self, size: int) -> None:
         # twice: the weights at work, and the original ones
-        if self.device.type == "cpu" and 2 * size > (free := psutil.virtual_memory().available):
+        if self.device.type == "cpu" and 2 * size > (free := available_memory()):
             raise ResourceError(
                 f"a search on the whole model needs {2 * size / 1e9:.1f} GB for its weights and a copy of them, and"
                 f" {free / 1e9:.1f} GB are free: take a method that reads one block at a time ('secateur methods')"

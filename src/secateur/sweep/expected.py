@@ -11,12 +11,13 @@ from secateur.errors import SecateurError
 from secateur.estimate.build import jobs_of
 from secateur.estimate.job import Job as Step
 from secateur.estimate.leaving import leaving
-from secateur.estimate.machine import available_memory, available_on, resident_bytes, try_machines, try_measuring
+from secateur.estimate.machine import available_on, resident_bytes, try_machines, try_measuring
 from secateur.estimate.memory import memory
 from secateur.estimate.result import about
 from secateur.estimate.sizes import Sizes, sizes_of
 from secateur.estimate.work import measuring_seconds, seconds
 from secateur.evaluation.perplexity import windows_per_batch
+from secateur.memory import available_memory
 from secateur.models.sources import Source
 from secateur.observe.precision import compute_dtype
 from secateur.report.numbers import format_bytes
