@@ -124,10 +124,11 @@ def test_the_largest_point_is_what_has_to_fit(dense, tmp_path, monkeypatch):
     # what is cut is a copy at first, and 2048 tokens are measured together
     cut = expected(dense, tmp_path, grid)
     assert cut.memory == there + sizes.stored + 2048 * 512 * 4
-    assert cut.available_memory == there + 10**6 < cut.memory
+    assert cut.available_memory == there + 10**6 < cut.memory and cut.problem
     # a second step works beside what the first one left, and gradients of a whole model take more than either
     text = {"samples": 256, "length": 64}
     hungry = {"method": ["llm_pruner"], "sparsity": [0.5]}
+    monkeypatch.setattr(ahead, "available_memory", lambda: cut.memory - there)
     larger = expected(dense, tmp_path, grid, hungry, calibration=text)
     assert larger.largest == "llm_pruner-sparsity=0.5" and larger.points == 2 and larger.memory > cut.memory
     steps = [{"method": "magnitude_sp", "sparsity": 0.5}, {"method": "llm_pruner"}]
@@ -140,6 +141,9 @@ def test_the_largest_point_is_what_has_to_fit(dense, tmp_path, monkeypatch):
     on_device = replace(larger, available_memory=larger.memory, device_memory=2 * 10**9, available_device_memory=10**9)
     assert "would take 2.0 GB of the device's memory, and 1.0 GB are there" in on_device.problem
     assert not replace(on_device, available_device_memory=None).problem
+    # where several can't fit, the first of them is named
+    monkeypatch.setattr(ahead, "available_memory", lambda: 0)
+    assert expected(dense, tmp_path, grid, hungry, calibration=text).largest == "magnitude_sp-sparsity=0.5"
 
 
 def test_tasks_of_unknown_length_are_named(dense, tmp_path):

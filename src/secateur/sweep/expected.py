@@ -44,7 +44,8 @@ class Expected:
     """``seconds`` that ``points`` take, and the tasks whose time nobody knows, which are not among them.
 
     ``memory`` is the peak of the process, in bytes, at the point ``largest``, where ``available_memory`` are there;
-    ``device_memory`` and ``available_device_memory`` are those of another device that computes.
+    ``device_memory`` and ``available_device_memory`` are those of another device that computes. It is the first point
+    that can't fit where there is one.
     """
 
     points: int
@@ -87,18 +88,18 @@ def expect(points: Sequence[Point], job: Job, model: PreTrainedModel, *, dense: 
     unknown = tuple(task for task in job.tasks if _kind(task) not in ("perplexity", *_INSTANT))
     steps = [jobs_of(point.recipe, compute_dtype(point.recipe.dtype, model.device)) for point in points]
     baseline = resident_bytes()
-    largest = max(
-        (_largest(sizes, several, job, baseline, point.name) for point, several in zip(points, steps, strict=True)),
-        key=lambda found: (found.device_memory, found.memory),
-    )
-    return replace(
-        largest,
+    whole = Expected(
         points=len(points),
         seconds=_seconds(points, steps, job, sizes, model.dtype, dense=dense),
         unknown=(*unknown, *job.timed),
         available_memory=baseline + available_memory(),
         available_device_memory=available_on(job.device),
     )
+    every = []
+    for point, several in zip(points, steps, strict=True):
+        here, there = _peaks(sizes, several, job, baseline)
+        every.append(replace(whole, largest=point.name, memory=here, device_memory=there))
+    return next((one for one in every if one.problem), max(every, key=lambda one: one.memory))
 
 
 def _seconds(
@@ -129,8 +130,8 @@ def _seconds(
     return total
 
 
-def _largest(sizes: Sizes, steps: Sequence[Step], job: Job, baseline: int, name: str) -> Expected:
-    """The peaks of one point in a process that has ``baseline`` bytes in memory, the dense model among them."""
+def _peaks(sizes: Sizes, steps: Sequence[Step], job: Job, baseline: int) -> tuple[int, int]:
+    """What one point takes of a process that has ``baseline`` bytes, the dense model among them, and of its device."""
     row = sizes.vocabulary * sizes.itemsize
     predictions = windows_per_batch(row, job.length) * job.length * row
     # a copy is cut, and measured as long as nearly all of it may be there
@@ -143,7 +144,7 @@ def _largest(sizes: Sizes, steps: Sequence[Step], job: Job, baseline: int, name:
         # what a step before left, or what is measured, lies in this process, too
         here = [one + other for one, other in zip(here, there, strict=True)]
         there = [0]
-    return Expected(0, 0.0, largest=name, memory=max(here), device_memory=max(there))
+    return max(here), max(there)
 
 
 def announce_rest(
