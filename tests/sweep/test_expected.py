@@ -146,6 +146,20 @@ def test_the_largest_point_is_what_has_to_fit(dense, tmp_path, monkeypatch):
     assert expected(dense, tmp_path, grid, hungry, calibration=text).largest == "magnitude_sp-sparsity=0.5"
 
 
+def test_what_another_device_holds_is_counted_there(dense, tmp_path, monkeypatch):
+    sizes, grid = sizes_of(Source(dense)), {"method": ["magnitude_sp"], "sparsity": [0.5]}
+    monkeypatch.setattr(ahead, "resident_bytes", lambda: 10**9)
+    monkeypatch.setattr(ahead, "available_on", lambda device: 10**6 if device == "cuda" else None)
+    found = expected(dense, tmp_path, grid, device="cuda")
+    # the copy and what it predicts; here only what plans from weights take at work
+    assert found.device_memory == sizes.stored + 2048 * 512 * 4
+    assert 10**9 <= found.memory < 10**9 + sizes.stored
+    assert found.problem == (
+        "magnitude_sp-sparsity=0.5 would take 4.4 MB of the device's memory, and 1.0 MB are there: any point holds the"
+        " model and a copy of it, where 'secateur prune' reads one block at a time; try all the same with --no-estimate"
+    )
+
+
 def test_tasks_of_unknown_length_are_named(dense, tmp_path):
     grid = {"method": ["magnitude_sp"], "sparsity": [0.5]}
     assert expected(dense, tmp_path, grid, evaluate=["perplexity", "speed"]).unknown == ("speed",)

@@ -45,7 +45,7 @@ class Expected:
 
     ``memory`` is the peak of the process, in bytes, at the point ``largest``, where ``available_memory`` are there;
     ``device_memory`` and ``available_device_memory`` are those of another device that computes. It is the first point
-    that can't fit where there is one.
+    that can't fit where there is one. ``copied`` is what a copy of the model takes where it lies, which any point has.
     """
 
     points: int
@@ -56,6 +56,7 @@ class Expected:
     available_memory: int = 0
     device_memory: int = 0
     available_device_memory: int | None = None
+    copied: int = 0
 
     def line(self) -> str:
         """``24 points, up to 3.1 GB of memory, about 2 h 5 min, and what lm_eval:arc_easy takes``."""
@@ -73,10 +74,12 @@ class Expected:
             taken, there, where = self.device_memory, self.available_device_memory, "the device's memory"
         else:
             return ""
-        return (
-            f"{self.largest} would take {format_bytes(taken)} of {where}, and {format_bytes(there)} are there: leave it"
-            " out, calibrate on fewer or shorter windows, or try all the same with --no-estimate"
-        )
+        if self.copied > there:
+            way = "any point holds the model and a copy of it, where 'secateur prune' reads one block at a time;"
+        else:
+            way = "leave it out, calibrate on fewer or shorter windows, or"
+        short = f"{self.largest} would take {format_bytes(taken)} of {where}, and {format_bytes(there)} are there"
+        return f"{short}: {way} try all the same with --no-estimate"
 
 
 def expect(points: Sequence[Point], job: Job, model: PreTrainedModel, *, dense: bool) -> Expected:
@@ -87,13 +90,14 @@ def expect(points: Sequence[Point], job: Job, model: PreTrainedModel, *, dense: 
     sizes = sizes_of(Source(model))
     unknown = tuple(task for task in job.tasks if _kind(task) not in ("perplexity", *_INSTANT))
     steps = [jobs_of(point.recipe, compute_dtype(point.recipe.dtype, model.device)) for point in points]
-    baseline = resident_bytes()
+    baseline, copied = resident_bytes(), _copied(sizes, job)
     whole = Expected(
         points=len(points),
         seconds=_seconds(points, steps, job, sizes, model.dtype, dense=dense),
         unknown=(*unknown, *job.timed),
         available_memory=baseline + available_memory(),
         available_device_memory=available_on(job.device),
+        copied=copied if _elsewhere(job) else baseline + copied,
     )
     every = []
     for point, several in zip(points, steps, strict=True):
@@ -132,19 +136,25 @@ def _seconds(
 
 def _peaks(sizes: Sizes, steps: Sequence[Step], job: Job, baseline: int) -> tuple[int, int]:
     """What one point takes of a process that has ``baseline`` bytes, the dense model among them, and of its device."""
-    row = sizes.vocabulary * sizes.itemsize
-    predictions = windows_per_batch(row, job.length) * job.length * row
-    # a copy is cut, and measured as long as nearly all of it may be there
-    here, there = [baseline], [sizes.stored + predictions]
+    here, there = [baseline], [_copied(sizes, job)]
     for number, step in enumerate(steps):
         found = memory(sizes, step, baseline)
         here.append(found.total)
         there.append(found.device_total + (sizes.stored if number else 0))
-    if job.device.startswith("cpu"):
-        # what a step before left, or what is measured, lies in this process, too
-        here = [one + other for one, other in zip(here, there, strict=True)]
-        there = [0]
-    return max(here), max(there)
+    if _elsewhere(job):
+        return max(here), max(there)
+    # what a step before left, or what is measured, lies in this process, too
+    return max(one + other for one, other in zip(here, there, strict=True)), 0
+
+
+def _copied(sizes: Sizes, job: Job) -> int:
+    """A copy of the model is cut, and measured as long as nearly all of it may be there."""
+    row = sizes.vocabulary * sizes.itemsize
+    return sizes.stored + windows_per_batch(row, job.length) * job.length * row
+
+
+def _elsewhere(job: Job) -> bool:
+    return not job.device.startswith("cpu")
 
 
 def announce_rest(
