@@ -52,13 +52,20 @@ bootstrap); below 0.95 two methods are not distinguishable. Seconds and memory a
 training, in one process that also holds the dense model, beside whatever else ran on the machine, which made some of
 them take twice as long; times `on` two processors are not to be compared, and `shared` ones would be longer without
 statistics that another row had taken. Of methods that ran at once only the first training computes what the teacher
-predicts. `arc_easy` is the share of right answers among four, chosen by likelihood, `ioi` that of names
-(`lambada_openai`: of last words) that are written as they must follow, each of the first {limit} items of the file, so
-that a difference of less than a tenth may be chance. What a method tries or trains by itself is shortened by its
-options: BlockPruner tries on 512 tokens, EvoPress has 8 generations, LoRAPrune 75 steps. LoRAPrune trains while it
-prunes, by cross-entropy on the calibration text, which is of the kind that is measured here: its rows without recovery
-are trained ones too. Methods that the command has and this table doesn't were not run yet: a second call goes on with
-them.
+predicts.
+"""
+ITEMS = """
+`arc_easy` is the share of right answers among four, chosen by likelihood, `ioi` that of names (`lambada_openai`: of
+last words) that are written as they must follow, each of the first {limit} items of the file, so that a difference of
+less than a tenth may be chance.
+"""
+SHORTENED = """
+What a method tries or trains by itself is shortened by its options: BlockPruner tries on 512 tokens, EvoPress has 8
+generations, LoRAPrune 75 steps. LoRAPrune trains while it prunes, by cross-entropy on the calibration text, which is of
+the kind that is measured here: its rows without recovery are trained ones too.
+"""
+MISSING = """
+Not run yet, so that a second call goes on with them: {methods}.
 """
 HIDDEN = ("losses",)
 
@@ -241,9 +248,22 @@ def _publish(name: str, arguments: argparse.Namespace, rows: list[dict[str, Any]
         "dtype": arguments.dtype,
     }
     shown = f"\n![Perplexity of every method, cut and trained]({name}.svg)\n"
-    text = "\n".join(said) + "\n" + shown + TEXT.replace("{limit}", str(items.LIMIT))
+    text = "\n".join(said) + "\n" + shown + _told(rows)
     write_result(name, f"Structured methods side by side on {model}", setting, rows, text, leave_out=HIDDEN)
     (RESULTS / f"{name}.svg").write_text(drawn(rows), encoding="utf8")
+
+
+def _told(rows: list[dict[str, Any]]) -> str:
+    """What the columns are, and what is told of methods and items that are there."""
+    shown = {row["method"] for row in rows}
+    told = TEXT
+    if items.columns(name for row in rows for name in row):
+        told += ITEMS.replace("{limit}", str(items.LIMIT))
+    if any(":" in method and method.partition(":")[0] in ("blockpruner", "evopress", "loraprune") for method in shown):
+        told += SHORTENED
+    missing = [method for method in METHODS if method not in shown]
+    missing = [method if ":heal" in method else method.partition(":")[0] for method in missing]
+    return told + (MISSING.replace("{methods}", ", ".join(missing)) if missing else "")
 
 
 WIDTH, LEFT, RIGHT, ROW, TOP = 860, 140, 110, 20, 56

@@ -370,6 +370,10 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     assert [row["method"] for row in seen] == ["dense", "wanda_sp", "magnitude_sp"] and len(fourth) == 15
     assert all(row["arc_easy"] in (0.25, 0.75) and row["ioi"] in (0, 1) for row in seen)
     assert [row["losses"] for row in seen[1:]] == [row["losses"] for row in first[1:3]]
+    # what is told is about what is there
+    assert "names" not in said[1] and "names" in said[-1] and "BlockPruner tries" not in said[-1]
+    assert "slicegpt, random_sp, adapt_pruner" in said[0] and "slicegpt, adapt_pruner" in said[3]
+    assert "with them: flap, shortgpt, minitron," in said[1]
     # cut and trained in the picture, and what isn't trained in the last line
     (picture,) = tmp_path.glob("*.svg")
     panel = structured.drawn(more)
