@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +41,7 @@ from secateur.cli.options import (
 )
 from secateur.cli.output import print_json, show, working
 from secateur.cli.prune import build_recipe, given, own_options
-from secateur.errors import ResourceError, UsageError
+from secateur.errors import UsageError
 from secateur.ranks import join
 
 if TYPE_CHECKING:
@@ -151,8 +152,8 @@ def place_of(out: str | None) -> Path | None:
     return run_path(out) if is_url(out) else Path(place(out))
 
 
-def announce(found: Estimate, quiet: bool) -> None:
-    """Say on stderr what a run will take. Raises ResourceError when that is more than there is."""
+def announce(found: Estimate | Expected, quiet: bool) -> None:
+    """Say on stderr what a run, or the points of a sweep, will take. Raises ResourceError when that can't fit."""
     from secateur.estimate.build import check
 
     check(found)
@@ -161,18 +162,8 @@ def announce(found: Estimate, quiet: bool) -> None:
 
 
 def announce_points(quiet: bool, wanted: bool = True) -> Callable[[Expected], None] | None:
-    """Says on stderr what the points of a sweep take; None where that isn't ``wanted``.
-
-    It raises ResourceError when a point takes more than there is.
-    """
-
-    def tell(found: Expected) -> None:
-        if found.problem:
-            raise ResourceError(found.problem)
-        if not quiet:
-            print(f"estimate: {found.line()}", file=sys.stderr, flush=True)
-
-    return tell if wanted else None
+    """``announce`` for the points of a sweep; None where that isn't ``wanted``."""
+    return partial(announce, quiet=quiet) if wanted else None
 
 
 class Announcement:

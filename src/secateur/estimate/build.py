@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -125,7 +126,14 @@ def estimate_step(sizes: Sizes, job: Job, machine: Machine, baseline: int) -> St
     )
 
 
-def check(estimate: Estimate) -> None:
+class Judged(Protocol):
+    """What is expected of some work; ``problem`` says why it can't fit, and is empty when it does."""
+
+    @property
+    def problem(self) -> str: ...
+
+
+def check(estimate: Judged) -> None:
     """Raise ResourceError with what would make it fit, when it doesn't."""
     if problem := estimate.problem:
         raise ResourceError(problem)

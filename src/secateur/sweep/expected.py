@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from secateur.errors import SecateurError
@@ -41,7 +42,9 @@ _SPARED = ("forwards", "statistics")
 
 @dataclass(frozen=True)
 class Expected:
-    """``seconds`` that ``points`` take, and the tasks whose time nobody knows, which are not among them.
+    """``seconds`` that ``points`` take, and the ``unknown`` tasks whose time nobody knows, which are not among them.
+
+    ``clock`` tells the seconds; it tries this machine, for a second or two per kind of work, when they are asked for.
 
     ``memory`` is the peak of the process, in bytes, at the point ``largest``, where ``available_memory`` are there;
     ``device_memory`` and ``available_device_memory`` are those of another device that computes. It is the first point
@@ -49,7 +52,7 @@ class Expected:
     """
 
     points: int
-    seconds: float
+    clock: Callable[[], float]
     unknown: tuple[str, ...] = ()
     largest: str = ""
     memory: int = 0
@@ -57,6 +60,11 @@ class Expected:
     device_memory: int = 0
     available_device_memory: int | None = None
     copied: int = 0
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of all points."""
+        return self.clock()
 
     def line(self) -> str:
         """``24 points, up to 3.1 GB of memory, about 2 h 5 min, and what lm_eval:arc_easy takes``."""
@@ -83,7 +91,7 @@ class Expected:
 
 
 def expect(points: Sequence[Point], job: Job, model: PreTrainedModel, *, dense: bool) -> Expected:
-    """What ``points`` take in this order, after trials of this machine of a second or two per kind of work.
+    """What ``points`` take in this order.
 
     ``model`` is the dense one, which is measured as well where ``dense`` says so.
     """
@@ -93,7 +101,7 @@ def expect(points: Sequence[Point], job: Job, model: PreTrainedModel, *, dense: 
     baseline, copied = resident_bytes(), _copied(sizes, job)
     whole = Expected(
         points=len(points),
-        seconds=_seconds(points, steps, job, sizes, model.dtype, dense=dense),
+        clock=partial(_seconds, points, steps, job, sizes, model.dtype, dense=dense),
         unknown=(*unknown, *job.timed),
         available_memory=baseline + available_memory(),
         available_device_memory=available_on(job.device),
