@@ -13,6 +13,7 @@ from secateur.estimate.job import Job
 from secateur.estimate.memory import memory
 from secateur.estimate.outline import outline
 from secateur.methods import make_method
+from secateur.ranks import Ranks
 from secateur.recipes import make_recipe
 from secateur.report.numbers import format_bytes
 
@@ -95,6 +96,27 @@ def test_check_refuses_memory_and_disk(sizes, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "free_disk", lambda place: 1000)
     with pytest.raises(ResourceError, match=r"of disk, and 1.0 kB are free: give --out a place on a larger disk"):
         build.check(build.estimate_run(recipe, sizes, torch.float32, place=tmp_path))
+
+
+class Four(Ranks):
+    """The first of six ranks, four of which are on this machine."""
+
+    size, here = 6, 4
+
+
+def test_ranks_of_a_machine_share_its_memory(sizes, monkeypatch):
+    recipe = make_recipe({"model": "big", "steps": [{"method": "magnitude"}]}, "test")
+    monkeypatch.setattr(build, "resident_bytes", lambda: 0)
+    needed = build.estimate_run(recipe, sizes, torch.float32).memory_bytes
+    monkeypatch.setattr(build, "available_memory", lambda: 4 * needed)
+    found = build.estimate_run(recipe, sizes, torch.float32, ranks=Four())
+    build.check(found)
+    assert found.available_memory == found.memory_bytes == needed
+    assert found.line().startswith(f"{format_bytes(needed)} of memory in each of 4 ranks, ")
+    monkeypatch.setattr(build, "available_memory", lambda: 4 * needed - 1)
+    build.check(build.estimate_run(recipe, sizes, torch.float32))
+    with pytest.raises(ResourceError, match=r"of memory in each of 4 ranks, and .* are there for each: "):
+        build.check(build.estimate_run(recipe, sizes, torch.float32, ranks=Four()))
 
 
 def test_steps_add_up_on_disk_and_in_time_but_not_in_memory(sizes):

@@ -303,7 +303,8 @@ def test_both_launchers_work_and_one_rank_speaks(launcher, kept, checkpoint, tmp
     # a slow machine is told of the blocks between as well
     lines = [line.partition(",")[0] for line in said_by(0, "stderr", logs).splitlines()]
     said = [line for line in lines if line.startswith("prune ")]
-    assert said == sorted(set(said)) and said[-1] == "prune 3/3" and lines[0].startswith("estimate: ")
+    assert said == sorted(set(said)) and said[-1] == "prune 3/3"
+    assert lines[0].startswith("estimate: ") and lines[0].endswith(" of memory in each of 2 ranks")
     assert said_by(1, "stdout", logs) == said_by(1, "stderr", logs) == ""
     assert plan_of(tmp_path / "out").masks
 

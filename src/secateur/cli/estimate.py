@@ -185,6 +185,6 @@ class Announcement:
             activation_memory=parse_size(job.activation_memory) if job.activation_memory else None,
             files=sorted(folder.glob("*.safetensors")) if folder is not None else (),
             place=place_of(job.out),
-            ranks=join().size,
+            ranks=join(),
         )
         announce(found, self._quiet)

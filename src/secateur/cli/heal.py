@@ -21,7 +21,7 @@ from secateur.cli.prune import given, parse_options
 from secateur.cli.saving import drawn, how_to_load
 from secateur.errors import UsageError
 from secateur.files import check_output
-from secateur.ranks import join
+from secateur.ranks import Ranks, join
 
 if TYPE_CHECKING:
     from secateur.healing.recovery import RecoveryOptions
@@ -100,7 +100,7 @@ def heal(
         if estimate and not resume:
             # a run that goes on has fitted before
             chosen, where = chosen_options(**how), device or "cpu"
-            ranks.on_main(lambda: _announce(model, teacher, chosen, out, where, ranks.size, trust_remote_code, quiet))
+            ranks.on_main(lambda: _announce(model, teacher, chosen, out, where, ranks, trust_remote_code, quiet))
         healed = heal(
             model,
             out=out,
@@ -124,7 +124,7 @@ def _announce(
     options: RecoveryOptions,
     out: str,
     device: str,
-    ranks: int,
+    ranks: Ranks,
     trust_remote_code: bool,
     quiet: bool,
 ) -> None:
@@ -141,10 +141,11 @@ def _announce(
         teacher=outline(teacher, trust_remote_code=trust_remote_code)[0] if teacher else None,
         # masks cost adapters alone
         masked=options.train == "lora" and any(not p.refits(name) for p in plans_in(model) for name in p.masks),
-        ranks=ranks,
+        ranks=ranks.size,
         device=device,
     )
-    announce(estimate_training(model, training, files=files, place=place_of(out)), quiet)
+    found = estimate_training(model, training, files=files, place=place_of(out), ranks=ranks)
+    announce(found, quiet)
 
 
 def _show(healed: Healed, out: str, json: bool) -> None:

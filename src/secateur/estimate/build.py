@@ -28,6 +28,7 @@ from secateur.estimate.training import Training
 from secateur.estimate.work import flops, seconds, training_seconds
 from secateur.healing.recovery import RecoveryOptions, split_heal
 from secateur.memory import available_memory
+from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
 
 
@@ -41,18 +42,18 @@ def estimate_run(
     place: Path | None = None,
     memory_limit: int | None = None,
     startup: float = 0.0,
-    ranks: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Estimate:
     """What ``recipe`` takes on a model of these sizes, after a trial of this machine of about two seconds.
 
     ``files`` are the weights, where they are here; the output goes to ``place``. ``memory_limit`` stands for what is
     available, all in bytes. ``startup`` seconds have passed already. Steps after the first are counted at the
-    sizes of the dense model, and trainings are shared by the ``ranks``.
+    sizes of the dense model, and trainings are shared by the ``ranks``, as memory is by those of this machine.
     """
-    jobs = jobs_of(recipe, dtype, activation_memory, ranks)
+    jobs = jobs_of(recipe, dtype, activation_memory, ranks.size)
     machines = try_machines(sizes, jobs, files, place)
     baseline = resident_bytes()
-    limit = memory_limit if memory_limit is not None else baseline + available_memory()
+    limit = memory_limit if memory_limit is not None else _there(baseline, ranks)
     steps = tuple(estimate_step(sizes, job, machine, baseline) for job, machine in zip(jobs, machines, strict=True))
     after, speed = sizes.stored, 1.0
     for job in jobs:
@@ -69,14 +70,18 @@ def estimate_run(
         bytes_before=sizes.stored,
         bytes_after=after,
         speed_bound=speed,
+        ranks=ranks.here,
     )
     return _with_remedy(found, sizes, jobs, baseline)
 
 
 def estimate_training(
-    name: str, training: Training, *, files: Iterable[Path] = (), place: Path | None = None
+    name: str, training: Training, *, files: Iterable[Path] = (), place: Path | None = None, ranks: Ranks = ALONE
 ) -> Estimate:
-    """What a training alone takes, after a short trial of this machine; ``files`` are its model's weights."""
+    """What a training alone takes, after a short trial of this machine; ``files`` are its model's weights.
+
+    It is one of ``ranks``, whose number it knows; those of this machine share its memory.
+    """
     machine, baseline = try_training(training, files, place), resident_bytes()
     peak = training_memory(training, baseline)
     step = StepEstimate(
@@ -91,7 +96,7 @@ def estimate_training(
         model=name,
         dtype=str(training.dtype).removeprefix("torch."),
         steps=(step,),
-        available_memory=baseline + available_memory(),
+        available_memory=_there(baseline, ranks),
         available_device_memory=available_on(training.device),
         free_disk=free_disk(place) if place is not None else None,
         startup=0.0,
@@ -99,6 +104,7 @@ def estimate_training(
         bytes_after=training.sizes.stored,
         speed_bound=1.0,
         work="training",
+        ranks=ranks.here,
     )
 
     def taken(options: RecoveryOptions) -> Memory:
@@ -158,6 +164,11 @@ def jobs_of(recipe: Recipe, dtype: torch.dtype, activation_memory: int | None = 
         )
         for number, (method, allocation, recovery) in enumerate(words, start=1)
     ]
+
+
+def _there(baseline: int, ranks: Ranks) -> int:
+    """Bytes that this process can have, which has ``baseline`` by now; so have the others of this machine."""
+    return baseline + available_memory() // ranks.here
 
 
 def _with_remedy(found: Estimate, sizes: Sizes, jobs: list[Job], baseline: int) -> Estimate:

@@ -34,7 +34,8 @@ class Estimate:
 
     ``bytes_before`` and ``bytes_after`` are those of the checkpoint. The pruned model can be at most ``speed_bound``
     times as fast. ``free_disk`` is None when nobody said where the output goes, ``available_device_memory`` when the
-    CPU computes. ``remedy`` names what would make the run fit, and ``work`` is what is done with the model.
+    CPU computes. ``remedy`` names what would make the run fit, and ``work`` is what is done with the model. Of several
+    ``ranks`` on this machine each takes the memory, and has an equal part of what is available.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Estimate:
     speed_bound: float
     remedy: str = ""
     work: str = "pruning"
+    ranks: int = 1
 
     @property
     def memory_bytes(self) -> int:
@@ -91,7 +93,8 @@ class Estimate:
     def problem(self) -> str:
         """One sentence about why it can't fit and what would make it; empty when it fits."""
         if not self.fits_memory:
-            short = f"{format_bytes(self.memory_bytes)} of memory, and {format_bytes(self.available_memory)} are there"
+            each = " for each" if self.ranks > 1 else ""
+            short = f"{self._memory}, and {format_bytes(self.available_memory)} are there{each}"
         elif not self.fits_device:
             assert self.available_device_memory is not None
             there = format_bytes(self.available_device_memory)
@@ -106,7 +109,12 @@ class Estimate:
     def line(self) -> str:
         """``1.9 GB of memory, 3.2 GB of disk, about 4 min``."""
         time = about(self.seconds - self.startup)
-        return f"{format_bytes(self.memory_bytes)} of memory, {format_bytes(self.disk_bytes)} of disk, {time}"
+        return f"{self._memory}, {format_bytes(self.disk_bytes)} of disk, {time}"
+
+    @property
+    def _memory(self) -> str:
+        each = f" in each of {self.ranks} ranks" if self.ranks > 1 else ""
+        return f"{format_bytes(self.memory_bytes)} of memory{each}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values, the sums among them."""

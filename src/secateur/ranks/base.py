@@ -20,6 +20,11 @@ class Ranks:
     rank, size = 0, 1
 
     @property
+    def here(self) -> int:
+        """How many ranks there are on this machine, which share its memory."""
+        return 1
+
+    @property
     def main(self) -> bool:
         """True on the rank that writes and speaks."""
         return self.rank == 0

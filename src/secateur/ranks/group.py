@@ -55,6 +55,11 @@ class Group(Ranks):
         self._rounds: Any = dist.new_group(backend="gloo", timeout=_ROUND)
         self._in_step, self._told, self._depth = True, False, 0
 
+    @property
+    def here(self) -> int:
+        # who starts ranks in another way than torchrun doesn't say where they are
+        return number("LOCAL_WORLD_SIZE", 1)
+
     def device(self, name: str) -> str:
         if not name.startswith("cuda"):
             return name
