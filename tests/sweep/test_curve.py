@@ -82,6 +82,22 @@ def test_a_quality_below_zero_may_be_a_multiple_of_the_dense_one():
     assert through(values, ACCURACY, within=1.05).recommended == pytest.approx(0.2)
 
 
+def test_a_small_metric_that_reaches_zero_is_not_put_on_a_logarithm():
+    values = {0.0: 0.0, 0.2: 0.0, 0.4: 0.01, 0.6: 0.25}
+    curve = through(values, PERPLEXITY, within=1.5)
+    assert min(curve.predicted) == 0.0 and predicted_at(curve, 0.6) == pytest.approx(0.25)
+    # below its line it lies furthest before the last point, not where it was an instant above 0
+    assert 0.3 < curve.knee < 0.6
+    # of nothing there is no multiple
+    assert curve.recommended == pytest.approx(0.2)
+
+
+def test_a_small_metric_below_zero_may_be_a_part_of_the_dense_one():
+    values = {0.0: -2.0, 0.2: -1.9, 0.4: -1.0, 0.6: -0.5}
+    within = [through(values, PERPLEXITY, within=factor).recommended for factor in (2 / 1.9, 2.0, 4.0)]
+    assert within == pytest.approx([0.2, 0.4, 0.6])
+
+
 def test_nothing_stays_within_a_factor_that_the_first_point_exceeds():
     assert through({0.0: 10.0, 0.2: 50.0, 0.4: 60.0}, PERPLEXITY, within=1.001).recommended == 0.0
 

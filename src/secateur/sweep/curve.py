@@ -1,17 +1,19 @@
 """How far can one go? Quality over sparsity from a few full runs, interpolated; its knee, and a setting to take.
 
-x is the sparsity, y the logarithm of a metric that should be small, or minus a metric that should be large. Between
-the points that were run, y is a monotone cubic in x (PCHIP). The knee is where it lies furthest below the straight line
-from the dense model to the last point, both axes scaled to [0, 1] (Kneedle, V. Satopaa et al., ICDCS workshops 2011):
-up to there a step more costs less than it does on average, beyond it more.
+x is the sparsity, y the logarithm of a metric that should be small, or minus a metric that should be large; where a
+small one reaches 0, such as a rate of errors, it is y itself. Between the points that were run, y is a monotone cubic
+in x (PCHIP). The knee is where it lies furthest below the straight line from the dense model to the last point, both
+axes scaled to [0, 1] (Kneedle, V. Satopaa et al., ICDCS workshops 2011): up to there a step more costs less than it
+does on average, beyond it more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -103,7 +105,8 @@ def through(points: Mapping[float, float], metric: Metric, within: float | None 
         raise UsageError("a curve needs two sparsities besides the dense model, all of which could be measured")
     higher = bool(metric.higher_is_better)
     x = np.array(list(points))
-    y = np.array([_scale(value, higher) for value in points.values()])
+    scale = _scale(points, higher)
+    y = np.array([scale.to(value) for value in points.values()])
     # whole numbers of steps, so that 0.3 is the 0.3 of the user
     grid = np.unique(np.append(np.arange(0, round(x[-1] / STEP) + 1) * STEP, x).round(6))
     grid = grid[grid <= x[-1] + 1e-9]
@@ -113,11 +116,11 @@ def through(points: Mapping[float, float], metric: Metric, within: float | None 
     knee = float(grid[knee_of(grid, smooth)])
     recommended = knee
     if within is not None:
-        good = smooth <= _bound(points[0.0], within, higher) + 1e-12
+        good = smooth <= scale.to(_worse(points[0.0], within, higher)) + 1e-12
         # the first that is too bad ends it
         last = int(np.argmin(good)) - 1 if not good.all() else len(grid) - 1
         recommended = float(grid[max(last, 0)])
-    values = [_unscale(float(value), higher) for value in smooth]
+    values = [scale.back(float(value)) for value in smooth]
     at = tuple(float(value) for value in grid)
     return Curve(metric.name, higher, metric.protocol, dict(points), at, tuple(values), knee, recommended)
 
@@ -127,17 +130,23 @@ def predicted_at(curve: Curve, sparsity: float) -> float:
     return curve.predicted[curve.grid.index(sparsity)]
 
 
-def _scale(value: float, higher: bool) -> float:
-    return -value if higher else math.log(max(value, 1e-300))
+class _Scale(NamedTuple):
+    """From a metric to the y of its curve, which is smaller where the metric is better, and back."""
+
+    to: Callable[[float], float]
+    back: Callable[[float], float]
 
 
-def _unscale(value: float, higher: bool) -> float:
-    return -value if higher else math.exp(value)
+def _scale(points: Mapping[float, float], higher: bool) -> _Scale:
+    if higher:
+        return _Scale(operator.neg, operator.neg)
+    return _Scale(math.log, math.exp) if min(points.values()) > 0 else _Scale(operator.pos, operator.pos)
 
 
-def _bound(dense: float, within: float, higher: bool) -> float:
-    # of a quality below zero, such as a log-likelihood, a worse one is a larger multiple
-    return _scale(dense / within if higher and dense > 0 else dense * within, higher)
+def _worse(dense: float, within: float, higher: bool) -> float:
+    """What is a factor ``within`` worse than the dense model's."""
+    # of a metric below zero, such as a log-likelihood, the larger multiple is the smaller number
+    return dense / within if higher == (dense > 0) else dense * within
 
 
 def curve_document(curves: Sequence[Curve], results: Results) -> dict[str, Any]:
