@@ -189,6 +189,38 @@ def test_a_grid_may_grow_by_an_axis(sweep_of, run_in, runs):
     assert [line.split(",")[2:4] for line in results_csv(results).splitlines()[2:]] == [["0.3", "0"], ["0.3", "1"]]
 
 
+def test_a_point_whose_plan_another_sweep_replaced_is_done_again(sweep_of, run_in, runs, tmp_path):
+    grid = {"method": "wanda", "sparsity": [0.3, 0.5]}
+    few, more = (sweep_of(grid, calibration={"samples": samples, "length": 32}) for samples in (2, 4))
+    place = tmp_path / "out" / "plans" / "wanda-sparsity=0.5" / "plan.safetensors"
+    run_in(few)
+    plan = place.read_bytes()
+    run_in(sweep_of({"method": "wanda", "sparsity": [0.5]}, calibration={"samples": 4, "length": 32}), resume=True)
+    assert place.read_bytes() != plan
+    results = run_in(few, resume=True)
+    assert place.read_bytes() == plan and results.reused == 1
+    assert runs == {DENSE: 1, "wanda-sparsity=0.3": 1, "wanda-sparsity=0.5": 3}
+    # the name's last points are those of the first sweep again
+    assert run_in(more, resume=True).reused == 0
+
+
+def test_what_is_measured_last_does_not_take_the_plan_of_another_sweep(sweep_of, run_in, monkeypatch, tmp_path):
+    run_in(sweep_of({"method": "wanda", "sparsity": [0.5]}, calibration={"samples": 2, "length": 32}))
+    plan = next((tmp_path / "out" / "plans").rglob("plan.safetensors"))
+    before = plan.read_bytes()
+    measuring = worker.Worker._evaluate
+
+    def killed(self, name, *models):
+        if name != DENSE:
+            raise KeyboardInterrupt
+        return measuring(self, name, *models)
+
+    monkeypatch.setattr(worker.Worker, "_evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_in(sweep_of({"method": "wanda", "sparsity": [0.5]}, calibration={"samples": 4, "length": 32}), resume=True)
+    assert plan.read_bytes() == before
+
+
 def test_a_point_without_its_plan_is_done_again(sweep_of, run_in, runs, tmp_path):
     import shutil
 

@@ -99,10 +99,12 @@ class Journal(LineJournal):
     def resume(self) -> dict[str, Record]:
         """Points that are done, by key; a last line that was cut off by a crash is dropped.
 
+        Of points that had the same name in different sweeps the last one counts: it is the one whose plan is there.
         Raises OutputError when the sweep in the folder is another one, or the journal is damaged.
         """
         try:
             records = [Record.from_dict(line) for line in self.lines()]
         except (TypeError, KeyError) as error:
             raise self.damaged(str(error)) from None
-        return {record.key: record for record in records if record.done}
+        named = {record.name: record for record in records if record.done}
+        return {record.key: record for record in named.values()}

@@ -161,17 +161,19 @@ class Worker:
             plans.append(result.plan)
             reports.append(result.report)
         shared = bool(statistics_of(point)) and _files(stored) == before
-        write_plans(plans, Path(self._job.folder) / "plans" / point.name)
         report = merge_reports(reports)
         if len(reports) > 1 and report.masked:
             source = Source(current)
             report = with_zeros_counted(report, api.anatomy(current), lambda name: source.count(name)[1])
+        metrics = self._evaluate(point.name, current, own)
+        # last: what another sweep of this folder had under this name is replaced when all else is done
+        write_plans(plans, Path(self._job.folder) / "plans" / point.name)
         return {
             "name": point.name,
             "key": point.key,
             "values": point.values,
             "removed": report.achieved,
-            "metrics": self._evaluate(point.name, current, own),
+            "metrics": metrics,
             "untrained": untrained,
             "model": plans[0].model.weights,
             "notes": tuple(dict.fromkeys(report.notes)),
