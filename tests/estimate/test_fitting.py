@@ -12,6 +12,7 @@ from secateur.estimate.disk import disk
 from secateur.estimate.job import Job
 from secateur.estimate.memory import memory
 from secateur.estimate.outline import outline
+from secateur.estimate.work import flops
 from secateur.methods import make_method
 from secateur.ranks import Ranks
 from secateur.recipes import make_recipe
@@ -117,6 +118,16 @@ def test_ranks_of_a_machine_share_its_memory(sizes, monkeypatch):
     build.check(build.estimate_run(recipe, sizes, torch.float32))
     with pytest.raises(ResourceError, match=r"of memory in each of 4 ranks, and .* are there for each: "):
         build.check(build.estimate_run(recipe, sizes, torch.float32, ranks=Four()))
+
+
+def test_ranks_share_the_windows_and_keep_their_states_side_by_side(sizes):
+    # seven for four: two windows for three of them, one for the last
+    job = Job(make_method("wanda"), samples=7, length=1024, dtype=torch.bfloat16, ranks=4)
+    alone = replace(job, samples=2, ranks=1)
+    assert memory(sizes, job, 0) == memory(sizes, alone, 0) and flops(sizes, job) == flops(sizes, alone)
+    states = 2 * 2 * 1024 * 1024 * 2
+    assert disk(sizes, alone)["hidden states"] == states
+    assert disk(sizes, job) == disk(sizes, alone) | {"hidden states": 4 * states}
 
 
 def test_steps_add_up_on_disk_and_in_time_but_not_in_memory(sizes):

@@ -48,7 +48,8 @@ def estimate_run(
 
     ``files`` are the weights, where they are here; the output goes to ``place``. ``memory_limit`` stands for what is
     available, all in bytes. ``startup`` seconds have passed already. Steps after the first are counted at the
-    sizes of the dense model, and trainings are shared by the ``ranks``, as memory is by those of this machine.
+    sizes of the dense model. Windows and trainings are shared by the ``ranks``, and memory by those of this machine;
+    operations and seconds are those of one of them.
     """
     jobs = jobs_of(recipe, dtype, activation_memory, ranks.size)
     machines = try_machines(sizes, jobs, files, place)

@@ -27,6 +27,8 @@ def disk(sizes: Sizes, job: Job) -> dict[str, int]:
     states = (4 if spills(sizes, job) else 2) * hidden
     if job.walks_back and spills(sizes, job):
         states += hidden_bytes(sizes, job)
+    # the files of all ranks lie side by side
+    states *= job.ranks
     seen = 0
     if isinstance(job.method, UnitMethod) and not job.method.in_sequence:
         seen = sum(n.stored for block in sizes.blocks for n in job.needs(block, sizes.hidden))

@@ -34,8 +34,8 @@ from secateur.solver import cg_flops, refit_columns_flops
 class Job:
     """``samples`` windows of ``length`` tokens in batches of about ``batch_tokens``, in ``dtype``.
 
-    ``activation_memory`` is in bytes; ``format`` is dense or packed; ``recovery`` is the training of what is left, of
-    which every one of the ``ranks`` does its part.
+    ``activation_memory`` is in bytes; ``format`` is dense or packed; ``recovery`` is the training of what is left. Each
+    of the ``ranks`` does its part of that training, and has its part of the windows.
     """
 
     method: Method
@@ -61,16 +61,21 @@ class Job:
         return self.allocation is not None and bool(self.allocation.statistics)
 
     @property
+    def windows(self) -> int:
+        """Windows of one of the ranks."""
+        return -(-self.samples // self.ranks)
+
+    @property
     def tokens(self) -> int:
-        """Calibration tokens in all."""
-        return self.samples * self.length if self.observes else 0
+        """Calibration tokens that one of the ranks has in all."""
+        return self.windows * self.length if self.observes else 0
 
     @property
     def batch(self) -> int:
         """Tokens that go through a block together."""
         if self.walks_back and "diagonal" in self.method.needs:  # type: ignore[attr-defined]
             return self.length
-        return min(self.samples, max(1, self.batch_tokens // self.length)) * self.length if self.observes else 0
+        return min(self.windows, max(1, self.batch_tokens // self.length)) * self.length if self.observes else 0
 
     @property
     def trial_tokens(self) -> int:
