@@ -439,6 +439,8 @@ def test_work_of_what_looks_at_the_whole_model_again_and_again(sizes):
     assert flops(sizes, gradual)["forwards"] == 5 * 32 * (2 * (linear + head) + 4 * linear + 2 * head)
     peak = memory(sizes, gradual, 0)
     assert peak.process["whole model"] == 4 * (linear + 2 * 2 * 32 + 2 * 512 * 32 + 32 + linear)
+    # the graph of both windows, and three times their predictions
+    assert peak.process["at work"] == 2 * 16 * 4 * (2 * (4 * 64 + 8 * 32) + 3 * 512)
     assert checkpoint_bytes(sizes, gradual) == sizes.stored - int(0.2 * 4 * linear)
 
 

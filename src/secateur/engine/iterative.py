@@ -19,9 +19,9 @@ from secateur.engine.keeping import Decision
 from secateur.engine.run import Run, complement
 from secateur.errors import NonFiniteError, UsageError
 from secateur.finite import all_finite
+from secateur.healing.recovery.losses import cross_entropy
 from secateur.methods import IterativeMethod
 from secateur.models.decoders import decoder_blocks
-from secateur.search import token_loss
 from secateur.structure import Group
 
 _STEP = "removal"
@@ -178,8 +178,8 @@ class _Steps:
         for weight in weights.values():
             weight.requires_grad_(True)
         with watched(decoder_blocks(self._model)[1], self._layers, self._method) as seen, torch.enable_grad():
-            for part in ids.split(at_once):
-                loss = token_loss(self._model, (part.to(self._model.device),)).sum() / len(ids)
+            for part in ids.to(self._model.device).split(at_once):
+                loss = cross_entropy(self._model(input_ids=part, use_cache=False).logits, part) * len(part) / len(ids)
                 if not math.isfinite(float(loss.detach())):
                     raise NonFiniteError(f"the loss of round {self._rounds + 1} is NaN or inf: try --dtype float32")
                 loss.backward()

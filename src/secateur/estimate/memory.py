@@ -34,6 +34,9 @@ _PAGES = 1 << 16
 # What the heap keeps of freed tensors, as a fraction of all that comes and goes. The C library hands allocations above
 # 32 MB back at once, so that there is an end to it.
 _SLACK, _MOST_SLACK = 0.1, 1 << 28
+# per token and word: bytes of logits, their float32 copy, their softmax and its gradient; and where the loss is taken
+# in pieces, entries of logits, of those without a window's last, and of their gradient
+_WHOLE, _PIECED = 16, 3
 # tokens whose predictions are kept while models are tried out
 _TRIED = 4096
 # what lies on the device that computes
@@ -76,13 +79,13 @@ def memory(sizes: Sizes, job: Job, baseline: int) -> Memory:
     stages = [_entering(sizes, job), _observing(sizes, job, block), _deciding(sizes, job, block), _ending(sizes, job)]
     stages += [_trying(sizes, job), _leaving_out(sizes, job), _turning_words(sizes, job)]
     if job.searched_tokens:
-        stages.append({**_backward(sizes, job, block, job.searched_tokens), "decision": 2 * sizes.linear})
+        stages.append({**_backward(sizes, job, block, job.searched_tokens, _WHOLE), "decision": 2 * sizes.linear})
     if job.walks_back:
         stages += [_turning(sizes, job), _descending(job, sizes, block)]
     if training := training_of(sizes, job):
         stages.append(training.memory())
     if job.round_tokens:
-        stages.append(_backward(sizes, job, block, job.round_tokens))
+        stages.append(_backward(sizes, job, block, job.round_tokens, _PIECED * job.dtype.itemsize))
     stages = [{**steady, **stage} for stage in stages]
     if recovery := recovery_of(sizes, job):
         # what the walk through the blocks had is gone by then, but for a model that was there before
@@ -251,11 +254,14 @@ def _head(sizes: Sizes, job: Job) -> int:
     return 0 if shared else sizes.outside_entries * job.dtype.itemsize
 
 
-def _backward(sizes: Sizes, job: Job, block: BlockSizes, looked_at: int) -> dict[str, int]:
-    """A copy of the whole model, the gradients of its matrices, and the graph of the windows that run together."""
+def _backward(sizes: Sizes, job: Job, block: BlockSizes, looked_at: int, predicted: int) -> dict[str, int]:
+    """A copy of the whole model, the gradients of its matrices, and the graph of the windows that run together.
+
+    For every token and word, ``predicted`` bytes are those of logits and of what comes on top for their loss.
+    """
     tokens = min(looked_at, max(1, job.batch_tokens // job.length) * job.length)
-    # of what leaves the model logits, their float32 copy, their softmax and its gradient come on top
-    graph = tokens * (len(sizes.blocks) * graph_entries(sizes, block) * job.dtype.itemsize + 16 * sizes.vocabulary)
+    kept = len(sizes.blocks) * graph_entries(sizes, block) * job.dtype.itemsize
+    graph = tokens * (kept + predicted * sizes.vocabulary)
     return {
         "whole model": (sizes.entries + sizes.linear) * job.dtype.itemsize,
         "at work": graph,
