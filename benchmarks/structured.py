@@ -59,10 +59,17 @@ ITEMS = """
 last words) that are written as they must follow, each of the first {limit} items of the file, so that a difference of
 less than a tenth may be chance.
 """
-SHORTENED = """
-What a method tries or trains by itself is shortened by its options: BlockPruner tries on 512 tokens, EvoPress has 8
-generations, LoRAPrune 75 steps. LoRAPrune trains while it prunes, by cross-entropy on the calibration text, which is of
-the kind that is measured here: its rows without recovery are trained ones too.
+SHORTENED = {
+    "blockpruner": "BlockPruner tries on 512 tokens",
+    "evopress": "EvoPress has 8 generations",
+    "loraprune": "LoRAPrune has 75 steps",
+}
+SHORTENED_TEXT = """
+What a method tries or trains by itself is shortened by its options: {shortened}.
+"""
+TRAINS = """
+LoRAPrune trains while it prunes, by cross-entropy on the calibration text, which is of the kind that is measured here:
+its rows without recovery are trained ones too.
 """
 MISSING = """
 Not run yet, so that a second call goes on with them: {methods}.
@@ -259,8 +266,11 @@ def _told(rows: list[dict[str, Any]]) -> str:
     told = TEXT
     if items.columns(name for row in rows for name in row):
         told += ITEMS.replace("{limit}", str(items.LIMIT))
-    if any(":" in method and method.partition(":")[0] in ("blockpruner", "evopress", "loraprune") for method in shown):
-        told += SHORTENED
+    optioned = {method.partition(":")[0] for method in shown if ":" in method}
+    if shortened := [text for method, text in SHORTENED.items() if method in optioned]:
+        told += SHORTENED_TEXT.replace("{shortened}", ", ".join(shortened))
+    if "loraprune" in {method.partition(":")[0] for method in shown}:
+        told += TRAINS
     missing = [method for method in METHODS if method not in shown]
     missing = [method if ":heal" in method else method.partition(":")[0] for method in missing]
     return told + (MISSING.replace("{methods}", ", ".join(missing)) if missing else "")
@@ -276,6 +286,8 @@ DARK = ".way{stroke:#6e7681} .cut{fill:#0d1117;stroke:#8b949e} .trained{fill:#58
 def drawn(rows: list[dict[str, Any]]) -> str:
     """A panel a budget, a line a method: its perplexity when it is cut, and when it is trained, the best first."""
     dense = rows[0]["perplexity"]
+    # who trains while it prunes may leave the dense model behind
+    best = min(row["perplexity"] for row in rows if "perplexity" in row)
     parts, top = [], 0
     for sparsity in SPARSITIES:
         found: dict[str, dict[bool, float]] = {}
@@ -284,14 +296,14 @@ def drawn(rows: list[dict[str, Any]]) -> str:
                 found.setdefault(row["method"], {})[bool(row["recovery"])] = row["perplexity"]
         # what isn't trained yet stands below what is
         order = sorted(found.items(), key=lambda one: [one[1].get(trained, math.inf) for trained in (True, False)])
-        parts.append(svg.below(top, _panel(sparsity, order, dense)))
+        parts.append(svg.below(top, _panel(sparsity, order, best, dense)))
         top += TOP + ROW * len(order) + 20
     title = "Perplexity of every method, cut and trained"
     return svg.document(WIDTH, top, parts, title=title, light=LIGHT, dark=DARK)
 
 
-def _panel(sparsity: float, methods: list[tuple[str, dict[bool, float]]], dense: float) -> str:
-    along, bottom = svg.logarithmic(dense, FARTHEST * dense, LEFT, WIDTH - RIGHT), TOP + ROW * len(methods)
+def _panel(sparsity: float, methods: list[tuple[str, dict[bool, float]]], best: float, dense: float) -> str:
+    along, bottom = svg.logarithmic(best, FARTHEST * dense, LEFT, WIDTH - RIGHT), TOP + ROW * len(methods)
     what = "perplexity, logarithmic: ○ cut, ● trained"
     parts = [
         svg.text(12, 20, f"{sparsity:.0%} of the blocks removed", bold=True),

@@ -395,6 +395,20 @@ def test_what_lies_beyond_a_picture_has_its_number_there(study):
     panel = structured.drawn([{"recovery": "", "sparsity": "", "method": "dense", "perplexity": 10.0}, *rows])
     assert "1,000,000 → 500<" in panel and ">amp<" in panel and ">flap:heal=refit<" in panel
     assert panel.index(">flap<") < panel.index(">flap:heal=refit<") < panel.index(">amp<")
+    # who trains on the way may be better than the dense model, and isn't drawn on its line
+    better = {"recovery": "", "sparsity": 0.2, "method": "loraprune:steps=75", "perplexity": 8.0}
+    panel = structured.drawn([{"recovery": "", "sparsity": "", "method": "dense", "perplexity": 10.0}, *rows, better])
+    ends = [re.search(rf'x="([0-9.]+)"[^>]*>{said}', panel) for said in ("<title>loraprune", "dense<")]
+    left, line = (float(found[1]) for found in ends if found is not None)
+    assert left < line
+
+
+def test_only_methods_that_are_there_are_told_of(study):
+    structured = study("structured")
+    told = structured._told([{"method": "dense"}, {"method": "loraprune:steps=75"}, {"method": "evopress"}])
+    assert "LoRAPrune has 75 steps." in told and "LoRAPrune trains" in told and "8 generations" not in told
+    told = structured._told([{"method": "dense"}, {"method": "blockpruner:tokens=512"}])
+    assert "BlockPruner tries on 512 tokens." in told and "LoRAPrune" not in told
 
 
 def test_who_cannot_cut_a_model_has_a_row_with_the_reason(study, tmp_path):
