@@ -58,7 +58,7 @@ class Group(Ranks):
     @property
     def here(self) -> int:
         # who starts ranks in another way than torchrun doesn't say where they are
-        return number("LOCAL_WORLD_SIZE", 1)
+        return max(1, number("LOCAL_WORLD_SIZE", 1))
 
     def device(self, name: str) -> str:
         if not name.startswith("cuda"):
