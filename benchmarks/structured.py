@@ -266,10 +266,10 @@ def _told(rows: list[dict[str, Any]]) -> str:
     told = TEXT
     if items.columns(name for row in rows for name in row):
         told += ITEMS.replace("{limit}", str(items.LIMIT))
-    optioned = {method.partition(":")[0] for method in shown if ":" in method}
-    if shortened := [text for method, text in SHORTENED.items() if method in optioned]:
+    given = {method.partition(":")[0]: ":" in method for method in shown}
+    if shortened := [text for method, text in SHORTENED.items() if given.get(method)]:
         told += SHORTENED_TEXT.replace("{shortened}", ", ".join(shortened))
-    if "loraprune" in {method.partition(":")[0] for method in shown}:
+    if "loraprune" in given:
         told += TRAINS
     missing = [method for method in METHODS if method not in shown]
     missing = [method if ":heal" in method else method.partition(":")[0] for method in missing]

@@ -73,7 +73,7 @@ class Job:
     @property
     def batch(self) -> int:
         """Tokens that go through a block together."""
-        if self.walks_back and "diagonal" in self.method.needs:  # type: ignore[attr-defined]
+        if "diagonal" in self.gradients:
             return self.length
         return min(self.windows, max(1, self.batch_tokens // self.length)) * self.length if self.observes else 0
 
@@ -138,9 +138,14 @@ class Job:
         return back + self.repeats * first[0] + later[0], back + self.repeats * first[1] + later[1]
 
     @property
+    def gradients(self) -> tuple[str, ...]:
+        """What a method wants of gradients that come back through the blocks, one by one; empty for others."""
+        return self.method.needs if isinstance(self.method, CoupledMethod) else ()
+
+    @property
     def walks_back(self) -> bool:
-        """Whether gradients come back through the blocks, one by one."""
-        return isinstance(self.method, CoupledMethod) and bool(self.method.needs)
+        """Whether gradients come back through the blocks."""
+        return bool(self.gradients)
 
     @property
     def trains(self) -> bool:
@@ -196,8 +201,9 @@ class Job:
     def variant_tokens(self) -> int:
         """Tokens on which groups with fewer units are measured."""
         method = self.method
-        measures = isinstance(method, UnitMethod) and method.programmed and method.variants == "measured"
-        return min(method.variant_tokens, self.samples * self.length) if measures else 0  # type: ignore[attr-defined]
+        if isinstance(method, UnitMethod) and method.programmed and method.variants == "measured":
+            return min(method.variant_tokens, self.samples * self.length)
+        return 0
 
     @property
     def unread(self) -> int:

@@ -275,6 +275,8 @@ def _turning(sizes: Sizes, job: Job) -> dict[str, int]:
 
 def _descending(job: Job, sizes: Sizes, block: BlockSizes) -> dict[str, int]:
     """The graph of a batch in one block, the gradients that it gives, and what they add up to."""
-    kinds = len(job.method.needs)  # type: ignore[attr-defined]
     graph = job.batch * graph_entries(sizes, block) * job.dtype.itemsize
-    return {"statistics": 4 * kinds * block.entries, "at work": graph + block.entries * (job.dtype.itemsize + 4)}
+    return {
+        "statistics": 4 * len(job.gradients) * block.entries,
+        "at work": graph + block.entries * (job.dtype.itemsize + 4),
+    }
