@@ -30,6 +30,11 @@ from secateur.observe.statistics import Accumulator
 from secateur.solver import cg_flops, refit_columns_flops
 
 
+def on_processor(device: str) -> bool:
+    """Whether what is computed on ``device`` lies in the memory of the process."""
+    return torch.device(device).type == "cpu"
+
+
 @dataclass(frozen=True)
 class Job:
     """``samples`` windows of ``length`` tokens in batches of about ``batch_tokens``, in ``dtype``.

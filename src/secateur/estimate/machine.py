@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur import timing
 from secateur.errors import OutputError, UsageError
-from secateur.estimate.job import Job
+from secateur.estimate.job import Job, on_processor
 from secateur.estimate.sizes import Sizes
 from secateur.estimate.training import Training, recovery_of
 from secateur.methods import WeightMethod
@@ -149,7 +149,7 @@ def _seconds(work: Callable[[], object], device: str, trial: float) -> float:
     On a CPU it is the time that this thread, which takes part in all that torch does in parallel, was at work: what
     else keeps the machine busy during a trial of milliseconds tells nothing about the hours after it.
     """
-    clock = time.thread_time if device.startswith("cpu") else time.perf_counter
+    clock = time.thread_time if on_processor(device) else time.perf_counter
     work()
     times: list[float] = []
     started = time.perf_counter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secateur.estimate.job import Job
+from secateur.estimate.job import Job, on_processor
 from secateur.estimate.sizes import BlockSizes, Sizes
 from secateur.estimate.training import Training, graph_entries, recovery_of, training_of
 from secateur.methods import RotationMethod, StructuredMethod, SublayerMethod, WeightMethod
@@ -103,7 +103,7 @@ def _placed(peak: dict[str, int], device: str, host: dict[str, int]) -> Memory:
     """A peak as it lies in the process and on its device; beside another device the process has ``host``."""
     parts = {name: size for name, size in peak.items() if size}
     there: dict[str, int] = {}
-    if not device.startswith("cpu"):
+    if not on_processor(device):
         there = {name: parts.pop(name) for name in _ON_DEVICE if name in parts}
         parts |= host
     comes_and_goes = sum(size for name, size in parts.items() if name not in ("process", "model"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from secateur.errors import SecateurError
 from secateur.estimate.build import jobs_of
 from secateur.estimate.job import Job as Step
+from secateur.estimate.job import on_processor
 from secateur.estimate.leaving import leaving
 from secateur.estimate.machine import available_on, resident_bytes, try_machines, try_measuring
 from secateur.estimate.memory import memory
@@ -105,7 +106,7 @@ def expect(points: Sequence[Point], job: Job, model: PreTrainedModel, *, dense: 
         unknown=(*unknown, *job.timed),
         available_memory=baseline + available_memory(),
         available_device_memory=available_on(job.device),
-        copied=copied if _elsewhere(job) else baseline + copied,
+        copied=baseline + copied if on_processor(job.device) else copied,
     )
     every = []
     for point, several in zip(points, steps, strict=True):
@@ -149,7 +150,7 @@ def _peaks(sizes: Sizes, steps: Sequence[Step], job: Job, baseline: int) -> tupl
         found = memory(sizes, step, baseline)
         here.append(found.total)
         there.append(found.device_total + (sizes.stored if number else 0))
-    if _elsewhere(job):
+    if not on_processor(job.device):
         return max(here), max(there)
     # what a step before left, or what is measured, lies in this process, too
     return max(one + other for one, other in zip(here, there, strict=True)), 0
@@ -159,10 +160,6 @@ def _copied(sizes: Sizes, job: Job) -> int:
     """A copy of the model is cut, and measured as long as nearly all of it may be there."""
     row = sizes.vocabulary * sizes.itemsize
     return sizes.stored + windows_per_batch(row, job.length) * job.length * row
-
-
-def _elsewhere(job: Job) -> bool:
-    return not job.device.startswith("cpu")
 
 
 def announce_rest(
