@@ -42,6 +42,7 @@ METHODS = (
 )  # fmt: skip
 SPARSITIES = (0.2, 0.4)
 SEEDS = 3
+OFF = "off budget"
 TEXTS = {"samples": 64, "length": 512, "windows": 40}
 TEXT = """
 Perplexity after structured pruning, by `recovery`: none, or the same training for all. `removed` is the fraction of the
@@ -234,7 +235,7 @@ def _judged(rows: list[dict[str, Any]]) -> list[str]:
                 chance = chances.get(row["method"])
                 row["p"] = "" if chance is None else f"{chance:.3f}"
                 level = row["method"] == verdict.best or (chance is not None and chance < SURE)
-                row["verdict"] = "off budget" if row not in meets else "" if not level else "best"
+                row["verdict"] = OFF if row not in meets else "" if not level else "best"
                 if level and verdict.rivals:
                     row["verdict"] = "≈ best"
             said.append(f"- {f'With {recovery}: ' if recovery else ''}{verdict.sentence}")
@@ -279,32 +280,43 @@ def _told(rows: list[dict[str, Any]]) -> str:
 WIDTH, LEFT, RIGHT, ROW, TOP = 860, 140, 110, 20, 56
 FARTHEST = 12
 """times the perplexity of the dense model: what lies beyond has its number at the edge"""
-LIGHT = ".way{stroke:#8c959f;stroke-width:2} .cut{fill:#fff;stroke:#57606a;stroke-width:1.5} .trained{fill:#2f6f6a}"
-DARK = ".way{stroke:#6e7681} .cut{fill:#0d1117;stroke:#8b949e} .trained{fill:#58a89d}"
+LIGHT = (
+    ".way{stroke:#8c959f;stroke-width:2} .cut{fill:#fff;stroke:#57606a;stroke-width:1.5} .trained{fill:#2f6f6a}"
+    " .off{fill:#6e7781}"
+)
+DARK = ".way{stroke:#6e7681} .cut{fill:#0d1117;stroke:#8b949e} .trained{fill:#58a89d} .off{fill:#8b949e}"
 
 
 def drawn(rows: list[dict[str, Any]]) -> str:
-    """A panel a budget, a line a method: its perplexity when it is cut, and when it is trained, the best first."""
+    """A panel a budget, a line a method: its perplexity when it is cut, and when it is trained, the best first.
+
+    Who misses the budget is paler, with what is really gone behind the name.
+    """
     dense = rows[0]["perplexity"]
     # who trains while it prunes may leave the dense model behind
     best = min(row["perplexity"] for row in rows if "perplexity" in row)
     parts, top = [], 0
     for sparsity in SPARSITIES:
         found: dict[str, dict[bool, float]] = {}
+        off: dict[str, float] = {}
         for row in rows:
             if row["sparsity"] == sparsity and "perplexity" in row:
                 found.setdefault(row["method"], {})[bool(row["recovery"])] = row["perplexity"]
+                if row.get("verdict") == OFF:
+                    off[row["method"]] = float(row["removed"])
         # what isn't trained yet stands below what is
         order = sorted(found.items(), key=lambda one: [one[1].get(trained, math.inf) for trained in (True, False)])
-        parts.append(svg.below(top, _panel(sparsity, order, best, dense)))
+        parts.append(svg.below(top, _panel(sparsity, order, off, best, dense)))
         top += TOP + ROW * len(order) + 20
     title = "Perplexity of every method, cut and trained"
     return svg.document(WIDTH, top, parts, title=title, light=LIGHT, dark=DARK)
 
 
-def _panel(sparsity: float, methods: list[tuple[str, dict[bool, float]]], best: float, dense: float) -> str:
+def _panel(
+    sparsity: float, methods: list[tuple[str, dict[bool, float]]], off: dict[str, float], best: float, dense: float
+) -> str:
     along, bottom = svg.logarithmic(best, FARTHEST * dense, LEFT, WIDTH - RIGHT), TOP + ROW * len(methods)
-    what = "perplexity, logarithmic: ○ cut, ● trained"
+    what = "perplexity, logarithmic: ○ cut, ● trained" + ("; grey: misses the budget" if off else "")
     parts = [
         svg.text(12, 20, f"{sparsity:.0%} of the blocks removed", bold=True),
         svg.text(WIDTH - 12, 20, what, anchor="end", css="small"),
@@ -319,7 +331,8 @@ def _panel(sparsity: float, methods: list[tuple[str, dict[bool, float]]], best: 
         y = TOP + ROW * (place + 0.5)
         # options are told where one method is there with several
         name = method if bare.count(bare[place]) > 1 else bare[place]
-        parts.append(svg.text(LEFT - 12, y + 4, name, anchor="end"))
+        said, css = (f"{name}, {off[method]:.1%}", "off") if method in off else (name, "")
+        parts.append(svg.text(LEFT - 12, y + 4, said, anchor="end", css=css))
         ends = [along(value) for value in found.values()]
         parts.append(svg.across(min(ends), y, max(ends), css="way"))
         for trained, value in sorted(found.items()):

@@ -401,6 +401,13 @@ def test_what_lies_beyond_a_picture_has_its_number_there(study):
     ends = [re.search(rf'x="([0-9.]+)"[^>]*>{said}', panel) for said in ("<title>loraprune", "dense<")]
     left, line = (float(found[1]) for found in ends if found is not None)
     assert left < line
+    # who misses the budget says what is gone, and the corner what that means
+    assert "misses" not in panel
+    missed = {"sparsity": 0.2, "method": "shortgpt", "perplexity": 11.0, "removed": "0.1667", "verdict": structured.OFF}
+    panel = structured.drawn(
+        [{"sparsity": "", "method": "dense", "perplexity": 10.0}, *rows, {"recovery": "", **missed}]
+    )
+    assert ">shortgpt, 16.7%<" in panel and "grey: misses the budget<" in panel
 
 
 def test_only_methods_that_are_there_are_told_of(study):
