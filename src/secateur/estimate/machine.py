@@ -197,14 +197,16 @@ def _move_rate(device: str, trial: float) -> float:
 def _rank_rate(job: Job, width: int, moved: float, trial: float) -> float:
     if not isinstance(job.method, WeightMethod):
         return moved / 8
+    if not job.method.ruled:
+        return moved / 32
     shape = (max(1, _RANKED_ENTRIES // width), width)
     # stored weights have few different values, so that some are always at the threshold
     scores = _random(*shape).bfloat16().float().abs().to(job.device)
+    rule = job.method.rule()
     try:
-        rule = job.method.rule()
         rule.keep(scores)
-    except (NotImplementedError, UsageError):
-        # a method may mask by itself; a pattern that doesn't divide is for the run to refuse, which names the matrix
+    except UsageError:
+        # a pattern that doesn't divide is for the run to refuse, which names the matrix
         return moved / 32
     return scores.numel() / _seconds(lambda: rule.keep(scores), job.device, trial)
 

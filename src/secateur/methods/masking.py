@@ -77,13 +77,18 @@ class WeightMethod(Refittable):
         """Who competes with whom, and how many stay."""
         raise NotImplementedError(f"{type(self).__name__} must define rule()")
 
+    @property
+    def ruled(self) -> bool:
+        """Whether there is a ``rule``; without one the method prunes in its own way."""
+        return type(self).rule is not WeightMethod.rule
+
     def step(self, shape: tuple[int, int]) -> int:
         """By how many weights the loss of a matrix of this shape, (outputs, inputs), grows at a time.
 
         An allocator gives every matrix a multiple of it, so that what it asks for is what leaves.
         """
         # a method that prunes in its own way, and rules of others, take any number of weights
-        rule = self.rule() if type(self).rule is not WeightMethod.rule else None
+        rule = self.rule() if self.ruled else None
         return rule.step(shape) if hasattr(rule, "step") else 1  # type: ignore[union-attr]
 
     def prune(self, target: Target, seen: Seen) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
