@@ -15,7 +15,7 @@ from secateur.allocators import chosen_allocation
 from secateur.estimate.disk import checkpoint_bytes, disk, speed_bound
 from secateur.estimate.job import Job
 from secateur.estimate.leaving import removed_share
-from secateur.estimate.machine import Machine
+from secateur.estimate.machine import Machine, try_machine
 from secateur.estimate.memory import hidden_bytes, memory
 from secateur.estimate.sizes import Sizes, sizes_of
 from secateur.estimate.work import flops, forward_flops, seconds
@@ -407,6 +407,17 @@ def test_speed_is_bounded_by_what_is_left_to_multiply(sizes):
     assert speed_bound(sizes, job("flap", sparsity=0.25)) == (2 * LINEAR + head) / (1.5 * LINEAR + head)
     assert speed_bound(sizes, job("minitron_hidden", sparsity=0.25)) == pytest.approx(4 / 3)
     assert speed_bound(sizes, job("vocab", sparsity=0.5)) == (2 * LINEAR + head) / (2 * LINEAR + head // 2)
+
+
+def test_ranking_is_timed_where_a_rule_can_be_tried(sizes, tmp_path):
+    # of 64 channels none are left over by fours, some by fives, and obc has no rule
+    for method, ranks in (
+        (job("magnitude", pattern="2:4"), True),
+        (job("magnitude", pattern="3:5"), False),
+        (job("obc"), False),
+    ):
+        tried = try_machine(sizes, method, place=tmp_path)
+        assert (tried.ranked != tried.moved / 32) == ranks
 
 
 def test_time_is_work_over_rates(sizes):
