@@ -18,6 +18,7 @@ from secateur.networks.applying import copied
 from secateur.structure.graphcut import cut_graph
 from secateur.structure.modulecut import Different, cut_module
 from secateur.structure.resize import Cut
+from secateur.structure.trace import trace
 
 
 def own(found: Pruned) -> nn.Module:
@@ -238,7 +239,7 @@ class Auxiliary(nn.Module):
 
     def __init__(self, depends: bool = False) -> None:
         super().__init__()
-        self.depends = depends
+        self.depends, self.trained = depends, 0
         self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
         self.aux, self.again = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), self.b
         self.spare = nn.Parameter(torch.zeros(3))
@@ -248,7 +249,10 @@ class Auxiliary(nn.Module):
         out = self.c(torch.relu(self.b(x)))
         if not self.training:
             return out
-        return (out, self.aux(x if not self.depends or x.sum() > 0 else -x))
+        if not self.depends:
+            return out, self.aux(x)
+        self.trained += 1
+        return out, self.aux(x if out.sum() > 0 * torch.rand(()) else -x)
 
 
 def test_what_only_training_reads_follows_and_keeps_its_own_channels():
@@ -268,10 +272,37 @@ def test_what_only_training_reads_follows_and_keeps_its_own_channels():
     assert note.startswith("spare: nothing that was traced reads it, ")
 
 
-def test_a_head_that_cannot_be_traced_in_training_stays_and_is_named():
+def test_a_head_behind_a_branch_on_values_follows_what_it_reads_on_the_example_inputs():
     module, inputs = randomised(Auxiliary(depends=True)), images(2, 4)
-    assert own(pruned(module, inputs)).aux[0].weight.shape == (8, 6)
-    (note,) = sc.prune(module, example_inputs=inputs, method="spa_l1", sparsity=0.3).report.notes
+    before = torch.get_rng_state()
+    found = pruned(module, inputs, {"a": [1, 4]})
+    # it has run in training mode, though not itself
+    assert torch.equal(torch.get_rng_state(), before) and module.trained == 0
+    check(found)
+    cut, masked = own(found), zeroed(found)
+    assert cut.aux[0].weight.shape == (8, 4) and cut.aux[0].in_features == 4
+    with torch.no_grad():
+        for flip in (1, -1):
+            for theirs, ours in zip(masked.train()(flip * inputs[0]), cut.train()(flip * inputs[0]), strict=True):
+                assert difference(ours, theirs) < 1e-12
+    alone, recorded = sc.prune(module, example_inputs=inputs, method="spa_l1", sparsity=0.3).report.notes
+    assert alone.startswith("spare: nothing that was traced reads it, ")
+    assert recorded.startswith("aux: only training reads it, in a branch that can't be exported, ")
+
+
+class Single(Auxiliary):
+    """Can't be copied."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("only one of me")
+
+
+def test_a_head_whose_branch_can_neither_be_exported_nor_recorded_stays_and_is_named():
+    module, inputs = randomised(Single(depends=True)), images(2, 4)
+    traced = trace(module, inputs)
+    assert {name.partition(".")[0] for name in traced.alone} == {"aux", "spare"} and traced.recorded == ()
+    plan = sc.plan(module, example_inputs=inputs, method="spa_l1", sparsity=0.3)
+    (note,) = plan.provenance[0].notes
     assert note.startswith("aux, spare: nothing that was traced reads it, ")
 
 

@@ -77,21 +77,32 @@ def plan_module(
 
 
 def _unread(anatomy: TracedAnatomy) -> list[str]:
-    """A note on modules and parameters that are no part of what was traced, nor of its branches for training."""
-    module, unread = anatomy.trace.module, set(anatomy.trace.alone)
+    """Notes on modules and parameters that are no part of what was traced, nor surely of its branches for training."""
+    trace = anatomy.trace
+    found = []
+    if alone := _places(trace.module, set(trace.alone)):
+        found.append(
+            f"{alone}: nothing that was traced reads it, so channels that are inputs there may leave while these"
+            " parameters stay as they are"
+        )
+    if recorded := _places(trace.module, set(trace.recorded)):
+        found.append(
+            f"{recorded}: only training reads it, in a branch that can't be exported, so it follows what it"
+            " reads on the example inputs"
+        )
+    return found
+
+
+def _places(module: nn.Module, names: set[str]) -> str:
+    """The modules and parameters that are made of nothing but these parameters, the first of them by name."""
     inside = {path: {n for n, _ in part.named_parameters(path)} for path, part in module.named_modules() if path}
     inside |= {name: {name} for name, _ in module.named_parameters()}
     found: list[str] = []
-    for place, names in inside.items():
-        if names and names <= unread and not any(place.startswith(f"{outer}.") for outer in found):
+    for place, mine in inside.items():
+        if mine and mine <= names and not any(place.startswith(f"{outer}.") for outer in found):
             found.append(place)
-    if not found:
-        return []
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return [
-        f"{', '.join(found[:_NAMED])}{more}: nothing that was traced reads it, so channels that are inputs there may"
-        " leave while these parameters stay as they are"
-    ]
+    return f"{', '.join(found[:_NAMED])}{more}"
 
 
 def _fitting(method: ChannelMethod) -> Fitting:

@@ -7,12 +7,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.structure.functional import make_functional
@@ -65,6 +67,53 @@ def export(
         except Exception as error:
             _check_runs(module, args, kwargs, error)
             raise UnsupportedModelError(_sentence(module, error)) from None
+
+
+def record(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> fx.GraphModule:
+    """The flat functional graph of what ``module`` computes in its branches for training on these very inputs.
+
+    A branch that depends on values is the one that they take. A copy runs, so that the module is left as it is.
+    Raises UnsupportedModelError.
+    """
+    leaves, spec = tree_flatten((tuple(args), dict(kwargs or {})))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    tensors = dict(_tensors_of(module))
+    try:
+        copy = deepcopy(module)
+
+        def call(*given: torch.Tensor) -> Any:
+            found = list(leaves)
+            for place, tensor in zip(places, given, strict=True):
+                found[place] = tensor
+            args, kwargs = tree_unflatten(found, spec)
+            return copy(*args, **kwargs)
+
+        run = make_fx(call, pre_dispatch=True, _error_on_data_dependent_ops=False)
+        with (
+            evaluation_mode(copy, but_for_branches=True),
+            quiet(),
+            no_fast_path(),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):
+            made = run(*(leaves[place].clone() for place in places))
+    except Exception as error:
+        raise UnsupportedModelError(_sentence(module, error)) from None
+    if not make_functional(made.graph):
+        raise UnsupportedModelError(f"{type(module).__name__} changes buffers, or views of tensors, in training")
+    names = {id(tensor): name for name, tensor in reversed(list(_tensors_of(copy)))}
+    root: dict[str, Any] = {}
+    for node in made.graph.nodes:
+        if node.op == "get_attr":
+            given = getattr(made, str(node.target))
+            name = names.get(id(given), str(node.target))
+            node.target, root[name] = name, tensors.get(name, given)
+    return fx.GraphModule(root, made.graph)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _check_runs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, error: Exception) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from secateur.errors import UnsupportedModelError, UsageError
-from secateur.structure.exporting import Exported, export
+from secateur.structure.exporting import Exported, export, record
 from secateur.structure.traced import SAMPLES, Call, NoRule, Rule, Step, Traced, Value, Zeros
 
 __all__ = ["RULES", "Call", "NoRule", "Trace", "Value", "Zeros", "rule", "trace"]
@@ -71,6 +71,8 @@ class Trace(Traced):
     values: dict[fx.Node, Value | list[Value]] = field(default_factory=dict)
     alone: tuple[str, ...] = ()
     """Parameters and buffers that no call reads, in training neither as far as that is known."""
+    recorded: tuple[str, ...] = ()
+    """Those that training reads, as far as the example inputs show: their branches can't be exported."""
     _constants: dict[fx.Node, Tensor | None] = field(default_factory=dict)
 
     def constant(self, node: fx.Node | Any) -> Tensor | None:
@@ -230,7 +232,8 @@ def _follow_training(
 ) -> None:
     """Couple what is read in training only, such as a second head, to the channels that it reads; its own stay.
 
-    ``alone`` is what that can't be said of: nothing reads it, or the branches for training can't be exported.
+    ``alone`` is what that can't be said of: nothing reads it, or the branches for training can neither be exported nor
+    recorded.
     """
     unread = trace.unread()
     trace.alone = tuple(unread)
@@ -252,10 +255,17 @@ def _visit_branches(
     kwargs: Mapping[str, Any] | None,
     tensors: dict[int, Value],
 ) -> set[str]:
-    """Apply the rules to the calls in branches for training that read these parameters; returns those that are."""
-    dynamic = trace.dynamic_shapes
-    exported = export(trace.module, args, kwargs, known=has_rule, dynamic_shapes=dynamic, training=True)
-    graph = exported.graph_module().graph
+    """Apply the rules to the calls in branches for training that read these parameters; returns those that are.
+
+    Where no export holds for all inputs, the calls are those made for the example inputs.
+    """
+    exported, dynamic = trace.exported, trace.dynamic_shapes
+    try:
+        exported = export(trace.module, args, kwargs, known=has_rule, dynamic_shapes=dynamic, training=True)
+        whole = exported.graph_module()
+    except UnsupportedModelError:
+        whole = record(trace.module, args, kwargs)
+    graph = whole.graph
     branch = {n for n in graph.nodes if n.op == "get_attr" and str(n.target) in unread and n.users}
     read = {str(n.target) for n in branch}
     for node in graph.nodes:
@@ -271,6 +281,8 @@ def _visit_branches(
             also.values[node] = _visit(also, node, tensors)
     for node in branch.intersection(graph.output_node().all_input_nodes):
         also.pin(also.values[node], "output of the network in training")
+    if exported is trace.exported:
+        trace.recorded = tuple(name for name in unread if name in read)
     return read
 
 
