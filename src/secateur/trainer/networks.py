@@ -192,6 +192,7 @@ def _of_transformers(recipe: TrainRecipe, trust_remote_code: bool) -> nn.Module:
     try:
         if spec.start == "random":
             return AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(spec.name, **told))
-        return AutoModelForImageClassification.from_pretrained(spec.name, use_safetensors=True, **told)
+        given = {"use_safetensors": True, "use_kernels": False, **told}
+        return AutoModelForImageClassification.from_pretrained(spec.name, **given)
     except Exception as error:  # whatever files, configs and the hub are wrong with
         raise ModelLoadError(f"{spec.name} can't be loaded as a classifier of images: {first_line(error)}") from None
