@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 QUERY = ("limit", "fewshot", "batch")
 
 
+def is_task_file(text: str) -> bool:
+    """Whether a task, as ``lm_eval:FILE.yaml?limit=9``, is a file of lm-eval, which may name Python functions."""
+    kind, _, argument = text.partition(":")
+    return kind == "lm_eval" and argument.partition("?")[0].endswith((".yaml", ".yml"))
+
+
 @dataclass(frozen=True)
 class LmEval:
     """``lm_eval:TASK?limit=ITEMS&fewshot=EXAMPLES&batch=SEQUENCES``; without ``limit`` all items are run."""
@@ -56,7 +62,7 @@ class LmEval:
     @property
     def is_file(self) -> bool:
         """True when the task is a local YAML file."""
-        return self.task.endswith((".yaml", ".yml"))
+        return is_task_file(f"lm_eval:{self.task}")
 
     @property
     def name(self) -> str:
