@@ -18,8 +18,6 @@ EVIL = "from pathlib import Path\nPath('ran').touch()\ndef made(**_):\n    retur
 SENTENCE = (
     "{} names code that would be run ({}): pass --trust-remote-code (trust_remote_code=True) if you trust the file"
 )
-    "{} names code that would be run ({}): pass --trust-remote-code (trust_remote_code=True) if you trust the file"
-)
 
 
 @pytest.fixture
