@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from secateur.allocate.asked import contradiction
 from secateur.errors import RecipeError, UsageError, nearest
+from secateur.kinds import is_task_file
 from secateur.reading import read_bytes, shown
 from secateur.usercode import check_trusted
 
@@ -184,8 +185,6 @@ class Recipe(Section):
 
     def code(self) -> list[str]:
         """Code that would run because this recipe names it: task files of lm-eval may name functions of their own."""
-        from secateur.evaluation.lm_eval_task import is_task_file
-
         return [task for task in self.evaluate if is_task_file(task)]
 
     def words(self, step: Step) -> tuple[Method, Measuring | None]:

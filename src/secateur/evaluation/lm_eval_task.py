@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.drawing import apart
 from secateur.errors import DataError, SecateurError, UsageError, nearest, require_extra
 from secateur.evaluation.base import Settings
+from secateur.kinds import is_task_file
 from secateur.observe.calibration import evaluating
 from secateur.report import Metric
 
@@ -27,12 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 QUERY = ("limit", "fewshot", "batch")
-
-
-def is_task_file(text: str) -> bool:
-    """Whether a task, as ``lm_eval:FILE.yaml?limit=9``, is a file of lm-eval, which may name Python functions."""
-    kind, _, argument = text.partition(":")
-    return kind == "lm_eval" and argument.partition("?")[0].endswith((".yaml", ".yml"))
 
 
 @dataclass(frozen=True)
