@@ -30,7 +30,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from secateur.allocate.asked import contradiction
 from secateur.errors import RecipeError, UsageError, nearest
+from secateur.kinds import is_task_file
 from secateur.reading import read_bytes, shown
+from secateur.usercode import check_trusted
 
 if TYPE_CHECKING:
     from secateur.allocators import Measuring
@@ -181,6 +183,10 @@ class Recipe(Section):
             for stage in range(step.stages)
         ]
 
+    def code(self) -> list[str]:
+        """Code that would run because this recipe names it: task files of lm-eval may name functions of their own."""
+        return [task for task in self.evaluate if is_task_file(task)]
+
     def words(self, step: Step) -> tuple[Method, Measuring | None]:
         """The method of a step with its options, and its allocator. Raises UsageError."""
         from secateur.allocators import chosen_allocation
@@ -247,9 +253,14 @@ class Recipe(Section):
         }
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and validate a recipe. Raises RecipeError with the file, the place and the nearest valid key."""
-    return make_recipe(read_recipe(path), str(path))
+def load_recipe(path: str | Path, *, trust_remote_code: bool = False) -> Recipe:
+    """Read and validate a recipe. Raises RecipeError with the file, the place and the nearest valid key.
+
+    Code that the file names is refused with a UsageError unless ``trust_remote_code`` is set.
+    """
+    recipe = make_recipe(read_recipe(path), str(path))
+    check_trusted(recipe.code(), str(path), trust_remote_code)
+    return recipe
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def estimate(
     }
     data = {"samples": samples, "length": length}
     own = own_options(options, uniform=uniform, effort=effort)
-    job = build_recipe(recipe, given(top), given(data), given(step), own)
+    job = build_recipe(recipe, given(top), given(data), given(step), own, trust_remote_code)
     if job.model is None:
         raise UsageError("name a model: a hub id, a folder, a .gguf file or smollm2-135m")
     job.check_methods()

@@ -19,7 +19,11 @@ Revision = Annotated[
     typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the hub."),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the modelling code that comes with the checkpoint.")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the modelling code that comes with the checkpoint, and code that a recipe names.",
+    ),
 ]
 MaxShardSize = Annotated[
     str | None,

@@ -215,7 +215,7 @@ def prune(
     ranks = join()
     with ranks.together(), working(quiet or not ranks.main) as progress:
         load_plugins(plugin)
-        job = build_recipe(recipe, given(top), given(calibrate), given(step), own)
+        job = build_recipe(recipe, given(top), given(calibrate), given(step), own, trust_remote_code)
         html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
         ranks.on_main(lambda: check_push(push_to_hub, job.out, private=private, overwrite=overwrite))
         if dry_run and ranks.size > 1:
@@ -254,14 +254,23 @@ def prune(
 
 
 def build_recipe(
-    path: Path | None, top: dict[str, Any], calibration: dict[str, Any], step: dict[str, Any], options: dict[str, str]
+    path: Path | None,
+    top: dict[str, Any],
+    calibration: dict[str, Any],
+    step: dict[str, Any],
+    options: dict[str, str],
+    trust_remote_code: bool = False,
 ) -> Recipe:
     """The recipe of the file with the values of the command line put over it. Raises UsageError."""
     from secateur.recipes import make_recipe, read_recipe
+    from secateur.usercode import check_trusted
 
     data = read_recipe(path) if path else {}
     if path:
         make_recipe(data, str(path))
+        # what the command line replaces comes from the user and not from the file
+        theirs = make_recipe({key: value for key, value in data.items() if key not in top}, str(path))
+        check_trusted(theirs.code(), str(path), trust_remote_code)
     elif "method" not in step:
         raise UsageError("name a method with --method ('secateur methods' lists them), or a recipe with --recipe")
     steps = data.get("steps", [{}])

@@ -91,7 +91,10 @@ def run(
     Raises what ``secateur.plan`` raises, OutputError, and Stopped (a KeyboardInterrupt) when a signal came.
     """
     if not isinstance(recipe, Recipe):
-        recipe = make_recipe(recipe, "recipe") if isinstance(recipe, Mapping) else load_recipe(recipe)
+        if isinstance(recipe, Mapping):
+            recipe = make_recipe(recipe, "recipe")
+        else:
+            recipe = load_recipe(recipe, trust_remote_code=trust_remote_code)
     return run_recipe(
         recipe,
         Options(
