@@ -26,7 +26,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from secateur.allocate.asked import contradiction
 from secateur.errors import RecipeError, UsageError, nearest
@@ -38,6 +48,7 @@ if TYPE_CHECKING:
     from secateur.allocators import Measuring
     from secateur.methods import Method
     from secateur.report import LayerCut, Report
+    from secateur.structure import Anatomy
 
 Progress = Callable[[str, int, int], None]
 
@@ -81,6 +92,7 @@ class Step(Section):
 
     ``heal`` is a repair (``refit``), a training (``lora:steps=300``), or both (``refit+lora``). With ``stages`` that
     many steps stand for this one: each removes a part, and ``growth`` says which share of the training it has.
+    ``partial`` allows models of whose blocks the method reaches less than half.
     """
 
     method: str
@@ -92,7 +104,13 @@ class Step(Section):
     target: str | None = None
     stages: int | None = Field(default=None, ge=1)
     growth: Literal["linear", "constant", "cosine"] | None = None
+    partial: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # runs and points that were begun before there was this keep their settings
+        return {key: value for key, value in handler(self).items() if key != "partial" or value}
 
     @model_validator(mode="after")
     def _agree(self) -> Step:
@@ -195,6 +213,16 @@ class Recipe(Section):
         method, allocate = settled(make_method(step.method, self.method_options(step)), step.allocate)
         return method, chosen_allocation(allocate, method)
 
+    def check_reach(self, anatomy: Anatomy) -> None:
+        """Refuse steps that reach too little of a model of this ``anatomy``. Raises UsageError."""
+        from secateur.methods import check_reach
+
+        for number, step in enumerate(self.steps, start=1):
+            try:
+                check_reach(self.words(step)[0], anatomy, partial=step.partial)
+            except UsageError as error:
+                raise UsageError(f"step {number}: {error}" if len(self.steps) > 1 else str(error)) from None
+
     def is_random(self, step: Step) -> bool:
         """Whether another seed may lead to another plan: by the method, or by text that the model writes."""
         method, allocation = self.words(step)
@@ -242,6 +270,7 @@ class Recipe(Section):
             "allocate": step.allocate,
             "heal": step.heal,
             "target": step.target,
+            "partial": step.partial,
             "options": step.options,
             "latency_table": self.latency_table,
             "calibration": self.calibration.source,
@@ -337,6 +366,8 @@ def _followed_by(first: Report, second: Report) -> Report:
         layers=[_cut_again(cut, later.get(cut.layer)) for cut in first.layers] or second.layers,
         scores={**first.scores, **_named_as_before(second.scores, renumbered)},
         keep={**first.keep, **_named_as_before(second.keep, renumbered)},
+        coverage=first.coverage or second.coverage,
+        of_all=_of_all(first, second),
         recoveries=[*first.recoveries, *second.recoveries],
         notes=[*first.notes, *second.notes],
         seconds={
@@ -357,6 +388,16 @@ def _cut_again(first: LayerCut, second: LayerCut | None) -> LayerCut:
     cuts = [_cut_alone(cut.sparsity, cut.masked) for cut in (first, second)]
     matrices = {**first.matrices, **second.matrices}
     return replace(first, units=units, sparsity=_compose(*cuts, masked), matrices=matrices, masked=masked)
+
+
+def _of_all(first: Report, second: Report) -> float | None:
+    """What both remove of all block weights, where one of them couldn't reach all."""
+    steps = (first, second)
+    if all(step.of_all is None for step in steps):
+        return None
+    masked = [step.masked * step.share for step in steps]
+    gone = [step.achieved if step.of_all is None else step.of_all for step in steps]
+    return _compose(*map(_cut_alone, gone, masked), max(masked))
 
 
 def _compose(*fractions: float) -> float:

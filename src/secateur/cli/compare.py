@@ -19,6 +19,7 @@ from secateur.cli.options import (
     Json,
     Length,
     Overwrite,
+    Partial,
     Plugins,
     Quiet,
     Resume,
@@ -60,6 +61,7 @@ def compare(
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for page, JSON and plans.")] = None,
     allocate: Allocate = None,
+    partial: Partial = False,
     heal: Heal = None,
     target: Aim = None,
     calibration: Calibration = None,
@@ -106,6 +108,7 @@ def compare(
 
     options = {
         "allocate": allocate,
+        "partial": partial or None,
         "heal": heal,
         "target": target,
         "calibration": calibration,

@@ -101,6 +101,13 @@ Allocate = Annotated[
         help="Where the sparsity goes, see 'secateur allocators': owl:m=5,lam=0.08 (default: every matrix the same).",
     ),
 ]
+Partial = Annotated[
+    bool,
+    typer.Option(
+        "--partial",
+        help="Prune a model of which the method reaches less than half, such as a mixture of experts; the rest stays.",
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(metavar="NAME|FILE|DATASET", help="builtin, self, a text/jsonl/parquet file, or a data set."),

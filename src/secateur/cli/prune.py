@@ -33,6 +33,7 @@ from secateur.cli.options import (
     MethodName,
     MethodOptions,
     Overwrite,
+    Partial,
     Pattern,
     Plugins,
     Quiet,
@@ -85,6 +86,7 @@ def prune(
     pattern: Pattern = None,
     budget: Budget = None,
     allocate: Allocate = None,
+    partial: Partial = False,
     heal: Heal = None,
     target: Aim = None,
     stages: Stages = None,
@@ -195,7 +197,7 @@ def prune(
     everything = {str(parameter.name) for parameter in context.command.params}
     only_for("a language model", context, everything - _NETWORK_ONLY, "traced networks")
     step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": joined(budget), "allocate": allocate}
-    step |= {"heal": heal, "target": target, "stages": stages, "growth": growth}
+    step |= {"heal": heal, "target": target, "stages": stages, "growth": growth, "partial": partial or None}
     calibrate = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
         "model": model,
@@ -361,7 +363,8 @@ def _show_outcome(job: Recipe, report: Report, json: bool, url: str | None) -> N
     if json:
         print_json({**report.to_dict(), **({"hub": url} if url else {})})
         return
-    show(metrics_table(report.metrics), *(summary(recovery) for recovery in report.recoveries))
+    show(metrics_table(report.metrics), *([report.reach] if report.reach else []))
+    show(*(summary(recovery) for recovery in report.recoveries))
     if why := decode_sentence(report.metrics):
         show(why)
     for sample in report.samples:

@@ -32,6 +32,7 @@ def compare(
     tasks: str | Sequence[str] = ("perplexity:builtin",),
     latency: bool = False,
     allocate: str | None = None,
+    partial: bool = False,
     heal: str | None = None,
     target: str | None = None,
     calibration: str | Path = "builtin",
@@ -57,7 +58,7 @@ def compare(
     ``sparsity`` one or several fractions removed. A method whose plan depends on the seed runs with all ``seeds``, the
     others once. ``tasks`` are those of ``evaluate``; the first decides who is best. ``latency`` measures a request as
     well, in turns with the dense model. ``allocate``, ``heal`` and ``target`` are those of ``plan``, for all methods
-    alike, and so is the calibration text; where ``heal`` trains, the first task is measured before that as well.
+    alike, so are ``partial`` and the calibration text; where ``heal`` trains, the first task is measured before, too.
     Whoever removes another fraction of the blocks' linear weights than was asked for, by more than ``tolerance``, is
     shown and has no part in the verdict. What can be shared is computed once. Several ``workers``, processes of the
     Ray at ``address`` or of one on this machine, take a point each at the same time.
@@ -73,7 +74,7 @@ def compare(
         raise UsageError(f"a comparison needs one worker at least, got {workers}")
     if latency and (workers > 1 or address is not None):
         raise UsageError("a latency is measured by one worker, with nothing beside it: leave out workers, or latency")
-    step = {"allocate": allocate, "heal": heal, "target": target}
+    step = {"allocate": allocate, "heal": heal, "target": target, "partial": partial or None}
     recipe = {
         "model": str(model),
         "steps": [{key: value for key, value in step.items() if value is not None}],

@@ -130,6 +130,7 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
     ranks.on_main(lambda: locate(name, recipe.revision, remote_code, options.progress))
     source, tokenizer = _open(recipe, options, ranks)
     try:
+        recipe.check_reach(decoder_anatomy(source.model))
         # it may be a matter of timing, so one rank decides
         fastest = ranks.on_main(lambda: str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch."))
         dtype = previous.get("dtype") or fastest
@@ -169,6 +170,7 @@ def planned(recipe: Recipe, options: Options) -> Iterator[list[Plan]]:
     source, tokenizer = _open(recipe, options, ALONE)
     with tempfile.TemporaryDirectory(prefix="secateur-") as temporary:
         try:
+            recipe.check_reach(decoder_anatomy(source.model))
             dtype = compute_dtype(recipe.dtype, source.device)
             folder = RunFolder(Path(temporary) / "out", {}, resume=False, overwrite=False)
             stop = StopRequest()
