@@ -127,6 +127,7 @@ def plan(
     length: int = 512,
     seed: int = 0,
     text_field: str | None = None,
+    random_windows: bool = False,
     dtype: str = "auto",
     batch_tokens: int = 2048,
     options: Mapping[str, Any] | None = None,
@@ -151,7 +152,8 @@ def plan(
     ``"stream"`` also to a quarter of what the hidden states have lost before, so that a block repairs the errors of
     those before it, and ``"dense"`` to what every layer gives in the dense model. ``calibration`` is
     ``builtin``, ``self``, a text/jsonl/parquet file or the name of a data set; ``samples`` windows of ``length``
-    tokens are read. ``dtype`` is that of the calibration forwards. ``options`` are the method's own.
+    tokens are read, the first consecutive ones, or with ``random_windows`` those whose starts ``seed`` draws.
+    ``dtype`` is that of the calibration forwards. ``options`` are the method's own.
     ``statistics`` is a folder in which statistics of the dense model are kept, and found again by later plans that
     need the same ones. ``progress`` is called with (stage, done, total). The same arguments give the same plan.
     With ``example_inputs`` (or ``example_kwargs``) any module is traced instead, and so is an .onnx file, and
@@ -218,7 +220,14 @@ def plan(
     tokens = None
     if chosen.uses_data or (allocation and allocation.needs_text):
         tokens = load_tokens(
-            calibration, tokenizer, samples=samples, length=length, seed=seed, text_field=text_field, model=decoder
+            calibration,
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            text_field=text_field,
+            model=decoder,
+            random_windows=random_windows,
         )
     source = Source(decoder)
     compute, mine = compute_dtype(dtype, source.device), fingerprint(source)

@@ -43,6 +43,13 @@ class CalibrationInfo(BaseModel):
     tokens: int
     seed: int
     sha256: str
+    random_windows: bool = False
+    """Whether the seed drew where the windows start; they are the first consecutive ones otherwise."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # plans of consecutive windows keep the bytes that they had before there were others
+        return {key: value for key, value in handler(self).items() if key != "random_windows" or value}
 
 
 class ExampleInputs(BaseModel):
