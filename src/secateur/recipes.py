@@ -73,18 +73,27 @@ class Section(BaseModel):
 
 
 class CalibrationSpec(Section):
-    """Which data the statistics are taken from: ``samples`` windows of ``length`` tokens."""
+    """Which data the statistics are taken from: ``samples`` windows of ``length`` tokens.
+
+    They are the first ones of the text; with ``random_windows`` the seed draws where they start.
+    """
 
     source: str = "builtin"
     samples: int = Field(default=64, ge=1)
     length: int = Field(default=512, ge=1)
     seed: int = Field(default=0, ge=0)
     text_field: str | None = None
+    random_windows: bool = False
 
     @property
     def drawn(self) -> bool:
-        """Whether the seed decides what the text is: the model writes it, others are read from their start."""
-        return self.source == "self"
+        """Whether the seed decides what the text is: it draws the windows, or the model writes them."""
+        return self.random_windows or self.source == "self"
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # journals and keys of points stay as they were before windows could be drawn
+        return {key: value for key, value in handler(self).items() if key != "random_windows" or value}
 
 
 class Step(Section):
@@ -224,10 +233,13 @@ class Recipe(Section):
                 raise UsageError(f"step {number}: {error}" if len(self.steps) > 1 else str(error)) from None
 
     def is_random(self, step: Step) -> bool:
-        """Whether another seed may lead to another plan: by the method, or by text that the model writes."""
+        """Whether another seed may lead to another result: by the method, by text that is drawn, or by training."""
+        from secateur.healing.recovery import split_heal
+
         method, allocation = self.words(step)
         reads = method.uses_data or (allocation is not None and allocation.needs_text)
-        return (method.draws and "seed" not in step.options) or (self.calibration.drawn and reads)
+        trains = split_heal(step.heal)[1] is not None
+        return trains or (method.draws and "seed" not in step.options) or (self.calibration.drawn and reads)
 
     def check_methods(self) -> None:
         """Look every method, allocator and option up, before anything is loaded. Raises UsageError."""
@@ -278,6 +290,7 @@ class Recipe(Section):
             "length": self.calibration.length,
             "seed": self.calibration.seed,
             "text_field": self.calibration.text_field,
+            "random_windows": self.calibration.random_windows,
             "dtype": self.dtype,
         }
 

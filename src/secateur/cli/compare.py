@@ -46,7 +46,10 @@ def compare(
         typer.Option(metavar="NAME[:KEY=VALUE,...],...", help="Two or more: flap,osscar,wanda_sp:heal=refit."),
     ] = None,
     sparsity: Annotated[str, typer.Option(metavar="S,...", help="Fractions removed, in (0, 1).")] = "0.2",
-    seeds: Annotated[str, typer.Option(metavar="N,...", help="For methods that are random; others run once.")] = "0",
+    seeds: Annotated[
+        str,
+        typer.Option(metavar="N,...", help="Each draws the calibration text anew; three show how sure a verdict is."),
+    ] = "0",
     tasks: Annotated[
         list[str] | None,
         typer.Option(

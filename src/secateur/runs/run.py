@@ -377,6 +377,7 @@ class _Runner:
             seed=data.seed,
             text_field=data.text_field,
             model=model,
+            random_windows=data.random_windows,
         )
 
     def _merged(self, results: list[StepResult], reports: list[Report]) -> Report:
