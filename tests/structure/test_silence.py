@@ -139,7 +139,7 @@ NORMED: dict[str, Callable[[Tensor], Tensor]] = {
 PARAMETRIZED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "weight norm": nn.utils.parametrizations.weight_norm,
     "weight norm over outputs": lambda conv: nn.utils.parametrizations.weight_norm(conv, dim=1),
-    "weight norm over all": lambda conv: nn.utils.parametrizations.weight_norm(conv, dim=None),
+    "weight norm over all": lambda conv: nn.utils.parametrizations.weight_norm(conv, dim=None),  # type: ignore[arg-type]
     "spectral norm": nn.utils.parametrizations.spectral_norm,
 }
 

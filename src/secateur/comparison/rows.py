@@ -73,7 +73,8 @@ class Row:
         Points are hours apart, and a machine isn't the same all the time; the two of a ratio met the same one.
         """
         pairs = [(r, m) for r in self.records for m in r.metrics if m.name == REQUEST and DENSE in m.values]
-        ratio, base = _mean([m.values[r.name] / m.values[DENSE] for r, m in pairs]), dense.metric(REQUEST)
+        changes = [m.change(r.name) for r, m in pairs]
+        ratio, base = _mean([1 + change for change in changes if change is not None]), dense.metric(REQUEST)
         return None if ratio is None or base is None else ratio * base
 
     @property

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from secateur.provenance import Coverage
@@ -25,6 +26,7 @@ class Metric:
     token count, batch, repeats. ``parts`` are what a value was computed from, by model: the mean loss of every window
     in nats, or the score of every item, in the same order for all models; the value rises with their mean. Empty where
     nothing of the kind is known. ``exponential`` where the value is the exponential of that mean, as a perplexity is.
+    ``repeats`` are the values of every repeat, by model, where repeats were interleaved over the models.
     """
 
     name: str
@@ -34,13 +36,21 @@ class Metric:
     protocol: str = ""
     parts: dict[str, list[float]] = field(default_factory=dict)
     exponential: bool = False
+    repeats: dict[str, list[float]] = field(default_factory=dict)
 
     def change(self, model: str) -> float | None:
-        """Relative change against the first model, as a fraction; None when the baseline is 0 or absent."""
-        baseline = next(iter(self.values.values()), None)
-        if not baseline or model not in self.values:
+        """Relative change against the first model, as a fraction; None when the baseline is 0 or absent.
+
+        Of interleaved repeats it is the median of the ratios of each: two medians can be those of a repeat that
+        another program has slowed down and of one that it hasn't.
+        """
+        first = next(iter(self.values), None)
+        if first is None or not self.values[first] or model not in self.values:
             return None
-        return self.values[model] / baseline - 1.0
+        mine, theirs = self.repeats.get(model, []), self.repeats.get(first, [])
+        if mine and len(mine) == len(theirs) and all(theirs):
+            return median(after / before for after, before in zip(mine, theirs, strict=True)) - 1.0
+        return self.values[model] / self.values[first] - 1.0
 
 
 @dataclass(frozen=True)
