@@ -54,29 +54,22 @@ def compare(
 ) -> Comparison:
     """Hold methods against each other on one model, at equal budgets, beside the dense model.
 
-        ``methods`` are names, each with options of its own where it needs some (``["flap", "osscar:damping=0.1"]``);
-    <<<<<<< HEAD
-        ``sparsity`` one or several fractions removed. A method whose plan depends on the seed runs with all ``seeds``, the
-        others once. ``tasks`` are those of ``evaluate``; the first decides who is best. ``latency`` measures a request as
-        well, in turns with the dense model. ``allocate``, ``heal`` and ``target`` are those of ``plan``, for all methods
-        alike, so are ``partial`` and the calibration text; where ``heal`` trains, the first task is measured before, too.
-    =======
-        ``sparsity`` one or several fractions removed. Every one of the ``seeds`` draws the calibration windows anew, and
-        all methods run with it but those that neither read text, nor draw, nor are trained: they run once. ``tasks`` are
-        those of ``evaluate``; the first decides who is best. ``latency`` measures a request as well, in turns with the
-        dense model. ``allocate``, ``heal`` and ``target`` are those of ``plan``, for all methods alike, and so is the
-        calibration text; where ``heal`` trains, the first task is measured before that as well.
-    >>>>>>> studies
-        Whoever removes another fraction of the blocks' linear weights than was asked for, by more than ``tolerance``, is
-        shown and has no part in the verdict. What can be shared is computed once. Several ``workers``, processes of the
-        Ray at ``address`` or of one on this machine, take a point each at the same time.
+    ``methods`` are names, each with options of its own where it needs some (``["flap", "osscar:damping=0.1"]``);
+    ``sparsity`` one or several fractions removed. Every one of the ``seeds`` draws the calibration windows anew, and
+    all methods run with it but those that neither read text, nor draw, nor are trained: they run once. ``tasks`` are
+    those of ``evaluate``; the first decides who is best. ``latency`` measures a request as well, in turns with the
+    dense model. ``allocate``, ``heal`` and ``target`` are those of ``plan``, for all methods alike, and so are
+    ``partial`` and the calibration text; where ``heal`` trains, the first task is measured before that as well.
+    Whoever removes another fraction of the blocks' linear weights than was asked for, by more than ``tolerance``, is
+    shown and has no part in the verdict. What can be shared is computed once. Several ``workers``, processes of the
+    Ray at ``address`` or of one on this machine, take a point each at the same time.
 
-        ``out`` gets ``compare.json``, ``compare.html`` and the plan of every point; ``resume`` goes on with a comparison
-        that was stopped or killed, ``overwrite`` begins anew. ``plugins`` are those that were loaded. ``announce`` is told
-        first how long the points take where one worker runs them.
-        Raises UsageError for what can't be compared, before anything is measured, OutputError for the folder,
-        MissingExtraError for an ``address`` without Ray, and what ``load`` raises. A point that fails is in the result as
-        failed.
+    ``out`` gets ``compare.json``, ``compare.html`` and the plan of every point; ``resume`` goes on with a comparison
+    that was stopped or killed, ``overwrite`` begins anew. ``plugins`` are those that were loaded. ``announce`` is told
+    first how long the points take where one worker runs them.
+    Raises UsageError for what can't be compared, before anything is measured, OutputError for the folder,
+    MissingExtraError for an ``address`` without Ray, and what ``load`` raises. A point that fails is in the result as
+    failed.
     """
     if workers < 1:
         raise UsageError(f"a comparison needs one worker at least, got {workers}")
