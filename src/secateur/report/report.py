@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from secateur.provenance import Coverage
+
 if TYPE_CHECKING:
     from secateur.structure.following import Way
 
@@ -111,8 +113,26 @@ class Report:
     """trainings after the cut: how, and the loss and held-out perplexity by step"""
     trainings: list[dict[str, Any]] = field(default_factory=list)
     """trainings from a recipe: the recipe, loss, learning rate and sparsity by step, and what was measured"""
+    coverage: dict[str, Any] | None = None
+    """what of the blocks could be reached, as in the plan's provenance; None where that was all of their weights"""
+    of_all: float | None = None
+    """``achieved`` as a fraction of all block weights, where not all could be reached"""
     plain: bool | None = None
     """True when stock transformers loads the checkpoint without remote code"""
+
+    @property
+    def share(self) -> float:
+        """The fraction of the block weights that could be reached."""
+        return 1.0 if self.coverage is None else Coverage.model_validate(self.coverage).share
+
+    @property
+    def reach(self) -> str:
+        """One sentence about what was left alone, with the fraction of all block weights that is gone; or nothing."""
+        if self.coverage is None or self.of_all is None:
+            return ""
+        sentence = Coverage.model_validate(self.coverage).sentence
+        gone = f"{100 * self.achieved:.1f} % of what it reaches is gone, {100 * self.of_all:.1f} % of all block weights"
+        return f"{self.method} {sentence}; {gone}"
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON-ready values."""
