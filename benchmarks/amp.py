@@ -59,6 +59,8 @@ training of adapters.
 - The scores tell what counts: what scores lowest costs far less than any of three lots, and what scores highest far
   more than all of them.
 - After the same training of adapters the order is kept, as published: what scores lowest, chance, what scores highest.
+  The training is on text of the kind that is evaluated, and so in part adaptation to it. The dense model has not had
+  it, and no other text is measured, so how much of a model comes back isn't shown.
 - Heads and neurons together are far better than heads alone, as published. Neurons alone are better than both on this
   model, whose layers have three key-value heads: the least that can leave of attention is a third. At 30 % there are
   not enough heads.

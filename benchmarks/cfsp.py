@@ -73,6 +73,8 @@ and `sparsest` the four that keep least.
 - FLAP, with its own way to rank the neurons of all blocks and a bias, keeps up at 20 % and not at 50 %, where it takes
   most from the first and the last block.
 - The published score and eq. 8 of the paper are the same within what such windows can tell.
+- The training that belongs to the method, adapters with ranks by importance (IG-LoRA, `lora:ranks=importance`), is not
+  measured beside equal ranks, here or on another page.
 """
 
 

@@ -4,7 +4,9 @@
 
 Every criterion scores heads and neurons from the same 16 windows of 128 tokens; layers at both ends stay whole, as
 published. Random scores are drawn from every seed. The model of the first criterion is then trained on the calibration
-text. The result is written after every row; a second call goes on from there.
+text, and so is the dense model: what training on such a text gains by itself is no recovery. ``--other`` is a text of
+another kind, on which the dense model and those of the first criterion are measured as well. The result is written
+after every row; a second call goes on from there.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--other", help="text unlike that trained on")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--samples", type=int, default=16, help="windows of 128 tokens that gradients are taken of")
     parser.add_argument("--windows", type=int, default=40, help="windows that are evaluated")
@@ -57,21 +60,35 @@ def main() -> None:
         "dtype": f"float32; plans in {arguments.dtype}",
     }
 
-    def perplexity(one: Any) -> float:
-        return perplexity_of(one, tokenizer, arguments.evaluation, windows=arguments.windows)
+    if arguments.other:
+        setting["other"] = f"{Path(arguments.other).name}, first {arguments.windows} windows of {LENGTH} tokens"
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    wanted = [(c, s) for c in arguments.criteria.split(",") for s in (seeds if c == "random" else [0])]
+    both = ("dense", wanted[0][0]) if arguments.other else ()
+
+    def measured(one: Any, criterion: str) -> dict[str, float]:
+        texts = {"perplexity": arguments.evaluation, **({"other": arguments.other} if criterion in both else {})}
+        return {key: perplexity_of(one, tokenizer, file, windows=arguments.windows) for key, file in texts.items()}
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["criterion"], row["seed"], row["healed"]
 
     def add(row: dict[str, Any]) -> None:
-        rows.append(row)
+        place = next((n for n, one in enumerate(rows) if key(one) == key(row)), len(rows))
+        rows[place : place + 1] = [row]
         print(row, flush=True)
         write_result(name, TITLE, setting, rows, text(rows))
 
     def done(criterion: str, seed: int, trained: bool) -> bool:
-        return any((r["criterion"], r["seed"], r["healed"]) == (criterion, seed, trained) for r in rows)
+        return any(key(r) == (criterion, seed, trained) and ("other" in r or criterion not in both) for r in rows)
 
-    if not rows:
-        add({"criterion": "dense", "seed": 0, "healed": False, "perplexity": perplexity(model)})
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    wanted = [(c, s) for c in arguments.criteria.split(",") for s in (seeds if c == "random" else [0])]
+    training = {"batch": arguments.batch, "length": arguments.length, "steps": arguments.steps}
+    if not done("dense", 0, False):
+        add({"criterion": "dense", "seed": 0, "healed": False, **measured(model, "dense")})
+    if arguments.steps and not done("dense", 0, True):
+        nothing = sc.plan(model, tokenizer, method="magnitude_sp", sparsity=0.0)
+        trained = healed(sc.apply(nothing, model), tokenizer, nothing, arguments.calibration, **training)
+        add({"criterion": "dense", "seed": 0, "healed": True, **measured(trained, "dense")})
     for criterion, seed in wanted:
         trains = criterion == wanted[0][0] and arguments.steps > 0
         if done(criterion, seed, False) and (not trains or done(criterion, seed, True)):
@@ -90,14 +107,14 @@ def main() -> None:
             dtype=arguments.dtype,
         )
         row = {"criterion": criterion, "seed": seed, "removed": f"{removed_fraction(plan, sc.anatomy(model)):.4f}"}
+        row["heads"] = sum(len(plan.removed(group)) for group in plan.keep if not group.endswith(".mlp"))
         seconds = time.perf_counter() - started
         cut = sc.apply(plan, model)
         if not done(criterion, seed, False):
-            add({**row, "healed": False, "perplexity": perplexity(cut), "seconds": round(seconds, 1)})
+            add({**row, "healed": False, **measured(cut, criterion), "seconds": round(seconds, 1)})
         if trains:
-            training = {"batch": arguments.batch, "length": arguments.length}
-            trained = healed(cut, tokenizer, plan, arguments.calibration, steps=arguments.steps, **training)
-            add({**row, "healed": True, "perplexity": perplexity(trained)})
+            trained = healed(cut, tokenizer, plan, arguments.calibration, **training)
+            add({**row, "healed": True, **measured(trained, criterion)})
 
 
 def text(rows: list[dict[str, Any]]) -> str:
@@ -120,9 +137,32 @@ def text(rows: list[dict[str, Any]]) -> str:
         dense, cut, healed = (
             math.log(found[k]) for k in (("dense", False), ("param_first", False), ("param_first", True))
         )
-        closed = f"{(cut - healed) / (cut - dense):.0%} of the gap in log-perplexity"
+        closed = f"{(cut - healed) / (cut - dense):.0%} of the gap in log-perplexity to the dense model as it is"
         lines += ["", f"- Training, on text of the kind that is evaluated, closes {closed}."]
+        lines += [
+            "  That is adaptation to such text, and no measure of recovery:\n  " + _beside_trained_dense(rows, found)
+        ]
+    heads = {row["criterion"]: row["heads"] for row in rows if "heads" in row}
+    if heads:
+        told = ", ".join(f"{count} by `{criterion}`" for criterion, count in heads.items())
+        lines += ["", f"- `heads` are key-value heads that leave, of all layers together: {told}."]
     return "\n".join(lines)
+
+
+def _beside_trained_dense(rows: list[dict[str, Any]], found: dict[tuple[str, bool], float]) -> str:
+    """What the same training makes of the dense model, and what it does on another text."""
+    if ("dense", True) not in found:
+        return "the dense model has not had the same training here."
+    cut, trained = found["param_first", True], found["dense", True]
+    said = f"after the same training the dense model has {trained:.1f}, and the cut one {cut:.1f}."
+    other = {(r["criterion"], r["healed"]): r["other"] for r in rows if "other" in r}
+    if len(other) == 4:
+        numbers = [other[c, healed] for c in ("dense", "param_first") for healed in (False, True)]
+        said += (
+            "\n  On the other text training takes the dense model from {:.1f} to {:.1f}, and the cut one from {:.1f} to"
+            " {:.1f}."
+        ).format(*numbers)
+    return said
 
 
 if __name__ == "__main__":

@@ -142,6 +142,10 @@ def text(rows: list[dict[str, Any]]) -> str:
         "`llm_pruner` takes true gradients too: `grad` beside it is the same knowledge, on the way or at once. Here,",
         "in few steps, what leaves on the way has less of them left to be trained in.",
         "",
+        "All are trained on text of the kind that is evaluated, and the dense model isn't. The same training of the",
+        "dense model, and text of another kind, are not measured: ways are held against each other here, and not",
+        "against it.",
+        "",
         "Perplexities beside those of another way, means over seeds that both have:",
         "",
     ]

@@ -38,6 +38,8 @@ blocks whose distance is below the mean of the random draws at that sparsity.
 - A policy can be used again: learnt at 40 %, it draws at 20 % what one learnt at 20 % draws from the same seed, within
   a few percent of perplexity, as published.
 - It has learnt something: the neurons of largest alpha have the reward of the best among many random subsets.
+- All draws are of one policy for each sparsity, learnt from one seed: how far policies of other seeds differ is not
+  measured, and neither is SliceGPT at the same ratio, which the paper compares with.
 - The reward doesn't tell what a model loses. The longest rows of `gate_proj` have by far the highest, and the worst
   perplexity.
 """

@@ -47,9 +47,10 @@ TEXTS = {"samples": 64, "length": 512, "windows": 40}
 TEXT = """
 Perplexity after structured pruning, by `recovery`: none, or the same training for all. `removed` is the fraction of the
 linear weights of the blocks that is really gone; who misses what was asked for by more than 0.01 has no part in the
-verdict; `refused` is who can't cut this model. Random methods run with so many `seeds`, and ± is the standard deviation
-over them. `p` is the probability that the best method of a budget is better, when the windows are drawn anew (paired
-bootstrap); below 0.95 two methods are not distinguishable. Seconds and memory are those of planning, cutting and
+verdict; `refused` is who can't cut this model. Methods run with so many `seeds`, and ± is the standard deviation over
+them. `p` is the probability that the best method of a budget is better, when windows and seeds are drawn anew; below
+0.95 two methods are not distinguishable. Rows with one seed are of one calibration text, its first windows: what
+another would change is not in `p`. Seconds and memory are those of planning, cutting and
 training, in one process that also holds the dense model, beside whatever else ran on the machine, which made some of
 them take twice as long; times `on` two processors are not to be compared, and `shared` ones would be longer without
 statistics that another row had taken. Of methods that ran at once only the first training computes what the teacher
@@ -132,7 +133,8 @@ def _needed_seeds(arguments: argparse.Namespace) -> dict[str, int]:
 def _asked(arguments: argparse.Namespace, methods: list[str], seeds: Sequence[int]) -> Asked:
     # it takes two to be asked for
     several = list(dict.fromkeys([*methods, *METHODS[:2]]))
-    return ask({"model": arguments.model, "steps": [{}]}, several, SPARSITIES, seeds, TOLERANCE)
+    recipe = {"model": arguments.model, "steps": [{}], "calibration": {"random_windows": True}}
+    return ask(recipe, several, SPARSITIES, seeds, TOLERANCE)
 
 
 def _refused(arguments: argparse.Namespace, methods: list[str]) -> list[dict[str, Any]]:

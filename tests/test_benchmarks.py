@@ -354,7 +354,7 @@ def test_structured_methods_are_compared_and_go_on(study, monkeypatch, tiny_chec
     # a random method with one more seed is made again, and the others stay
     assert [row["method"] for row in once] == [row["method"] for row in second]
     assert (once[3]["seeds"], once[3]["±"]) == (1, "") and second[3]["seeds"] == 2 and second[3]["±"] > 0
-    assert second[3]["losses"][0] == once[3]["losses"][0] and second[1]["±"] == ""
+    assert second[3]["losses"][0] == once[3]["losses"][0] and second[2]["±"] == ""
     assert second[1]["M parameters"] < second[0]["M parameters"]
     # rows of the first call are those of the second, but for what the verdict says with one more method
     assert [row["losses"] for row in second[1:3]] == [row["losses"] for row in first[1:3]]

@@ -44,7 +44,7 @@ def test_defaults_are_those_of_the_plan(load):
     assert arguments == {
         "method": "flap", "sparsity": None, "pattern": None, "budget": None, "allocate": None, "heal": None,
         "target": None, "options": {}, "calibration": "builtin", "samples": 64, "length": 512, "seed": 0,
-        "text_field": None, "dtype": "auto", "latency_table": None,
+        "text_field": None, "random_windows": False, "dtype": "auto", "latency_table": None, "partial": False,
     }  # fmt: skip
 
 

@@ -127,6 +127,7 @@ def plan(
     length: int = 512,
     seed: int = 0,
     text_field: str | None = None,
+    random_windows: bool = False,
     dtype: str = "auto",
     batch_tokens: int = 2048,
     options: Mapping[str, Any] | None = None,
@@ -139,6 +140,7 @@ def plan(
     ignore: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
     latency_table: str | Path | None = None,
+    partial: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """Decide what to cut; ``model`` is left as it is.
@@ -150,7 +152,8 @@ def plan(
     ``"stream"`` also to a quarter of what the hidden states have lost before, so that a block repairs the errors of
     those before it, and ``"dense"`` to what every layer gives in the dense model. ``calibration`` is
     ``builtin``, ``self``, a text/jsonl/parquet file or the name of a data set; ``samples`` windows of ``length``
-    tokens are read. ``dtype`` is that of the calibration forwards. ``options`` are the method's own.
+    tokens are read, the first consecutive ones, or with ``random_windows`` those whose starts ``seed`` draws.
+    ``dtype`` is that of the calibration forwards. ``options`` are the method's own.
     ``statistics`` is a folder in which statistics of the dense model are kept, and found again by later plans that
     need the same ones. ``progress`` is called with (stage, done, total). The same arguments give the same plan.
     With ``example_inputs`` (or ``example_kwargs``) any module is traced instead, and so is an .onnx file, and
@@ -164,14 +167,16 @@ def plan(
     measurements are kept, and found again, by default that of this machine in the user's cache for decoders.
     ``ratios`` are fractions of the channels of groups that leave whatever their scores (``{"layer4.*": 0.5}``, by
     pattern); the others make up the rest of the budget.
+    Of some decoders, such as mixtures of experts, a method reaches a part of the blocks' weights alone. What is left
+    alone is in the plan (``plan.coverage``); where less than half is reached, ``partial=True`` must allow that.
     Raises UsageError, DataError, ModelError or BudgetError.
     """
     from secateur.allocators import chosen_allocation
     from secateur.engine import decide
     from secateur.errors import UsageError
     from secateur.healing.recovery import split_heal
-    from secateur.methods import check_for_decoders, make_method, settled
-    from secateur.models.decoders import check_decoder
+    from secateur.methods import check_for_decoders, check_reach, make_method, reach, settled
+    from secateur.models.decoders import check_decoder, decoder_anatomy
     from secateur.models.fingerprint import config_hash, fingerprint
     from secateur.models.sources import Source
     from secateur.observe.calibration import load_tokens
@@ -191,6 +196,8 @@ def plan(
         from secateur.networks.kinds import Asked
         from secateur.networks.pruning import Called, open_network
 
+        if partial:
+            raise UsageError("partial= is for language models: a network that is traced has ignore=")
         if allocate is not None:
             raise UsageError("allocate= is for language models: a network that is traced has scope= and ratios=")
         network = open_network(
@@ -207,10 +214,20 @@ def plan(
     chosen, allocate = settled(chosen, allocate)
     decoder: PreTrainedModel = model  # type: ignore[assignment]
     allocation = chosen_allocation(allocate, chosen)
+    structure = decoder_anatomy(decoder)
+    # before any text is read, or written by the model
+    check_reach(chosen, structure, partial=partial)
     tokens = None
     if chosen.uses_data or (allocation and allocation.needs_text):
         tokens = load_tokens(
-            calibration, tokenizer, samples=samples, length=length, seed=seed, text_field=text_field, model=decoder
+            calibration,
+            tokenizer,
+            samples=samples,
+            length=length,
+            seed=seed,
+            text_field=text_field,
+            model=decoder,
+            random_windows=random_windows,
         )
     source = Source(decoder)
     compute, mine = compute_dtype(dtype, source.device), fingerprint(source)
@@ -243,6 +260,7 @@ def plan(
         notes=tuple(decision.notes),
         budgets=decision.budgets,
         allocation=allocation.provenance if allocation else None,
+        coverage=reach(chosen, structure),
     ).allocated(keeper.allocated())
     return decision.plan(provenance)
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from secateur.errors import CorruptFileError, PlanError
 from secateur.finite import all_finite
-from secateur.provenance import ExampleInputs, Fingerprint, Provenance, Recovery
+from secateur.provenance import Coverage, ExampleInputs, Fingerprint, Provenance, Recovery
 from secateur.reading import read_json
 from secateur.tensorfiles import Made, Stored, read_header, write_tensors
 
@@ -166,6 +166,11 @@ class Plan:
     def inputs(self) -> ExampleInputs | None:
         """What the network was called with when it was traced; None for a plan of a language model."""
         return self.provenance[0].inputs
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """What of the blocks could be reached; None where that was all of their weights."""
+        return next((p.coverage for p in self.provenance if p.coverage is not None), None)
 
     @property
     def method(self) -> str:

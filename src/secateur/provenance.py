@@ -43,6 +43,13 @@ class CalibrationInfo(BaseModel):
     tokens: int
     seed: int
     sha256: str
+    random_windows: bool = False
+    """Whether the seed drew where the windows start; they are the first consecutive ones otherwise."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # plans of consecutive windows keep the bytes that they had before there were others
+        return {key: value for key, value in handler(self).items() if key != "random_windows" or value}
 
 
 class ExampleInputs(BaseModel):
@@ -85,6 +92,68 @@ class BudgetAccount(BaseModel):
     pruned: float
     """Counted, or expected from measurements."""
     unit: str = ""
+
+
+class LeftAlone(BaseModel):
+    """Weights of the blocks that no method for matrices reaches: ``count`` tensors with ``params`` entries in all.
+
+    ``pattern`` is their name, with ``*`` for the number of the block; ``kind`` is a plural for people.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: str
+    kind: str
+    count: int
+    params: int
+
+
+class Coverage(BaseModel):
+    """How much of the blocks a method can reach: ``reached`` of ``weights`` entries; the rest is ``left_alone``.
+
+    Vectors (norms, biases) are counted on neither side, as they are in no published ratio.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: int
+    reached: int
+    left_alone: tuple[LeftAlone, ...]
+
+    @property
+    def share(self) -> float:
+        """The fraction of the block weights that is reached."""
+        return self.reached / self.weights if self.weights else 1.0
+
+    @property
+    def sentence(self) -> str:
+        """For people: ``reaches 11 % of the block weights; left alone: 24 fused expert tensors (layers.*.mlp...)``."""
+        return f"reaches {_percent(self.share)} of the block weights; left alone: {self.names}"
+
+    @property
+    def names(self) -> str:
+        """What is left alone, by kind, the largest first: count, plural and patterns of names."""
+        kinds: dict[str, list[LeftAlone]] = {}
+        for item in sorted(self.left_alone, key=lambda item: -item.params):
+            kinds.setdefault(item.kind, []).append(item)
+        return ", ".join(_kind_named(kind, items) for kind, items in kinds.items())
+
+
+# patterns of one kind in a sentence; a model has a handful in all
+_PATTERNS_SHOWN = 4
+
+
+def _kind_named(kind: str, items: list[LeftAlone]) -> str:
+    count = sum(item.count for item in items)
+    patterns = [item.pattern for item in items]
+    more = ", ..." if len(patterns) > _PATTERNS_SHOWN else ""
+    return f"{count:,} {kind} ({', '.join(patterns[:_PATTERNS_SHOWN])}{more})"
+
+
+def _percent(share: float) -> str:
+    """Whole percent; with decimals where these would be all or nothing."""
+    whole = f"{100 * share:.0f}"
+    return f"{whole} %" if whole not in ("0", "100") or share in (0.0, 1.0) else f"{100 * share:.4g} %"
 
 
 class Recovery(BaseModel):
@@ -143,9 +212,11 @@ class Provenance(BaseModel):
     """Budgets that were met together, by name; empty where the method spread one by itself."""
     recoveries: tuple[Recovery, ...] = ()
     """How the model was trained after it was cut, in order."""
+    coverage: Coverage | None = None
+    """What of the blocks the method could reach; None where that is all of their weights."""
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # plans keep the bytes that they had before there were these
-        optional = ("inputs", "initialised", "allocation", "budgets", "recoveries")
+        optional = ("inputs", "initialised", "allocation", "budgets", "recoveries", "coverage")
         return {key: value for key, value in handler(self).items() if key not in optional or value}

@@ -26,16 +26,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from secateur.allocate.asked import contradiction
 from secateur.errors import RecipeError, UsageError, nearest
+from secateur.kinds import is_task_file
 from secateur.reading import read_bytes, shown
+from secateur.usercode import check_trusted
 
 if TYPE_CHECKING:
     from secateur.allocators import Measuring
     from secateur.methods import Method
     from secateur.report import LayerCut, Report
+    from secateur.structure import Anatomy
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,18 +73,27 @@ class Section(BaseModel):
 
 
 class CalibrationSpec(Section):
-    """Which data the statistics are taken from: ``samples`` windows of ``length`` tokens."""
+    """Which data the statistics are taken from: ``samples`` windows of ``length`` tokens.
+
+    They are the first ones of the text; with ``random_windows`` the seed draws where they start.
+    """
 
     source: str = "builtin"
     samples: int = Field(default=64, ge=1)
     length: int = Field(default=512, ge=1)
     seed: int = Field(default=0, ge=0)
     text_field: str | None = None
+    random_windows: bool = False
 
     @property
     def drawn(self) -> bool:
-        """Whether the seed decides what the text is: the model writes it, others are read from their start."""
-        return self.source == "self"
+        """Whether the seed decides what the text is: it draws the windows, or the model writes them."""
+        return self.random_windows or self.source == "self"
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # journals and keys of points stay as they were before windows could be drawn
+        return {key: value for key, value in handler(self).items() if key != "random_windows" or value}
 
 
 class Step(Section):
@@ -79,6 +101,7 @@ class Step(Section):
 
     ``heal`` is a repair (``refit``), a training (``lora:steps=300``), or both (``refit+lora``). With ``stages`` that
     many steps stand for this one: each removes a part, and ``growth`` says which share of the training it has.
+    ``partial`` allows models of whose blocks the method reaches less than half.
     """
 
     method: str
@@ -90,7 +113,13 @@ class Step(Section):
     target: str | None = None
     stages: int | None = Field(default=None, ge=1)
     growth: Literal["linear", "constant", "cosine"] | None = None
+    partial: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # runs and points that were begun before there was this keep their settings
+        return {key: value for key, value in handler(self).items() if key != "partial" or value}
 
     @model_validator(mode="after")
     def _agree(self) -> Step:
@@ -181,6 +210,10 @@ class Recipe(Section):
             for stage in range(step.stages)
         ]
 
+    def code(self) -> list[str]:
+        """Code that would run because this recipe names it: task files of lm-eval may name functions of their own."""
+        return [task for task in self.evaluate if is_task_file(task)]
+
     def words(self, step: Step) -> tuple[Method, Measuring | None]:
         """The method of a step with its options, and its allocator. Raises UsageError."""
         from secateur.allocators import chosen_allocation
@@ -189,11 +222,24 @@ class Recipe(Section):
         method, allocate = settled(make_method(step.method, self.method_options(step)), step.allocate)
         return method, chosen_allocation(allocate, method)
 
+    def check_reach(self, anatomy: Anatomy) -> None:
+        """Refuse steps that reach too little of a model of this ``anatomy``. Raises UsageError."""
+        from secateur.methods import check_reach
+
+        for number, step in enumerate(self.steps, start=1):
+            try:
+                check_reach(self.words(step)[0], anatomy, partial=step.partial)
+            except UsageError as error:
+                raise UsageError(f"step {number}: {error}" if len(self.steps) > 1 else str(error)) from None
+
     def is_random(self, step: Step) -> bool:
-        """Whether another seed may lead to another plan: by the method, or by text that the model writes."""
+        """Whether another seed may lead to another result: by the method, by text that is drawn, or by training."""
+        from secateur.healing.recovery import split_heal
+
         method, allocation = self.words(step)
         reads = method.uses_data or (allocation is not None and allocation.needs_text)
-        return (method.draws and "seed" not in step.options) or (self.calibration.drawn and reads)
+        trains = split_heal(step.heal)[1] is not None
+        return trains or (method.draws and "seed" not in step.options) or (self.calibration.drawn and reads)
 
     def check_methods(self) -> None:
         """Look every method, allocator and option up, before anything is loaded. Raises UsageError."""
@@ -236,6 +282,7 @@ class Recipe(Section):
             "allocate": step.allocate,
             "heal": step.heal,
             "target": step.target,
+            "partial": step.partial,
             "options": step.options,
             "latency_table": self.latency_table,
             "calibration": self.calibration.source,
@@ -243,13 +290,19 @@ class Recipe(Section):
             "length": self.calibration.length,
             "seed": self.calibration.seed,
             "text_field": self.calibration.text_field,
+            "random_windows": self.calibration.random_windows,
             "dtype": self.dtype,
         }
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and validate a recipe. Raises RecipeError with the file, the place and the nearest valid key."""
-    return make_recipe(read_recipe(path), str(path))
+def load_recipe(path: str | Path, *, trust_remote_code: bool = False) -> Recipe:
+    """Read and validate a recipe. Raises RecipeError with the file, the place and the nearest valid key.
+
+    Code that the file names is refused with a UsageError unless ``trust_remote_code`` is set.
+    """
+    recipe = make_recipe(read_recipe(path), str(path))
+    check_trusted(recipe.code(), str(path), trust_remote_code)
+    return recipe
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -326,6 +379,8 @@ def _followed_by(first: Report, second: Report) -> Report:
         layers=[_cut_again(cut, later.get(cut.layer)) for cut in first.layers] or second.layers,
         scores={**first.scores, **_named_as_before(second.scores, renumbered)},
         keep={**first.keep, **_named_as_before(second.keep, renumbered)},
+        coverage=first.coverage or second.coverage,
+        of_all=_of_all(first, second),
         recoveries=[*first.recoveries, *second.recoveries],
         notes=[*first.notes, *second.notes],
         seconds={
@@ -346,6 +401,16 @@ def _cut_again(first: LayerCut, second: LayerCut | None) -> LayerCut:
     cuts = [_cut_alone(cut.sparsity, cut.masked) for cut in (first, second)]
     matrices = {**first.matrices, **second.matrices}
     return replace(first, units=units, sparsity=_compose(*cuts, masked), matrices=matrices, masked=masked)
+
+
+def _of_all(first: Report, second: Report) -> float | None:
+    """What both remove of all block weights, where one of them couldn't reach all."""
+    steps = (first, second)
+    if all(step.of_all is None for step in steps):
+        return None
+    masked = [step.masked * step.share for step in steps]
+    gone = [step.achieved if step.of_all is None else step.of_all for step in steps]
+    return _compose(*map(_cut_alone, gone, masked), max(masked))
 
 
 def _compose(*fractions: float) -> float:

@@ -63,6 +63,8 @@ def take_turns(
 
 _MUCH = 0.1
 """of the time for which threads were ready to run"""
+PAIRED = ", changes are medians of the ratios of each repeat"
+"""what the protocol of several models says that were timed in turns"""
 BUSY = "while other processes had the processors for part of the time"
 """what the protocol of a measurement says on a machine that wasn't quiet"""
 

@@ -49,6 +49,16 @@ def load_object(reference: str) -> Any:
     return found
 
 
+def check_trusted(named: Iterable[str], where: str, trust_remote_code: bool) -> None:
+    """Refuse the code that the file ``where`` names, unless the user trusts it. Raises UsageError."""
+    for name in named:
+        if not trust_remote_code:
+            raise UsageError(
+                f"{where} names code that would be run ({name}): pass --trust-remote-code (trust_remote_code=True) if"
+                " you trust the file"
+            )
+
+
 def call_object(reference: str, made: Callable[..., Any], *arguments: Any) -> Any:
     """What the user's function returns. Raises UsageError, with the place, when it fails; errors of ours are theirs."""
     try:

@@ -60,8 +60,8 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(cli, tiny_checkpoint, tmp
     resumed = cli(*arguments, "--out", out, "--resume")
     assert resumed.code == 0, resumed.err
     assert document(out) == document(tmp_path / "whole")
-    # head, dense model and eight points, each once
-    assert 4 <= before < 10 and len(journal.read_bytes().splitlines()) == 10
+    # head, dense model and twelve points, each once
+    assert 4 <= before < 14 and len(journal.read_bytes().splitlines()) == 14
 
 
 def test_heal_is_for_all_alike_and_json_is_all_of_stdout(cli, tiny_checkpoint, tmp_path):

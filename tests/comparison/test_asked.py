@@ -44,6 +44,10 @@ def test_only_what_is_random_runs_with_every_seed():
     # a seed that has no say with these options
     few = asked("llm_pruner,llm_pruner:criterion=random,slicegpt,slicegpt:orientation=pca", seeds=(0, 5))
     assert few.random == {"llm_pruner:criterion=random", "slicegpt"}
+    # every one of a training's steps follows from the seed
+    assert asked("magnitude_sp,flap", steps=[{"heal": "lora:steps=2"}]).random == {"magnitude_sp", "flap"}
+    # windows that the seed draws differ for those that read them
+    assert asked("magnitude_sp,flap", calibration={"random_windows": True}).random == {"flap"}
     # text that the model writes itself depends on the seed, for those that read it
     drawn = asked("magnitude_sp,flap", calibration={"source": "self"})
     assert drawn.random == {"flap"}

@@ -39,7 +39,11 @@ def test_every_method_is_in_every_chart_that_it_belongs_to(compared, document):
     assert len(quality) == 7 and quality[-1]["marker"]["symbol"] == "x"
     # six methods with six looks, and a bar where there are seeds
     assert len({(t["marker"]["symbol"], t["marker"]["color"]) for t in quality}) == 7
-    assert [trace["error_y"]["visible"] for trace in quality[:-1]] == [True] + [False] * 5
+    spread = {
+        m: any(r.spread("perplexity:builtin") for r in compared.comparison.rows if r.method == m) for m in methods
+    }
+    assert [trace["error_y"]["visible"] for trace in quality[:-1]] == list(spread.values())
+    assert spread["random_sp"] and not spread["magnitude_sp"]
     # zeros are no fewer parameters
     assert "perplexity:builtin against non-zero parameters" in charts
     weights = charts["Weights that stay at sparsity 0.5"]["data"][0]

@@ -50,19 +50,21 @@ def test_the_table_has_a_row_for_everything_that_was_asked(compared):
 
 def test_a_row_is_what_prune_and_evaluate_give(compared, tiny_checkpoint):
     model, tokenizer = sc.load(tiny_checkpoint, dtype="auto")
-    result = sc.prune(model, tokenizer, method="wanda_sp", sparsity=0.5, heal="refit", samples=2, length=32)
+    result = sc.prune(
+        model, tokenizer, method="wanda_sp", sparsity=0.5, heal="refit", samples=2, length=32, random_windows=True
+    )
     table = sc.evaluate({"x": result.model}, tokenizer, [PERPLEXITY, "size", "macs"], length=32, windows=6)
     row = row_of(compared.comparison, "wanda_sp:heal=refit", 0.5)
     assert row.removed == result.report.achieved
-    assert row.values(PERPLEXITY) == [table["perplexity"].values["x"]]
+    assert row.values(PERPLEXITY)[0] == table["perplexity"].values["x"]
     assert row.mean("parameters") == table["parameters"].values["x"]
     assert row.mean("MACs") == table["MACs"].values["x"] == linear_weights(result.model)
     assert row.records[0].parts(PERPLEXITY) == table["perplexity"].parts["x"]
     assert row.seconds and row.peak_bytes and row.peak_bytes > 1e8
     for layer, cut in enumerate(result.report.layers):
         before, after = cut.units["neuron"]
-        assert row.kept("neuron")[layer] == after / before
-        assert row.kept("weights")[layer] == 1 - cut.sparsity
+        assert row.records[0].kept["neuron"][layer] == after / before
+        assert row.records[0].kept["weights"][layer] == 1 - cut.sparsity
 
 
 def linear_weights(model):
@@ -71,11 +73,23 @@ def linear_weights(model):
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
-def test_what_is_random_has_a_spread_and_the_rest_runs_once(compared):
+def test_only_what_no_seed_changes_runs_once(compared):
     for row in compared.comparison.rows:
-        random = row.method == "random_sp"
-        assert [record.values["seed"] for record in row.records] == ([0, 1] if random else [0])
-        assert (row.spread(PERPLEXITY) is not None) == random
+        several = row.method != "magnitude_sp"
+        assert [record.values["seed"] for record in row.records] == ([0, 1] if several else [0])
+        assert (row.spread(PERPLEXITY) is not None) == several
+
+
+def test_every_seed_draws_the_calibration_text_of_all_methods(compared):
+    texts = {}
+    for method in ("flap", "shortgpt", "wanda"):
+        for seed in (0, 1):
+            plan = Plan.load(compared.folder / "plans" / f"{method}-sparsity=0.5-seed={seed}")
+            calibration = plan.provenance[0].calibration
+            assert calibration.random_windows and calibration.seed == seed
+            texts.setdefault(seed, set()).add(calibration.sha256)
+    # the same windows for all methods, and others with another seed
+    assert [len(several) for several in texts.values()] == [1, 1] and texts[0] != texts[1]
     row = row_of(compared.comparison, "random_sp", 0.5)
     first, second = row.values(PERPLEXITY)
     assert first != second and row.mean(PERPLEXITY) == pytest.approx((first + second) / 2)
@@ -159,11 +173,11 @@ def test_it_goes_on_after_an_interrupt_with_the_same_result(tiny_checkpoint, tmp
         return run(self, point)
 
     monkeypatch.setattr(worker.Worker, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="2 of 3 points are done: --resume goes on with the rest"):
+    with pytest.raises(KeyboardInterrupt, match="2 of 4 points are done: --resume goes on with the rest"):
         compare(str(tiny_checkpoint), out=tmp_path / "out", **asked)
     monkeypatch.setattr(worker.Worker, "run", lambda self, point: counted.update([point.name]) or run(self, point))
     resumed = compare(str(tiny_checkpoint), out=tmp_path / "out", resume=True, **asked)
-    assert set(counted.values()) == {1} and len(counted) == 4
+    assert set(counted.values()) == {1} and len(counted) == 5
     assert without_times(resumed.to_dict()) == without_times(whole.to_dict())
 
 
@@ -202,7 +216,9 @@ def test_tasks_side_by_side_and_latency_in_turns_with_the_dense_model(tiny_check
     assert header[3:5] == [PERPLEXITY, "perplexity:text.txt"]
     assert [verdict.metric for verdict in found.verdicts] == [PERPLEXITY, "perplexity:text.txt"]
     assert found.first_verdicts == found.verdicts[:1] and found.verdicts[1].probability is not None
-    assert "random_sp is random and ran with one seed: --seeds 0,1,2 shows its spread" in found.notes
+    assert any(
+        note.startswith("one seed, and so one draw of the calibration text, for random_sp:") for note in found.notes
+    )
 
 
 def test_plugins_take_part_and_failures_are_shown(tiny_checkpoint, tmp_path):
@@ -294,10 +310,10 @@ def test_what_was_there_before_the_training_stands_beside_it(compared, tiny_chec
     for method, cells, entry in zip(methods, rows[1:], told, strict=True):
         row, cut = row_of(found, method, 0.5), row_of(compared.comparison, method, 0.5)
         # the same cut as without a training, whose repair it has; then something was learned
-        assert row.values(PERPLEXITY, untrained=True) == cut.values(PERPLEXITY) != row.values(PERPLEXITY)
-        assert cells[4] == format_value(cut.mean(PERPLEXITY))
+        assert row.values(PERPLEXITY, untrained=True) == cut.values(PERPLEXITY)[:1] != row.values(PERPLEXITY)
+        assert cells[4] == format_value(cut.values(PERPLEXITY)[0])
         before = entry["untrained"][PERPLEXITY]
-        assert before["mean"] == cut.mean(PERPLEXITY) and before["parts"] == [cut.records[0].parts(PERPLEXITY)]
+        assert before["mean"] == cut.values(PERPLEXITY)[0] and before["parts"] == [cut.records[0].parts(PERPLEXITY)]
         assert set(entry["stages"]) == {"plan", "cut", "heal"} and entry["seconds"] == sum(entry["stages"].values())
     # a second look at the journal finds it again
     again = compare(

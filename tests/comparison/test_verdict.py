@@ -41,12 +41,17 @@ def test_both_sides_add_up_to_one():
     assert probability_better(WINDOWS, WINDOWS + noise, higher_is_better=False) == pytest.approx(1 - first)
 
 
+def cauchy(t):
+    """The distribution of Student's t with one degree of freedom."""
+    return 0.5 + math.atan(t) / math.pi
+
+
 def test_seeds_are_drawn_anew_as_well():
     # one seed far better, one far worse, and the mean a little better: which seeds one gets decides
     several = np.stack([WINDOWS - 1.0, WINDOWS + 0.9])
     chance = probability_better(several, WINDOWS, higher_is_better=False)
-    # a quarter of the draws has the worse seed twice
-    assert chance == pytest.approx(0.75, abs=0.02)
+    # the mean is 0.05 better, and its standard error 1.9 / 2
+    assert chance == pytest.approx(cauchy(0.05 / 0.95), abs=0.02)
     # with the mean of the seeds alone it would be certain
     assert probability_better(several.mean(axis=0), WINDOWS, higher_is_better=False) == 1.0
 
@@ -59,9 +64,60 @@ def test_a_draw_is_judged_by_what_methods_are_ranked_by():
         Candidate("far apart", float(np.exp(several.mean(axis=1)).mean()), tuple(several.tolist())),
     ]
     found = judge(0.2, "perplexity:t", candidates, higher_is_better=False, exponential=True)
-    # three quarters of the draws have the worse seed at least once
-    assert found.best == "even" and found.probability == pytest.approx(0.75, abs=0.02)
-    assert judge(0.2, "loss:t", candidates, higher_is_better=False).probability == pytest.approx(0.25, abs=0.02)
+    ahead = math.log((math.exp(-1.0) + math.exp(0.9)) / 2)
+    assert found.best == "even"
+    assert found.probability == pytest.approx(cauchy(ahead / 0.95), abs=0.02)
+    loss = judge(0.2, "loss:t", candidates, higher_is_better=False).probability
+    assert loss == pytest.approx(cauchy(-0.05 / 0.95), abs=0.02)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_method_is_rarely_found_better_than_itself(seeds, paired):
+    # a draw of the calibration text changes all windows alike, and far more than they differ otherwise
+    generator, trials, found, naive, few = np.random.default_rng(4), 200, 0, 0, 0
+    for _ in range(trials):
+        first, second = (
+            3 + generator.normal(0, 0.1, (count, 1)) + generator.normal(0, 0.1, (count, 20))
+            for count in (seeds, seeds if paired else 2 * seeds)
+        )
+        found += certain(probability_better(first, second, higher_is_better=False, resamples=500))
+        # windows alone: the means over seeds, as if another draw gave the same
+        means = first.mean(axis=0), second.mean(axis=0)
+        naive += certain(probability_better(*means, higher_is_better=False, resamples=500))
+        few += certain(resampled_seeds(first, second, generator))
+    # either of the two may be found better with 0.95, so that a tenth is nominal; 0.17 is three standard errors above
+    assert found / trials < 0.17
+    assert naive / trials > 0.3
+    assert few / trials > found / trials
+
+
+def certain(probability):
+    return max(probability, 1 - probability) >= SURE
+
+
+def resampled_seeds(first_SN, second_SN, generator):
+    """The bootstrap that draws the few seeds with replacement."""
+    first_R, second_R = (
+        one.mean(axis=1)[generator.integers(len(one), size=(500, len(one)))].mean(axis=1)
+        for one in (first_SN, second_SN)
+    )
+    return float((first_R < second_R).mean())
+
+
+def test_what_is_always_many_times_as_bad_is_told_apart():
+    # perplexities of 3 thousand, 300 thousand and 10 million beside 20: their mean is no more than its standard error
+    chance = np.stack([WINDOWS + 5, WINDOWS + 9.6, WINDOWS + 13.1])
+    good = np.stack([WINDOWS, WINDOWS + 0.01, WINDOWS - 0.01])
+    assert probability_better(good, chance, higher_is_better=False, exponential=True) > SURE
+
+
+def test_seeds_that_two_methods_share_are_paired():
+    # both suffer alike from a bad calibration text, and one is always a little better
+    shift_S1 = np.array([0.0, 0.5, 1.0])[:, None]
+    worse = WINDOWS + shift_S1
+    better = worse - np.array([0.010, 0.011, 0.012])[:, None]
+    assert probability_better(better, worse, higher_is_better=False) > 0.98
 
 
 def test_the_same_seed_gives_the_same_answer():

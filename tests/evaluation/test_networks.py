@@ -47,7 +47,8 @@ def test_models_take_turns_and_the_median_of_the_repeats_counts(clock):
     assert metric.values == {"dense": 2000.0, "pruned": 4000.0} and metric.unit == "ms"
     assert metric.higher_is_better is False
     assert metric.protocol.startswith("median of 3 interleaved repeats, one call on 2x3, torch float32 on cpu, ")
-    assert metric.protocol.endswith(f"{torch.get_num_threads()} threads")
+    assert metric.protocol.endswith(f"{torch.get_num_threads()} threads{timing.PAIRED}")
+    assert metric.repeats == {"dense": [1000.0, 2000.0, 5000.0], "pruned": [4000.0, 4000.0, 1000.0]}
     assert all(model.training for model in models)
 
 

@@ -75,6 +75,8 @@ def test_models_take_turns_and_the_median_of_the_repeats_counts(
     assert table["decode, products alone"].values == {"a": 2 * 8 / 8, "b": 2 * 8 / 16}
     assert table["decode bound"].values["a"] == 2 * 1e6 / weight_bytes_per_step(models["a"])
     assert "batch 2, median of 3 interleaved repeats, cpu float32" in table["decode"].protocol
+    assert table["decode"].protocol.endswith(timing.PAIRED)
+    assert table["prefill"].repeats == {"a": [60.0, 30.0, 12.0], "b": [15.0, 15.0, 60.0]}
 
 
 def test_the_real_loop_reads_the_prompt_once_and_then_single_tokens(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from secateur.report import Metric
@@ -78,6 +80,16 @@ def test_without_the_dense_model_there_is_no_change() -> None:
     metric = Metric("m", "", {"first": 1.0, "second": 2.0})
     assert change_from(metric, "dense", "second") is None
     assert change_from(metric, "first", "second") == 1.0
+
+
+def test_the_change_of_interleaved_repeats_is_the_median_of_their_ratios() -> None:
+    """Another program that slows down whole repeats falls out, and can't fall on one model and not on the other."""
+    repeats = {"dense": [10.0, 2.0, 10.0, 4.0, 2.0], "pruned": [20.0, 4.0, 20.0, 20.0, 20.0]}
+    metric = Metric("decode", "tokens/s", {"dense": 4.0, "pruned": 20.0}, True, repeats=repeats)
+    # ratios 2, 2, 2, 5, 10, where the medians alone are 4 and 20
+    assert metric.change("pruned") == 1.0 and metric.change("dense") == 0.0
+    assert replace(metric, repeats={}).change("pruned") == 4.0
+    assert replace(metric, repeats={"pruned": repeats["pruned"]}).change("pruned") == 4.0
 
 
 def test_a_unit_that_the_name_says_is_left_out() -> None:

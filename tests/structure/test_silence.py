@@ -122,6 +122,68 @@ def test_standardised_weights_that_are_all_zero(kind: str | None) -> None:
         assert torch.allclose(masked, cut) and group.inexact is None
 
 
+def rows(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
+
+
+NORMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch norm": lambda w: F.batch_norm(rows(w)[None], None, None, training=True, eps=1e-6).view_as(w),
+    "instance norm": lambda w: F.instance_norm(rows(w)[None]).view_as(w),
+    "group norm": lambda w: F.group_norm(rows(w)[None], len(w)).view_as(w),
+    "layer norm": lambda w: F.layer_norm(w, w.shape[1:]),
+    "by hand": lambda w: (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5),
+    "length": lambda w: F.normalize(rows(w), dim=1).view_as(w),
+}
+"""Norms of weights over their inputs, two of them as timm's standardised convolutions have them."""
+
+PARAMETRIZED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "weight norm over outputs": lambda conv: nn.utils.parametrizations.weight_norm(conv, dim=1),
+    "weight norm over all": lambda conv: nn.utils.parametrizations.weight_norm(conv, dim=None),  # type: ignore[arg-type]
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+}
+
+
+class Normed(nn.Conv2d):
+    how = "length"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, NORMED[self.how](self.weight), self.bias)
+
+
+def second_convolution(kind: str) -> nn.Module:
+    if kind in PARAMETRIZED:
+        return PARAMETRIZED[kind](nn.Conv2d(6, 4, 3))
+    found = Normed(6, 4, 3)
+    found.how = kind
+    return found
+
+
+@pytest.mark.parametrize("kind", [*NORMED, *PARAMETRIZED])
+def test_norms_of_weights(kind: str) -> None:
+    """A mask of what a normed weight reads, or makes, computes what the cut does, or the plan names the reason."""
+    parts = nn.Conv2d(3, 6, 1), nn.ReLU(), second_convolution(kind), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    net, inputs = randomised(nn.Sequential(*parts)), images(2, 3, 5, 5)
+    groups = anatomy_of(net, inputs).groups
+    # a norm over a whole weight isn't known
+    assert bool(groups) == (kind != "weight norm over all")
+    for group in groups:
+        plan = sc.plan(net, example_inputs=inputs, method="spa_l1", sparsity=0.0, ratios={group.name: 0.5})
+        with torch.no_grad():
+            cut, masked = sc.apply(plan, net)(*inputs), sc.apply(plan, net, mask=True)(*inputs)
+        assert torch.isfinite(cut).all()
+        told = f"masked and cut network differ in {group.name}: {group.inexact}"
+        assert (told in plan.provenance[0].notes) == (not torch.allclose(masked, cut, atol=1e-6)), group.name
+
+
+def test_the_norm_of_a_weight_keeps_the_channels_in_front_of_it_exact() -> None:
+    """Zeros add nothing to a length, whatever it divides."""
+    for kind, exact in {"length": True, "weight norm": True, "spectral norm": True, "group norm": False}.items():
+        net = randomised(nn.Sequential(nn.Conv2d(3, 6, 1), second_convolution(kind)))
+        (group,) = anatomy_of(net, images(2, 3, 5, 5)).groups
+        assert (group.inexact is None) == exact, kind
+
+
 def test_no_random_numbers_of_the_caller_are_drawn() -> None:
     net, inputs = randomised(Net(lambda net, x: F.dropout(x, training=True).sum(dim=1))), images(2, 5, 7)
     before = torch.get_rng_state()

@@ -47,7 +47,8 @@ def recipe(tmp_path):
     def made(changed: dict[str, Any] | None = None, **changes: Any) -> StabilityRecipe:
         path = tmp_path / "stability.yaml"
         path.write_text(yaml.safe_dump({**RECIPE, **changes}), encoding="utf8")
-        return load_stability_recipe(path, changed or {})
+        # some of these name code that a test has written
+        return load_stability_recipe(path, changed or {}, trust_remote_code=True)
 
     return made
 

@@ -218,7 +218,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def check_interface(module: nn.Module) -> None:
-    """Raises UnsupportedModelError for an attention that is written out, as Falcon's is.
+    """Raises UnsupportedModelError for an attention that is written out, as Falcon's was before transformers 5.25, and
+    for ALiBi.
 
     There is no place in it at which something else could attend to what is left, short of a second copy of its code;
     and its attention would go on over rows that it takes for the whole text.
@@ -226,6 +227,11 @@ def check_interface(module: nn.Module) -> None:
     files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
     if not any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files):
         raise UnsupportedModelError(_by_itself(module))
+    if getattr(module.config, "alibi", False):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} adds the bias of ALiBi to its mask, by the distance of every token, which isn't"
+            " followed when tokens leave: use a model with rotary or learned positions"
+        )
 
 
 def _by_itself(module: nn.Module) -> str:

@@ -19,6 +19,7 @@ from secateur.cli.options import (
     Json,
     Length,
     Overwrite,
+    Partial,
     Plugins,
     Quiet,
     Resume,
@@ -45,7 +46,10 @@ def compare(
         typer.Option(metavar="NAME[:KEY=VALUE,...],...", help="Two or more: flap,osscar,wanda_sp:heal=refit."),
     ] = None,
     sparsity: Annotated[str, typer.Option(metavar="S,...", help="Fractions removed, in (0, 1).")] = "0.2",
-    seeds: Annotated[str, typer.Option(metavar="N,...", help="For methods that are random; others run once.")] = "0",
+    seeds: Annotated[
+        str,
+        typer.Option(metavar="N,...", help="Each draws the calibration text anew; three show how sure a verdict is."),
+    ] = "0",
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,6 +64,7 @@ def compare(
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for page, JSON and plans.")] = None,
     allocate: Allocate = None,
+    partial: Partial = False,
     heal: Heal = None,
     target: Aim = None,
     calibration: Calibration = None,
@@ -106,6 +111,7 @@ def compare(
 
     options = {
         "allocate": allocate,
+        "partial": partial or None,
         "heal": heal,
         "target": target,
         "calibration": calibration,

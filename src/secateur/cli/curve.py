@@ -22,6 +22,7 @@ from secateur.cli.options import (
     MethodName,
     MethodOptions,
     Overwrite,
+    Partial,
     Plugins,
     Quiet,
     Resume,
@@ -70,6 +71,7 @@ def curve(
     ] = None,
     budget: Budget = None,
     allocate: Allocate = None,
+    partial: Partial = False,
     options: MethodOptions = None,
     effort: Effort = None,
     calibration: Calibration = None,
@@ -105,7 +107,13 @@ def curve(
         raise UsageError(f"--within is a factor above 1, got {within:g}: 1.2 allows a fifth more perplexity")
     load_plugins(plugin)
     own = own_options(options, effort=effort)
-    step = {"method": method, "budget": joined(budget), "allocate": allocate, "options": own}
+    step = {
+        "method": method,
+        "budget": joined(budget),
+        "allocate": allocate,
+        "partial": partial or None,
+        "options": own,
+    }
     data = {"source": calibration, "samples": samples, "length": length, "seed": seed}
     recipe = {
         "model": model,

@@ -25,6 +25,7 @@ from secateur.cli.options import (
     Length,
     MethodName,
     MethodOptions,
+    Partial,
     Pattern,
     Plugins,
     Quiet,
@@ -60,6 +61,7 @@ def estimate(
     pattern: Pattern = None,
     budget: Budget = None,
     allocate: Allocate = None,
+    partial: Partial = False,
     heal: Heal = None,
     target: Aim = None,
     stages: Stages = None,
@@ -89,7 +91,7 @@ def estimate(
 ) -> None:
     load_plugins(plugin)
     step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": joined(budget), "allocate": allocate}
-    step |= {"heal": heal, "target": target, "stages": stages, "growth": growth}
+    step |= {"heal": heal, "target": target, "stages": stages, "growth": growth, "partial": partial or None}
     top = {
         "model": model,
         "revision": revision,
@@ -101,7 +103,7 @@ def estimate(
     }
     data = {"samples": samples, "length": length}
     own = own_options(options, uniform=uniform, effort=effort)
-    job = build_recipe(recipe, given(top), given(data), given(step), own)
+    job = build_recipe(recipe, given(top), given(data), given(step), own, trust_remote_code)
     if job.model is None:
         raise UsageError("name a model: a hub id, a folder, a .gguf file or smollm2-135m")
     job.check_methods()

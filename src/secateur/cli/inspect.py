@@ -95,5 +95,12 @@ def anatomy_document(anatomy: Anatomy) -> dict[str, Any]:
             {**{key: getattr(group, key) for key in keys}, "cost": dataclasses.asdict(group.cost)} for group in anatomy
         ],
         "matrices": [{"module": m.module, "layer": m.layer, "shape": list(m.shape)} for m in anatomy.matrices],
+        **_coverage_document(anatomy),
         "frozen": [dataclasses.asdict(item) for item in anatomy.frozen],
     }
+
+
+def _coverage_document(anatomy: Anatomy) -> dict[str, Any]:
+    """What of the blocks lies in no matrix; nothing where all does."""
+    coverage = anatomy.coverage
+    return {"coverage": {**coverage.model_dump(mode="json"), "share": coverage.share}} if coverage is not None else {}

@@ -57,7 +57,7 @@ def lottery(
     )
     from secateur.trainer.lotteryresults import columns, document, write_results
 
-    asked = load_lottery_recipe(recipe, **given({"device": device}))
+    asked = load_lottery_recipe(recipe, trust_remote_code=trust_remote_code, **given({"device": device}))
     folder = out or (Path(asked.out) if asked.out else None)
     if folder is None:
         raise UsageError("give a folder for levels and results with --out (out)")

@@ -19,7 +19,11 @@ Revision = Annotated[
     typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the hub."),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the modelling code that comes with the checkpoint.")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the modelling code that comes with the checkpoint, and code that a recipe names.",
+    ),
 ]
 MaxShardSize = Annotated[
     str | None,
@@ -95,6 +99,13 @@ Allocate = Annotated[
     typer.Option(
         metavar="NAME[:KEY=VALUE,...]",
         help="Where the sparsity goes, see 'secateur allocators': owl:m=5,lam=0.08 (default: every matrix the same).",
+    ),
+]
+Partial = Annotated[
+    bool,
+    typer.Option(
+        "--partial",
+        help="Prune a model of which the method reaches less than half, such as a mixture of experts; the rest stays.",
     ),
 ]
 Calibration = Annotated[

@@ -121,7 +121,8 @@ def apply(
             allow_pickle=allow_pickle,
             progress=progress,
         )
-    notes = [note for step in plans for p in step.provenance for note in p.notes]
+    notes = [f"{p.method} {p.coverage.sentence}" for step in plans for p in step.provenance if p.coverage is not None]
+    notes += [note for step in plans for p in step.provenance for note in p.notes]
     trained = [recovery.label for step in plans for p in step.provenance for recovery in p.recoveries]
     notes += [f"the model was trained after the cut ({label}), and this is the one before" for label in trained]
     show_notes([*warned, *notes], quiet)

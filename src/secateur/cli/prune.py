@@ -33,6 +33,7 @@ from secateur.cli.options import (
     MethodName,
     MethodOptions,
     Overwrite,
+    Partial,
     Pattern,
     Plugins,
     Quiet,
@@ -85,6 +86,7 @@ def prune(
     pattern: Pattern = None,
     budget: Budget = None,
     allocate: Allocate = None,
+    partial: Partial = False,
     heal: Heal = None,
     target: Aim = None,
     stages: Stages = None,
@@ -195,7 +197,7 @@ def prune(
     everything = {str(parameter.name) for parameter in context.command.params}
     only_for("a language model", context, everything - _NETWORK_ONLY, "traced networks")
     step = {"method": method, "sparsity": sparsity, "pattern": pattern, "budget": joined(budget), "allocate": allocate}
-    step |= {"heal": heal, "target": target, "stages": stages, "growth": growth}
+    step |= {"heal": heal, "target": target, "stages": stages, "growth": growth, "partial": partial or None}
     calibrate = {"source": calibration, "samples": samples, "length": length, "seed": seed, "text_field": text_field}
     top = {
         "model": model,
@@ -215,7 +217,7 @@ def prune(
     ranks = join()
     with ranks.together(), working(quiet or not ranks.main) as progress:
         load_plugins(plugin)
-        job = build_recipe(recipe, given(top), given(calibrate), given(step), own)
+        job = build_recipe(recipe, given(top), given(calibrate), given(step), own, trust_remote_code)
         html = _check(job, dry_run=dry_run, resume=resume, overwrite=overwrite, report=report)
         ranks.on_main(lambda: check_push(push_to_hub, job.out, private=private, overwrite=overwrite))
         if dry_run and ranks.size > 1:
@@ -254,14 +256,23 @@ def prune(
 
 
 def build_recipe(
-    path: Path | None, top: dict[str, Any], calibration: dict[str, Any], step: dict[str, Any], options: dict[str, str]
+    path: Path | None,
+    top: dict[str, Any],
+    calibration: dict[str, Any],
+    step: dict[str, Any],
+    options: dict[str, str],
+    trust_remote_code: bool = False,
 ) -> Recipe:
     """The recipe of the file with the values of the command line put over it. Raises UsageError."""
     from secateur.recipes import make_recipe, read_recipe
+    from secateur.usercode import check_trusted
 
     data = read_recipe(path) if path else {}
     if path:
         make_recipe(data, str(path))
+        # what the command line replaces comes from the user and not from the file
+        theirs = make_recipe({key: value for key, value in data.items() if key not in top}, str(path))
+        check_trusted(theirs.code(), str(path), trust_remote_code)
     elif "method" not in step:
         raise UsageError("name a method with --method ('secateur methods' lists them), or a recipe with --recipe")
     steps = data.get("steps", [{}])
@@ -352,7 +363,8 @@ def _show_outcome(job: Recipe, report: Report, json: bool, url: str | None) -> N
     if json:
         print_json({**report.to_dict(), **({"hub": url} if url else {})})
         return
-    show(metrics_table(report.metrics), *(summary(recovery) for recovery in report.recoveries))
+    show(metrics_table(report.metrics), *([report.reach] if report.reach else []))
+    show(*(summary(recovery) for recovery in report.recoveries))
     if why := decode_sentence(report.metrics):
         show(why)
     for sample in report.samples:

@@ -104,7 +104,10 @@ def stability(
         changed = {**how, "at": at.split(",") if at else None, "masks": str(masks) if masks else None}
         changed |= {"metric": metric, "within": within}
         asked = load_stability_recipe(
-            network, given(changed), **given({"seed": seed, "device": device, "out": str(out) if out else None})
+            network,
+            given(changed),
+            trust_remote_code=trust_remote_code,
+            **given({"seed": seed, "device": device, "out": str(out) if out else None}),
         )
         out, name, limit = Path(asked.out) if asked.out else None, asked.model.name, asked.limit
         with working(quiet) as progress:

@@ -51,7 +51,7 @@ def sweep(
     from secateur.sweep.runner import make_job, open_journal, resumable, run_sweep
     from secateur.sweep.spec import load_sweep
 
-    asked = load_sweep(recipe)
+    asked = load_sweep(recipe, trust_remote_code=trust_remote_code)
     folder = out or (Path(asked.base.out) if asked.base.out else None)
     if folder is None:
         raise UsageError("give a folder for the results with --out")

@@ -50,7 +50,8 @@ def train(
     load_plugins(plugin)
     from secateur.trainer import load_train_recipe, run_training
 
-    asked = load_train_recipe(recipe, **given({"seed": seed, "device": device, "out": out}))
+    told = given({"seed": seed, "device": device, "out": out})
+    asked = load_train_recipe(recipe, trust_remote_code=trust_remote_code, **told)
     if asked.out is not None:
         check_output(asked.out, overwrite)
     html = drawn(report)

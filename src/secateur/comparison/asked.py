@@ -33,7 +33,7 @@ class Asked:
     seeds: tuple[int, ...]
     points: Mapping[tuple[str, float], tuple[Point, ...]]
     random: frozenset[str]
-    """contenders whose plans depend on the seed"""
+    """contenders whose results depend on the seed: by its calibration text, by what they draw, or by training"""
     tolerance: float = TOLERANCE
 
 
@@ -46,7 +46,7 @@ def ask(
 ) -> Asked:
     """A comparison of ``methods`` (``flap``, ``osscar:damping=0.1``) with what else is in ``recipe`` for all of them.
 
-    A method runs with every one of the ``seeds`` when the seed may change its plan, and with the first otherwise.
+    A method runs with every one of the ``seeds`` when the seed may change its result, and with the first otherwise.
     Raises UsageError, in one sentence, for whatever can be known to be wrong without the model.
     """
     names = split(methods)

@@ -219,14 +219,15 @@ def _provenance(comparison: Comparison) -> str:
     items = "".join(f"<li>{escape(text)}</li>" for text in protocols)
     notes = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes)
     rule = (
-        "<p>Methods read the same windows. The windows are drawn anew, with replacement, and so are the seeds of a "
-        "method that ran with several; the probability is the fraction of draws in which one method is better than the "
-        f"other. Below {SURE:g} two methods are not distinguishable. This says how far this text decides, and nothing "
-        "of other texts or tasks.</p>"
+        "<p>Methods read the same windows, and every seed draws the calibration text anew. For the probability windows "
+        "are drawn anew, with replacement, and the mean over several seeds is shifted by its standard error times a "
+        "draw of Student's t; the probability is the fraction of draws in which one method is better than the other. "
+        f"Below {SURE:g} two methods are not distinguishable. With one seed it covers the windows alone, and not "
+        "another draw of the calibration text. It holds for this text, and not for other texts or tasks.</p>"
     )
     asked = {
         "methods": comparison.asked.contenders,
-        "seeds of random methods": comparison.asked.seeds,
+        "seeds": comparison.asked.seeds,
         "tolerance": comparison.asked.tolerance,
         **comparison.for_all,
         "dtype": base.dtype,

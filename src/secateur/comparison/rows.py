@@ -73,7 +73,8 @@ class Row:
         Points are hours apart, and a machine isn't the same all the time; the two of a ratio met the same one.
         """
         pairs = [(r, m) for r in self.records for m in r.metrics if m.name == REQUEST and DENSE in m.values]
-        ratio, base = _mean([m.values[r.name] / m.values[DENSE] for r, m in pairs]), dense.metric(REQUEST)
+        changes = [m.change(r.name) for r, m in pairs]
+        ratio, base = _mean([1 + change for change in changes if change is not None]), dense.metric(REQUEST)
         return None if ratio is None or base is None else ratio * base
 
     @property
@@ -230,9 +231,13 @@ def _judge(asked: Asked, rows: Sequence[Row], metric: str, higher: bool, dense: 
 def _notes(asked: Asked, results: Results, rows: Sequence[Row]) -> list[str]:
     """What a reader of the table should know."""
     notes = list(results.notes)
+    if asked.random and len(asked.seeds) == 1:
+        several = ", ".join(method for method in asked.contenders if method in asked.random)
+        notes.append(
+            f"one seed, and so one draw of the calibration text, for {several}: the probabilities leave out what"
+            " another draw would change; --seeds 0,1,2 takes it in"
+        )
     for method in asked.contenders:
-        if method in asked.random and len(asked.seeds) == 1:
-            notes.append(f"{method} is random and ran with one seed: --seeds 0,1,2 shows its spread")
         if get_method(method.partition(":")[0]).descriptor.speedup != "real":
             notes.append(f"{method} sets weights to zero: parameters, MACs and time stay those of the dense model")
     notes += [

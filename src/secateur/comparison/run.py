@@ -32,6 +32,7 @@ def compare(
     tasks: str | Sequence[str] = ("perplexity:builtin",),
     latency: bool = False,
     allocate: str | None = None,
+    partial: bool = False,
     heal: str | None = None,
     target: str | None = None,
     calibration: str | Path = "builtin",
@@ -54,10 +55,11 @@ def compare(
     """Hold methods against each other on one model, at equal budgets, beside the dense model.
 
     ``methods`` are names, each with options of its own where it needs some (``["flap", "osscar:damping=0.1"]``);
-    ``sparsity`` one or several fractions removed. A method whose plan depends on the seed runs with all ``seeds``, the
-    others once. ``tasks`` are those of ``evaluate``; the first decides who is best. ``latency`` measures a request as
-    well, in turns with the dense model. ``allocate``, ``heal`` and ``target`` are those of ``plan``, for all methods
-    alike, and so is the calibration text; where ``heal`` trains, the first task is measured before that as well.
+    ``sparsity`` one or several fractions removed. Every one of the ``seeds`` draws the calibration windows anew, and
+    all methods run with it but those that neither read text, nor draw, nor are trained: they run once. ``tasks`` are
+    those of ``evaluate``; the first decides who is best. ``latency`` measures a request as well, in turns with the
+    dense model. ``allocate``, ``heal`` and ``target`` are those of ``plan``, for all methods alike, and so are
+    ``partial`` and the calibration text; where ``heal`` trains, the first task is measured before that as well.
     Whoever removes another fraction of the blocks' linear weights than was asked for, by more than ``tolerance``, is
     shown and has no part in the verdict. What can be shared is computed once. Several ``workers``, processes of the
     Ray at ``address`` or of one on this machine, take a point each at the same time.
@@ -73,11 +75,18 @@ def compare(
         raise UsageError(f"a comparison needs one worker at least, got {workers}")
     if latency and (workers > 1 or address is not None):
         raise UsageError("a latency is measured by one worker, with nothing beside it: leave out workers, or latency")
-    step = {"allocate": allocate, "heal": heal, "target": target}
+    step = {"allocate": allocate, "heal": heal, "target": target, "partial": partial or None}
     recipe = {
         "model": str(model),
         "steps": [{key: value for key, value in step.items() if value is not None}],
-        "calibration": {"source": str(calibration), "samples": samples, "length": length, "text_field": text_field},
+        "calibration": {
+            "source": str(calibration),
+            "samples": samples,
+            "length": length,
+            "text_field": text_field,
+            # every seed has a calibration text of its own, so that its chance is part of what the seeds differ by
+            "random_windows": True,
+        },
         # counted for the table, whatever else is measured
         "evaluate": list(dict.fromkeys([*(split(tasks) or ["perplexity:builtin"]), "macs"])),
         "windows": windows,

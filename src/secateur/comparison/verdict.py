@@ -1,11 +1,20 @@
 """Which method is best at a budget, and how sure that is.
 
-Methods are measured on the same windows, or the same items, so that their differences are paired. Windows are drawn
-anew, with replacement and the same ones for all methods, and so are the seeds of a method that ran with several; the
-fraction of draws in which one method is better than another is the probability that is told (the paired bootstrap of
-P. Koehn, "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004; a draw without a difference
-counts half). A draw is judged by what methods are ranked by: the mean over seeds of the metric, which for a perplexity
-is not the metric of the mean loss. It says how far the text decides, and nothing of other texts or tasks.
+Methods are measured on the same windows, or the same items, so that their differences are paired. Two things are
+resampled, one inside the other:
+
+- Windows are drawn anew, with replacement and the same ones for all methods (the paired bootstrap of P. Koehn,
+  "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004).
+- Seeds stand for draws of the calibration text and of what a method draws itself. They are few, and drawing two or
+  three of them with replacement would find a difference where they only agree by chance. So the mean over S seeds is
+  shifted by s / sqrt(S) times a draw of Student's t with S - 1 degrees of freedom, s being their standard deviation.
+  Two methods with as many seeds are paired by seed, since they saw the same calibration text. Perplexities are shifted
+  in their logarithms: of a method that is at times a hundred times as bad the perplexities themselves are too skewed.
+
+The fraction of draws in which one method is better than another is the probability that is reported; a draw without a
+difference counts half. A draw is judged by what methods are ranked by: the mean over seeds of the metric, which for a
+perplexity is not the metric of the mean loss. With one seed the probability covers the windows alone. It holds for this
+text, and not for other texts or tasks.
 """
 
 from __future__ import annotations
@@ -132,28 +141,37 @@ def probability_better(
 ) -> float:
     """The probability that ``first`` has the better mean when windows and seeds are drawn anew.
 
-    Both are [seeds, windows] of the same windows; the numbers of seeds may differ. ``exponential`` takes the mean over
-    seeds of the exponential of every seed's mean. Draws without a difference count half. The draws are those of
-    ``seed``.
+    Both are [seeds, windows] of the same windows. As many seeds on both sides are taken to be the same ones, in the
+    same order; the numbers may differ. ``exponential`` takes the mean over seeds of the exponential of every seed's
+    mean. Draws without a difference count half. The draws are those of ``seed``.
     """
     first_SN, second_SN = (np.atleast_2d(np.asarray(one, dtype=np.float64)) for one in (first, second))
     generator = np.random.default_rng(seed)
     count_RN = _draws(generator, first_SN.shape[1], resamples)
-    first_R, second_R = (_means(one, count_RN, generator, exponential) for one in (first_SN, second_SN))
-    better_R = first_R > second_R if higher_is_better else first_R < second_R
-    return float(better_R.mean() + 0.5 * (first_R == second_R).mean())
+    first_RS, second_RS = (count_RN @ one.T / one.shape[1] for one in (first_SN, second_SN))
+    difference_R = _over_seeds(first_RS, exponential) - _over_seeds(second_RS, exponential)
+    if len(first_SN) == len(second_SN):
+        difference_R += _errors(first_RS - second_RS, generator)
+    else:
+        difference_R += _errors(first_RS, generator) - _errors(second_RS, generator)
+    better_R = difference_R > 0 if higher_is_better else difference_R < 0
+    return float(better_R.mean() + 0.5 * (difference_R == 0).mean())
 
 
-def _means(
-    parts_SN: NDArray[np.float64], count_RN: NDArray[np.int64], generator: np.random.Generator, exponential: bool
-) -> NDArray:
-    """The mean over the windows and seeds of every draw, [draws]; ``count_RN`` says how often each window was drawn."""
-    mean_RS = count_RN @ parts_SN.T / parts_SN.shape[1]
-    if exponential:
-        mean_RS = np.exp(mean_RS)
-    if len(parts_SN) == 1:
-        return mean_RS[:, 0]
-    return (mean_RS * _draws(generator, len(parts_SN), len(count_RN))).sum(axis=1) / len(parts_SN)
+def _over_seeds(value_RS: NDArray[np.float64], exponential: bool) -> NDArray[np.float64]:
+    """What every draw is ranked by, [draws]: the mean over seeds, or the logarithm of the mean exponential."""
+    if not exponential:
+        return value_RS.mean(axis=1)
+    largest_R = value_RS.max(axis=1)
+    return largest_R + np.log(np.exp(value_RS - largest_R[:, None]).mean(axis=1))
+
+
+def _errors(value_RS: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
+    """How far off the mean of so few seeds may be, drawn anew for every draw: [draws], 0 of a single seed."""
+    draws, seeds = value_RS.shape
+    if seeds == 1:
+        return np.zeros(draws)
+    return value_RS.std(axis=1, ddof=1) / seeds**0.5 * generator.standard_t(seeds - 1, size=draws)
 
 
 def _draws(generator: np.random.Generator, size: int, resamples: int) -> NDArray[np.int64]:

@@ -28,6 +28,7 @@ from secateur.estimate.training import Training
 from secateur.estimate.work import flops, seconds, training_seconds
 from secateur.healing.recovery import RecoveryOptions, split_heal
 from secateur.memory import available_memory
+from secateur.methods import reach
 from secateur.ranks import ALONE, Ranks
 from secateur.recipes import Recipe
 
@@ -51,6 +52,7 @@ def estimate_run(
     sizes of the dense model. Windows and trainings are shared by the ``ranks``, and memory by those of this machine;
     operations and seconds are those of one of them.
     """
+    recipe.check_reach(sizes.anatomy)
     jobs = jobs_of(recipe, dtype, activation_memory, ranks.size)
     machines = try_machines(sizes, jobs, files, place)
     baseline = resident_bytes()
@@ -122,9 +124,10 @@ def estimate_training(
 
 def estimate_step(sizes: Sizes, job: Job, machine: Machine, baseline: int) -> StepEstimate:
     """What one step takes in a process that has ``baseline`` bytes in memory."""
-    peak = memory(sizes, job, baseline)
+    peak, coverage = memory(sizes, job, baseline), reach(job.method, sizes.anatomy)
     return StepEstimate(
         method=job.method.name,
+        reach="" if coverage is None else f"{job.method.name} {coverage.sentence}",
         memory=peak.process,
         device_memory=peak.device,
         disk=disk(sizes, job),

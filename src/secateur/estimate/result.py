@@ -21,6 +21,8 @@ class StepEstimate:
     disk: dict[str, int]
     flops: dict[str, int]
     seconds: dict[str, float]
+    reach: str = ""
+    """what of the blocks is left alone; empty where nothing is"""
 
     @property
     def memory_bytes(self) -> int:

@@ -18,7 +18,8 @@ def estimate_table(found: Estimate) -> RenderableType:
     for step in found.steps:
         heading = f"\n{step.method}: where it goes" if len(found.steps) > 1 else "\nwhere it goes"
         parts += [Text(heading), _parts(step)]
-    return Group(*parts, Text(f"\n{_after(found)}"))
+    left = [Text(step.reach) for step in found.steps if step.reach]
+    return Group(*parts, Text(f"\n{_after(found)}"), *left)
 
 
 def _sums(found: Estimate) -> Table:

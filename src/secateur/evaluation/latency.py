@@ -4,9 +4,9 @@
     latency:batch=8,repeats=50     the example inputs repeated or cut to 8 along their first dimension
     latency:threads=2              on 2 threads of the processor
 
-Repeats are interleaved over the models (dense, pruned, dense, pruned, ...), so that a machine that slows down or
-warms up meets all of them alike. MACs are counted on the graph, for all of the example inputs together; of language
-models in their linear layers, for one token.
+Repeats are interleaved over the models (dense, pruned, dense, pruned, ...), so that a machine that slows down or warms
+up meets all of them alike; a change is the median of the ratios of each repeat. MACs are counted on the graph, for all
+of the example inputs together; of language models in their linear layers, for one token.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class Latency:
                 f"median of {self.repeats} interleaved repeats, one call on {str(inputs) or 'the model’s own sizes'}, "
             )
             how += f"{' and '.join(dict.fromkeys(r.kind for r in runners.values()))}, {torch.get_num_threads()} threads"
-            how += machine.about
-        return [Metric(self.name, "ms", {n: 1000 * median(t) for n, t in taken.items()}, False, how)]
+            how += machine.about + (timing.PAIRED if len(models) > 1 else "")
+        repeats = {name: [1000 * seconds for seconds in times] for name, times in taken.items()}
+        return [Metric(self.name, "ms", {n: median(t) for n, t in repeats.items()}, False, how, repeats=repeats)]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.drawing import apart
 from secateur.errors import DataError, SecateurError, UsageError, nearest, require_extra
 from secateur.evaluation.base import Settings
+from secateur.kinds import is_task_file
 from secateur.observe.calibration import evaluating
 from secateur.report import Metric
 
@@ -56,7 +57,7 @@ class LmEval:
     @property
     def is_file(self) -> bool:
         """True when the task is a local YAML file."""
-        return self.task.endswith((".yaml", ".yml"))
+        return is_task_file(f"lm_eval:{self.task}")
 
     @property
     def name(self) -> str:

@@ -75,11 +75,14 @@ class Request:
             taken = timing.take_turns(works, self.repeats, devices, step)
         medians = {name: 1000 * median(seconds) for name, seconds in taken.items()}
         values = {name: request_milliseconds(medians, f"{name}/", load, load.new) for name in models}
+        rounds = [{name: 1000 * taken[name][number] for name in taken} for number in range(self.repeats)]
+        repeats = {n: [request_milliseconds(one, f"{n}/", load, load.new) for one in rounds] for n in models}
         how = (
             f"batch {load.batch}, {load.prompt} prompt tokens, {load.new} new tokens with the KV cache, median of"
             f" {self.repeats} interleaved repeats, {torch.get_num_threads()} threads{machine.about}"
+            f"{timing.PAIRED if len(models) > 1 else ''}"
         )
-        return [Metric("latency of a request", "ms", values, higher_is_better=False, protocol=how)]
+        return [Metric("latency of a request", "ms", values, False, how, repeats=repeats)]
 
 
 def _in_evaluation(model: PreTrainedModel, work: object):

@@ -1,7 +1,8 @@
 """Tokens per second: reading the prompt, and writing with the KV cache, beside what memory bandwidth allows.
 
 Repeats are interleaved over the models (dense, pruned, dense, pruned, ...), so that a machine that slows down or
-warms up meets all of them alike; the median is reported. Writing one token reads every weight once, so
+warms up meets all of them alike; the median is reported, and as the change of a speed the median of the ratios of each
+repeat. Writing one token reads every weight once, so
 
     decode bound = batch * memory bandwidth / bytes of weights read per step
 
@@ -74,17 +75,25 @@ class Speed:
             self.check(model, tokenizer, settings)
         with timing.watched() as machine:
             times = self._repeat(models, settings)
-        prefill = {n: self.batch * self.prompt / median(t[0] for t in runs) for n, runs in times.items()}
-        decode = {n: self.batch * self.new / median(t[1] for t in runs) for n, runs in times.items()}
-        alone = {n: median(t[2] for t in runs) for n, runs in times.items()}
-        alone = {n: self.batch * self._again / seconds for n, seconds in alone.items() if seconds}
         how = f"batch {self.batch}, median of {self.repeats} interleaved repeats, {_machine(models)}{machine.about}"
+        how += timing.PAIRED if len(models) > 1 else ""
+        again = f"the calls that a token makes of modules with matrices, in order, {self._again} times over, {how}"
+        prompts, written = f"{self.prompt} prompt tokens, {how}", f"{self.new} new tokens after {self.prompt}, KV cache"
         return [
-            Metric("prefill", "tokens/s", prefill, True, f"{self.prompt} prompt tokens, {how}"),
-            Metric(DECODE, "tokens/s", decode, True, f"{self.new} new tokens after {self.prompt}, KV cache, {how}"),
-            *self._products(alone, how),
+            *self._metric("prefill", self.prompt, times, 0, prompts),
+            *self._metric(DECODE, self.new, times, 1, f"{written}, {how}"),
+            *self._metric(DECODE_PRODUCTS, self._again, times, 2, again),
             self._bound(models),
         ]
+
+    def _metric(
+        self, name: str, tokens: int, times: Mapping[str, list[tuple[float, float, float]]], part: int, how: str
+    ) -> list[Metric]:
+        """Tokens per second by this part of the times; nothing where none took any."""
+        many = self.batch * tokens
+        repeats = {n: [many / taken[part] for taken in runs] for n, runs in times.items() if all(t[part] for t in runs)}
+        values = {n: many / median(taken[part] for taken in times[n]) for n in repeats}
+        return [Metric(name, "tokens/s", values, True, how, repeats=repeats)] if values else []
 
     def _repeat(
         self, models: Mapping[str, PreTrainedModel], settings: Settings
@@ -119,10 +128,6 @@ class Speed:
             end = timing.now(device)
             alone = timing.seconds(lambda: [call() for _ in range(self._again) for call in calls], device)
         return middle - start, end - middle, alone if calls else 0.0
-
-    def _products(self, values: dict[str, float], how: str) -> list[Metric]:
-        about = f"the calls that a token makes of modules with matrices, in order, {self._again} times over, {how}"
-        return [Metric(DECODE_PRODUCTS, "tokens/s", values, True, about)] if values else []
 
     def _bound(self, models: Mapping[str, PreTrainedModel]) -> Metric:
         rates = {device: memory_bandwidth(device) for device in {model.device for model in models.values()}}

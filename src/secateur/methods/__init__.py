@@ -5,7 +5,7 @@ lazy: a name resolves to a module the first time it is asked for.
 """
 
 from secateur.healing.recovery.adapted import Adapted
-from secateur.methods.base import Method, Refittable, check_for_decoders
+from secateur.methods.base import Method, Refittable, check_for_decoders, check_reach, reach
 from secateur.methods.caching import (
     BudgetMethod,
     CacheChannelMethod,
@@ -117,10 +117,12 @@ __all__ = [
     "Whole",
     "WrapperMethod",
     "check_for_decoders",
+    "check_reach",
     "describe",
     "get_method",
     "list_methods",
     "make_method",
     "option",
+    "reach",
     "register",
 ]

@@ -17,6 +17,8 @@ from secateur.healing.refit import aimed, with_statistics
 from secateur.methods.descriptor import Descriptor
 from secateur.observe import Gram, Statistic
 from secateur.options import check_options
+from secateur.provenance import Coverage
+from secateur.structure import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class Method:
     """For methods that don't prune decoders: why, and what to do; ``{name}`` is the method's."""
     costly: ClassVar[bool] = False
     """Whether even a small language model takes a minute or more, whatever the data."""
+    reaches_all: ClassVar[bool] = False
+    """Whether what leaves are parts of a model with all that they hold; others reach the matrices of its blocks."""
     spread: ClassVar[str] = ""
     """The allocator, with its options, that the method follows where nobody asks for another."""
 
@@ -120,6 +124,25 @@ class Refittable(Method):
     def refit_statistics(self) -> Mapping[str, type[Statistic]]:
         """What is observed in a walk that only refits."""
         return with_statistics({}, Gram, *aimed(self.target))
+
+
+def reach(method: Method, anatomy: Anatomy) -> Coverage | None:
+    """How much of the blocks of a model ``method`` can reach; None where that is all."""
+    return None if method.reaches_all else anatomy.coverage
+
+
+# a budget that less than half of the weights bear is not the one that was given
+LEAST_REACH = 0.5
+
+
+def check_reach(method: Method, anatomy: Anatomy, *, partial: bool) -> None:
+    """Raises UsageError for a model of which ``method`` reaches less than half, unless ``partial`` allows that."""
+    coverage = reach(method, anatomy)
+    if coverage is not None and coverage.share < LEAST_REACH and not partial:
+        raise UsageError(
+            f"{method.name} {coverage.sentence}; pass --partial (partial=True, or partial: true in a recipe) to prune"
+            " what it reaches, and leave the rest dense"
+        )
 
 
 def check_for_decoders(method: Method) -> None:

@@ -24,6 +24,8 @@ from secateur.options import option
 class LayerMethod(Method):
     """Removes whole decoder blocks. Statistics see (block input, block output)."""
 
+    reaches_all: ClassVar[bool] = True
+
     sparsity: float = option(0.2, "fraction of the decoder blocks removed, rounded down", ge=0, lt=1)
     layers: int = option(0, "number of blocks to remove; 0 = by sparsity", unit="blocks", ge=0)
 
@@ -46,6 +48,8 @@ class SublayerMethod(Method):
 
     The blocks go through memory one at a time. A block whose two sub-layers leave leaves as a whole.
     """
+
+    reaches_all: ClassVar[bool] = True
 
     sparsity: float = option(0.2, "fraction of the parameters of the blocks removed", ge=0, lt=1)
 

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -75,6 +76,8 @@ class HiddenMethod(Method):
 @dataclass(frozen=True, kw_only=True)
 class VocabularyMethod(Method):
     """Removes tokens: rows of the embedding and of the head, and with them what the tokenizer has of these tokens."""
+
+    reaches_all: ClassVar[bool] = True
 
     sparsity: float = option(0.5, "fraction of the tokens of the vocabulary removed", ge=0, lt=1)
     min_count: int = option(

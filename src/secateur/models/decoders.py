@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.models.families import FAMILIES, Family, frozen_heads, frozen_layers, frozen_width, is_post_norm
 from secateur.models.tokens import vocabulary_group
+from secateur.provenance import LeftAlone
 from secateur.structure import HIDDEN, Anatomy, Cost, Frozen, Group, Matrix, Slices
 
 if TYPE_CHECKING:
@@ -217,6 +218,7 @@ def decoder_anatomy(model: PreTrainedModel, *, heads: str = "kv") -> Anatomy:
         frozen=tuple(frozen),
         blocks=_linear_cost(blocks),
         total=_total_cost(model),
+        left_alone=_left_alone(name, blocks),
     )
 
 
@@ -328,6 +330,33 @@ def _matrices(name: str, blocks: nn.ModuleList) -> tuple[Matrix, ...]:
                 inputs, outputs = features(module)
                 found.append(Matrix(f"{name}.{layer}.{path}", layer, (outputs, inputs), is_transposed(module)))
     return tuple(found)
+
+
+def _left_alone(name: str, blocks: nn.ModuleList) -> tuple[LeftAlone, ...]:
+    """Weights of the blocks that are no matrix of a linear module, by name with ``*`` for the number of the block.
+
+    Vectors (norms, biases) aren't counted, as they aren't among the parameters of the matrices either.
+    """
+    linear = {id(module.weight) for module in blocks.modules() if is_linear(module)}
+    found: dict[tuple[str, str], list[int]] = {}
+    for path, parameter in blocks.named_parameters():
+        if parameter.dim() > 1 and id(parameter) not in linear:
+            within = path.partition(".")[2]
+            kind = _kind_left_alone(path, parameter, blocks.get_submodule(path.rpartition(".")[0]))
+            found.setdefault((f"{name.rpartition('.')[2]}.*.{within}", kind), []).append(parameter.numel())
+    return tuple(
+        LeftAlone(pattern=pattern, kind=kind, count=len(sizes), params=sum(sizes))
+        for (pattern, kind), sizes in found.items()
+    )
+
+
+def _kind_left_alone(path: str, parameter: Tensor, owner: nn.Module) -> str:
+    """A plural for people; what the tensor is called in the model is all that is known of it."""
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return f"{parameter.dim() - 2}-D convolutions"
+    if "expert" in f"{path} {type(owner).__name__}".lower():
+        return "fused expert tensors"
+    return "stacked matrices" if parameter.dim() > 2 else "matrices outside linear layers"
 
 
 def _layers_group(name: str, blocks: nn.ModuleList, frozen: str | None, post_norm: bool) -> Group:

@@ -138,7 +138,12 @@ _TABLE = (
         out="dense",
         up=("dense_h_to_4h",),
         down="dense_4h_to_h",
-        sizes=(("self_attention.num_heads", "heads"), ("self_attention.num_kv_heads", "kv_heads")),
+        sizes=(
+            ("self_attention.num_heads", "heads"),
+            ("self_attention.num_kv_heads", "kv_heads"),
+            # read since transformers hands its queries, keys and values to the common attention interface
+            ("self_attention.num_key_value_groups", "groups"),
+        ),
         kv_heads_key="num_kv_heads",
         ffn_key="ffn_hidden_size",
         plain_heads=False,

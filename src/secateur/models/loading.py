@@ -222,9 +222,12 @@ def _load_checkpoint(source: str, dtype: str, trust_remote_code: bool, allow_pic
     config = read_config(folder)
     check_config(source, config, trust_remote_code)
     pickled = _check_folder(folder, config, trust_remote_code, allow_pickle)
+    # where a GPU and the library "kernels" are present, transformers 5.25 computes layers by compiled code that it
+    # downloads from the hub: no network without a hub id, and the same plan on every machine
     options: dict[str, Any] = {
         "dtype": DTYPES[dtype],
         "use_safetensors": True,
+        "use_kernels": False,
         "ignore_mismatched_sizes": True,  # reported below, in one sentence
         "output_loading_info": True,
     }
@@ -243,13 +246,19 @@ def _load_cut(source: str, layout: dict[str, Any], options: dict[str, Any]) -> t
     """A checkpoint that secateur wrote, as the ordinary model that it was before saving."""
     import transformers
 
+    from secateur.models.decoders import family_of, typed_blocks
     from secateur.models.layout import native_config, stock_class
     from secateur.models.modeling_secateur import adopt, pruned
+    from secateur.models.surgery import set_attributes
 
     model, info = pruned(getattr(transformers, layout["base"])).from_pretrained(source, **options)
     # from here on it is like any cut model in memory: sizes differ, the class doesn't
     model.__class__ = stock_class(model)
     adopt(model, native_config(model.config))
+    # a checkpoint of an earlier version lacks the sizes that this version of transformers reads besides
+    for block in typed_blocks(model) if family_of(model) is not None else ():
+        if block.has_attention:
+            set_attributes(block)
     return model, info
 
 
@@ -380,6 +389,7 @@ def _load_gguf(file: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedToken
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
+            use_kernels=False,
             dtype=torch.float32 if dtype == "auto" else DTYPES[dtype],
             output_loading_info=True,
         )

@@ -295,7 +295,7 @@ def _follow_sizes(model: PreTrainedModel) -> None:
     sizes = [layer_sizes(block) for block in blocks]
     attending = [block for block in blocks if block.has_attention]
     for block in attending:
-        _set_attributes(block)
+        set_attributes(block)
     if family.plain_heads and attending:
         config.head_dim = attending[0].head_dim
     config.per_layer_config = None
@@ -322,16 +322,26 @@ def layer_sizes(block: DecoderBlock) -> dict[str, int]:
     return entries
 
 
-def _set_attributes(block: DecoderBlock) -> None:
+def set_attributes(block: DecoderBlock) -> None:
+    """Bring the sizes that modules of a block hold in line with the shapes of its weights.
+
+    What this version of transformers doesn't hold is set where another size has changed: the version that loads the
+    checkpoint may read it. A block with all its heads stays as the stock class made it.
+    """
     values = {
         "heads": block.heads,
         "kv_heads": block.kv_heads,
         "groups": block.heads // block.kv_heads,
         "width": block.heads * block.head_dim,
     }
+    held = []
     for path, what in block.family.sizes:
         parent, _, leaf = path.rpartition(".")
-        setattr(block.get(parent), leaf, values[what])
+        held.append((block.get(parent), leaf, values[what]))
+    changed = any(getattr(module, leaf, value) != value for module, leaf, value in held)
+    for module, leaf, value in held:
+        if changed or hasattr(module, leaf):
+            setattr(module, leaf, value)
 
 
 def _declare_biases(model: PreTrainedModel, blocks: list[DecoderBlock]) -> None:

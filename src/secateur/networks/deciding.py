@@ -31,6 +31,8 @@ Role = Callable[[str, Tensor], str]
 """Name and tensor of a parameter → ``weight``, ``scale`` or ``bias``, see ``Part``."""
 
 _NOTHING = Observed()
+_NAMED = 3
+"""Groups that a note names."""
 
 
 class Probe(Protocol):
@@ -88,6 +90,7 @@ def decide_channels(
             )
         keep = _allocated(method, anatomy, groups, scores, sparsity, shares, latencies)
     notes = [f"{places[0]} keeps what it touches" for places in anatomy.trace.unknown.values()]
+    notes += _inexact(anatomy, groups, keep)
     if latencies is not None:
         notes.append(latencies.note(_removed(anatomy, keep)))
     provenance = Provenance(
@@ -107,6 +110,17 @@ def decide_channels(
         keep=keep,
         scores={g.name: scores[g.name].float() for g in groups},
     )
+
+
+def _inexact(anatomy: TracedAnatomy, groups: Iterable[Group], keep: Mapping[str, Tensor]) -> Iterator[str]:
+    """A note for every reason why the network masked by this plan differs from the cut one."""
+    reasons: dict[str, list[str]] = {}
+    for group in groups:
+        if group.inexact and len(keep[group.name].unique()) < group.units:
+            reasons.setdefault(group.inexact, []).append(group.name)
+    for why, names in reasons.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        yield f"masked and cut network differ in {', '.join(names[:_NAMED])}{more}: {why}"
 
 
 def _scores(

@@ -33,6 +33,9 @@ SPLITS = ("calibration", "evaluation")
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".gz")
 # Even English text with long words stays far below this, so a prefix of a data set this long is always enough.
 MAX_CHARACTERS_PER_TOKEN = 64
+# Random windows lie in a beginning of the text, so that a large file is not tokenised to its end: about as much of it
+# as is read of a data set, at four characters a token.
+RANDOM_REACH = 16
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def load_tokens(
 
     ``split`` is ``calibration`` or ``evaluation``; files have no splits and are read whole for both. Where the
     tokenizer starts a sequence with a bos token, every window starts with one, counted within ``length``.
-    ``random_windows`` draws the starts of the windows with ``seed`` instead. ``allow_fewer`` takes what there is
+    ``random_windows`` draws the starts of the windows with ``seed`` instead, within a beginning of the text that is
+    ``RANDOM_REACH`` times as long, or all of a shorter one; they may overlap. ``allow_fewer`` takes what there is
     (at least one window). ``text_field`` is the column of a jsonl, json or parquet file or of a data set. ``model``
     is needed by the source ``self``.
     Raises UsageError for arguments out of range and DataError for a source that can't be read or is too short.
@@ -128,8 +132,7 @@ def load_tokens(
     width = length - len(bos)
     if width < 1:
         raise UsageError(f"length must be at least {len(bos) + 1} tokens for a tokenizer that adds a bos token")
-    needed = None if random_windows else samples * width
-    stream = tokenize(found.text, tokenizer, needed=needed)
+    stream = tokenize(found.text, tokenizer, needed=samples * width * (RANDOM_REACH if random_windows else 1))
     what = f"{split} text {name}"
     starts = _window_starts(stream.numel(), width, samples, what, seed if random_windows else None, allow_fewer, length)
     body = torch.stack([stream[start : start + width] for start in starts])
@@ -137,7 +140,7 @@ def load_tokens(
     ids = torch.cat([head, body], dim=1)
     if model is not None:
         _check_ids(model, ids)
-    return Tokens(ids, _info(name, ids, seed), join=found.join, bos=bool(bos))
+    return Tokens(ids, _info(name, ids, seed, random_windows), join=found.join, bos=bool(bos))
 
 
 def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
@@ -276,10 +279,18 @@ def _characters(tokens: int) -> int:
     return MAX_CHARACTERS_PER_TOKEN * tokens + 4096
 
 
-def _info(name: str, ids: Tensor, seed: int) -> CalibrationInfo:
+def _info(name: str, ids: Tensor, seed: int, random_windows: bool = False) -> CalibrationInfo:
     digest = hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
     samples, length = ids.shape
-    return CalibrationInfo(source=name, samples=samples, length=length, tokens=ids.numel(), seed=seed, sha256=digest)
+    return CalibrationInfo(
+        source=name,
+        samples=samples,
+        length=length,
+        tokens=ids.numel(),
+        seed=seed,
+        sha256=digest,
+        random_windows=random_windows,
+    )
 
 
 def _window_starts(

@@ -30,13 +30,14 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
     allocation = provenance.allocation
     gone = _removed(plan, anatomy)
     cut, masked = sum(cut for cut, _ in gone), sum(masked for _, masked in gone)
+    achieved, coverage = _fraction(gone, plan, anatomy), plan.coverage
     return Report(
         model=plan.model.name,
         revision=plan.model.revision,
         method=plan.method,
         options=dict(provenance.options) | ({"allocate": allocation.label} if allocation else {}),
         requested=_requested(plan),
-        achieved=_fraction(gone, plan, anatomy),
+        achieved=achieved,
         masked=masked / max(anatomy.blocks.params - cut, 1),
         layers=[_layer_cut(layer, plan, anatomy, *parts) for layer, parts in enumerate(gone)],
         scores={name: scores.tolist() for name, scores in plan.scores.items()},
@@ -47,6 +48,8 @@ def build_report(plan: Plan, anatomy: Anatomy) -> Report:
         notes=[note for p in plan.provenance for note in p.notes],
         versions=library_versions(),
         machine=machine(),
+        coverage=None if coverage is None else coverage.model_dump(mode="json"),
+        of_all=None if coverage is None else achieved * coverage.share,
     )
 
 
@@ -81,8 +84,10 @@ def with_zeros_counted(report: Report, anatomy: Anatomy, zeros: Callable[[str], 
             masked=masked,
         )
     masked = total / max(anatomy.blocks.params, 1)
-    achieved = _masked_again(report.achieved, report.masked, masked)
-    return replace(report, layers=list(layers.values()), masked=masked, achieved=achieved)
+    achieved, of_all = _masked_again(report.achieved, report.masked, masked), report.of_all
+    if of_all is not None:
+        of_all = _masked_again(of_all, report.masked * report.share, masked * report.share)
+    return replace(report, layers=list(layers.values()), masked=masked, achieved=achieved, of_all=of_all)
 
 
 def _masked_again(removed: float, before: float, now: float) -> float:

@@ -69,6 +69,7 @@ def _summary(base: str, base_name: str, plans: Sequence[Plan], report: Report | 
         rows += [("Method", f"`{report.method}`"), ("Options", _options(report.options))]
     if report is not None and report.method:
         rows.append(("Removed", f"{report.achieved:.1%} (asked for: {report.requested})"))
+        rows.append(("Left alone", report.reach))
     trained = report is not None and (bool(report.trainings) or not (plans or report.method))
     lines = [f"{'Trained' if trained else 'Pruned'} from {source} with secateur.", "", "| | |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows if value), ""])

@@ -65,6 +65,7 @@ def _headline(report: Report) -> str:
     lede = (
         f'<p class="lede"><strong>{escape(report.method)}</strong> {deed} {percent(report.achieved)}'
         f" {_of_what(report)}; asked for: {escape(report.requested)}.</p>"
+        + (f"<p>{escape(report.reach)}.</p>" if report.reach else "")
     )
     return (
         f'<header><p class="kicker">{"Pruning" if report.method else "Training"} report</p>'
@@ -81,6 +82,8 @@ def _of_what(report: Report) -> str:
     if report.trainings:
         return "of the weights that are pruned"
     masked = any(cut.matrices for cut in report.layers)
+    if report.coverage is not None:
+        return f"of the {'weights' if masked else 'parameters'} of the decoder blocks that it reaches"
     return f"of the {'weights' if masked else 'parameters'} of the decoder blocks"
 
 

@@ -6,7 +6,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from secateur.provenance import Coverage
 
 if TYPE_CHECKING:
     from secateur.structure.following import Way
@@ -23,6 +26,7 @@ class Metric:
     token count, batch, repeats. ``parts`` are what a value was computed from, by model: the mean loss of every window
     in nats, or the score of every item, in the same order for all models; the value rises with their mean. Empty where
     nothing of the kind is known. ``exponential`` where the value is the exponential of that mean, as a perplexity is.
+    ``repeats`` are the values of every repeat, by model, where repeats were interleaved over the models.
     """
 
     name: str
@@ -32,13 +36,21 @@ class Metric:
     protocol: str = ""
     parts: dict[str, list[float]] = field(default_factory=dict)
     exponential: bool = False
+    repeats: dict[str, list[float]] = field(default_factory=dict)
 
     def change(self, model: str) -> float | None:
-        """Relative change against the first model, as a fraction; None when the baseline is 0 or absent."""
-        baseline = next(iter(self.values.values()), None)
-        if not baseline or model not in self.values:
+        """Relative change against the first model, as a fraction; None when the baseline is 0 or absent.
+
+        Of interleaved repeats it is the median of the ratios of each: two medians can be those of a repeat that
+        another program has slowed down and of one that it hasn't.
+        """
+        first = next(iter(self.values), None)
+        if first is None or not self.values[first] or model not in self.values:
             return None
-        return self.values[model] / baseline - 1.0
+        mine, theirs = self.repeats.get(model, []), self.repeats.get(first, [])
+        if mine and len(mine) == len(theirs) and all(theirs):
+            return median(after / before for after, before in zip(mine, theirs, strict=True)) - 1.0
+        return self.values[model] / self.values[first] - 1.0
 
 
 @dataclass(frozen=True)
@@ -101,8 +113,26 @@ class Report:
     """trainings after the cut: how, and the loss and held-out perplexity by step"""
     trainings: list[dict[str, Any]] = field(default_factory=list)
     """trainings from a recipe: the recipe, loss, learning rate and sparsity by step, and what was measured"""
+    coverage: dict[str, Any] | None = None
+    """what of the blocks could be reached, as in the plan's provenance; None where that was all of their weights"""
+    of_all: float | None = None
+    """``achieved`` as a fraction of all block weights, where not all could be reached"""
     plain: bool | None = None
     """True when stock transformers loads the checkpoint without remote code"""
+
+    @property
+    def share(self) -> float:
+        """The fraction of the block weights that could be reached."""
+        return 1.0 if self.coverage is None else Coverage.model_validate(self.coverage).share
+
+    @property
+    def reach(self) -> str:
+        """One sentence about what was left alone, with the fraction of all block weights that is gone; or nothing."""
+        if self.coverage is None or self.of_all is None:
+            return ""
+        sentence = Coverage.model_validate(self.coverage).sentence
+        gone = f"{100 * self.achieved:.1f} % of what it reaches is gone, {100 * self.of_all:.1f} % of all block weights"
+        return f"{self.method} {sentence}; {gone}"
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as JSON-ready values."""

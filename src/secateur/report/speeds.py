@@ -41,10 +41,11 @@ def decode_sentence(metrics: Sequence[Metric]) -> str:
     A token takes the time of its products with weights, which have been timed alone, and the rest. Empty where decoding
     gains what it may, where nothing was cut, or where a speed wasn't measured.
     """
-    known = {m.name: list(m.values.values()) for m in metrics if len(m.values) > 1}
+    measured = {m.name: m for m in metrics if len(m.values) > 1}
+    known = {name: list(m.values.values()) for name, m in measured.items()}
     if not {DECODE, DECODE_BOUND} <= known.keys():
         return ""
-    gained, allowed = (known[name][-1] / known[name][0] for name in (DECODE, DECODE_BOUND))
+    gained, allowed = (_times(measured[name]) for name in (DECODE, DECODE_BOUND))
     if allowed < 1.005 or gained >= _AS_ALLOWED * allowed:
         return ""
     said = f"Decoding is {gained:.2f} times as fast, where reading fewer bytes of weights allows {allowed:.2f}"
@@ -56,10 +57,15 @@ def decode_sentence(metrics: Sequence[Metric]) -> str:
     busy = any(BUSY in metric.protocol for metric in metrics if metric.name == DECODE)
     return (
         f"{said}: of {whole[0]:.3g} ms a token, products with weights took {products[0]:.3g} and take {products[1]:.3g}"
-        f" now, {products[0] / products[1]:.2f} times as fast; the rest (attention to the cache, norms, the calls"
-        f" themselves{', and waiting for processors that others had' if busy else ''}) took {rest[0]:.3g} and takes"
-        f" {rest[1]:.3g}."
+        f" now, {_times(measured[DECODE_PRODUCTS]):.2f} times as fast; the rest (attention to the cache, norms, the"
+        f" calls themselves{', and waiting for processors that others had' if busy else ''}) took {rest[0]:.3g} and"
+        f" takes {rest[1]:.3g}."
     )
+
+
+def _times(metric: Metric) -> float:
+    """How many times the first value the last one is."""
+    return 1 + (metric.change(list(metric.values)[-1]) or 0)
 
 
 def _speed_sentence(metrics: Sequence[Metric], masked: bool) -> str:

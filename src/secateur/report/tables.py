@@ -104,9 +104,13 @@ def anatomy_text(anatomy: Anatomy) -> str:
     if not anatomy.num_layers:
         return plain_text(Group(Text(coupled_head(anatomy)), Text(), coupled_table(anatomy, _table())))
     total, blocks = anatomy.total, anatomy.blocks
+    coverage = anatomy.coverage
+    inside = "in the matrices of the blocks"
+    if coverage is not None:
+        inside = f"of {format_count(coverage.weights)} weights of the blocks in their matrices"
     head = (
         f"{anatomy.model_type}, {anatomy.num_layers} layers, {format_count(total.params)} parameters "
-        f"({format_count(blocks.params)} in the matrices of the blocks), {format_bytes(total.bytes)}"
+        f"({format_count(blocks.params)} {inside}), {format_bytes(total.bytes)}"
     )
     return plain_text(Group(Text(head), Text(), anatomy_table(anatomy)))
 
@@ -299,6 +303,8 @@ def _anatomy_caption(anatomy: Anatomy) -> str:
     lines = ["costs are of one unit; KV bytes per token; share of the matrices of one block"]
     if anatomy.matrices:
         lines.append(_matrices_line(anatomy))
+    if (coverage := anatomy.coverage) is not None:
+        lines.append(f"a method for matrices {coverage.sentence}")
     frozen: dict[str, list[str]] = {}
     for item in anatomy.frozen:
         frozen.setdefault(item.reason, []).append(item.name)
@@ -332,6 +338,8 @@ def _provenance_lines(provenance: Sequence[Provenance]) -> list[str]:
         lines.append(f"{source.method}({options})")
         if source.allocation is not None:
             lines.append(_allocation_line(source.allocation))
+        if source.coverage is not None:
+            lines.append(source.coverage.sentence)
         lines += [f"trained afterwards: {recovery.label}" for recovery in source.recoveries]
         lines.append(f"model: {source.model.label or source.model.architecture}, {source.model.num_layers} layers")
         data = source.calibration

@@ -56,6 +56,8 @@ from secateur.runs.finished import seal
 from secateur.runs.signals import Stopped, StopRequest
 from secateur.tensorfiles import Stored, read_header, write_tensors
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 class Journal:
     """Lines of JSON that are on the disk before the work after them begins; a torn last line is dropped."""
@@ -516,11 +518,15 @@ def _begun(path: Path) -> bool:
 def read_document(path: Path) -> dict[str, Any]:
     """What the run in this folder is about. Raises OutputError when there is none."""
     try:
-        return json.loads((path / "run.json").read_text(encoding="utf8"))
+        document = json.loads((path / "run.json").read_text(encoding="utf8"))
     except FileNotFoundError:
         raise OutputError(f"there is nothing to resume: {path} doesn't exist or holds no run") from None
     except (OSError, ValueError):
-        raise OutputError(f"{path} is damaged: its run.json can't be read; remove the folder and begin again") from None
+        document = None
+    # the name of an attribute of torch is taken from it
+    if not isinstance(document, dict) or document.get("dtype") not in (None, *_DTYPES):
+        raise OutputError(f"{path} is damaged: its run.json can't be read; remove the folder and begin again")
+    return document
 
 
 def _difference(then: Any, now: Any) -> str:

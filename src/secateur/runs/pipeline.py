@@ -14,7 +14,8 @@ import torch
 
 from secateur.allocators import Measuring
 from secateur.engine import decide
-from secateur.methods import Method
+from secateur.methods import Method, reach
+from secateur.models.decoders import decoder_anatomy
 from secateur.models.fingerprint import config_hash, fingerprint
 from secateur.models.sources import Source
 from secateur.models.surgery import check_fits
@@ -99,6 +100,7 @@ def plan_step(
         dtype=str(resources.dtype).removeprefix("torch."),
         versions=library_versions(),
         allocation=allocation.provenance if allocation else None,
+        coverage=reach(method, decoder_anatomy(source.model)),
     )
 
     def kept(observer: Method | Measuring | None) -> Path | None:

@@ -93,7 +93,10 @@ def run(
     Raises what ``secateur.plan`` raises, OutputError, and Stopped (a KeyboardInterrupt) when a signal came.
     """
     if not isinstance(recipe, Recipe):
-        recipe = make_recipe(recipe, "recipe") if isinstance(recipe, Mapping) else load_recipe(recipe)
+        if isinstance(recipe, Mapping):
+            recipe = make_recipe(recipe, "recipe")
+        else:
+            recipe = load_recipe(recipe, trust_remote_code=trust_remote_code)
     return run_recipe(
         recipe,
         Options(
@@ -129,6 +132,7 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
     ranks.on_main(lambda: locate(name, recipe.revision, remote_code, options.progress))
     source, tokenizer = _open(recipe, options, ranks)
     try:
+        recipe.check_reach(decoder_anatomy(source.model))
         # it may be a matter of timing, so one rank decides
         fastest = ranks.on_main(lambda: str(compute_dtype(recipe.dtype, source.device)).removeprefix("torch."))
         dtype = previous.get("dtype") or fastest
@@ -179,6 +183,7 @@ def planned(recipe: Recipe, options: Options) -> Iterator[list[Plan]]:
     source, tokenizer = _open(recipe, options, ALONE)
     with tempfile.TemporaryDirectory(prefix="secateur-") as temporary:
         try:
+            recipe.check_reach(decoder_anatomy(source.model))
             dtype = compute_dtype(recipe.dtype, source.device)
             folder = RunFolder(Path(temporary) / "out", {}, resume=False, overwrite=False)
             stop = StopRequest()
@@ -385,6 +390,7 @@ class _Runner:
             seed=data.seed,
             text_field=data.text_field,
             model=model,
+            random_windows=data.random_windows,
         )
 
     def _merged(self, results: list[StepResult], reports: list[Report]) -> Report:

@@ -12,6 +12,8 @@ from functools import cached_property
 
 from torch import Tensor
 
+from secateur.provenance import Coverage, LeftAlone
+
 HIDDEN = "hidden"
 """The group of the hidden channels of a decoder, and its kind."""
 
@@ -126,7 +128,10 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Everything that can be cut in one model. ``blocks`` is the cost of all decoder blocks together."""
+    """Everything that can be cut in one model. ``blocks`` is the cost of the matrices of all decoder blocks together.
+
+    ``left_alone`` are the other weights of the blocks, with two dimensions or more, which lie in no matrix.
+    """
 
     model_type: str
     num_layers: int
@@ -135,6 +140,7 @@ class Anatomy:
     frozen: tuple[Frozen, ...]
     blocks: Cost
     total: Cost
+    left_alone: tuple[LeftAlone, ...] = field(default=(), kw_only=True)
     _by_name: dict[str, Group] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -151,6 +157,14 @@ class Anatomy:
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """What a method for matrices reaches of the blocks; None where nothing is left alone."""
+        if not self.left_alone:
+            return None
+        rest = sum(item.params for item in self.left_alone)
+        return Coverage(weights=self.blocks.params + rest, reached=self.blocks.params, left_alone=self.left_alone)
 
     def of_kind(self, *kinds: str) -> list[Group]:
         """The groups of these kinds that may be cut, in model order."""

@@ -196,9 +196,9 @@ def _policy(trace: Traced, heads: str) -> dict[int, str]:
 def _inexact(trace: Traced) -> dict[int, str]:
     """Units of which a masked network keeps something, and what."""
     found: dict[int, str] = {}
-    for labels, what in trace.inexact:
+    for labels, why in trace.inexact:
         for unit in np.unique(trace.units.table(labels)).tolist():
-            found.setdefault(unit, f"{what} runs over it")
+            found.setdefault(unit, why)
     return {**heard(trace), **found}
 
 

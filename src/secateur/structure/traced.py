@@ -162,7 +162,7 @@ class Traced:
     lanes: list[Labels] = field(default_factory=list, kw_only=True)
     """Labels of dimensions inside attention heads."""
     inexact: list[tuple[Labels, str]] = field(default_factory=list, kw_only=True)
-    """Labels over which an average runs: zeroing them is not removing them."""
+    """Labels of which zeroing is not removing, and why, such as those over which an average runs."""
     summed: dict[Any, list[Sum]] = field(default_factory=dict, kw_only=True)
     """Node → over what it sums."""
     calls_made: list[tuple[Call, list[Value]]] = field(default_factory=list, kw_only=True)
@@ -195,8 +195,12 @@ class Traced:
 
     def averages(self, call: Call, labels: Labels, what: str) -> None:
         """Note that a call, ``what``, runs over these positions."""
-        self.inexact.append((labels, what))
+        self.inexact.append((labels, f"{what} runs over it"))
         self.averaging.add(call.node)
+
+    def undefined(self, labels: Labels, why: str) -> None:
+        """Note that zeros at these positions leave no number, as in 0 / 0."""
+        self.inexact.append((labels, why))
 
     def sums(self, call: Call, labels: Labels, factors: slice = EVERY) -> None:
         """Note that a call sums over these positions, where zeros add nothing. ``factors`` are the places of the

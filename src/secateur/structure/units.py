@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Labels = NDArray[np.int64]
+_REPEATS = "it repeats positions, which leave with all their repeats"
 
 
 class Units:
@@ -182,8 +183,8 @@ class Units:
             a, b = b, a
         mine = self.units_of(a)
         if b not in self._bound:
-            if b in mine:  # b leaves whenever the others do, which only holds for sure when all leave together
-                self._join_all(mine)
+            if b in mine:
+                self._keep(mine - {b})
             else:
                 self._hang(b, a)
             return
@@ -204,8 +205,15 @@ class Units:
             # dimension by dimension: heads with heads, and their repeats with repeats
             for one, other in zip(only_mine, only_theirs, strict=True):
                 self._join_special(one, other)
+        elif not only_mine or not only_theirs:
+            self._keep([*only_mine, *only_theirs])
         else:
             self._join_all(mine | theirs)
+
+    def _keep(self, units: Iterable[int]) -> None:
+        """These units stay: their leaving would take along what they are only repeats of."""
+        for unit in units:
+            self._pin_root(self._root(unit), _REPEATS)
 
     def _join_all(self, units: frozenset[int]) -> None:
         first, *others = sorted(units)

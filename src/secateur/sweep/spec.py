@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from secateur.errors import RecipeError, UsageError, nearest
 from secateur.recipes import Recipe, Section, explain, make_recipe, read_recipe
 from secateur.sweep.axes import Choice, Point, Range, Scalar, check_axes, make_point
+from secateur.usercode import check_trusted
 
 # combinations of the corners of a search space that are looked at before anything runs
 _MOST_CORNERS = 2000
@@ -124,12 +125,16 @@ class Sweep:
         return list(self.space) if self.search else list(dict.fromkeys(axis for p in self.points for axis in p.values))
 
 
-def load_sweep(path: str | Path) -> Sweep:
+def load_sweep(path: str | Path, *, trust_remote_code: bool = False) -> Sweep:
     """Read and validate a sweep recipe: every point of a grid, and the corners of a search.
+
+    Code that the file names is refused with a UsageError unless ``trust_remote_code`` is set.
 
     Raises RecipeError and other UsageErrors with the file, the place and the nearest valid name.
     """
-    return make_sweep(read_recipe(path), str(path))
+    sweep = make_sweep(read_recipe(path), str(path))
+    check_trusted(sweep.base.code(), str(path), trust_remote_code)
+    return sweep
 
 
 def make_sweep(data: Mapping[str, Any], where: str) -> Sweep:

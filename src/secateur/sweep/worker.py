@@ -80,7 +80,9 @@ class Worker:
         for point in points:
             method, _ = point.recipe.words(point.recipe.steps[0])
             try:
-                check_model(method, model, self.anatomy(getattr(method, "heads", "kv")))
+                anatomy = self.anatomy(getattr(method, "heads", "kv"))
+                check_model(method, model, anatomy)
+                point.recipe.check_reach(anatomy)
             except SecateurError as error:
                 raise type(error)(f"{point.name}: {error}") from None
 
@@ -176,7 +178,7 @@ class Worker:
             "metrics": metrics,
             "untrained": untrained,
             "model": plans[0].model.weights,
-            "notes": tuple(dict.fromkeys(report.notes)),
+            "notes": tuple(dict.fromkeys([report.reach, *report.notes] if report.reach else report.notes)),
             "stages": report.seconds,
             "shared": shared,
             "peak_bytes": max(peaks),

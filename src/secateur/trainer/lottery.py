@@ -33,7 +33,7 @@ from secateur.sweep.worker import Failure
 from secateur.train.weights import find_layers
 from secateur.trainer.examples import Examples, load_examples
 from secateur.trainer.networks import first_network, open_network
-from secateur.trainer.recipe import Open, TrainRecipe, checked_recipe
+from secateur.trainer.recipe import Open, TrainRecipe, checked_recipe, trusted
 from secateur.trainer.training import train
 
 TICKET = "ticket"
@@ -103,9 +103,12 @@ class LotteryRecipe(TrainRecipe):
         rounds_method(self.lottery.method, self.lottery.method_options(self.steps or 1_000_000_000))
 
 
-def load_lottery_recipe(path: str | Path, **given: Any) -> LotteryRecipe:
-    """Read and validate a recipe; ``given`` replaces keys of it. Raises UsageError with the file and the place."""
-    return make_lottery_recipe({**read_recipe(path), **given}, str(path))
+def load_lottery_recipe(path: str | Path, *, trust_remote_code: bool = False, **given: Any) -> LotteryRecipe:
+    """Read and validate a recipe; ``given`` replaces keys of it. Raises UsageError with the file and the place.
+
+    Code that the file names is refused unless ``trust_remote_code`` is set.
+    """
+    return trusted(make_lottery_recipe({**read_recipe(path), **given}, str(path)), path, trust_remote_code)
 
 
 def make_lottery_recipe(data: Mapping[str, Any], where: str) -> LotteryRecipe:

@@ -23,7 +23,7 @@ from secateur.errors import ModelLoadError, UsageError, first_line, nearest, req
 from secateur.models.hub import plain_name
 from secateur.models.loading import load_model, load_tokenizer
 from secateur.remote import expanded
-from secateur.trainer.recipe import TrainRecipe
+from secateur.trainer.recipe import NETWORKS, TIMM, TrainRecipe
 from secateur.usercode import call_object, is_reference, load_object
 
 Progress = Callable[[str, int, int], None]
@@ -77,6 +77,7 @@ def resnet20(classes: int = 10, channels: int = 3, width: int = 16, blocks: int 
 
 
 OWN = {"perceptron": perceptron, "resnet20": resnet20}
+assert tuple(OWN) == NETWORKS
 
 
 def open_network(recipe: TrainRecipe, *, trust_remote_code: bool = False, progress: Progress | None = None) -> Network:
@@ -115,10 +116,10 @@ def _classifier(recipe: TrainRecipe, trust_remote_code: bool, progress: Progress
         raise UsageError("model.tokenizer is for language models")
     if spec.name in OWN:
         return Network(_made(spec.name, OWN[spec.name], spec.options), spec.name, factory=f"{__name__}:{spec.name}")
-    if spec.name.startswith("timm:"):
-        return Network(_of_timm(spec.name.removeprefix("timm:"), recipe), spec.name)
-    if is_reference(spec.name):
-        return Network(_of_factory(recipe), spec.name.rpartition(":")[2], factory=spec.name)
+    if spec.name.startswith(TIMM):
+        return Network(_of_timm(spec.name.removeprefix(TIMM), recipe), spec.name)
+    if spec.factory:
+        return Network(_of_factory(recipe), spec.name.rpartition(":")[2], factory=spec.factory)
     if not ("/" in spec.name or expanded(spec.name).exists()):
         raise UsageError(
             f"there is no network '{spec.name}'{nearest(spec.name, OWN)} (it is one of {', '.join(OWN)}, timm:NAME,"
@@ -188,10 +189,13 @@ def _of_transformers(recipe: TrainRecipe, trust_remote_code: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     spec = recipe.model
-    told: dict[str, Any] = {"trust_remote_code": trust_remote_code, **spec.options}
+    if "trust_remote_code" in spec.options:
+        raise UsageError("trust_remote_code is no option of a model: pass --trust-remote-code (trust_remote_code=True)")
+    told: dict[str, Any] = {**spec.options, "trust_remote_code": trust_remote_code}
     try:
         if spec.start == "random":
             return AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(spec.name, **told))
-        return AutoModelForImageClassification.from_pretrained(spec.name, use_safetensors=True, **told)
+        given = {"use_safetensors": True, "use_kernels": False, **told}
+        return AutoModelForImageClassification.from_pretrained(spec.name, **given)
     except Exception as error:  # whatever files, configs and the hub are wrong with
         raise ModelLoadError(f"{spec.name} can't be loaded as a classifier of images: {first_line(error)}") from None

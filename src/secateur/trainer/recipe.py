@@ -30,6 +30,7 @@ from secateur.methods import TrainingMethod
 from secateur.recipes import Section, explain, read_recipe
 from secateur.train.channels import check_method
 from secateur.train.sparsifier import training_method
+from secateur.usercode import check_trusted, is_reference
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -39,6 +40,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adagrad": torch.optim.Adagrad,
 }
 TRACKERS = ("tensorboard", "wandb")
+NETWORKS = ("perceptron", "resnet20")
+"""networks that the trainer makes itself"""
+TIMM = "timm:"
+# options by which timm and transformers are led to files and code beside the weights that a name stands for
+_LEADING = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "trust_remote_code", "code_revision"}
+_LEADING |= {"use_kernels", "adapter_kwargs", "attn_implementation", "experts_implementation", "auto_map"}
 _AUGMENTATION = re.compile(r"flip|crop=[1-9]\d*")
 
 
@@ -59,6 +66,19 @@ class ModelSpec(Section):
     start: Literal["pretrained", "random"] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     tokenizer: str | None = None
+
+    @property
+    def factory(self) -> str:
+        """The object of Python that makes the network, as ``package.module:name``; empty where a name does."""
+        named = self.name in NETWORKS or self.name.startswith(TIMM)
+        return "" if named or not is_reference(self.name) else self.name
+
+    def code(self) -> list[str]:
+        """Code that would run because of this name and these options."""
+        if self.name in NETWORKS:
+            return []
+        leading = [f"model.options.{key}: {self.options[key]}" for key in sorted(_LEADING & set(self.options))]
+        return [*([f"model: {self.factory}"] if self.factory else []), *leading]
 
 
 class DataSpec(Section):
@@ -272,9 +292,12 @@ SPECS: dict[str, type[BaseModel]] = {
 assert set(SHAPES) == set(ScheduleSpec.model_fields["shape"].annotation.__args__)  # type: ignore[union-attr]
 
 
-def load_train_recipe(path: str | Path, **given: Any) -> TrainRecipe:
-    """Read and validate a recipe; ``given`` replaces keys of it. Raises RecipeError with the file and the place."""
-    return make_train_recipe({**read_recipe(path), **given}, str(path))
+def load_train_recipe(path: str | Path, *, trust_remote_code: bool = False, **given: Any) -> TrainRecipe:
+    """Read and validate a recipe; ``given`` replaces keys of it. Raises RecipeError with the file and the place.
+
+    Code that the file names is refused with a UsageError unless ``trust_remote_code`` is set.
+    """
+    return trusted(make_train_recipe({**read_recipe(path), **given}, str(path)), path, trust_remote_code)
 
 
 def make_train_recipe(data: Mapping[str, Any], where: str) -> TrainRecipe:
@@ -283,6 +306,12 @@ def make_train_recipe(data: Mapping[str, Any], where: str) -> TrainRecipe:
 
 
 Asked = TypeVar("Asked", bound=TrainRecipe)
+
+
+def trusted(recipe: Asked, path: str | Path, trust_remote_code: bool) -> Asked:
+    """The recipe that was read from ``path``. Raises UsageError for code in it that the user doesn't trust."""
+    check_trusted(recipe.model.code(), str(path), trust_remote_code)
+    return recipe
 
 
 def checked_recipe(

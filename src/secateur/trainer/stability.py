@@ -25,7 +25,7 @@ from secateur.rounds.stability import STABLE
 from secateur.rounds.stabilitypage import Limit
 from secateur.trainer.examples import Examples, load_examples
 from secateur.trainer.networks import Progress, first_network, open_network
-from secateur.trainer.recipe import TrainRecipe, checked_recipe
+from secateur.trainer.recipe import TrainRecipe, checked_recipe, trusted
 from secateur.trainer.training import train
 
 
@@ -85,16 +85,19 @@ class StabilityRecipe(TrainRecipe):
         return Limit(spec.metric or "perplexity", spec.within)
 
 
-def load_stability_recipe(path: str | Path, changed: Mapping[str, Any], **given: Any) -> StabilityRecipe:
+def load_stability_recipe(
+    path: str | Path, changed: Mapping[str, Any], *, trust_remote_code: bool = False, **given: Any
+) -> StabilityRecipe:
     """Read and validate a recipe; ``changed`` replaces keys of ``stability``, ``given`` others of the recipe.
 
-    Raises UsageError with the file and the place.
+    Code that the file names is refused unless ``trust_remote_code`` is set. Raises UsageError with the file and the
+    place.
     """
     data = {**read_recipe(path), **given}
     spec = data.get("stability", {})
     if changed and isinstance(spec, dict):
         data["stability"] = {**spec, **changed}
-    return make_stability_recipe(data, str(path))
+    return trusted(make_stability_recipe(data, str(path)), path, trust_remote_code)
 
 
 def make_stability_recipe(data: Mapping[str, Any], where: str) -> StabilityRecipe:

@@ -14,12 +14,13 @@ With `--stages` pruning and training alternate (Adapt-Accel); published are stag
     secateur prune MODEL --method adapt_pruner --stages 6 --heal full:steps=300,loss=ce,schedule=wsd
 
 Source: "Adapt-Pruner: Adaptive Structural Pruning for Efficient Small Language Model Training", 2025, arXiv:2502.03460;
-official code research4pan/AdaptPruner, whose shipped runs have these defaults, and 512 windows of 64 tokens for every
-step. Differs from the official code: equal importances are 0 (theirs: 0/0); `euclidean` and `manhattan` distances count
-for a block (theirs: against it, `official_sign`); key-value heads collect the scores of their own query heads; a budget
-counts the blocks, and is met: where every block that could still lose something gains as much as a step takes, all lose
-a step alike (theirs: stops short); units that have left are zero, and not cut, until the end. Units by other scores
-follow such shares with the allocator `adapt`, which looks at the dense model once.
+official code research4pan/AdaptPruner, whose shipped runs have these defaults, but 512 windows of 64 tokens for every
+step, where 8 are the default here (`step_windows`). Differs from the official code: equal importances are 0 (theirs:
+0/0); `euclidean` and `manhattan` distances count for a block (theirs: against it, `official_sign`); key-value heads
+collect the scores of their own query heads; a budget counts the blocks, and is met: where every block that could still
+lose something gains as much as a step takes, all lose a step alike (theirs: stops short); units that have left are
+zero, and not cut, until the end. Units by other scores follow such shares with the allocator `adapt`, which looks at
+the dense model once.
 """
 
 from collections.abc import Callable
@@ -44,7 +45,7 @@ _METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @register("adapt_pruner")
 @dataclass(frozen=True, kw_only=True)
 class AdaptPruner(IterativeMethod):
-    """Options of Adapt-Pruner; defaults of the published runs."""
+    """Options of Adapt-Pruner; amplitude and steps are those of the published runs, the windows of a step fewer."""
 
     amplitude: float = option(0.02, "how far one step moves the most important block", unit="sparsity")
     steps: int = option(50, "steps that would remove everything", ge=1)

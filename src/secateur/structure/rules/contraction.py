@@ -23,7 +23,7 @@ def linear(trace: Trace, call: Call) -> Value:
     return Value((*x.dims[:-1], outputs))
 
 
-@rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot", zeros=Zeros.MULTIPLIED)
+@rule("aten::matmul", "aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot", zeros=Zeros.MULTIPLIED)
 def matmul(trace: Trace, call: Call) -> Value:
     a = call["self"]
     b = next(call[n] for n in ("other", "mat2", "vec", "tensor") if n in call.arguments)

@@ -63,11 +63,24 @@ def group_norm(trace: Trace, call: Call) -> list[Value]:
         trace.units.join(channels, other.dims[0])
     # a channel leaves with its group, or with the same channel of every group
     group, inner = trace.units.split(channels, (groups, len(channels) // groups))
-    if len(inner) > 1:
-        trace.averages(call, inner, "a group norm")
+    for labels in (inner, *x.dims[2:]) if len(inner) > 1 else x.dims[2:]:
+        # also behind the channels, where the inputs of weights lie that are standardised in groups
+        trace.averages(call, labels, "a group norm")
     return [x, *(Value((x.dims[0], group)) for _ in call.shapes[1:])]
 
 
 @rule("aten::local_response_norm")
 def local_response_norm(trace: Trace, call: Call) -> Value:
     raise NoRule("it averages over neighbouring channels")
+
+
+@rule("aten::_weight_norm")
+def weight_norm(trace: Trace, call: Call) -> Value:
+    """g * v / |v|, with one norm for every position along ``dim``. Zeros add nothing to the norms of others."""
+    v, g = call["v"], call["g"]
+    at = call.get("dim", 0)
+    if not 0 <= at < len(v.dims):
+        raise NoRule("its norm runs over all of the weight")
+    trace.units.join(v.dims[at], g.dims[at])
+    trace.undefined(v.dims[at], "a weight norm isn't finite where its parameters are 0")
+    return v
