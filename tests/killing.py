@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 KILLED, FAILED = 77, 78
 _STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
@@ -18,6 +20,7 @@ def in_a_child(work: Callable[[], object]) -> int:
     if child == 0:
         code = FAILED
         try:
+            _renew_threads()
             work()
             code = 0
         except BaseException:
@@ -26,6 +29,11 @@ def in_a_child(work: Callable[[], object]) -> int:
             # nothing of the test may run on in the child
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _renew_threads() -> None:
+    """torch makes its pool of threads anew at its first use in a forked process, in which no two threads may meet."""
+    torch.set_num_threads(1)
 
 
 def steps_of(work: Callable[[], object], folder: Path) -> list[tuple[str, str]]:
@@ -43,6 +51,7 @@ def steps_of(work: Callable[[], object], folder: Path) -> list[tuple[str, str]]:
     child = os.fork()
     if child == 0:
         try:
+            _renew_threads()
             watched()
         finally:
             os._exit(0)

@@ -36,6 +36,7 @@ from torch import Tensor
 from secateur.engine.keeping import Decision, Keeper, SeenByModule
 from secateur.errors import OutputError
 from secateur.files import (
+    check_output,
     discard_folder,
     disk_error,
     finish_folder,
@@ -393,6 +394,7 @@ class RunFolder:
         self.document = json.loads(json.dumps(document))
         self._parents = [parent for parent in self.path.parents if not parent.exists()]
         self._ranks = ranks
+        self._overwrite = overwrite
         ranks.on_main(lambda: self._open() if resume else self._make(overwrite))
         if not ranks.main:
             self._open()
@@ -461,7 +463,12 @@ class RunFolder:
             shutil.rmtree(self._step(self.finished + 1), ignore_errors=True)
 
     def finish(self, folder: Path) -> None:
-        """The complete output takes its name, and the folder of the run goes; see ``is_finished``."""
+        """The complete output takes its name, and the folder of the run goes; see ``is_finished``.
+
+        Raises OutputError where something has taken that name meanwhile, unless it may be overwritten.
+        """
+        if not is_url(self.out):
+            check_output(self.out, self._overwrite)
         # what can be renamed is sealed before: a kill behind the renaming finds a run without its output in it
         if not is_url(self.out):
             seal(self.path, folder)
