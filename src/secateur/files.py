@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, contextmanager, suppress
+from enum import Enum
 from pathlib import Path
 
 from secateur.errors import OutputError
-from secateur.remote import check_remote, is_url, place, remote_folder, upload_folder
+from secateur.remote import check_remote, expanded, is_url, place, remote_folder, upload_folder
 
 
 def cache_folder() -> Path:
@@ -21,12 +24,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "secateur"
 
 
+def run_path(out: str | Path) -> Path:
+    """The folder of the run that writes ``out``: beside it, and in the current folder for a URL."""
+    if is_url(out):
+        return Path(f"{str(out).rstrip('/').rpartition('/')[2]}.run")
+    path = Path(place(out))
+    return path.with_name(f"{path.name}.run")
+
+
 def check_output(folder: str | Path, overwrite: bool = False) -> None:
     """Refuse an output that exists, before any work starts. Raises OutputError, and for a URL what fsspec lacks.
 
-    What a kill in the middle of a replacement left aside is put back first.
+    What a kill in the middle of a replacement left aside is put back first, and what killed processes left
+    unfinished beside the folder is removed.
     """
     if is_url(folder):
+        _remove_abandoned(run_path(folder))
         check_remote(str(folder), overwrite)
         return
     try:
@@ -35,6 +48,8 @@ def check_output(folder: str | Path, overwrite: bool = False) -> None:
         raise OutputError(f"can't write to {folder}: {error}") from None
     _check_place(folder)
     _put_back(folder)
+    _remove_abandoned(folder)
+    _remove_abandoned(run_path(folder))
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; give a folder that doesn't exist yet")
     if folder.is_dir() and Path.cwd().is_relative_to(folder.resolve()):
@@ -52,6 +67,31 @@ def check_output_file(path: Path, overwrite: bool = False) -> None:
         raise OutputError(f"{path} exists: choose another name, or pass --overwrite")
 
 
+def check_apart(out: str | Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse an output that would replace one of the ``inputs``, a folder that holds one, or a part of one.
+
+    Links are followed. Of the inputs, those that aren't files or folders of this machine (built-in names, ids of the
+    hub, None) are passed over; an output that doesn't exist yet, or is empty, replaces nothing. Raises OutputError.
+    """
+    if is_url(out):
+        return
+    # the folder of the run is replaced as well
+    for folder in (Path(place(out)), run_path(out)):
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            continue
+        replaced = folder.resolve()
+        for given in inputs:
+            if given is None or is_url(given) or not os.path.exists(source := expanded(given)):
+                continue
+            read = source.resolve()
+            if read == replaced:
+                raise OutputError(f"{folder} is what is read: choose another output")
+            if read.is_relative_to(replaced):
+                raise OutputError(f"{folder} holds {given}, which is read: choose another output")
+            if replaced.is_relative_to(read):
+                raise OutputError(f"{folder} is a part of {given}, which is read: choose another output")
+
+
 def _check_place(path: Path) -> None:
     """Refuse a path that no file or folder can be made at. Raises OutputError."""
     try:
@@ -60,6 +100,8 @@ def _check_place(path: Path) -> None:
         pass
     except OSError as error:  # a name that is too long
         raise OutputError(f"can't write to {path}: {error.strerror or error}") from None
+    if not path.absolute().name:
+        raise OutputError(f"{path} is where all files of this machine are: give a folder inside of it")
     there = next(parent for parent in path.absolute().parents if parent.exists())
     if not there.is_dir():
         raise OutputError(f"can't write to {path}: {there} is a file")
@@ -76,8 +118,9 @@ def output_file(path: str | Path) -> Generator[Path, None, None]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
-            whole = Path(folder) / path.name
+        _remove_abandoned(path)
+        with _temporary_beside(path) as folder:
+            whole = folder / path.name
             yield whole
             os.replace(whole, path)
     except OSError as error:
@@ -98,17 +141,14 @@ def output_folder(folder: str | Path, overwrite: bool = False) -> Generator[Path
         return
     folder = Path(place(folder))
     check_output(folder, overwrite)
-    with _parents(folder):
+    with _parents(folder), ExitStack() as stack:
         try:
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+            temporary = stack.enter_context(_temporary_beside(folder))
         except OSError as error:
             raise OutputError(f"can't write to {folder}: {error.strerror or error}") from None
-        try:
-            with _told_of_the_disk(folder):
-                yield temporary
-                finish_folder(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with _told_of_the_disk(folder):
+            yield temporary
+            finish_folder(temporary, folder)
 
 
 def finish_folder(temporary: Path, folder: str | Path) -> None:
@@ -217,6 +257,77 @@ def _put_back(folder: Path) -> None:
     if folder.name and _aside(folder).is_dir() and not folder.exists():
         with suppress(OSError):
             os.replace(_aside(folder), folder)
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Generator[Path, None, None]:
+    """A folder beside ``path`` for as long as the block lasts, which is locked so that no other process removes it."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        try:
+            with _locked(temporary) as lock:
+                # another process may have taken it for abandoned before it was locked
+                if lock is not _Lock.TAKEN and temporary.is_dir():
+                    yield temporary
+                    return
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a folder so that a kill leaves either all of it, or nothing under its name."""
+    # the next one that writes to this place removes what has such a name
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    with suppress(OSError):
+        os.replace(folder, aside)
+    for path in (aside, folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left beside ``path``: temporary folders, and a folder that was replaced."""
+    if not path.name or not path.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.part")
+    with suppress(OSError):
+        for left in [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name) and entry.is_dir()]:
+            with _locked(left) as lock:
+                if lock is _Lock.OURS:
+                    shutil.rmtree(left, ignore_errors=True)
+    if path.is_dir() and _aside(path).is_dir():
+        shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+class _Lock(Enum):
+    OURS = "no other process works on the folder"
+    TAKEN = "another process does"
+    UNKNOWN = "this file system, or this machine, has no locks"
+
+
+@contextmanager
+def _locked(folder: Path) -> Generator[_Lock, None, None]:
+    """The lock of a folder while the block lasts, where it can be had; it ends with the process, however that ends."""
+    if importlib.util.find_spec("fcntl") is None:
+        yield _Lock.UNKNOWN
+        return
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield _Lock.TAKEN
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = _Lock.OURS
+        except BlockingIOError:
+            lock = _Lock.TAKEN
+        except OSError:
+            lock = _Lock.UNKNOWN
+        yield lock
+    finally:
+        os.close(descriptor)
 
 
 def _open_to_others(folder: Path) -> None:

@@ -239,7 +239,7 @@ def test_the_dtype_of_the_first_sitting_stays(pruned, tmp_path, monkeypatch):
 
 def test_a_damaged_state_is_named(pruned, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(healing, "save_model", lambda *_, **__: (_ for _ in ()).throw(Crash()))
+        patch.setattr(healing, "write_checkpoint", lambda *_, **__: (_ for _ in ()).throw(Crash()))
         with pytest.raises(Crash):
             sc.heal(pruned["cut"], out=tmp_path / "out", **HOW)
     [state] = (tmp_path / "out.run").rglob("step-0000004.safetensors")
@@ -268,7 +268,7 @@ def test_a_text_that_has_changed_does_not_resume(pruned, tmp_path, monkeypatch):
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf8")
     how = {"out": tmp_path / "out", "data": text, **HOW}
     with monkeypatch.context() as patch:
-        patch.setattr(healing, "save_model", lambda *_, **__: (_ for _ in ()).throw(Crash()))
+        patch.setattr(healing, "write_checkpoint", lambda *_, **__: (_ for _ in ()).throw(Crash()))
         with pytest.raises(Crash):
             sc.heal(pruned["cut"], **how)
     text.write_text("pack my box with five dozen liquor jugs\n" * 40, encoding="utf8")

@@ -26,6 +26,7 @@ from secateur.cli.saving import how_to_load
 from secateur.errors import UsageError
 from secateur.files import check_output
 from secateur.networks.kinds import is_named_network
+from secateur.runs.finished import check_run_output
 
 if TYPE_CHECKING:
     from secateur.plans import Plan
@@ -101,7 +102,7 @@ def apply(
         return
     if format not in ("dense", "packed"):
         raise UsageError(f"--format must be dense or packed, got '{format}'")
-    check_output(out, overwrite)
+    check_run_output(out, resume=resume, overwrite=overwrite)
     plans = list(load_plans(plan).values())
     from secateur.runs.applying import apply_plans
 

@@ -55,9 +55,9 @@ from secateur.cli.options import (
 from secateur.cli.output import print_json, show, show_notes, working
 from secateur.cli.saving import check_push, drawn, how_to_load, push
 from secateur.errors import UsageError
-from secateur.files import check_output
 from secateur.networks.kinds import is_named_network
 from secateur.ranks import join
+from secateur.runs.finished import check_run_output
 
 if TYPE_CHECKING:
     from secateur.recipes import Recipe
@@ -218,7 +218,7 @@ def prune(
     with ranks.together(), working(quiet or not ranks.main) as progress:
         load_plugins(plugin)
         job = build_recipe(recipe, given(top), given(calibrate), given(step), own, trust_remote_code)
-        html = _check(job, dry_run=dry_run, overwrite=overwrite, report=report)
+        html = _check(job, dry_run=dry_run, resume=resume, overwrite=overwrite, report=report)
         ranks.on_main(lambda: check_push(push_to_hub, job.out, private=private, overwrite=overwrite))
         if dry_run and ranks.size > 1:
             raise UsageError(f"--dry-run is for one process, and here are {ranks.size}: leave torchrun out")
@@ -326,14 +326,14 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _check(job: Recipe, *, dry_run: bool, overwrite: bool, report: bool | None) -> bool:
+def _check(job: Recipe, *, dry_run: bool, resume: bool, overwrite: bool, report: bool | None) -> bool:
     """Refuse what can't work before a model is loaded; returns whether report.html will be written."""
     if job.model is None:
         raise UsageError("name a model: a hub id, a folder, a .gguf file or smollm2-135m")
     if job.out is None and not dry_run:
         raise UsageError("give a folder for the checkpoint with --out, or --dry-run to see what would go")
     if job.out is not None and not dry_run:
-        check_output(job.out, overwrite)
+        check_run_output(job.out, resume=resume, overwrite=overwrite)
     job.check_methods()
     from secateur.evaluation import make_task
 

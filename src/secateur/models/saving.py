@@ -69,22 +69,53 @@ def save_model(
     check_decoder(model)
     plans = [] if plan is None else [plan] if isinstance(plan, Plan) else list(plan)
     with output_folder(folder, overwrite=overwrite) as path:
-        started = time.perf_counter()
-        check_finite(model)
-        remote = write_model(model, path, format, parse_size(max_shard_size))
-        document_folder(
+        write_checkpoint(
             path,
             folder,
-            tokenizer=fitted(tokenizer, plans),
+            model,
+            tokenizer,
             plans=plans,
             report=report,
             html=html,
             format=format,
-            plain=not remote,
-            base_name=base_name or (plans[0].model.name if plans else "") or model.config.name_or_path or "",
-            started=started,
+            base_name=base_name,
+            max_shard_size=parse_size(max_shard_size),
         )
     return place(folder)
+
+
+def write_checkpoint(
+    path: Path,
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    plans: Sequence[Plan],
+    report: Report | None,
+    html: bool,
+    format: str,
+    base_name: str | None = None,
+    max_shard_size: int = parse_size("5GB"),
+) -> None:
+    """All that ``save_model`` writes, in ``path``, an empty folder that will have the name ``folder``.
+
+    ``max_shard_size`` is in bytes. Raises NonFiniteError for NaN or inf in the weights.
+    """
+    started = time.perf_counter()
+    check_finite(model)
+    remote = write_model(model, path, format, max_shard_size)
+    document_folder(
+        path,
+        folder,
+        tokenizer=fitted(tokenizer, plans),
+        plans=plans,
+        report=report,
+        html=html,
+        format=format,
+        plain=not remote,
+        base_name=base_name or (plans[0].model.name if plans else "") or model.config.name_or_path or "",
+        started=started,
+    )
 
 
 def document_folder(

@@ -72,7 +72,7 @@ def save_network(
     """
     check_place(out, onnx_model=is_onnx(network), overwrite=overwrite)
     if isinstance(network, nn.Module):
-        _check_finite(network)
+        check_module_finite(network)
     suffix = Path(out).suffix
     if suffix == ".onnx" and not isinstance(network, nn.Module):
         save_onnx(network, out, overwrite=overwrite)
@@ -90,30 +90,46 @@ def save_network(
         _save_program(network, out, plan)
         return Path(out)
     with output_folder(out, overwrite=overwrite) as folder:
-        name = Path(out).name
-        if isinstance(network, nn.Module):
-            from safetensors.torch import save_model
-
-            save_model(network, str(folder / WEIGHTS))
-            code = _load_module(
-                str(out), factory, arguments or {}, plan if plan is not None and _cuts(plan, network) else None
-            )
-        else:
-            save_onnx(network, folder / GRAPH_FILE)
-            code = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{out}/{GRAPH_FILE}")\n'
-        if report is not None:
-            report.output, report.loading = str(out), code
-        plans = [] if plan is None else [plan]
-        trained = report is not None and report.trainings
-        base_name = report.model if report is not None and trained else plan.model.name if plan is not None else ""
-        loading = f"```python\n{code}```\n"
-        readme = card(name, front={}, loading=loading, base_name=base_name, plans=plans, report=report)
-        write_documents(folder, plans, report, readme, html=html)
-        write_manifest(folder)
+        write_network(folder, network, out, plan, report, html=html, factory=factory, arguments=arguments)
     return Path(out)
 
 
-def _check_finite(module: nn.Module) -> None:
+def write_network(
+    folder: Path,
+    network: nn.Module | onnx.ModelProto,
+    out: str | Path,
+    plan: Plan | None,
+    report: Report | None,
+    *,
+    html: bool,
+    factory: str = "",
+    arguments: Mapping[str, Any] | None = None,
+) -> None:
+    """All that ``save_network`` writes to a folder, in ``folder``, which is empty and will have the name ``out``."""
+    name = Path(out).name
+    if isinstance(network, nn.Module):
+        from safetensors.torch import save_model
+
+        save_model(network, str(folder / WEIGHTS))
+        code = _load_module(
+            str(out), factory, arguments or {}, plan if plan is not None and _cuts(plan, network) else None
+        )
+    else:
+        save_onnx(network, folder / GRAPH_FILE)
+        code = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{out}/{GRAPH_FILE}")\n'
+    if report is not None:
+        report.output, report.loading = str(out), code
+    plans = [] if plan is None else [plan]
+    trained = report is not None and report.trainings
+    base_name = report.model if report is not None and trained else plan.model.name if plan is not None else ""
+    loading = f"```python\n{code}```\n"
+    readme = card(name, front={}, loading=loading, base_name=base_name, plans=plans, report=report)
+    write_documents(folder, plans, report, readme, html=html)
+    write_manifest(folder)
+
+
+def check_module_finite(module: nn.Module) -> None:
+    """Raises NonFiniteError that names the first tensor with NaN or inf."""
     for name, tensor in module.state_dict().items():
         if isinstance(tensor, torch.Tensor) and not all_finite(tensor):
             raise NonFiniteError(f"{name} holds NaN or inf; nothing was written")

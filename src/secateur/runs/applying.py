@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from secateur.files import check_output, finish_folder
 from secateur.models.fingerprint import config_document, fingerprint
 from secateur.models.opening import open_source
 from secateur.models.saving import document_folder
 from secateur.models.shards import parse_size
 from secateur.models.vocabulary import fitted
 from secateur.plans import Plan
+from secateur.runs.finished import check_run_output
 from secateur.runs.folder import RunFolder, StepFolder
 from secateur.runs.kept import hint, kept
 from secateur.runs.pipeline import Output, Progress, apply_step
@@ -36,7 +36,7 @@ def apply_plans(
 
     Raises PlanMismatchError when the first plan was made for other shapes, and OutputError.
     """
-    check_output(out, overwrite)
+    finished = check_run_output(out, resume=resume, overwrite=overwrite)
     source, tokenizer = open_source(
         model,
         revision=revision,
@@ -53,6 +53,10 @@ def apply_plans(
         "max_shard_size": max_shard_size,
     }
     folder = RunFolder(out, document, resume=resume, overwrite=overwrite)
+    if finished:
+        folder.remove()
+        source.close()
+        return []
     with kept(folder, resume) as stop, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         for number, plan in enumerate(plans, start=1):
@@ -78,6 +82,5 @@ def apply_plans(
             plain=result.plain,
             tallies=result.tallies,
         )
-        finish_folder(result.folder, out)
-        folder.remove()
+        folder.finish(result.folder)
     return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]

@@ -17,6 +17,7 @@ OUT.run/
                          the next search has its own
     heal-1a2b3c4d/       a training of what the step has written; another training has another name
   step-1/out/            the checkpoint, until it takes its own name
+  finished.sha256        of the manifest of the output, from right before it takes its name
 """
 
 from __future__ import annotations
@@ -34,15 +35,25 @@ from torch import Tensor
 
 from secateur.engine.keeping import Decision, Keeper, SeenByModule
 from secateur.errors import OutputError
-from secateur.files import sync_folder, write_text
+from secateur.files import (
+    check_output,
+    discard_folder,
+    disk_error,
+    finish_folder,
+    output_folder,
+    run_path,
+    sync_folder,
+    write_text,
+)
 from secateur.methods import Method
 from secateur.observe.driver import BlockWalk
 from secateur.observe.store import read_seen, write_seen
 from secateur.plans import Plan, plan_of_parts
 from secateur.provenance import BudgetAccount, Provenance
 from secateur.ranks import ALONE, Ranks
-from secateur.remote import is_url, place
+from secateur.remote import is_url
 from secateur.runs.cutting import BlockCutter
+from secateur.runs.finished import seal
 from secateur.runs.signals import Stopped, StopRequest
 from secateur.tensorfiles import Stored, read_header, write_tensors
 
@@ -91,6 +102,12 @@ class StepFolder:
     def out(self) -> Path:
         """Where the checkpoint is put together."""
         return self.path / "out"
+
+    def emptied(self) -> Path:
+        """``out``, without what a run that died while it wrote has left there."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir()
+        return self.out
 
     def aside(self, name: str) -> StepFolder:
         """A folder within this one, for work that comes before its blocks."""
@@ -377,6 +394,7 @@ class RunFolder:
         self.document = json.loads(json.dumps(document))
         self._parents = [parent for parent in self.path.parents if not parent.exists()]
         self._ranks = ranks
+        self._overwrite = overwrite
         ranks.on_main(lambda: self._open() if resume else self._make(overwrite))
         if not ranks.main:
             self._open()
@@ -384,6 +402,10 @@ class RunFolder:
     def _open(self) -> None:
         theirs = read_document(self.path)
         others = self._check_same(theirs)
+        if self._ranks.main:
+            # what a kill left half written would be taken for a file of the output
+            for left in self.path.rglob("*.part"):
+                left.unlink()
         if theirs != self.document and self._ranks.main:
             for number in others:
                 shutil.rmtree(self._step(number), ignore_errors=True)
@@ -400,18 +422,21 @@ class RunFolder:
                 f"{self.path} is where the run of {self.out} would be kept, and holds something else: rename it, or"
                 " choose another output"
             )
-        shutil.rmtree(self.path, ignore_errors=True)
+        discard_folder(self.path)
         try:
-            self.path.mkdir(parents=True)
-            self._write_document()
-        except OSError as error:
-            self.remove()
-            raise OutputError(f"can't write to {self.out}: {error.strerror or error}") from None
+            # it appears together with what makes it a run, so that a kill leaves nothing that isn't one
+            with output_folder(self.path) as temporary:
+                (temporary / "run.json").write_text(self._text(), encoding="utf8")
+        except OutputError as error:
+            if reason := disk_error(error):
+                raise OutputError(f"can't write to {self.out}: {reason}") from None
+            raise
 
     def _write_document(self) -> None:
-        temporary = self.path / "run.part"
-        temporary.write_text(json.dumps(self.document, indent=1, sort_keys=True), encoding="utf8")
-        os.replace(temporary, self.path / "run.json")
+        write_text(self.path / "run.json", self._text())
+
+    def _text(self) -> str:
+        return json.dumps(self.document, indent=1, sort_keys=True)
 
     def step(self, number: int) -> Path:
         """The folder of one step, from 1."""
@@ -437,11 +462,26 @@ class RunFolder:
         if self._ranks.main and not (self.training or self.complete):
             shutil.rmtree(self._step(self.finished + 1), ignore_errors=True)
 
+    def finish(self, folder: Path) -> None:
+        """The complete output takes its name, and the folder of the run goes; see ``is_finished``.
+
+        Raises OutputError where something has taken that name meanwhile, unless it may be overwritten.
+        """
+        if not is_url(self.out):
+            check_output(self.out, self._overwrite)
+        # what can be renamed is sealed before: a kill behind the renaming finds a run without its output in it
+        if not is_url(self.out):
+            seal(self.path, folder)
+        finish_folder(folder, self.out)
+        if is_url(self.out):
+            seal(self.path)
+        self.remove()
+
     def remove(self) -> None:
         """Delete the folder, and those above it that were made for it and hold nothing else."""
         if not self._ranks.main:
             return
-        shutil.rmtree(self.path, ignore_errors=True)
+        discard_folder(self.path)
         for parent in self._parents:
             with suppress(OSError):
                 parent.rmdir()
@@ -480,14 +520,6 @@ def _begun(path: Path) -> bool:
     except FileNotFoundError:
         # another rank is removing it right now
         return False
-
-
-def run_path(out: str | Path) -> Path:
-    """The folder of the run that writes ``out``: beside it, and in the current folder for a URL."""
-    if is_url(out):
-        return Path(f"{str(out).rstrip('/').rpartition('/')[2]}.run")
-    path = Path(place(out))
-    return path.with_name(f"{path.name}.run")
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.engine.recovering import Recovered, Teacher, recover_decoder
 from secateur.errors import ModelLoadError, SecateurError, UsageError
-from secateur.files import check_output
 from secateur.healing.recovery import Curve, RecoveryOptions, make_recovery
 from secateur.healing.recovery.trained import check_installed
 from secateur.models.fingerprint import config_document, display_name, fingerprint
 from secateur.models.hub import plain_name
 from secateur.models.loading import load_model
-from secateur.models.saving import save_model, write_model
+from secateur.models.saving import write_checkpoint, write_model
 from secateur.models.sources import Source
 from secateur.models.vocabulary import fitted
 from secateur.plans import Plan, find_plans
@@ -26,6 +24,7 @@ from secateur.ranks import ALONE, Ranks, join
 from secateur.reading import read_json
 from secateur.remote import expanded
 from secateur.report import Metric, Report
+from secateur.runs.finished import check_run_output
 from secateur.runs.folder import RunFolder
 from secateur.runs.kept import hint, kept
 from secateur.runs.pipeline import Progress, StepResult
@@ -170,7 +169,7 @@ def _of_folder(
     job: _Job, source: str | Path, out: str | Path, teacher: Any, *, html: bool, resume: bool, overwrite: bool
 ) -> Healed:
     job.options.terms(teacher is not None)
-    check_output(out, overwrite)
+    finished = check_run_output(out, resume=resume, overwrite=overwrite)
     ranks = join()
     with ranks.together():
         model, tokenizer = job.load(source, ranks=ranks)
@@ -205,18 +204,21 @@ def _of_folder(
             report = _told(_report_in(source), recovered, display_name(model))
 
             def write() -> None:
-                save_model(
+                if finished:
+                    folder.remove()
+                    return
+                write_checkpoint(
+                    step.emptied(),
+                    out,
                     model,
                     tokenizer,
-                    out,
-                    plan=healed,
+                    plans=healed,
                     report=report,
                     html=html,
                     format=_format_of(source),
-                    overwrite=overwrite,
                     base_name=healed[0].model.name if healed else display_name(model),
                 )
-                folder.remove()
+                folder.finish(step.out)
 
             ranks.on_main(write)
     return Healed(model, healed, report, recovered)
@@ -269,10 +271,7 @@ def heal_step(
     if result is None:
         ranks.meet()
         return None
-    # a run that died while it wrote begins to write again
-    shutil.rmtree(step.out, ignore_errors=True)
-    step.out.mkdir()
-    plain = not write_model(model, step.out, format, max_shard_size)
+    plain = not write_model(model, step.emptied(), format, max_shard_size)
     ranks.meet()
     seconds = {**result.seconds, "heal": time.perf_counter() - started}
     return StepResult(recovered.on(plans)[-1], step.out, plain, {}, seconds), recovered

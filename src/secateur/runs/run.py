@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from secateur.errors import UsageError
-from secateur.files import check_output, finish_folder
+from secateur.errors import OutputError, UsageError
 from secateur.healing.recovery import RecoveryOptions, split_heal
 from secateur.methods import Method
 from secateur.models.decoders import decoder_anatomy
@@ -30,9 +29,12 @@ from secateur.observe.calibration import Tokens, load_tokens
 from secateur.observe.precision import compute_dtype
 from secateur.plans import Plan
 from secateur.ranks import ALONE, Ranks, join
+from secateur.reading import read_json
 from secateur.recipes import Recipe, Step, load_recipe, make_recipe, merge_reports
+from secateur.remote import is_url, place
 from secateur.report import Report
 from secateur.report.build import build_report, with_zeros_counted
+from secateur.runs.finished import check_run_output
 from secateur.runs.folder import RunFolder, StepFolder, read_document, run_path
 from secateur.runs.kept import hint, kept
 from secateur.runs.pipeline import Output, Progress, Resources, StepResult, plan_step, prune_step
@@ -123,7 +125,7 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
     recipe.check_methods()
     recipe.check_installed()
     out = recipe.out
-    check_output(out, options.overwrite)
+    finished = check_run_output(out, resume=options.resume, overwrite=options.overwrite)
     previous = read_document(run_path(out)) if options.resume else {}
     name, remote_code = recipe.model, options.trust_remote_code
     # what the hub has is fetched once
@@ -150,11 +152,22 @@ def _run_on(ranks: Ranks, recipe: Recipe, options: Options) -> Report:
             "number of ranks": ranks.size,
         }
         folder = RunFolder(out, document, resume=options.resume, overwrite=options.overwrite, ranks=ranks)
+        if finished:
+            return ranks.on_main(lambda: _finished(folder))
         with kept(folder, options.resume, ranks) as stop:
             runner = _Runner(recipe, options, folder, stop, source, tokenizer, getattr(torch, dtype), ranks)
             return runner.run()
     finally:
         source.close()
+
+
+def _finished(folder: RunFolder) -> Report:
+    """The report of a run of which only its folder was left."""
+    # what was uploaded is still here
+    written = sorted(folder.path.glob("step-*/**/out")) if is_url(folder.out) else [Path(place(folder.out))]
+    found = Report.from_dict(read_json(written[-1] / "report.json", OutputError))
+    folder.remove()
+    return found
 
 
 @contextmanager
@@ -409,8 +422,7 @@ class _Runner:
             plain=last.plain,
             tallies=last.tallies,
         )
-        finish_folder(last.folder, self._folder.out)
-        self._folder.remove()
+        self._folder.finish(last.folder)
         return report
 
 

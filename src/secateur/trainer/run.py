@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SecateurError, UsageError
-from secateur.files import check_output
 from secateur.loop import Progress
-from secateur.models.saving import save_model
+from secateur.models.saving import write_checkpoint
 from secateur.networks.applying import module_fingerprint
-from secateur.networks.saving import save_network
+from secateur.networks.kinds import FILES
+from secateur.networks.saving import check_module_finite, save_network, write_network
 from secateur.ranks import join
 from secateur.report import Report
+from secateur.runs.finished import check_run_output
 from secateur.runs.folder import RunFolder, run_path
 from secateur.runs.kept import hint, kept
 from secateur.runs.states import StateKeeper, TrainingFolder
@@ -62,7 +63,7 @@ def run_training(
     out = out or recipe.out
     if out is None:
         raise UsageError("give a folder for the trained network with --out (out)")
-    check_output(out, overwrite)
+    finished = check_run_output(out, resume=resume, overwrite=overwrite)
     check_trackers(recipe.track)
     ranks = join()
     with ranks.together():
@@ -108,7 +109,8 @@ def run_training(
                     failed = error
             report = report_of(recipe, dense, network, examples, trained)
             report.notes += notes
-            ranks.on_main(_writing(recipe, network, trained, report, folder, out, html, overwrite))
+            write = _writing(recipe, network, trained, report, folder, step, html, overwrite)
+            ranks.on_main(folder.remove if finished else write)
     if failed is not None:
         raise type(failed)(f"{out} holds the network with its zeros, and not cut: {failed}")
     return TrainedRun(network, trained, report)
@@ -120,16 +122,24 @@ def _writing(
     trained: Trained,
     report: Report,
     folder: RunFolder,
-    out: str | Path,
+    step: TrainingFolder,
     html: bool,
     overwrite: bool,
 ) -> Callable[[], None]:
     def write() -> None:
-        told: dict[str, Any] = {"plan": trained.plan, "report": report, "html": html, "overwrite": overwrite}
+        out, module, plan = folder.out, network.module, trained.plan
+        made: dict[str, Any] = {"factory": network.factory, "arguments": recipe.model.options, "html": html}
         if recipe.data.text is not None:
-            save_model(network.module, network.tokenizer, out, format=recipe.format, **told)
+            plans = [plan] if plan is not None else []
+            told: dict[str, Any] = {"plans": plans, "report": report, "html": html, "format": recipe.format}
+            write_checkpoint(step.emptied(), out, module, network.tokenizer, **told)
+        elif Path(out).suffix in FILES:
+            save_network(module, out, plan=plan, report=report, overwrite=overwrite, **made)
+            folder.remove()
+            return
         else:
-            save_network(network.module, out, factory=network.factory, arguments=recipe.model.options, **told)
-        folder.remove()
+            check_module_finite(module)
+            write_network(step.emptied(), module, out, plan, report, **made)
+        folder.finish(step.out)
 
     return write
