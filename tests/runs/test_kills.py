@@ -143,14 +143,14 @@ def test_killed_and_begun_again(name, dense, tmp_path):
     assert try_all({**RESUMABLE, **REPEATED}[name], dense, tmp_path, every=60, resume=False) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow("test_killed_and_resumed")
 @pytest.mark.parametrize("replaced", [False, True], ids=["new", "replaced"])
 @pytest.mark.parametrize("name", RESUMABLE)
 def test_killed_at_every_step_and_resumed(name, replaced, dense, tmp_path):
     assert try_all(RESUMABLE[name], dense, tmp_path, every=1, resume=True, replaced=replaced) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow("test_killed_and_begun_again")
 @pytest.mark.parametrize("replaced", [False, True], ids=["new", "replaced"])
 @pytest.mark.parametrize("name", [*RESUMABLE, *REPEATED])
 def test_killed_at_every_step_and_begun_again(name, replaced, dense, tmp_path):
